@@ -1,0 +1,299 @@
+"""Every knob, its default, its meaning. TOML files first, then key=value overrides; --help prints this file.
+
+A new knob is one line here: name, type, default, comment. Unknown keys and wrong types are errors that name the key.
+"""
+
+import difflib
+import inspect
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rlhf.contracts import UserError
+
+MODES = {
+    "sft": "supervised fine-tuning on prompts and responses",
+    "grpo": "group relative policy optimisation: sample, verify, update",
+    "evaluate": "generate greedily with the engine from a Hugging Face folder and score the responses",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The model that learns."""
+
+    load: str = ""  # Hugging Face folder: config.json, *.safetensors, tokenizer
+    init: Literal["load", "random"] = "load"  # random: shapes from config.json, weights from the seed
+    tokenizer: str = ""  # folder or tokenizer.model file; empty: the one in policy.load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The frozen model that KL is measured to."""
+
+    load: str = ""  # Hugging Face folder; empty: policy.load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """How training splits the ranks. What tp, pp and cp leave over is data parallel."""
+
+    tp: int = 1  # tensor parallel: ranks that split every matrix
+    pp: int = 1  # pipeline parallel: ranks that split the layers
+    cp: int = 1  # context parallel: ranks that split long sequences
+    dp: int = 0  # data parallel: ranks that split the batch; 0: whatever ranks are left (1 on a CPU)
+    sp: bool = True  # sequence parallel: with tp > 1, norms and residuals are split over tokens
+    zero: bool = True  # distributed optimizer: its state is split over the data-parallel ranks
+    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward: attention or all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Where prompts and responses come from, and how they become tokens."""
+
+    train: str = ""  # jsonl file or folder of them (.gz too)
+    eval: str = ""  # held-out file or folder; empty: no evaluation
+    template: Literal["plain", "human", "llama2", "chatml", "tokenizer"] = "plain"  # how turns become text
+    overlong: Literal["error", "truncate", "drop"] = "error"  # samples over the limits; truncate cuts prompts from the left
+    max_tokens: int = 2048  # prompt and response together, in tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step consumes."""
+
+    prompts: int = 64  # prompts (sft: records) per step, over all ranks
+    minibatches: int = 1  # optimizer updates that the samples of a step are cut into
+    epochs: int = 1  # passes over the samples of a step
+    tokens: int = 8192  # packed tokens in a micro-batch, before context parallelism splits them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optim:
+    """AdamW in float32, whatever the compute dtype."""
+
+    lr: float = 1e-6  # peak learning rate
+    min_lr: float = 0.0  # learning rate at the end of the schedule
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    warmup: int = 0  # updates of linear warm-up from zero
+    beta1: float = 0.9  # AdamW's first moment
+    beta2: float = 0.95  # AdamW's second moment
+    eps: float = 1e-8  # AdamW's epsilon
+    weight_decay: float = 0.0  # on matrices; norms and biases are never decayed
+    clip: float = 1.0  # largest global gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """How responses are sampled."""
+
+    engine: Literal["vllm", "kvcache"] = "vllm"  # kvcache: plain torch, an oracle and a fallback
+    tp: int = 1  # ranks that share one engine; the world holds world / tp engines
+    group: int = 8  # responses per prompt
+    max_tokens: int = 512  # longest response
+    temperature: float = 1.0  # of sampling, and of the learner's log-probs with it
+    top_p: float = 1.0  # nucleus sampling; 1: off
+    top_k: int = 0  # sample among the k likeliest; 0: off
+    stop: tuple[str, ...] = ()  # strings that end a response, which is cut behind them
+    memory: float = 0.5  # share of the device's memory for the engine (GPU)
+    cache: float = 0.25  # GiB of KV cache (CPU)
+    check: bool = False  # compare log-probs of engine and learner after every publish; the first two are always compared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """What a response is worth."""
+
+    function: str = "math"  # math: verify against the record's answer; or module:function(prompt, response, record) -> float
+    timeout: float = 10.0  # seconds for one response; beyond that it scores 0 and counts as failed
+    workers: int = 2  # killable processes per rank that run rewards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPO:
+    """Group relative policy optimisation (2402.03300)."""
+
+    clip_low: float = 0.2  # ratio >= 1 - clip_low
+    clip_high: float = 0.2  # ratio <= 1 + clip_high
+    kl: float = 0.04  # weight of the k3 KL to the reference in the loss; 0 needs no reference model
+    mean: Literal["sequence", "token"] = "sequence"  # loss averaged over each response first (the paper), or over all tokens at once (DAPO)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What survives the process."""
+
+    every: int = 100  # steps between checkpoints; the last step always makes one; 0: only the last
+    keep: int = 2  # newest checkpoints kept; older ones are deleted
+    export: bool = True  # write the policy as a Hugging Face folder into each checkpoint too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """How progress is measured on held-out records."""
+
+    every: int = 50  # steps between evaluations; 0: only before the first and after the last step
+    prompts: int = 256  # records used; 0: all
+    show: int = 2  # sample rollouts printed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """Where numbers go."""
+
+    tensorboard: bool = False  # event files beside metrics.jsonl (pip install tensorboard)
+    every: int = 1  # steps between terminal lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run. Frozen after loading."""
+
+    mode: str = "sft"  # set by the command line
+    out: str = "runs/default"  # folder for checkpoints, metrics.jsonl, config.json
+    steps: int = 100  # steps in all; a resumed run counts on from its checkpoint
+    seed: int = 1  # data order, sampling and random weights all derive from it
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of weights and activations; auto: bfloat16 on a GPU, else float32
+    resume: bool = True  # continue from the newest checkpoint in out, if there is one
+    policy: Policy = field(default_factory=Policy)
+    reference: Reference = field(default_factory=Reference)
+    parallel: Parallel = field(default_factory=Parallel)
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    optim: Optim = field(default_factory=Optim)
+    rollout: Rollout = field(default_factory=Rollout)
+    reward: Reward = field(default_factory=Reward)
+    grpo: GRPO = field(default_factory=GRPO)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    log: Log = field(default_factory=Log)
+
+
+# The least value a number may have, where that is not 0 or where 0 means nothing.
+LEAST = dict.fromkeys(
+    ("steps", "parallel.tp", "parallel.pp", "parallel.cp", "batch.prompts", "batch.minibatches", "batch.epochs", "batch.tokens")
+    + ("rollout.tp", "rollout.group", "rollout.max_tokens", "data.max_tokens", "reward.workers", "checkpoint.keep", "log.every"),
+    1,
+)
+
+
+def load(mode: str, arguments: list[str]) -> Config:
+    """The configuration of a run: TOML files and key=value overrides, in the order given; later ones win.
+
+    Raises UserError naming the file or key, the value and the remedy.
+    """
+    tree: dict[str, Any] = {}
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            _merge(tree, _override(argument))
+        else:
+            _merge(tree, _read(argument))
+    if "mode" in tree:
+        raise UserError("key 'mode' cannot be set in a file: it is the first word of the command")
+    return _build(Config, tree | {"mode": mode})
+
+
+def _read(argument: str) -> dict[str, Any]:
+    if argument.startswith("-"):
+        raise UserError(f"unknown option {argument!r}: give TOML files and key=value pairs, or --help")
+    try:
+        return tomllib.loads(Path(argument).read_text())
+    except OSError as error:
+        raise UserError(f"configuration file {argument!r}: {error.strerror}; give a TOML file or key=value") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"configuration file {argument}: {error}") from None
+
+
+def _override(argument: str) -> dict[str, Any]:
+    key, text = argument.split("=", 1)
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # bare words are strings
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(into: dict, more: dict) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
+    hints, known = get_type_hints(cls), [f.name for f in fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        path = f"{where}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise UserError(f"unknown key {path!r}" + (f": did you mean {where + near[0]!r}?" if near else ": see --help for every key"))
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{path} is a section, got {value!r}: set one of its keys, such as {path}.{fields(hints[key])[0].name}")
+            values[key] = _build(hints[key], value, path + ".")
+        else:
+            values[key] = _cast(hints[key], value, path)
+    return cls(**values)
+
+
+def _cast(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{path} must be one of {', '.join(get_args(hint))}; got {value!r}")
+        return value
+    if get_origin(hint) is tuple:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise UserError(f"{path} must be a list of strings, got {value!r}")
+        return tuple(value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if hint is str and type(value) in (int, float):
+        value = str(value)
+    if type(value) is not hint:
+        raise UserError(f"{path} must be {hint.__name__}, got {value!r}")
+    least = LEAST.get(path, 0)
+    if hint in (int, float) and value < least:
+        raise UserError(f"{path} must be at least {least}, got {value!r}")
+    return value
+
+
+def notes(cls: type) -> dict[str, str]:
+    """Field name -> the comment beside it."""
+    lines = [line.split("#", 1) for line in inspect.getsource(cls).splitlines() if ": " in line and "#" in line]
+    return {left.split(":")[0].strip(): right.strip() for left, right in lines}
+
+
+def manual(cls: type = Config, where: str = "") -> str:
+    """One line per key: name, default and the comment beside the field."""
+    lines, said, hints = [], notes(cls), get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            lines.append(f"\n{hints[f.name].__doc__}\n{manual(hints[f.name], f'{where}{f.name}.')}")
+        elif f.name != "mode":
+            choices = get_args(hints[f.name]) if get_origin(hints[f.name]) is Literal else ()
+            default = "[]" if f.default == () else f.default
+            lines.append(f"  {where + f.name + '=' + str(default):32} {said[f.name]}" + (f" ({' | '.join(choices)})" if choices else ""))
+    return "\n".join(lines)
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as a TOML text that load() reads back."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, (tuple, list)):
+            return "[" + ", ".join(map(text, value)) + "]"
+        return repr(value) if isinstance(value, (int, float)) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    tree = {k: v for k, v in asdict(config).items() if k != "mode"}
+    top = [f"{k} = {text(v)}" for k, v in tree.items() if not isinstance(v, dict)]
+    sections = [f"\n[{k}]\n" + "\n".join(f"{a} = {text(b)}" for a, b in v.items()) for k, v in tree.items() if isinstance(v, dict)]
+    return "\n".join(top + sections) + "\n"

@@ -1,0 +1,170 @@
+"""The nouns of the project and the protocols between its parts. Imports numpy alone, so that files can be checked
+without loading torch.
+
+Shape letters   T packed tokens of a micro-batch | S sequences in it | P spans | L predictions of one sample
+Alignment       inputs = tokens[:-1], labels = tokens[1:]. A stream x describes predictions:
+                x[t] belongs to labels[t]. Only pack() cuts; nobody shifts anything afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AllSum = Callable[["Tensor"], "Tensor"]  # autograd-aware sum over some process group; the identity on one rank
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us: one line naming the key or file:line, the value and the remedy; exit code 2."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One prompt with one response (a bare prompt is a sample whose mask is all False).
+
+    A group is everything one prompt produced; a preference pair is a group of two.
+    """
+
+    tokens: np.ndarray  # [L+1] int32, prompt then response
+    mask: np.ndarray  # [L] bool, True where labels[t] is a response token to learn
+    group: int  # siblings share it; unique within a step
+    reward: float = 0.0  # offline pairs: 1.0 chosen, 0.0 rejected
+    truncated: bool = False  # the length limit stopped it, not the model
+    meta: dict[str, Any] = field(default_factory=dict)  # row, prompt (text), answer, response (text), ...
+
+    sampler_logp: np.ndarray | None = None  # [L] float32, the engine's own log-probs
+    old_logp: np.ndarray | None = None  # [L] float32, policy before this update
+    ref_logp: np.ndarray | None = None  # [L] float32, frozen reference
+    values: np.ndarray | None = None  # [L] float32, critic before this update
+    advantages: np.ndarray | None = None  # [L] float32, written by Algorithm.credit
+    returns: np.ndarray | None = None  # [L] float32, written by Algorithm.credit
+
+
+STREAMS = ("sampler_logp", "old_logp", "ref_logp", "values", "advantages", "returns")
+
+
+@dataclass(slots=True)
+class Spans:
+    """Which queries of a packed row attend to which keys, causally.
+
+    Span i takes queries q_starts[i] .. + q_lengths[i] of this rank's slice and keys k_starts[i] .. + k_lengths[i] of the whole row. The last query
+    sees the last key (bottom-right alignment). Without CP a span is a sequence; with CP it is the part of a sequence in one chunk.
+    """
+
+    q_starts: list[int]  # [P]
+    q_lengths: list[int]  # [P]
+    k_starts: list[int]  # [P]
+    k_lengths: list[int]  # [P], k_lengths[i] >= q_lengths[i]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One packed micro-batch as one rank sees it (under CP: its slice of T)."""
+
+    inputs: Tensor  # [T] int64
+    labels: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, within the token's own sequence
+    places: Tensor  # [T] int64, of the token in the whole row
+    spans: Spans
+    mask: Tensor  # [T] float32, 1.0 where labels[t] is learned
+    last: Tensor  # [T] float32, 1.0 at each sequence's final learned token
+    segment: Tensor  # [T] int64, which of the S sequences (padding: S)
+    group: Tensor  # [S] int64
+    reward: Tensor  # [S] float32
+    streams: dict[str, Tensor]  # name in STREAMS -> [T] float32
+    cp_sum: AllSum = lambda x: x  # over the CP ranks
+
+    def seq_sum(self, x: Tensor) -> Tensor:
+        """Sum x[T] over each sequence's learned tokens -> [S], whole sequences even under CP."""
+        sums = x.new_zeros(len(self.group) + 1).index_add(0, self.segment, x * self.mask)
+        return self.cp_sum(sums[:-1])
+
+    def at_last(self, x: Tensor) -> Tensor:
+        """x[T] at each sequence's last learned token -> [S]; only one CP rank holds it."""
+        return self.seq_sum(x * self.last)
+
+
+@dataclass(slots=True)
+class Output:
+    """What a model says about a Batch. Algorithms never see logits."""
+
+    logp: Tensor | None = None  # [T] float32, log p(labels[t]) at the rollout's temperature
+    entropy: Tensor | None = None  # [T] float32, of the same distribution
+    value: Tensor | None = None  # [T] float32, scalar head (critic, reward model)
+
+
+@dataclass(slots=True)
+class Loss:
+    """A sum and a count: the learner divides by the global count, so splits cannot matter."""
+
+    total: Tensor  # [] summed over this rank's units
+    count: Tensor  # [] number of units: tokens, sequences or pairs
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count)
+
+
+class Algorithm(Protocol):
+    """What one method adds to the shared loop. Pure tensor code: no groups, engines or files."""
+
+    models: dict[str, str]  # role -> "train" | "frozen"
+    streams: tuple[str, ...]  # scored before credit(): "old_logp", "ref_logp", "values"
+    online: bool  # samples come from the engine, not from the data set
+    whole_groups: bool  # a group must share one micro-batch (pairwise losses)
+
+    def credit(self, samples: list[Sample]) -> list[Sample]:
+        """Turn rewards into advantages (or pairs). Sees all samples of the step, alike on every rank."""
+        ...
+
+    def loss(self, role: str, batch: Batch, out: Output) -> Loss: ...
+
+
+@dataclass(slots=True, frozen=True)
+class Sampling:
+    """How an engine draws tokens. temperature 0 is greedy; top_p 1 and top_k 0 are off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple[int, ...] = ()  # generation ends after one of these; it stays in the tokens
+
+
+@dataclass(slots=True)
+class Completion:
+    """What an engine made of one prompt."""
+
+    tokens: list[int]  # the response, including the stop token that ended it
+    logp: list[float]  # log-prob of each token at the sampling temperature
+    finish: str  # "stop" (a stop token was drawn) | "length" (cut by a limit)
+
+
+class Engine(Protocol):
+    """Generates with whatever stands in its live parameters, which publish() writes box by box."""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        """One completion per prompt, in order. seeds[i] alone decides the random draws of prompt i."""
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """This rank's shards by the engine's own names; valid between wake_weights() and sleep()."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device memory back; weights and KV cache are lost."""
+        ...
+
+    def wake_weights(self) -> None:
+        """Make parameters() writable again (their content is undefined until the next publish)."""
+        ...
+
+    def wake(self) -> None:
+        """Ready to generate with the parameters as they stand now; whatever was cached of older weights is dropped."""
+        ...
+
+
+Reward = Callable[[list[Sample]], list[float]]

@@ -1,0 +1,165 @@
+"""From samples to packed micro-batches. pack() is the only place where tokens are cut into inputs and labels.
+
+Who trains on what is a pure function of the samples' lengths, so every rank computes everybody's share without talking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans
+
+
+def cost(length: int, hidden: int) -> float:
+    """FLOPs of a sequence relative to one token without attention: the matrix products grow with L, causal attention with L^2."""
+    return length * (1.0 + length / (12.0 * hidden))
+
+
+def balance(costs: Sequence[float], shares: int) -> list[list[int]]:
+    """Indices of the items, dealt into equally loaded shares (longest processing time first)."""
+    loads, dealt = [0.0] * shares, [[] for _ in range(shares)]  # type: tuple[list[float], list[list[int]]]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        share = min(range(shares), key=lambda s: (loads[s], s))
+        loads[share] += costs[item]
+        dealt[share].append(item)
+    return [sorted(items) for items in dealt]
+
+
+def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]:
+    """Indices of the items, in at least `least` bins of at most `budget` tokens; an item over the budget gets a bin of its own."""
+    count = max(least, -(-sum(lengths) // budget))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while True:
+        loads, bins = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
+        for item in order:
+            emptiest = min(range(count), key=lambda b: (loads[b], b))
+            if loads[emptiest] and loads[emptiest] + lengths[item] > budget:
+                break
+            loads[emptiest] += lengths[item]
+            bins[emptiest].append(item)
+        else:
+            return [sorted(items) for items in bins]
+        count += 1
+
+
+def shares(samples: Sequence[Sample], dp: int, hidden: int) -> list[list[Sample]]:
+    """What each data-parallel rank trains on. Groups stay whole."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    members = list(groups.values())
+    dealt = balance([sum(cost(len(s.mask), hidden) for s in group) for group in members], dp)
+    return [[sample for i in items for sample in members[i]] for items in dealt]
+
+
+def microbatches(shared: Sequence[Sequence[Sample]], budget: int, whole_groups: bool) -> list[list[list[Sample]]]:
+    """Every share cut into the same number of micro-batches of at most `budget` tokens; short shares get empty ones."""
+    units = [_units(share, whole_groups) for share in shared]
+    lengths = [[sum(len(s.mask) for s in unit) for unit in share] for share in units]
+    count = max(len(fill(share, budget)) for share in lengths)
+    while any(len(fill(share, budget, count)) > count for share in lengths):
+        count += 1
+    cut = [fill(share, budget, count) for share in lengths]
+    return [[[s for i in items for s in units[r][i]] for items in bins] for r, bins in enumerate(cut)]
+
+
+def _units(samples: Sequence[Sample], whole_groups: bool) -> list[list[Sample]]:
+    if not whole_groups:
+        return [[sample] for sample in samples]
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    return list(groups.values())
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    cp: tuple[int, int] = (0, 1),
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
+    cp_sum: AllSum = lambda x: x,
+) -> Batch:
+    """One micro-batch from whole samples; with cp=(rank, size), this rank's slice of it.
+
+    The row is padded to a multiple of `multiple` tokens (and of 2 x cp size) with a segment of its own; no samples make a row of padding
+    alone. Under context parallelism the row is cut into 2 x size chunks and rank r takes chunks r and 2 x size - 1 - r, which balances
+    causal attention.
+    """
+    rank, size = cp
+    lengths = [len(s.mask) for s in samples]
+    assert all(n == len(s.tokens) - 1 > 0 for s, n in zip(samples, lengths, strict=True)), "a sample needs two tokens and a mask over its labels"
+    unit = multiple * (2 * size if size > 1 else 1)
+    padding = -sum(lengths) % unit or (unit if not samples else 0)
+    segments = [*lengths, padding] if padding else lengths
+
+    def row(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate([*(np.asarray(p, dtype) for p in parts), np.zeros(padding, dtype)])
+
+    places = _places(sum(segments), rank, size)
+
+    def local(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array[places]).to(device)
+
+    streams = {}
+    for name in STREAMS:
+        parts = [getattr(s, name) for s in samples]
+        if parts and all(p is not None for p in parts):
+            streams[name] = local(row(parts, np.float32))
+    return Batch(
+        inputs=local(row([s.tokens[:-1] for s in samples], np.int64)),
+        labels=local(row([s.tokens[1:] for s in samples], np.int64)),
+        positions=local(np.concatenate([np.arange(n, dtype=np.int64) for n in segments])),
+        places=torch.from_numpy(places).to(device),
+        spans=_spans(segments, rank, size),
+        mask=local(row([s.mask for s in samples], np.float32)),
+        last=local(row([_last(s.mask) for s in samples], np.float32)),
+        segment=local(np.repeat(np.arange(len(segments), dtype=np.int64), segments)),
+        group=torch.tensor([s.group for s in samples], dtype=torch.int64, device=device),
+        reward=torch.tensor([s.reward for s in samples], dtype=torch.float32, device=device),
+        streams=streams,
+        cp_sum=cp_sum,
+    )
+
+
+def unpack(row: np.ndarray, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """A stream over a whole row [T] -> one [L] per sample."""
+    return np.split(row, np.cumsum([len(s.mask) for s in samples]))[:-1]
+
+
+def _last(mask: np.ndarray) -> np.ndarray:
+    last = np.zeros(len(mask), np.float32)
+    if mask.any():
+        last[np.flatnonzero(mask)[-1]] = 1.0
+    return last
+
+
+def _chunks(total: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """The row's chunks that a CP rank holds, as (start, end)."""
+    if size == 1:
+        return [(0, total)]
+    width = total // (2 * size)
+    return [(c * width, (c + 1) * width) for c in (rank, 2 * size - 1 - rank)]
+
+
+def _places(total: int, rank: int, size: int) -> np.ndarray:
+    return np.concatenate([np.arange(start, end) for start, end in _chunks(total, rank, size)])
+
+
+def _spans(segments: Sequence[int], rank: int, size: int) -> Spans:
+    spans, offset = Spans([], [], [], []), 0
+    ends = np.cumsum(segments)
+    for start, end in _chunks(int(ends[-1]), rank, size):
+        for first, last in zip(ends - segments, ends, strict=True):
+            a, b = max(start, int(first)), min(end, int(last))
+            if a < b:
+                spans.q_starts.append(offset + a - start)
+                spans.q_lengths.append(b - a)
+                spans.k_starts.append(int(first))
+                spans.k_lengths.append(b - int(first))
+        offset += end - start
+    return spans

@@ -1,0 +1,148 @@
+"""Causal attention over packed rows, with rotary embeddings and context parallelism, in plain torch.
+
+megatron-core's own core attention needs Transformer Engine for packed rows. Ours gets the row's geometry through `packed_seq_params`,
+which megatron-core hands to every layer, and rotates queries and keys itself, so the model is built without position embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
+
+# isort: split
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from rlhf.contracts import Batch, Spans
+from rlhf.model.architecture import Architecture
+
+
+def rope_frequencies(arch: Architecture) -> Tensor:
+    """Inverse wavelengths of the rotary embedding [head_dim / 2], with Llama 3's scaling where config.json asks for it.
+
+    Source: RoFormer (2104.09864); the scaling as published with Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those
+    between blended.
+    """
+    frequencies = 1.0 / arch.rope_theta ** (torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
+    if not (scaling := arch.rope_scaling):
+        return frequencies
+    low, high, original = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+    turns = original * frequencies / (2 * math.pi)  # rotations within the original context
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (keep + (1.0 - keep) / scaling["factor"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, head_dim] by tables [T, 1, head_dim], pairing dimension i with i + head_dim / 2 (Hugging Face's order)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """A row's geometry and rotary tables, computed once per micro-batch and shared by all layers."""
+
+    spans: Spans | None = None
+    cos: Tensor | None = None  # [T, 1, head_dim]
+    sin: Tensor | None = None  # [T, 1, head_dim]
+    order: Tensor | None = None  # [row] int64: where the CP-gathered keys' rows stand in the row; None without CP
+    plan: Any = None  # what _flash or _padded derive from the spans
+
+    @classmethod
+    def of(cls, batch: Batch, frequencies: Tensor, dtype: torch.dtype, cp: int) -> PackedRow:
+        angles = torch.outer(batch.positions.float(), frequencies).repeat(1, 2)[:, None]
+        order = _gathered_order(len(batch.places) * cp, cp, batch.places.device) if cp > 1 else None
+        return cls(qkv_format="thd", spans=batch.spans, cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), order=order)
+
+
+def _gathered_order(total: int, cp: int, device: torch.device) -> Tensor:
+    """For each row position, its index in the concatenation of all CP ranks' slices (see packing: rank r holds chunks r and 2 cp - 1 - r)."""
+    chunks = torch.arange(total, device=device).view(cp, 2, -1)
+    return torch.cat([chunks[r, 0] for r in range(cp)] + [chunks[r, 1] for r in reversed(range(cp))])
+
+
+class Attention(torch.nn.Module):
+    """The core_attention of megatron-core's SelfAttention: q [T, heads, d], k and v [T, kv heads, d] -> [T, heads * d]."""
+
+    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, pg_collection: Any = None, **_: Any):
+        super().__init__()
+        self.cp_group = pg_collection.cp
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, *, packed_seq_params: PackedRow, **_: Any) -> Tensor:
+        row = packed_seq_params
+        q, k = rotate(q, row.cos, row.sin), rotate(k, row.cos, row.sin)
+        if row.order is not None:  # all-gather in forward, reduce-scatter in backward
+            k, v = (tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[row.order] for x in (k, v))
+        attend = _flash if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else _padded
+        return attend(q, k, v, row).flatten(1)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
+    """Variable-length flash attention over all spans at once."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    spans = row.spans
+    if row.plan is None:
+        cu_q, cu_k = (F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)) for x in (spans.q_lengths, spans.k_lengths))
+        keys = None  # with CP, spans of one sequence share keys, and flash wants each span's keys in a row
+        if row.order is not None:
+            keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(q.device)
+        row.plan = cu_q.to(q.device), cu_k.to(q.device), max(spans.q_lengths), max(spans.k_lengths), keys
+    cu_q, cu_k, max_q, max_k, keys = row.plan
+    if keys is not None:
+        k, v = k[keys], v[keys]
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
+    """The same in plain scaled_dot_product_attention: spans of similar length are padded into a batch.
+
+    A span's queries stand at the rows of their own keys, so that one square causal mask serves every span.
+    """
+    if row.plan is None:
+        row.plan = [tuple(x.to(q.device) for x in part) for part in _by_length(row.spans)]
+    outputs, sources = [], []
+    for rows_q, cells_q, rows_k, cells_k, shape in row.plan:
+        count, width = shape.tolist()
+
+        def spread(x: Tensor, rows: Tensor, cells: Tensor, count: int = count, width: int = width) -> Tensor:
+            padded = x.new_zeros(count * width, *x.shape[1:]).index_copy(0, cells, x[rows])
+            return padded.view(count, width, *x.shape[1:]).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            spread(q, rows_q, cells_q),
+            spread(k, rows_k, cells_k),
+            spread(v, rows_k, cells_k),
+            is_causal=True,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1)[cells_q])
+        sources.append(rows_q)
+    return torch.empty_like(q).index_copy(0, torch.cat(sources), torch.cat(outputs))
+
+
+def _by_length(spans: Spans) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Spans grouped by the power of two above their key length, as (rows of q, their cells, rows of k, their cells, [count, width])."""
+    classes: dict[int, list[int]] = {}
+    for i, n in enumerate(spans.k_lengths):
+        classes.setdefault((n - 1).bit_length(), []).append(i)
+    parts = []
+    for members in classes.values():
+        width = max(spans.k_lengths[i] for i in members)
+        columns: tuple[list[Tensor], ...] = ([], [], [], [])
+        for slot, i in enumerate(members):
+            nq, nk = spans.q_lengths[i], spans.k_lengths[i]
+            columns[0].append(torch.arange(spans.q_starts[i], spans.q_starts[i] + nq))
+            columns[1].append(torch.arange(slot * width + nk - nq, slot * width + nk))
+            columns[2].append(torch.arange(spans.k_starts[i], spans.k_starts[i] + nk))
+            columns[3].append(torch.arange(slot * width, slot * width + nk))
+        a, b, c, d = (torch.cat(column) for column in columns)
+        parts.append((a, b, c, d, torch.tensor([len(members), width])))
+    return parts

@@ -1,0 +1,138 @@
+"""From an Architecture to this rank's part of a megatron-core GPTModel, without Transformer Engine or Apex."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.config import Parallel
+from rlhf.parallel.mesh import Mesh
+
+# isort: split
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from rlhf.contracts import Batch
+from rlhf.model.architecture import Architecture
+from rlhf.model.attention import Attention, PackedRow, rope_frequencies
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose gradient megatron-core sums over tensor-parallel ranks when they split the tokens."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any):
+        super().__init__(hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class DeferredHead(ColumnParallelLinear):
+    """An output layer that hands the hidden states on: rlhf.model.logp projects them chunk by chunk, so whole logits never exist."""
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return input_, None
+
+
+def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration for a dense decoder of this architecture."""
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sp and parallel.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, though no expert exists
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=True,  # without it weights lose the mark by which gradient norms count each TP shard once
+        **RECOMPUTE[parallel.recompute],
+    )
+
+
+def layer_spec(arch: Architecture) -> ModuleSpec:
+    """One decoder layer: megatron-core's parallel linears around our norm and our attention."""
+    norm = RMSNorm if arch.qk_norm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear, q_layernorm=norm, k_layernorm=norm
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class Decoder(GPTModel):
+    """This rank's stage of the model: a GPTModel that takes a packed Batch and ends in hidden states."""
+
+    def __init__(self, arch: Architecture, parallel: Parallel, mesh: Mesh, dtype: torch.dtype):
+        super().__init__(
+            transformer_config(arch, parallel, dtype),
+            TransformerBlockSubmodules(layer_specs=[layer_spec(arch)] * (arch.layers // parallel.pp), layer_norm=RMSNorm),
+            vocab_size=arch.padded_vocab(parallel.tp),
+            max_sequence_length=arch.context,
+            pre_process=mesh.is_first_stage,
+            post_process=mesh.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="none",  # our attention rotates
+        )
+        self.to(mesh.device)
+        if mesh.is_last_stage:
+            self.output_layer.__class__ = DeferredHead
+        self.frequencies = rope_frequencies(arch).to(mesh.device)
+        self.cp = parallel.cp
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states: [T (/tp with sequence parallelism), 1, hidden] between stages, [1, T (/tp), hidden] from the last one."""
+        row = PackedRow.of(batch, self.frequencies, self.config.params_dtype, self.cp)
+        return super().forward(batch.inputs[None], None, None, packed_seq_params=row)
+
+    def head_weight(self) -> Tensor:
+        """The output projection on the last stage [padded vocab / tp, hidden]: its own, or the shared embedding."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight

@@ -1,0 +1,78 @@
+"""Lets megatron-core run where there is no CUDA.
+
+megatron-core names the CUDA device in its source. An import hook rewrites these names, in `megatron.core` modules only, while they are
+imported: torch itself is not patched, and nothing is intercepted at run time. On a machine with CUDA nothing happens.
+"""
+
+import ast
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import CodeType, ModuleType
+
+import torch
+
+# Calls that are replaced as a whole, and functions that are exchanged for their CPU twins.
+CALLS = {
+    "torch.cuda.current_device": "'cpu'",
+    "torch.cuda.current_stream": "None",
+    "torch.cuda.empty_cache": "None",
+    "torch.cuda.synchronize": "None",
+    "torch.cuda.get_rng_state": "torch.get_rng_state()",
+    "torch.cuda.random.get_rng_state": "torch.get_rng_state()",
+}
+FUNCTIONS = {
+    "torch.cuda.manual_seed": "torch.manual_seed",
+    "torch.cuda.set_rng_state": "torch.set_rng_state",
+    "enable_jit_fuser": "disable_jit_fuser",  # torch.compile of small functions: seconds at the first step, nothing gained
+}
+CUDA_ONLY_ARGUMENTS = ("pin_memory", "device_ids")
+
+
+class _Rewriter(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        name = ast.unparse(node.func)
+        if name in CALLS:
+            return ast.copy_location(ast.parse(CALLS[name], mode="eval").body, node)
+        if name in FUNCTIONS:
+            node.func = ast.copy_location(ast.parse(FUNCTIONS[name], mode="eval").body, node.func)
+        elif isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            return node.func.value  # x.cuda(...) is x
+        node.keywords = [k for k in node.keywords if k.arg not in CUDA_ONLY_ARGUMENTS]
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if node.value == "cuda":
+            node.value = "cpu"
+        elif isinstance(node.value, str) and node.value.startswith("torch.cuda.") and node.value.endswith("Tensor"):
+            node.value = node.value.replace(".cuda", "")  # compared with tensor.type()
+        return node
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:  # goes round the cached bytecode
+        tree = _Rewriter().visit(ast.parse(self.get_data(self.path), self.path))
+        return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
+
+
+class _Finder:
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+        if not name.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def install() -> None:
+    """Install the hook, before the first import of megatron.core; does nothing where CUDA is available."""
+    if torch.cuda.is_available() or _Finder in sys.meta_path:
+        return
+    assert "megatron.core" not in sys.modules, "cpu.install() must come before the first import of megatron.core"
+    sys.meta_path.insert(0, _Finder)
+    import megatron.core.tensor_parallel.random as random
+
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

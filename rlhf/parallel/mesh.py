@@ -1,0 +1,157 @@
+"""The ranks and how they are split: the only file that knows process groups.
+
+Ranks are ordered as in Megatron: tensor parallel fastest, then context, data, pipeline. The ranks of one generation engine are
+consecutive too, so engine tp and training tp meet on the same node.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf.config import Parallel
+from rlhf.contracts import UserError
+from rlhf.parallel import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the CPU hook)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many ranks each axis has. Their product is the world."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """World rank -> (tp, cp, dp, pp) ranks."""
+        tp, rest = rank % self.tp, rank // self.tp
+        cp, rest = rest % self.cp, rest // self.cp
+        return tp, cp, rest % self.dp, rest // self.dp
+
+
+def layout(parallel: Parallel, world: int) -> Layout:
+    """The layout of a world of ranks. Raises UserError where it does not divide."""
+    model = parallel.tp * parallel.pp * parallel.cp
+    dp = parallel.dp or world // model
+    if dp * model != world:
+        raise UserError(
+            f"parallel.tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp or 'any'} does not make {world} ranks:"
+            f" start a multiple of {model}, or change parallel.*"
+        )
+    return Layout(parallel.tp, parallel.pp, parallel.cp, dp)
+
+
+class Mesh:
+    """This rank's place, and the collectives that the rest of the program needs."""
+
+    def __init__(self, parallel: Parallel, seed: int):
+        """Join the world (RANK, WORLD_SIZE, MASTER_* as torchrun sets them) and make all groups."""
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
+        self.layout = layout(parallel, self.world)
+        self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.layout.coordinates(self.rank)
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp, context_parallel_size=parallel.cp
+        )
+        # Sequence parallelism forks the tracker's state even with dropout 0.
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.cp_group = parallel_state.get_context_parallel_group()
+        self.dp_group = parallel_state.get_data_parallel_group()
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        # Small Python objects go over gloo, away from the device.
+        self._objects = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def speaks_for_dp(self) -> bool:
+        """True on one rank per data-parallel replica: the one that reports the replica's sums."""
+        return self.tp_rank == 0 and self.cp_rank == 0 and self.is_last_stage
+
+    def dp_sum(self, x: Tensor) -> Tensor:
+        """Sum over data-parallel ranks."""
+        x = x.to(self.device)
+        dist.all_reduce(x, group=self.dp_group)
+        return x.cpu()
+
+    def cp_sum(self, x: Tensor) -> Tensor:
+        """Sum over context-parallel ranks; the gradient is summed over them too."""
+        return _SumBoth.apply(x, self.cp_group) if self.layout.cp > 1 else x
+
+    def from_last_stage(self, x: Tensor) -> Tensor:
+        """Broadcast x (allocated on every stage) from the last pipeline stage, in place."""
+        if self.layout.pp > 1:
+            dist.broadcast(x, dist.get_global_rank(self.pp_group, self.layout.pp - 1), group=self.pp_group)
+        return x
+
+    def cp_gather(self, x: Tensor) -> Tensor:
+        """Concatenate x[n, ...] of all context-parallel ranks along dim 0."""
+        if self.layout.cp == 1:
+            return x
+        out = x.new_empty(self.layout.cp * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self.cp_group)
+        return out
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's (small, picklable) value, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._objects)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self._objects)
+
+    def nodes(self) -> list[int]:
+        """World rank -> node."""
+        return [rank // self.ranks_per_node for rank in range(self.world)]
+
+    def subgroup(self, size: int) -> dist.ProcessGroup | None:
+        """This rank's group when the world is cut into consecutive groups of `size`; None where size is 1. Call on all ranks alike."""
+        if size == 1:
+            return None
+        return dist.new_subgroups(size)[0]
+
+
+class _SumBoth(torch.autograd.Function):
+    """All-reduce in forward and in backward: every rank uses the sum, so every rank's gradient of it counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None

@@ -1,0 +1,228 @@
+"""Generation in plain torch: the protocol Engine with nothing hidden. An oracle for the other engine, and a fallback where
+vLLM cannot run.
+
+Shapes: B sequences, Q new tokens each, K tokens cached, H query heads, G key/value heads (both of this rank), D head_dim.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.contracts import Completion, Sampling
+from rlhf.model.architecture import Architecture
+
+BATCH = 2**15  # tokens of KV cache allocated at once; longer lists of prompts run as several batches
+
+
+class KVCache:
+    """A dense decoder with a preallocated KV cache and parameters by vLLM's fused names.
+
+    Tensor parallel over `group`: every rank of it makes the same calls, gathers the same logits and so draws the same tokens.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        tp: int,
+        tp_rank: int,
+        group: dist.ProcessGroup | None,  # None: tp is 1
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_len: int,  # prompt and response together, in tokens
+    ):
+        assert arch.heads % tp == 0 and (arch.kv_heads % tp == 0 or tp % arch.kv_heads == 0), f"tp {tp} does not divide the heads"
+        assert (group is None) == (tp == 1), f"tp {tp} with group {group}"
+        self.arch, self.tp, self.tp_rank, self.group = arch, tp, tp_rank, group
+        self.dtype, self.device, self.max_len = dtype, device, max_len
+        self.heads, self.kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
+        self.frequencies = rope_frequencies(arch).to(device)
+        self.weights: dict[str, Tensor] = {}
+        self.wake_weights()
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        """One completion per prompt, in order; the same call on every rank of the group.
+
+        A completion's logp belongs to the distribution it was drawn from, after temperature, top-k and top-p. With temperature 0
+        it is that of the plain distribution (temperature 1, no filters).
+        """
+        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
+        assert all(0 < len(prompt) < self.max_len for prompt in prompts), f"a prompt is empty or leaves no room in {self.max_len} tokens"
+        completions: dict[int, Completion] = {}
+        todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length pad each other least
+        while todo:
+            length = min(len(prompts[todo[-1]]) + sampling.max_tokens, self.max_len)  # of the longest left
+            size = max(1, BATCH // length)
+            batch, todo = todo[-size:], todo[:-size]
+            drawn = self._complete([prompts[i] for i in batch], sampling, [seeds[i] for i in batch], length)
+            completions.update(zip(batch, drawn, strict=True))
+        return [completions[i] for i in range(len(prompts))]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.weights
+
+    def sleep(self) -> None:
+        self.weights = {}  # the KV cache lives only inside generate()
+
+    def wake_weights(self) -> None:
+        if not self.weights:
+            self.weights = {
+                name: torch.zeros(shape, dtype=self.dtype, device=self.device) for name, shape in shapes(self.arch, self.tp).items()
+            }
+
+    def wake(self) -> None:
+        assert self.weights, "wake_weights() and a publish come before wake()"
+
+    def _complete(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], length: int) -> list[Completion]:
+        """Generate for one batch, with `length` cached tokens per sequence."""
+        sizes = torch.tensor([len(p) for p in prompts], device=self.device)
+        room = (self.max_len - sizes).clamp(max=sampling.max_tokens)
+        # Padding on the right is never seen: a generated token overwrites it before any query reaches its position.
+        width = int(sizes.max())
+        tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)
+        positions = torch.arange(width, device=self.device).expand_as(tokens)
+        cache = torch.zeros(
+            (self.arch.layers, 2, len(prompts), length, self.kv_heads, self.arch.head_dim), dtype=self.dtype, device=self.device
+        )
+        # All draws are made before generation starts, so neither batch nor order can touch them.
+        draws = [torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        draw = torch.stack(draws, dim=1).to(self.device)  # [max_tokens, B]
+        stop = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=self.device)
+        rows, last = torch.arange(len(prompts), device=self.device), sizes - 1  # where the hidden state that predicts is
+        stopped, sampled, logps = [], [], []
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        for step in range(int(room.max())):
+            hidden = self._forward(tokens, positions, cache)
+            token, logp = choose(self._logits(hidden[rows, last]), sampling, draw[step])
+            sampled.append(token)
+            logps.append(logp)
+            stopped.append(torch.isin(token, stop))
+            done |= stopped[-1] | (step + 1 >= room)
+            if done.all():
+                break
+            tokens, last = token[:, None], torch.zeros_like(sizes)
+            positions = (sizes + step).clamp(max=length - 1)[:, None]  # finished sequences idle at the end
+        columns = zip(*(torch.stack(x, dim=1).tolist() for x in (sampled, logps, stopped)), room.tolist(), strict=True)
+        return [_cut(*row) for row in columns]
+
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+        """tokens, positions [B, Q] -> final hidden states [B, Q, hidden]; the tokens' keys and values go into the cache."""
+        arch, w = self.arch, self.weights
+        angles = positions[..., None, None] * self.frequencies  # [B, Q, 1, D/2]
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        seen = torch.arange(int(positions.max()) + 1, device=self.device) <= positions[:, None, :, None]  # [B, 1, Q, K]
+        x = self._embed(tokens)
+        for i in range(arch.layers):
+            layer = f"model.layers.{i}."
+            h = F.rms_norm(x, (arch.hidden,), w[layer + "input_layernorm.weight"], arch.eps)
+            x = x + self._attend(h, layer + "self_attn.", positions, cos, sin, seen, cache[i])
+            h = F.rms_norm(x, (arch.hidden,), w[layer + "post_attention_layernorm.weight"], arch.eps)
+            gate, up = F.linear(h, w[layer + "mlp.gate_up_proj.weight"]).chunk(2, dim=-1)
+            x = x + self._sum(F.linear(F.silu(gate) * up, w[layer + "mlp.down_proj.weight"]))
+        return F.rms_norm(x, (arch.hidden,), w["model.norm.weight"], arch.eps)
+
+    def _attend(self, h: Tensor, name: str, positions: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache: Tensor) -> Tensor:
+        """Causal attention of h [B, Q, hidden] to everything in the cache [2, B, K, G, D] up to its own positions."""
+        arch, w = self.arch, self.weights
+        qkv = F.linear(h, w[name + "qkv_proj.weight"], w[name + "qkv_proj.bias"] if arch.qkv_bias else None)
+        q, k, v = qkv.unflatten(-1, (-1, arch.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if arch.qk_norm:
+            q = F.rms_norm(q, (arch.head_dim,), w[name + "q_norm.weight"], arch.eps)
+            k = F.rms_norm(k, (arch.head_dim,), w[name + "k_norm.weight"], arch.eps)
+        rows = torch.arange(len(h), device=self.device)[:, None]
+        cache[0, rows, positions] = rotate(k, cos, sin)
+        cache[1, rows, positions] = v
+        keys, values = cache[:, :, : seen.shape[-1]].transpose(2, 3)  # [B, G, K, D] each
+        out = F.scaled_dot_product_attention(rotate(q, cos, sin).transpose(1, 2), keys, values, attn_mask=seen, enable_gqa=True)
+        return self._sum(F.linear(out.transpose(1, 2).flatten(2), w[name + "o_proj.weight"]))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        table = self.weights["model.embed_tokens.weight"]
+        local = tokens - self.tp_rank * len(table)
+        mine = (local >= 0) & (local < len(table))
+        return self._sum(F.embedding(local.where(mine, 0), table) * mine[..., None])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B, hidden] -> float32 logits [B, vocab], the same on every rank."""
+        weight = self.weights["model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"]
+        shard = F.linear(hidden, weight).float()
+        if self.group is None:
+            return shard[:, : self.arch.vocab]
+        shards = [torch.empty_like(shard) for _ in range(self.tp)]
+        dist.all_gather(shards, shard, group=self.group)
+        return torch.cat(shards, dim=-1)[:, : self.arch.vocab]
+
+    def _sum(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+
+def shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter that one of tp ranks holds, fused and split as vLLM does."""
+    heads, kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)  # a kv head is copied where tp > kv_heads
+    qkv = (heads + 2 * kv_heads) * arch.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (arch.hidden,),
+        "self_attn.qkv_proj.weight": (qkv, arch.hidden),  # rows of q, then k, then v
+        "self_attn.o_proj.weight": (arch.hidden, heads * arch.head_dim),
+        "post_attention_layernorm.weight": (arch.hidden,),
+        "mlp.gate_up_proj.weight": (2 * arch.ffn // tp, arch.hidden),  # rows of gate, then up
+        "mlp.down_proj.weight": (arch.hidden, arch.ffn // tp),
+    }
+    if arch.qkv_bias:
+        layer["self_attn.qkv_proj.bias"] = (qkv,)
+    if arch.qk_norm:
+        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (arch.head_dim,)
+    table = (arch.padded_vocab(tp) // tp, arch.hidden)
+    outer = {"model.embed_tokens.weight": table, "model.norm.weight": (arch.hidden,)} | ({} if arch.tied else {"lm_head.weight": table})
+    return outer | {f"model.layers.{i}.{name}": shape for i in range(arch.layers) for name, shape in layer.items()}
+
+
+def rope_frequencies(arch: Architecture) -> Tensor:
+    """Radians per position of each rotated pair, [D/2]; 2104.09864, with Llama 3's stretch of the slow ones (2407.21783)."""
+    frequencies = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
+    if not arch.rope_scaling:
+        return frequencies
+    s = arch.rope_scaling
+    turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the context of pre-training
+    kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / s["factor"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, Q, heads, D], pairing each dimension with the one half of D away."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and their log-probs from logits [B, vocab] and one uniform draw [B] in [0, 1) for each sequence.
+
+    Order of the filters as in vLLM: temperature, top-k, then top-p over what is left. Temperature 0 takes the likeliest token.
+    """
+    if sampling.temperature == 0:
+        logp, token = logits.log_softmax(dim=-1).max(dim=-1)
+        return token, logp
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
+    if sampling.top_p < 1:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        probs = ranked.softmax(dim=-1)
+        likelier = probs.cumsum(dim=-1) - probs  # mass of the tokens before this one
+        logits = logits.scatter(-1, order, ranked.masked_fill(likelier >= sampling.top_p, -math.inf))
+    logp = logits.log_softmax(dim=-1)
+    mass = logp.double().exp().cumsum(dim=-1)
+    token = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True)
+    return token[:, 0], logp.gather(-1, token)[:, 0]
+
+
+def _cut(tokens: list[int], logp: list[float], stopped: list[bool], room: int) -> Completion:
+    """The response within one row of a batch, which ran on until its last sequence ended."""
+    end = stopped.index(True) + 1 if True in stopped[:room] else room
+    return Completion(tokens[:end], logp[:end], "stop" if stopped[end - 1] else "length")

@@ -1,0 +1,110 @@
+"""From prompts to rewarded samples, over all engines of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from rlhf.config import Config
+from rlhf.contracts import Completion, Engine, Sample, Sampling
+from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
+from rlhf.parallel.mesh import Mesh
+from rlhf.rewards.worker import Rewards
+from rlhf.weights.publish import Publisher
+
+Sums = dict[str, tuple[float, float]]
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Every engine (rollout.tp consecutive ranks) generates for its share of the prompts; then all ranks know all samples."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    publisher: Publisher | None  # None: the engine loaded its weights by itself
+    tokenizer: Tokenizer
+    rewards: Rewards
+    records: Records
+
+    def draw(self, step: int) -> list[Sample]:
+        """The step's samples, grouped by prompt, alike on every rank; then the engine sleeps until the next publish."""
+        prompts = self.records.draw(step, self.config.batch.prompts, self.config.seed)
+        samples = self.sample(prompts, self.sampling(), self.config.rollout.group, step)
+        self.engine.sleep()
+        return samples
+
+    def publish(self, parameters: Mapping[str, Tensor]) -> None:
+        """Give the engine the learner's weights (by megatron-core's names) and wake it."""
+        assert self.publisher, "an engine that loaded its own weights is never published to"
+        self.engine.wake_weights()
+        self.publisher.publish(parameters, self.engine.parameters())
+        self.engine.wake()
+
+    def sampling(self) -> Sampling:
+        """How the configuration says to sample. A stop string that is a single token ends generation at once."""
+        r = self.config.rollout
+        single = [ids[0] for text in r.stop if len(ids := self.tokenizer.encode(text)) == 1]
+        stop_ids = (*self.tokenizer.stop_ids, *single)
+        return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
+
+    def greedy(self, prompts: list[Sample]) -> list[Sample]:
+        """One rewarded response per prompt, the likeliest token at every place."""
+        return self.sample(prompts, replace(self.sampling(), temperature=0.0, top_p=1.0, top_k=0), 1, 0)
+
+    def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
+        """`group` rewarded responses to each prompt. Which engine does what changes nothing: draws depend on (seed, step, prompt, sibling)."""
+        engines = self.mesh.world // self.config.rollout.tp
+        mine = [i for i in range(len(prompts)) if i % engines == self.mesh.rank // self.config.rollout.tp]
+        jobs = [(i, k) for i in mine for k in range(group)]
+        completions = self.engine.generate(
+            [prompts[i].tokens.tolist() for i, _ in jobs], sampling, [_seed(self.config.seed, step, prompts[i].group, k) for i, k in jobs]
+        )
+        samples = None
+        if self.mesh.rank % self.config.rollout.tp == 0:  # one rank speaks for an engine
+            samples = [self._sample(prompts[i], completion) for (i, _), completion in zip(jobs, completions, strict=True)]
+            scores = self.rewards.score([(s.meta["prompt"], s.meta["response"], s.meta["record"]) for s in samples])
+            for sample, score in zip(samples, scores, strict=True):
+                sample.reward, sample.meta["failed"] = score.value, score.failed
+        found = [sample for part in self.mesh.all_gather(samples) if part is not None for sample in part]
+        return sorted(found, key=lambda s: s.group)  # stable: siblings keep their order
+
+    def _sample(self, prompt: Sample, completion: Completion) -> Sample:
+        completion = self._cut(completion)
+        text = self.tokenizer.decode(completion.tokens)
+        tokens = np.concatenate([prompt.tokens, np.array(completion.tokens, np.int32)])
+        mask, logp = np.zeros(len(tokens) - 1, bool), np.zeros(len(tokens) - 1, np.float32)
+        mask[len(prompt.tokens) - 1 :] = True
+        logp[len(prompt.tokens) - 1 :] = completion.logp
+        meta = {**prompt.meta, "response": text}
+        return Sample(tokens, mask, prompt.group, truncated=completion.finish == "length", meta=meta, sampler_logp=logp)
+
+    def _cut(self, completion: Completion) -> Completion:
+        """End the response behind the first stop string. Tokens are cut, never made again from text."""
+        text = self.tokenizer.decode(completion.tokens)
+        if not any(stop in text for stop in self.config.rollout.stop):
+            return completion
+        for n in range(1, len(completion.tokens) + 1):
+            if any(stop in self.tokenizer.decode(completion.tokens[:n]) for stop in self.config.rollout.stop):
+                return Completion(completion.tokens[:n], completion.logp[:n], "stop")
+        return completion
+
+
+def summary(samples: list[Sample]) -> Sums:
+    """What a step's samples look like, as (sum, count)."""
+    n = float(len(samples))
+    return {
+        "reward": (sum(s.reward for s in samples), n),
+        "response_tokens": (float(sum(s.mask.sum() for s in samples)), n),
+        "truncated": (float(sum(s.truncated for s in samples)), n),
+        "reward_failed": (float(sum(s.meta["failed"] for s in samples)), n),
+    }
+
+
+def _seed(*key: int) -> int:
+    """63 bits that depend on every part of the key: engines with equal seeds would sample alike."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

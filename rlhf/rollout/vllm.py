@@ -1,0 +1,136 @@
+"""Generation with vLLM, one shard of the engine per rank, in the trainer's own process. The only file that imports vllm.
+
+Works with vLLM 0.25 on a GPU and vLLM 0.32 on a CPU. Token ids go in and come out; no tokenizer is loaded.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from rlhf.contracts import Completion, Sampling, UserError
+from rlhf.model.architecture import Architecture
+
+# vLLM reads these while it is imported; what the user has set wins.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler runs in this process: we write the weights in place
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it can neither seed requests one by one nor return their log-probs, and may be absent
+    "VLLM_LOGGING_LEVEL": "ERROR",  # dozens of lines per rank of how vLLM configures itself otherwise
+    "VLLM_NO_USAGE_STATS": "1",  # nothing about a run leaves the machine
+    "DO_NOT_TRACK": "1",  # the same, for the libraries below vLLM
+}
+if not torch.cuda.is_available():
+    ENVIRONMENT["TORCHDYNAMO_DISABLE"] = "1"  # on a CPU, compiling one small helper takes longer than a whole test
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+
+import vllm.model_executor.layers.utils as vllm_layers
+from vllm import LLM, SamplingParams
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+
+class VLLM:
+    """The protocol Engine over vLLM's `external_launcher`: every rank runs its own scheduler, and ranks of one engine agree
+    because they get the same prompts and the same seed for every request.
+
+    An initialised torch.distributed world is inherited: each tp consecutive ranks are one engine. Otherwise vLLM makes a world
+    from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; the first two must be set in any case.
+    On a CPU nothing can sleep: sleep() and the wakes keep weights and cache where they are.
+    Just end the process to end the engine: vLLM then destroys the default process group, whoever made it.
+    """
+
+    def __init__(
+        self,
+        folder: str,  # with a config.json; weights are read only if load
+        arch: Architecture,
+        *,
+        tp: int,
+        dtype: str,  # "float32" or "bfloat16"
+        seed: int,
+        max_len: int,  # prompt and response together, in tokens
+        memory: float,  # share of the device's memory for weights and KV cache (GPU)
+        cache: float,  # GiB of KV cache (CPU)
+        load: bool = False,  # weights from the folder; otherwise parameters() awaits a publish
+    ):
+        self.max_len = max_len
+        self.on_gpu = torch.cuda.is_available()
+        if self.on_gpu:
+            device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
+        else:
+            _adapt_to_cpu(folder, arch)
+            device = {"kv_cache_memory_bytes": int(cache * 2**30), "enforce_eager": True}
+        self.llm = LLM(
+            model=folder,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # stop ids and sampling come from the caller, never from the folder
+            load_format="auto" if load else "dummy",
+            dtype=dtype,
+            seed=seed,
+            tensor_parallel_size=tp,
+            distributed_executor_backend="external_launcher",
+            max_model_len=max_len,
+            logprobs_mode="processed_logprobs",  # log-probs of the distribution that was sampled from
+            use_tqdm_on_load=False,
+            **device,
+        )
+        self._parameters = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        """One completion per prompt, in order; the same call on every rank of the engine.
+
+        A completion's logp belongs to the distribution it was drawn from, after temperature, top-k and top-p. With temperature 0
+        it is that of the plain distribution (temperature 1, no filters).
+        Every request needs its own seed (0 <= seed < 2**63): without one, ranks of an engine would draw from global random
+        states that differ; with a shared one, siblings of a group would come out alike.
+        """
+        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
+        assert all(0 < len(prompt) < self.max_len for prompt in prompts), f"a prompt is empty or leaves no room in {self.max_len} tokens"
+        requests = [
+            SamplingParams(
+                seed=seed,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                stop_token_ids=list(sampling.stop_ids),
+                ignore_eos=True,  # the caller's stop ids alone end a response
+                logprobs=0,  # of the sampled token only
+                flat_logprobs=True,  # lists of numbers instead of one dict per token
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        with torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator even for seeded requests
+            outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], requests, use_tqdm=False)
+        drawn = [output.outputs[0] for output in outputs]
+        return [Completion(list(d.token_ids), list(d.logprobs.logprobs), d.finish_reason) for d in drawn]
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """This rank's shards by vLLM's fused names; a tied lm_head is not listed. Write them in place."""
+        return self._parameters
+
+    def sleep(self) -> None:
+        if self.on_gpu:
+            self.llm.sleep(level=2)  # level 1 would copy the weights to the host, but publish brings newer ones
+
+    def wake_weights(self) -> None:
+        if self.on_gpu:
+            self.llm.wake_up(tags=["weights"])
+
+    def wake(self) -> None:
+        if self.on_gpu:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()  # its blocks were computed with older weights
+
+
+def _adapt_to_cpu(folder: str, arch: Architecture) -> None:
+    """Make vLLM's CPU backend behave as the GPU's does: live weights, and ranks that do not starve each other."""
+    if arch.head_dim % 32:
+        raise UserError(
+            f"{folder}/config.json: vLLM on a CPU needs a head_dim in multiples of 32, not {arch.head_dim}; set rollout.engine=kvcache"
+        )
+    # vLLM would pack each weight into a private copy and leave an empty parameter, so that publishing could not reach it.
+    vllm_layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
+    # Its shared-memory all-reduce spins, which is fastest with a core for every rank and ten times slower than gloo without.
+    if dist.is_initialized() and dist.get_world_size() > len(os.sched_getaffinity(0)):
+        CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False

@@ -1,0 +1,82 @@
+"""AdamW over megatron-core's buffers, its learning-rate schedule and its state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from rlhf.config import Optim
+
+
+def learning_rate(optim: Optim, update: int, updates: int) -> float:
+    """The learning rate of one update (counted from 0) of `updates`: linear warm-up from 0 to lr, then the schedule down to min_lr."""
+    if update < optim.warmup:
+        return optim.lr * (update + 1) / optim.warmup
+    done = (update - optim.warmup) / max(1, updates - optim.warmup)
+    share = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optim.schedule]
+    return optim.min_lr + (optim.lr - optim.min_lr) * share
+
+
+class Optimizer:
+    """megatron-core's (distributed) AdamW with float32 main parameters."""
+
+    def __init__(self, optim: Optim, model: DistributedDataParallel, dtype: torch.dtype, zero: bool):
+        self.weight_decay = optim.weight_decay
+        self.megatron = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                adam_beta1=optim.beta1,
+                adam_beta2=optim.beta2,
+                adam_eps=optim.eps,
+                weight_decay=optim.weight_decay,
+                clip_grad=optim.clip or 1e30,  # the norm is wanted in any case
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=zero,
+            ),
+            [model],
+        )
+
+    def step(self, lr: float) -> float:
+        """One update from the finished gradients; returns their global norm before clipping."""
+        for inner in self._inner():
+            for group in inner.param_groups:
+                group["lr"] = lr
+                # Megatron marks norms and biases by wd_mult 0 and leaves it to its own scheduler to apply that.
+                group["weight_decay"] = self.weight_decay * group["wd_mult"]
+        _, norm, _ = self.megatron.step()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}: the model is spoilt, continue from the last checkpoint with a lower optim.lr")
+        return float(norm)
+
+    def zero_grad(self) -> None:
+        self.megatron.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """Moments, step counts and main parameters of this rank's shard, as live tensors."""
+        return {
+            "adam": [inner.state_dict() for inner in self._inner()],
+            "main": [[p.detach() for group in inner.param_groups for p in group["params"]] for inner in self._inner()],
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the state that the same rank of the same layout saved."""
+        for inner, adam, main in zip(self._inner(), state["adam"], state["main"], strict=True):
+            inner.load_state_dict(adam)
+            for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
+                p.copy_(saved)
+
+    def _inner(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers underneath; a rank without parameters to update has none."""
+        parts = self.megatron.chained_optimizers if isinstance(self.megatron, ChainedOptimizer) else [self.megatron]
+        return [part.optimizer for part in parts if part.optimizer is not None]

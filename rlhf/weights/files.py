@@ -1,0 +1,260 @@
+"""Hugging Face folders of safetensors: checked by their headers, read box by box, written from a model on many ranks.
+
+The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, data_offsets), the data.
+torch is imported where tensors are handled, so that a folder can be refused before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.contracts import UserError
+from rlhf.model.architecture import Architecture
+from rlhf.weights import names
+from rlhf.weights.tiles import Tile, plan, view
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors -> of torch
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor is stored."""
+
+    path: Path
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    stop: int
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder, from the headers alone. Raises UserError where a file is missing, cut short or not safetensors."""
+    found: dict[str, Entry] = {}
+    for path in _paths(folder):
+        found |= _header(path)
+    return found
+
+
+def check(folder: str | Path, arch: Architecture) -> None:
+    """Raise UserError, naming the file, unless the folder holds exactly the tensors of arch. Reads headers only."""
+    folder = Path(folder)
+    found, wanted = entries(folder), names.hf_shapes(arch)
+    for name, shape in wanted.items():
+        if name not in found:
+            raise UserError(f"{folder}: tensor {name} is missing; config.json asks for it, so download the weights that belong to it")
+        entry = found[name]
+        if entry.shape != shape:
+            raise UserError(f"{entry.path}: {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}")
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{entry.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
+    ignored = {"lm_head.weight"} if arch.tied else set()
+    extra = [name for name in found if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+        raise UserError(
+            f"{found[extra[0]].path}: tensors {', '.join(extra[:3])}{more} are not part of a {arch.family} model of config.json's shape"
+        )
+
+
+def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Fill live tensors (local name -> tensor) with the boxes of their tiles, cast to the tensors' own dtypes.
+
+    Files are mapped, so only the pages of these boxes are read; rows that no tile covers are left alone.
+    """
+    import torch
+
+    found = entries(Path(folder))
+    whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
+    with torch.no_grad():
+        for tile in tiling:
+            view(parameters[tile.local], tile, tile.box).copy_(view(_map(found[tile.name]), whole[tile.name], tile.box))
+
+
+def write(
+    folder: str | Path,
+    arch: Architecture,
+    config: Mapping[str, Any],
+    sources: Sequence[Sequence[Tile]],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    rank: int,
+    nodes: Sequence[int],
+    dtype: torch.dtype,
+    shard: int = 4 << 30,
+    bucket: int = 512 << 20,
+) -> None:
+    """Write a model that lives on many ranks as a Hugging Face folder; every rank calls it.
+
+    folder      new or empty, on storage that all ranks share
+    config      what config.json will say, but for the dtype
+    sources     the tiles of every rank; parameters are this rank's, by local name
+    nodes       the node of every rank
+    dtype       of the files
+    shard       bytes of tensors per file, at most (a larger tensor gets a file of its own)
+    bucket      bytes of tensors that a rank assembles at a time, at most (or one tensor)
+
+    Files are shared out over the ranks, and each is streamed in the order of its header. They bear temporary names until
+    all are complete, and config.json comes last: a folder without it was never finished.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert not list(folder.glob("*.safetensors")), f"{folder} already holds weights"
+    shapes, world = names.hf_shapes(arch), len(sources)
+    sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = _groups(sizes, shard)
+    count = len(shards)
+    titles = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    owned = [[i for i in range(count) if i * world // count == r] for r in range(world)]
+
+    stored: dict[str, Entry] = {}  # on this rank
+    for i in owned[rank]:
+        stored |= _begin(folder / f"{titles[i]}.partial", {name: shapes[name] for name in shards[i]}, dtype)
+    batches = [_groups({name: sizes[name] for i in mine for name in shards[i]}, bucket) for mine in owned]
+    _stream(arch, sources, parameters, batches, stored, rank, nodes, dtype, bucket)
+
+    _barrier(world)
+    for i in owned[rank]:
+        (folder / f"{titles[i]}.partial").rename(folder / titles[i])
+    _barrier(world)
+    if rank == 0:
+        if count > 1:
+            where = {name: title for title, group in zip(titles, shards, strict=True) for name in group}
+            _save_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+        key = "dtype" if "dtype" in config else "torch_dtype"  # transformers renamed it; it reads both
+        _save_json(folder / "config.json", {**config, key: str(dtype).removeprefix("torch.")})
+    _barrier(world)
+
+
+def _stream(
+    arch: Architecture,
+    sources: Sequence[Sequence[Tile]],
+    parameters: Mapping[str, torch.Tensor],
+    batches: list[list[list[str]]],  # rank -> what it assembles at a time
+    stored: Mapping[str, Entry],
+    rank: int,
+    nodes: Sequence[int],
+    dtype: torch.dtype,
+    bucket: int,
+) -> None:
+    """Assemble whole tensors, a batch at a time on every rank, and write each to its place."""
+    import torch
+
+    from rlhf.weights.publish import Publisher
+
+    whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
+    device = next(iter(parameters.values())).device
+    for step in range(max(len(mine) for mine in batches)):
+        now = [mine[step] if step < len(mine) else [] for mine in batches]
+        targets = [[whole[name] for name in batch] for batch in now]
+        tensors = {name: torch.empty(stored[name].shape, dtype=dtype, device=device) for name in now[rank]}
+        Publisher(plan(sources, targets, nodes), rank, dtype, bucket).publish(parameters, tensors)
+        for name, tensor in tensors.items():
+            with stored[name].path.open("r+b") as file:
+                file.seek(stored[name].start)
+                file.write(tensor.cpu().view(torch.uint8).numpy().data)
+
+
+def _begin(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Entry]:
+    """Write the header of a new file; where its tensors will go."""
+    kind = next(kind for kind, name in DTYPES.items() if str(dtype) == f"torch.{name}")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, shape in shapes.items():
+        start, stop = stop, stop + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, stop)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + stop)
+    return _header(path)
+
+
+def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in groups of at most limit bytes; a larger tensor is a group of its own."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not groups or filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _save_json(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)
+
+
+def _barrier(world: int) -> None:
+    import torch.distributed as dist
+
+    if world > 1:
+        dist.barrier()
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The files that hold the weights: those of the index, or model.safetensors, or whatever safetensors there are."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists():
+        try:
+            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError):
+            raise UserError(f"{index}: not an index of safetensors files; download it again") from None
+        paths = [folder / name for name in listed]
+    else:
+        paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder}: no *.safetensors file; save the model in that format first")
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: missing, though {INDEX} lists it; download it again")
+    return paths
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > 100 << 20:  # the format's own limit; a text file's first letters make a far larger number
+            raise UserError(f"{path}: not a safetensors file, or cut short at {size} bytes; download it again")
+        text = file.read(length)
+    if len(text) < length:
+        raise UserError(f"{path}: cut short at {size} bytes, its header alone has {8 + length}; download it again")
+    try:
+        header = json.loads(text)
+    except ValueError:
+        raise UserError(f"{path}: not a safetensors file: its header is not JSON; download it again") from None
+    header.pop("__metadata__", None)
+    data = 8 + length
+    found = {
+        name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"])) for name, at in header.items()
+    }
+    end = max((entry.stop for entry in found.values()), default=data)
+    if size < end:
+        raise UserError(f"{path}: cut short at {size} of {end} bytes; download it again")
+    return found
+
+
+def _map(entry: Entry) -> torch.Tensor:
+    """The stored tensor as a mapping of its file: pages are read when they are touched, and given back with the tensor."""
+    import torch
+
+    base = entry.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with entry.path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), entry.stop - base, access=mmap.ACCESS_COPY, offset=base)
+    dtype = getattr(torch, DTYPES[entry.dtype])
+    return torch.frombuffer(pages, dtype=dtype, count=prod(entry.shape), offset=entry.start - base).view(entry.shape)

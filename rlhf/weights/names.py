@@ -1,0 +1,205 @@
+"""Layouts: which box of which Hugging Face tensor a rank holds, and under what name. A new format is one entry of LAYOUTS."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf.model.architecture import Architecture
+from rlhf.weights.tiles import Box, Tile
+
+Shape = tuple[int, ...]
+Split = Literal["rows", "columns", "vocab", "qkv", "whole"]
+Part = tuple[int, int]  # (rank, size) along one axis of parallelism
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Local names by Hugging Face name; a name that is not listed is kept.
+
+    Tensors that share a local name follow one another in its rows, in the order of hf_shapes(). The exception is grouped
+    qkv: the rows of each kv head are its q heads, then k, then v, and tensor parallelism chunks the result.
+    """
+
+    layer: str = "model.layers.{}."  # prefix of a layer's tensors; {} is its number within the pipeline stage
+    names: Mapping[str, str] = field(default_factory=dict)  # without the prefix, for tensors of a layer
+    grouped_qkv: bool = False
+
+    def local(self, name: str) -> str:
+        return self.names.get(name, name)
+
+
+LAYOUTS = {
+    "hf": Layout(),  # the tensors of a Hugging Face folder, each under its own name
+    "vllm": Layout(  # the parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them
+        names={
+            "self_attn.q_proj.weight": "self_attn.qkv_proj.weight",
+            "self_attn.k_proj.weight": "self_attn.qkv_proj.weight",
+            "self_attn.v_proj.weight": "self_attn.qkv_proj.weight",
+            "self_attn.q_proj.bias": "self_attn.qkv_proj.bias",
+            "self_attn.k_proj.bias": "self_attn.qkv_proj.bias",
+            "self_attn.v_proj.bias": "self_attn.qkv_proj.bias",
+            "mlp.gate_proj.weight": "mlp.gate_up_proj.weight",
+            "mlp.up_proj.weight": "mlp.gate_up_proj.weight",
+        },
+    ),
+    "mcore": Layout(  # the parameters of a live megatron-core GPTModel built without Transformer Engine
+        layer="decoder.layers.{}.",
+        names={
+            "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+            "model.norm.weight": "decoder.final_layernorm.weight",
+            "lm_head.weight": "output_layer.weight",
+            "input_layernorm.weight": "input_layernorm.weight",
+            "self_attn.q_proj.weight": "self_attention.linear_qkv.weight",
+            "self_attn.k_proj.weight": "self_attention.linear_qkv.weight",
+            "self_attn.v_proj.weight": "self_attention.linear_qkv.weight",
+            "self_attn.q_proj.bias": "self_attention.linear_qkv.bias",
+            "self_attn.k_proj.bias": "self_attention.linear_qkv.bias",
+            "self_attn.v_proj.bias": "self_attention.linear_qkv.bias",
+            "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+            "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+            "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+            "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+            "mlp.gate_proj.weight": "mlp.linear_fc1.weight",
+            "mlp.up_proj.weight": "mlp.linear_fc1.weight",
+            "mlp.down_proj.weight": "mlp.linear_fc2.weight",
+        },
+        grouped_qkv=True,
+    ),
+}
+
+# How tensor parallelism cuts a tensor, by its module; every other tensor is held whole by every rank.
+SPLITS: dict[str, Split] = {
+    "embed_tokens": "vocab",
+    "lm_head": "vocab",
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "columns",
+    "gate_proj": "rows",
+    "up_proj": "rows",
+    "down_proj": "columns",
+}
+
+
+def hf_shapes(arch: Architecture) -> dict[str, Shape]:
+    """Name -> shape of every tensor in a Hugging Face folder, in the model's order; a tied model has no lm_head.weight."""
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab, arch.hidden)}
+    for i in range(arch.layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(arch).items()}
+    shapes["model.norm.weight"] = (arch.hidden,)
+    if not arch.tied:
+        shapes["lm_head.weight"] = (arch.vocab, arch.hidden)
+    return shapes
+
+
+def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1)) -> list[Tile]:
+    """What one rank holds. tp and pp are (rank, size); layers are divided evenly over the pipeline stages.
+
+    Rows that pad the vocabulary are covered by no tile.
+    """
+    form, (stage, stages) = LAYOUTS[layout], pp
+    assert arch.layers % stages == 0, f"{arch.layers} layers do not divide over {stages} pipeline stages"
+    depth, last = arch.layers // stages, stage == stages - 1
+    embedding, table = "model.embed_tokens.weight", (arch.vocab, arch.hidden)
+    held: list[tuple[str, str, Shape]] = []  # (Hugging Face name, local name, Hugging Face shape)
+    if stage == 0:
+        held.append((embedding, form.local(embedding), table))
+    for i in range(depth):
+        for name, shape in _layer_shapes(arch).items():
+            held.append((f"model.layers.{stage * depth + i}.{name}", form.layer.format(i) + form.local(name), shape))
+    if last:
+        held.append(("model.norm.weight", form.local("model.norm.weight"), (arch.hidden,)))
+    if last and not (arch.tied and stage == 0):  # where the embedding is on another stage, a tied output layer is a copy of it
+        held.append((embedding if arch.tied else "lm_head.weight", form.local("lm_head.weight"), table))
+    return _place(arch, form, tp, held)
+
+
+def tilings(arch: Architecture, layout: str, world: int, tp: int, pp: int = 1) -> list[list[Tile]]:
+    """The tiles of every rank, where ranks count tensor parallel fastest and pipeline stages slowest (megatron-core's
+    order tp-cp-dp-pp; engines of tp consecutive ranks)."""
+    assert world % (tp * pp) == 0, f"{world} ranks do not divide over tp {tp} x pp {pp}"
+    unique = {(t, p): tiles(arch, layout, (t, tp), (p, pp)) for t in range(tp) for p in range(pp)}
+    return [unique[rank % tp, rank // (world // pp)] for rank in range(world)]
+
+
+def _layer_shapes(arch: Architecture) -> dict[str, Shape]:
+    """Name within the layer -> Hugging Face shape."""
+    hidden, ffn, q, kv = arch.hidden, arch.ffn, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    bias = {f"self_attn.{x}_proj.bias": (rows,) for x, rows in (("q", q), ("k", kv), ("v", kv))}
+    norm = {f"self_attn.{x}_norm.weight": (arch.head_dim,) for x in "qk"}
+    return {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        **(bias if arch.qkv_bias else {}),
+        **(norm if arch.qk_norm else {}),
+        "self_attn.o_proj.weight": (hidden, q),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+
+
+def _place(arch: Architecture, form: Layout, tp: Part, held: list[tuple[str, str, Shape]]) -> list[Tile]:
+    """Tiles of whole tensors cut over tp; tensors that share a local name follow one another in its rows."""
+    filled: dict[str, int] = defaultdict(int)
+    placed = []
+    for name, local, shape in held:
+        module = name.split(".")[-2]
+        split = SPLITS.get(module, "whole")
+        if split == "qkv":
+            box, view, at = _cut_qkv(arch, module[0], shape[1:], tp, form.grouped_qkv)
+        else:
+            box = _cut(arch, shape, split, tp)
+            view, at = tuple(high - low for low, high in box), (0,) * len(box)
+        rows = view[0] * view[1] if split == "qkv" else view[0]
+        if all(low < high for low, high in box):
+            placed.append(Tile(name, box, local, filled[local], rows, view, at))
+        if not (split == "qkv" and form.grouped_qkv):
+            filled[local] += rows
+    return placed
+
+
+def _chunk(length: int, part: Part) -> tuple[int, int]:
+    rank, size = part
+    assert length % size == 0, f"{length} rows or columns do not divide over {size} ranks"
+    return length // size * rank, length // size * (rank + 1)
+
+
+def _cut(arch: Architecture, shape: Shape, split: Split, tp: Part) -> Box:
+    whole = tuple((0, n) for n in shape)
+    match split:
+        case "rows":
+            return (_chunk(shape[0], tp), *whole[1:])
+        case "columns":
+            return (whole[0], _chunk(shape[1], tp))
+        case "vocab":
+            low, high = _chunk(arch.padded_vocab(tp[1]), tp)
+            return ((min(low, arch.vocab), min(high, arch.vocab)), *whole[1:])
+    return whole
+
+
+def _cut_qkv(arch: Architecture, part: str, columns: Shape, tp: Part, grouped: bool) -> tuple[Box, Shape, Shape]:
+    """Box in the canonical view, shape of the local rows, offsets in it; part is q, k or v.
+
+    Where ranks outnumber kv heads, several share one: grouped rows are cut plainly, even within k and v, while separate
+    ones cut q and replicate k and v.
+    """
+    rank, size = tp
+    sharers = max(1, size // arch.kv_heads)
+    assert size % sharers == 0, f"{size} ranks cannot share {arch.kv_heads} kv heads evenly"
+    heads = _chunk(arch.kv_heads, (rank // sharers, size // sharers))
+    group = {"q": arch.heads // arch.kv_heads * arch.head_dim, "k": arch.head_dim, "v": arch.head_dim}  # rows per kv head
+    tail = tuple((0, n) for n in columns)
+    if not grouped:
+        rows = _chunk(group[part], (rank % sharers, sharers)) if part == "q" else (0, group[part])
+        box: Box = (heads, rows, *tail)
+        return box, tuple(high - low for low, high in box), (0,) * len(box)
+    low, high = _chunk(sum(group.values()), (rank % sharers, sharers))
+    offset = {"q": 0, "k": group["q"], "v": group["q"] + group["k"]}[part]
+    first, last = max(low, offset), min(high, offset + group[part])
+    box = (heads, (first - offset, last - offset), *tail)
+    return box, (heads[1] - heads[0], high - low, *columns), (0, first - low, *(0 for _ in columns))

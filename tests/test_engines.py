@@ -1,0 +1,267 @@
+"""Both engines against transformers and against each other's rules, on random models of a few thousand parameters."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rlhf.contracts import Engine, Sampling, UserError
+from rlhf.model import architecture
+from rlhf.rollout import kvcache
+from rlhf.rollout.kvcache import KVCache
+
+SIZES = {
+    "vocab_size": 101,  # not a multiple of 64, so that padding shows
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # vLLM's CPU attention needs multiples of 32
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # short, so that the stretched frequencies matter here
+}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama-tied-llama3": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama-one-kv-head": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"hidden_size": 128}),  # its head_dim is hidden / heads
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+}
+MAX_LEN = 64
+PROMPTS = [[5, 9, 33], [7], [100, 0, 64, 65, 1, 2, 3, 4, 90, 17, 18, 19, 20], [5, 9, 33, 40, 41, 42]]
+SEEDS = [11, 22, 33, 44]
+GREEDY = Sampling(max_tokens=8, temperature=0.0)
+
+
+def build(kind: str, seed: int = 0):
+    """A random model of transformers, wide enough awake that no two tokens tie."""
+    model_class, config_class, changes = MODELS[kind]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(SIZES | changes), attn_implementation="eager")).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)  # biases and norms too: at their initial 0 and 1 they would prove nothing
+    return model
+
+
+def folder(model, path: Path) -> str:
+    model.save_pretrained(path)
+    return str(path)
+
+
+def shards(model, arch, tp: int, rank: int) -> dict[str, torch.Tensor]:
+    """What rank of tp holds of the model, by vLLM's names: written out here a second time, from the definition."""
+    state, out = model.state_dict(), {}
+
+    def rows(tensor, parts, part):
+        return tensor.chunk(parts)[part]
+
+    for name in ["model.embed_tokens.weight"] + ([] if arch.tied else ["lm_head.weight"]):
+        table = torch.nn.functional.pad(state[name], (0, 0, 0, arch.padded_vocab(tp) - arch.vocab))
+        out[name] = rows(table, tp, rank)
+    copies = max(1, tp // arch.kv_heads)  # ranks that hold the same kv head
+    for name, tensor in state.items():
+        if name.endswith("norm.weight"):
+            out[name] = tensor
+        elif "q_proj" in name:
+            k, v = state[name.replace("q_proj", "k_proj")], state[name.replace("q_proj", "v_proj")]
+            kv = [rows(x, tp // copies, rank // copies) for x in (k, v)]
+            out[name.replace("q_proj", "qkv_proj")] = torch.cat([rows(tensor, tp, rank), *kv])
+        elif "gate_proj" in name:
+            up = state[name.replace("gate_proj", "up_proj")]
+            out[name.replace("gate_proj", "gate_up_proj")] = torch.cat([rows(tensor, tp, rank), rows(up, tp, rank)])
+        elif "o_proj" in name or "down_proj" in name:
+            out[name] = tensor.chunk(tp, dim=1)[rank]
+    return out
+
+
+def publish(model, arch, engine: Engine, tp: int = 1, rank: int = 0) -> None:
+    source, target = shards(model, arch, tp, rank), engine.parameters()
+    assert {k: tuple(v.shape) for k, v in target.items()} == {k: tuple(v.shape) for k, v in source.items()}
+    for name, tensor in source.items():
+        target[name].data.copy_(tensor)
+    engine.wake()
+
+
+def plain(model, arch) -> KVCache:
+    engine = KVCache(arch, tp=1, tp_rank=0, group=None, dtype=torch.float32, device="cpu", max_len=MAX_LEN)
+    publish(model, arch, engine)
+    return engine
+
+
+def reference_logp(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """transformers' log-probs of the response's tokens and, for greedy decoding, the likeliest token at each place."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1)
+
+
+def check_greedy(model, engine: Engine, tolerance: float) -> None:
+    for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, GREEDY, SEEDS), strict=True):
+        logp = reference_logp(model, prompt, completion.tokens)
+        assert completion.tokens == logp.argmax(-1).tolist() and len(completion.tokens) == GREEDY.max_tokens
+        torch.testing.assert_close(torch.tensor(completion.logp), logp.max(-1).values, rtol=0, atol=tolerance)
+        assert completion.finish == "length"
+
+
+def check_sampled(model, engine: Engine, tolerance: float) -> None:
+    """Log-probs at the sampling temperature; tokens a function of (prompt, seed) alone."""
+    sampling = Sampling(max_tokens=12, temperature=0.7)
+    together = engine.generate(PROMPTS, sampling, SEEDS)
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        logp = reference_logp(model, prompt, completion.tokens, 0.7).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logp), logp, rtol=0, atol=tolerance)
+    backwards = engine.generate(PROMPTS[::-1], sampling, SEEDS[::-1])[::-1]
+    alone = [engine.generate([prompt], sampling, [seed])[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    assert [c.tokens for c in together] == [c.tokens for c in backwards] == [c.tokens for c in alone]
+    siblings = engine.generate([PROMPTS[0]] * 8, sampling, list(range(8)))
+    assert len({tuple(c.tokens) for c in siblings}) == 8
+
+
+def check_limits(engine: Engine) -> None:
+    greedy = engine.generate(PROMPTS, GREEDY, SEEDS)
+    stop = greedy[0].tokens[2]
+    first = greedy[0].tokens.index(stop) + 1
+    completion = engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=0.0, stop_ids=(stop,)), SEEDS)[0]
+    assert (completion.tokens, completion.finish) == (greedy[0].tokens[:first], "stop")
+    assert len(completion.logp) == first
+    long = [1] * (MAX_LEN - 3)  # the context ends this response before max_tokens does, and not its neighbour
+    cut, neighbour = engine.generate([long, PROMPTS[0]], GREEDY, SEEDS[:2])
+    assert (len(cut.tokens), cut.finish) == (3, "length")
+    assert neighbour.tokens == greedy[0].tokens
+    likeliest = engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=2.0, top_k=1), SEEDS)
+    assert [c.tokens for c in likeliest] == [c.tokens for c in greedy]
+    assert all(logp == 0 for c in likeliest for logp in c.logp)  # of the distribution that was drawn from
+    assert engine.generate([], GREEDY, []) == []
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_kvcache_equals_transformers(kind, tmp_path):
+    model = build(kind)
+    arch = architecture.read(folder(model, tmp_path))
+    engine = plain(model, arch)
+    check_greedy(model, engine, 1e-5)
+    check_sampled(model, engine, 1e-5)
+    check_limits(engine)
+
+
+def test_kvcache_sleeps_and_wakes_with_new_weights(tmp_path):
+    old, new = build("llama", 0), build("llama", 1)
+    arch = architecture.read(folder(old, tmp_path))
+    engine = plain(old, arch)
+    engine.sleep()
+    assert not engine.parameters()
+    engine.wake_weights()
+    publish(new, arch, engine)
+    check_greedy(new, engine, 1e-5)
+
+
+def test_kvcache_splits_long_lists_into_batches(tmp_path, monkeypatch):
+    model = build("llama")
+    engine = plain(model, architecture.read(folder(model, tmp_path)))
+    monkeypatch.setattr(kvcache, "BATCH", 30)  # tokens: one or two of these prompts at a time
+    check_greedy(model, engine, 1e-5)
+
+
+def test_choose_draws_from_the_filtered_distribution():
+    probs = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+    draws = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # evenly spaced: frequencies come out exact
+    logits = probs.log().expand(1000, -1)
+    cases = {
+        Sampling(max_tokens=1): [100, 400, 50, 300, 150],
+        Sampling(max_tokens=1, top_k=2): [0, 571, 0, 429, 0],  # 4/7 and 3/7
+        Sampling(max_tokens=1, top_p=0.75): [0, 471, 0, 353, 176],  # 0.4 + 0.3 falls short of 0.75, so 0.15 joins
+        Sampling(max_tokens=1, top_p=0.69): [0, 571, 0, 429, 0],
+        Sampling(max_tokens=1, top_p=0.01): [0, 1000, 0, 0, 0],
+        Sampling(max_tokens=1, top_k=2, top_p=0.5): [0, 1000, 0, 0, 0],  # 4/7 alone covers 0.5 once top-k has been taken
+        Sampling(max_tokens=1, temperature=0.5): [35, 561, 9, 316, 79],  # squares over 0.285
+    }
+    for sampling, expected in cases.items():
+        token, logp = kvcache.choose(logits, sampling, draws)
+        counts = torch.bincount(token, minlength=5)
+        assert (counts - torch.tensor(expected)).abs().max() <= 1, (sampling, counts)
+        torch.testing.assert_close(logp.exp(), counts[token] / 1000, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied-llama3", "llama-one-kv-head", "qwen2"])
+def test_kvcache_tensor_parallel(kind, tmp_path):
+    model = build(kind)
+    arch = architecture.read(folder(model, tmp_path))
+    sampling = Sampling(max_tokens=8, temperature=0.8)
+    whole = plain(model, arch).generate(PROMPTS, sampling, SEEDS)
+    torch.multiprocessing.spawn(run_shard, (kind, arch, sampling, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        split = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert [c.tokens for c in split] == [c.tokens for c in whole]
+        for a, b in zip(split, whole, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=0, atol=1e-5)
+
+
+def run_shard(rank: int, kind: str, arch, sampling: Sampling, path: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 2), rank=rank, world_size=2)
+    engine = KVCache(arch, tp=2, tp_rank=rank, group=dist.group.WORLD, dtype=torch.float32, device="cpu", max_len=MAX_LEN)
+    publish(build(kind), arch, engine, 2, rank)
+    torch.save(engine.generate(PROMPTS, sampling, SEEDS), f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def vllm_engine():
+    """Makes vLLM engines of one rank, in the world of this process."""
+    pytest.importorskip("vllm")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    with tempfile.TemporaryDirectory() as path:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 1), rank=0, world_size=1)
+        from rlhf.rollout.vllm import VLLM
+
+        def make(folder: str, load: bool):
+            sizes = {"max_len": MAX_LEN, "memory": 0.1, "cache": 1 / 64}
+            return VLLM(folder, architecture.read(folder), tp=1, dtype="float32", seed=0, load=load, **sizes)
+
+        yield make
+
+
+def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
+    old, new = build("qwen2", 0), build("qwen2", 1)
+    engine = vllm_engine(folder(old, tmp_path), load=True)
+    check_greedy(old, engine, 2e-5)
+    check_limits(engine)
+    engine.sleep()
+    engine.wake_weights()
+    publish(new, architecture.read(tmp_path), engine)
+    check_greedy(new, engine, 2e-5)
+    before = torch.random.get_rng_state()
+    check_sampled(new, engine, 2e-5)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_vllm_with_tied_embeddings_and_no_weights_in_the_folder(vllm_engine, tmp_path):
+    old, new = build("llama-tied-llama3", 0), build("llama-tied-llama3", 1)
+    old.config.architectures = ["LlamaForCausalLM"]
+    old.config.save_pretrained(tmp_path)
+    engine = vllm_engine(str(tmp_path), load=False)
+    for model in (old, new):
+        publish(model, architecture.read(tmp_path), engine)
+        check_greedy(model, engine, 2e-5)
+    check_sampled(new, engine, 2e-5)
+
+
+def test_vllm_refuses_head_dims_its_cpu_attention_cannot_do(vllm_engine, tmp_path):
+    config = LlamaConfig(**(SIZES | {"head_dim": 16}), architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="head_dim .* 16; set rollout.engine=kvcache"):
+        vllm_engine(str(tmp_path), load=False)

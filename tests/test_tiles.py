@@ -1,0 +1,251 @@
+"""Weights: any layout to any other is bitwise, the plan moves no byte twice, and the layouts are those of the engines."""
+
+import time
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from rlhf.model.architecture import Architecture
+from rlhf.weights.names import hf_shapes, tiles, tilings
+from rlhf.weights.publish import _rounds
+from rlhf.weights.tiles import Plan, Tile, intersect, numel, plan, split, subtract, view
+
+LLAMA = Architecture(
+    family="llama", layers=4, hidden=32, ffn=48, heads=8, kv_heads=4, head_dim=8, vocab=101, context=64,
+    eps=1e-5, tied=False, qkv_bias=False, qk_norm=False, rope_theta=10000.0,
+)  # fmt: skip
+FAMILIES = {
+    "gqa": LLAMA,
+    "mha": replace(LLAMA, kv_heads=8),
+    "groups fewer than ranks": replace(LLAMA, kv_heads=2),
+    "tied, head_dim apart": replace(LLAMA, tied=True, head_dim=16),
+    "qkv bias, tied, one group": replace(LLAMA, family="qwen2", qkv_bias=True, tied=True, kv_heads=1),
+    "qk norm": replace(LLAMA, family="qwen3", qk_norm=True),
+    "ranks with nothing but padding": replace(LLAMA, vocab=30),
+}
+LLAMA_70B = replace(LLAMA, layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def random_hf(arch: Architecture) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in hf_shapes(arch).items()}
+
+
+def mcore_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int], pp: tuple[int, int]) -> Tensors:
+    """What a megatron-core GPTModel holds on one rank, by concatenating and chunking whole tensors."""
+    (t, num_t), (p, num_p) = tp, pp
+    depth = arch.layers // num_p
+
+    def table(name: str) -> torch.Tensor:
+        padding = torch.zeros(arch.padded_vocab(num_t) - arch.vocab, arch.hidden)
+        return torch.cat([hf[name], padding]).chunk(num_t)[t]
+
+    def fused_qkv(prefix: str, kind: str) -> torch.Tensor:
+        rows = []
+        for group in range(arch.kv_heads):
+            for x, heads in (("q", arch.heads // arch.kv_heads), ("k", 1), ("v", 1)):
+                size = heads * arch.head_dim
+                rows.append(hf[f"{prefix}self_attn.{x}_proj.{kind}"][group * size : (group + 1) * size])
+        return torch.cat(rows).chunk(num_t)[t]
+
+    held = {}
+    if p == 0:
+        held["embedding.word_embeddings.weight"] = table("model.embed_tokens.weight")
+    for i in range(depth):
+        old, new = f"model.layers.{p * depth + i}.", f"decoder.layers.{i}."
+        held[new + "input_layernorm.weight"] = hf[old + "input_layernorm.weight"]
+        held[new + "pre_mlp_layernorm.weight"] = hf[old + "post_attention_layernorm.weight"]
+        held[new + "self_attention.linear_qkv.weight"] = fused_qkv(old, "weight")
+        if arch.qkv_bias:
+            held[new + "self_attention.linear_qkv.bias"] = fused_qkv(old, "bias")
+        if arch.qk_norm:
+            for x in "qk":
+                held[new + f"self_attention.{x}_layernorm.weight"] = hf[old + f"self_attn.{x}_norm.weight"]
+        held[new + "self_attention.linear_proj.weight"] = hf[old + "self_attn.o_proj.weight"].chunk(num_t, dim=1)[t]
+        gate_up = [hf[old + f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")]
+        held[new + "mlp.linear_fc1.weight"] = torch.cat(gate_up)
+        held[new + "mlp.linear_fc2.weight"] = hf[old + "mlp.down_proj.weight"].chunk(num_t, dim=1)[t]
+    if p == num_p - 1:
+        held["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
+        if not arch.tied:
+            held["output_layer.weight"] = table("lm_head.weight")
+        elif num_p > 1:
+            held["output_layer.weight"] = table("model.embed_tokens.weight")
+    return held
+
+
+def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
+    """What a vLLM engine holds on one rank; each kv head lives on several ranks where there are more ranks than kv heads."""
+    t, num_t = tp
+
+    def table(name: str) -> torch.Tensor:
+        padding = torch.zeros(-arch.vocab % 64, arch.hidden)
+        return torch.cat([hf[name], padding]).chunk(num_t)[t]
+
+    def stacked_qkv(prefix: str, kind: str) -> torch.Tensor:
+        q, k, v = (hf[f"{prefix}{x}_proj.{kind}"] for x in "qkv")
+        num_k = max(1, arch.kv_heads // num_t)  # kv heads per rank
+        first = t * num_k if arch.kv_heads >= num_t else t * arch.kv_heads // num_t
+        mine = slice(first * arch.head_dim, (first + num_k) * arch.head_dim)
+        return torch.cat([q.chunk(num_t)[t], k[mine], v[mine]])
+
+    held = {"model.embed_tokens.weight": table("model.embed_tokens.weight"), "model.norm.weight": hf["model.norm.weight"]}
+    if not arch.tied:
+        held["lm_head.weight"] = table("lm_head.weight")
+    for i in range(arch.layers):
+        at = f"model.layers.{i}."
+        held[at + "self_attn.qkv_proj.weight"] = stacked_qkv(at + "self_attn.", "weight")
+        if arch.qkv_bias:
+            held[at + "self_attn.qkv_proj.bias"] = stacked_qkv(at + "self_attn.", "bias")
+        held[at + "self_attn.o_proj.weight"] = hf[at + "self_attn.o_proj.weight"].chunk(num_t, dim=1)[t]
+        held[at + "mlp.gate_up_proj.weight"] = torch.cat([hf[at + f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")])
+        held[at + "mlp.down_proj.weight"] = hf[at + "mlp.down_proj.weight"].chunk(num_t, dim=1)[t]
+        for norm in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            if at + norm + ".weight" in hf:
+                held[at + norm + ".weight"] = hf[at + norm + ".weight"]
+    return held
+
+
+def model_ranks(arch: Architecture, hf: Tensors, layout: str, world: int, tp: int, pp: int) -> list[Tensors]:
+    if layout == "vllm":
+        return [vllm_rank(arch, hf, (rank % tp, tp)) for rank in range(world)]
+    if layout == "mcore":
+        return [mcore_rank(arch, hf, (rank % tp, tp), (rank // (world // pp), pp)) for rank in range(world)]
+    return [hf] * world
+
+
+def carry_out(moves: Plan, sources: list[Tensors], targets: list[Tensors]) -> None:
+    for move in moves.moves:
+        source = view(sources[move.source][move.source_tile.local], move.source_tile, move.box)
+        view(targets[move.target][move.target_tile.local], move.target_tile, move.box).copy_(source)
+
+
+def blank(tensors: list[Tensors]) -> list[Tensors]:
+    """Zeros, as a model builder leaves the rows that pad the vocabulary."""
+    return [{name: torch.zeros_like(tensor) for name, tensor in mine.items()} for mine in tensors]
+
+
+def assert_equal(got: list[Tensors], wanted: list[Tensors]) -> None:
+    for rank, (mine, right) in enumerate(zip(got, wanted, strict=True)):
+        for name in right:
+            assert torch.equal(mine[name], right[name]), f"rank {rank}: {name}"
+
+
+# ---- the algebra
+
+
+def test_boxes():
+    box = ((0, 4), (2, 6))
+    assert intersect(box, ((3, 9), (0, 3))) == ((3, 4), (2, 3))
+    assert intersect(box, ((4, 9), (2, 6))) is None
+    hole = ((1, 3), (2, 5))
+    rest = subtract(box, hole)
+    assert sum(map(numel, rest)) + numel(hole) == numel(box)
+    assert all(intersect(a, b) is None for i, a in enumerate([hole, *rest]) for b in rest[i:])
+    pieces = split(((0, 1), (0, 7), (0, 5)), 9)
+    assert max(map(numel, pieces)) <= 9 and sum(map(numel, pieces)) == 35
+
+
+def test_plan_needs_every_element():
+    half = Tile("w", ((0, 2),), "w", 0, 2, (2,), (0,))
+    with pytest.raises(AssertionError, match=r"no rank holds w \[\(\(2, 4\),\)\]"):
+        plan([[half]], [[replace(half, box=((0, 4),), rows=4, shape=(4,))]], [0])
+
+
+def test_plan_prefers_rank_then_node_then_the_idle():
+    tile = Tile("w", ((0, 2),), "w", 0, 2, (2,), (0,))
+    nodes = [0, 0, 0, 1, 1, 1]
+    moves = plan([[tile], [], [tile], [tile], [], []], [[tile]] * 6, nodes).moves
+    assert [(move.source, move.target) for move in moves[:1] + moves[2:4]] == [(0, 0), (2, 2), (3, 3)]
+    assert moves[1].source in (0, 2)
+    assert [move.source for move in moves[4:]] == [3, 3]
+    senders = [move.source for move in plan([[tile], [tile], [], [], [], []], [[]] * 2 + [[tile]] * 4, [0] * 6).moves]
+    assert sorted(senders) == [0, 0, 1, 1]
+
+
+# ---- the layouts
+
+
+@pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(("layout", "tp", "pp"), [("mcore", t, p) for t, p in product((1, 2, 4), (1, 2, 4))] + [("vllm", t, 1) for t in (1, 2, 4, 8)])
+def test_layouts_match_the_engines(arch: Architecture, layout: str, tp: int, pp: int):
+    world = tp * pp
+    hf = random_hf(arch)
+    wanted = model_ranks(arch, hf, layout, world, tp, pp)
+    engine, folder = tilings(arch, layout, world, tp, pp), [tiles(arch, "hf")] + [[]] * (world - 1)
+    assert [{tile.local for tile in mine} for mine in engine] == [
+        {name for name in right if right[name].any()} for right in wanted
+    ]  # a rank that holds nothing but padding needs no tile
+    got = blank(wanted)
+    carry_out(plan(folder, engine, [0] * world), [hf] + [{}] * (world - 1), got)
+    assert_equal(got, wanted)
+    back = [{name: torch.full_like(tensor, torch.nan) for name, tensor in hf.items()}]
+    carry_out(plan(engine, folder, [0] * world), got, back + [{}] * (world - 1))
+    assert_equal(back, [hf])
+
+
+RESHARDS = {  # training (tp, pp), engine tp, ranks
+    "TP2PP2 -> TP1": (2, 2, 1, 4),
+    "TP4 -> TP2": (4, 1, 2, 4),
+    "TP2 -> TP4": (2, 1, 4, 4),
+    "PP4 -> TP4": (1, 4, 4, 4),
+    "TP2PP2DP2 -> TP8": (2, 2, 8, 8),
+    "TP8 -> TP1": (8, 1, 1, 8),
+}
+
+
+@pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(("tp", "pp", "engine_tp", "world"), RESHARDS.values(), ids=RESHARDS)
+def test_resharding_is_bitwise_and_moves_nothing_twice(arch: Architecture, tp: int, pp: int, engine_tp: int, world: int):
+    hf = random_hf(arch)
+    sources, wanted = model_ranks(arch, hf, "mcore", world, tp, pp), model_ranks(arch, hf, "vllm", world, engine_tp, 1)
+    train, engine = tilings(arch, "mcore", world, tp, pp), tilings(arch, "vllm", world, engine_tp)
+    moves = plan(train, engine, [0] * world)
+    got = blank(wanted)
+    carry_out(moves, sources, got)
+    assert_equal(got, wanted)
+
+    # The least that can cross: what a rank's engine needs and its training shard lacks, counted element by element.
+    lacking = 0
+    for rank in range(world):
+        need, have = marks(arch, engine[rank]), marks(arch, train[rank])
+        lacking += sum(int((need[name] & ~have[name]).sum()) for name in hf)
+    held = sum(numel(tile.box) for mine in engine for tile in mine)
+    assert moves.volume() == (held - lacking, lacking)
+
+
+def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
+    """Name -> True where the rank holds an element."""
+    whole = {tile.name: tile for tile in tiles(arch, "hf")}
+    marked = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in hf_shapes(arch).items()}
+    for tile in tiling:
+        view(marked[tile.name], whole[tile.name], tile.box).fill_(True)
+    return marked
+
+
+# ---- at full size, by planning only
+
+
+@pytest.mark.parametrize(("world", "tp", "pp", "engine_tp"), [(32, 8, 4, 8), (64, 8, 4, 8), (64, 8, 8, 4), (64, 4, 4, 8)])
+def test_plan_of_70b_takes_seconds(world: int, tp: int, pp: int, engine_tp: int):
+    nodes = [rank // 8 for rank in range(world)]
+    train, engine = tilings(LLAMA_70B, "mcore", world, tp, pp), tilings(LLAMA_70B, "vllm", world, engine_tp)
+    start = time.perf_counter()
+    moves = plan(train, engine, nodes)
+    rounds = [_rounds([move for move in moves.moves if move.source != move.target], 256 << 20)]
+    seconds = time.perf_counter() - start
+    local, remote = moves.volume()
+    print(f"{world} ranks, TP{tp} PP{pp} -> TP{engine_tp}: {seconds:.1f} s, {2 * local / 1e9:.1f} GB stay, {2 * remote / 1e9:.1f} GB cross, {len(rounds[0])} rounds")
+    assert seconds < 20
+    # Every engine rank needs its share of all layers, of which its training stage has a pp-th part at most.
+    each = sum(numel(tile.box) for tile in engine[0])
+    assert local + remote == world // engine_tp * sum(numel(tile.box) for mine in engine[:engine_tp] for tile in mine)
+    assert remote / (world * each) == pytest.approx(1 - min(1, engine_tp / tp) / pp, abs=0.2)
+    # Receivers on a node are served from it wherever it holds the box, and no rank sends far more than another.
+    sent = [0] * world
+    for move in moves.moves:
+        sent[move.source] += move.numel * (move.source != move.target)
+    assert max(sent) < 2 * sum(sent) / world
