@@ -21,8 +21,8 @@ class Metrics:
     def __init__(self, config: Config, mesh: Mesh, start: int):
         self.mesh, self.steps, self.every = mesh, config.steps, config.log.every
         self.sums: dict[str, tuple[float, float]] = {}
-        self.began = time.perf_counter()
         self.events = None
+        self.begin()
         if mesh.rank == 0:
             self.path = Path(config.out) / "metrics.jsonl"
             _forget(self.path, start)
@@ -30,6 +30,10 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.events = SummaryWriter(config.out, purge_step=start)
+
+    def begin(self) -> None:
+        """A step starts now."""
+        self.began = time.perf_counter()
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
         """This rank's part of sums that run over all ranks."""
@@ -52,7 +56,7 @@ class Metrics:
             self.sums[f"time/{phase}"] = (seconds + time.perf_counter() - start, 1.0)
 
     def write(self, step: int, tokens: int = 0) -> dict[str, float]:
-        """The step's numbers over all ranks, on every rank; tokens is what the step consumed, prompts included. Starts the next step."""
+        """The step's numbers over all ranks, on every rank; tokens is what the step consumed, prompts included."""
         totals: dict[str, tuple[float, float]] = {}
         for sums in self.mesh.all_gather(self.sums):
             for name, (total, count) in sums.items():
@@ -63,7 +67,7 @@ class Metrics:
         values["time/step"] = seconds
         if tokens:
             values["tokens_per_second"] = tokens / seconds
-        self.sums, self.began = {}, time.perf_counter()
+        self.sums = {}
         if self.mesh.rank == 0:
             self._record(step, values)
         return values

@@ -1,11 +1,10 @@
 """Both engines against transformers and against each other's rules, on random models of a few thousand parameters."""
 
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import kvcache_rank
 import pytest
 import torch
 import torch.distributed as dist
@@ -90,8 +89,8 @@ def shards(model, arch, tp: int, rank: int) -> dict[str, torch.Tensor]:
     return out
 
 
-def publish(model, arch, engine: Engine, tp: int = 1, rank: int = 0) -> None:
-    source, target = shards(model, arch, tp, rank), engine.parameters()
+def publish(model, arch, engine: Engine) -> None:
+    source, target = shards(model, arch, 1, 0), engine.parameters()
     assert {k: tuple(v.shape) for k, v in target.items()} == {k: tuple(v.shape) for k, v in source.items()}
     for name, tensor in source.items():
         target[name].data.copy_(tensor)
@@ -113,9 +112,9 @@ def reference_logp(model, prompt: list[int], response: list[int], temperature: f
 def check_greedy(model, engine: Engine, tolerance: float) -> None:
     for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, GREEDY, SEEDS), strict=True):
         logp = reference_logp(model, prompt, completion.tokens)
-        assert completion.tokens == logp.argmax(-1).tolist() and len(completion.tokens) == GREEDY.max_tokens
+        assert completion.tokens == logp.argmax(-1).tolist()
         torch.testing.assert_close(torch.tensor(completion.logp), logp.max(-1).values, rtol=0, atol=tolerance)
-        assert completion.finish == "length"
+        assert (len(completion.tokens), completion.finish) == (GREEDY.max_tokens, "length")
 
 
 def check_sampled(model, engine: Engine, tolerance: float) -> None:
@@ -197,41 +196,37 @@ def test_choose_draws_from_the_filtered_distribution():
         torch.testing.assert_close(logp.exp(), counts[token] / 1000, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied-llama3", "llama-one-kv-head", "qwen2"])
-def test_kvcache_tensor_parallel(kind, tmp_path):
-    model = build(kind)
-    arch = architecture.read(folder(model, tmp_path))
+def test_kvcache_tensor_parallel(tmp_path):
     sampling = Sampling(max_tokens=8, temperature=0.8)
-    whole = plain(model, arch).generate(PROMPTS, sampling, SEEDS)
-    torch.multiprocessing.spawn(run_shard, (kind, arch, sampling, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        split = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert [c.tokens for c in split] == [c.tokens for c in whole]
-        for a, b in zip(split, whole, strict=True):
-            torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=0, atol=1e-5)
-
-
-def run_shard(rank: int, kind: str, arch, sampling: Sampling, path: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 2), rank=rank, world_size=2)
-    engine = KVCache(arch, tp=2, tp_rank=rank, group=dist.group.WORLD, dtype=torch.float32, device="cpu", max_len=MAX_LEN)
-    publish(build(kind), arch, engine, 2, rank)
-    torch.save(engine.generate(PROMPTS, sampling, SEEDS), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
+    whole = {}
+    for kind in ("llama", "llama-tied-llama3", "llama-one-kv-head", "qwen2"):
+        model = build(kind)
+        arch = architecture.read(folder(model, tmp_path / kind))
+        whole[kind] = plain(model, arch).generate(PROMPTS, sampling, SEEDS)
+        torch.save([shards(model, arch, 2, rank) for rank in range(2)], tmp_path / kind / "shards.pt")
+    torch.multiprocessing.spawn(kvcache_rank.run, (list(whole), PROMPTS, sampling, SEEDS, MAX_LEN, tmp_path), nprocs=2)
+    for kind, expected in whole.items():
+        for rank in range(2):
+            split = torch.load(tmp_path / kind / f"completions-{rank}.pt", weights_only=False)
+            assert [c.tokens for c in split] == [c.tokens for c in expected], (kind, rank)
+            for a, b in zip(split, expected, strict=True):
+                torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def vllm_engine():
-    """Makes vLLM engines of one rank, in the world of this process."""
-    pytest.importorskip("vllm")
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    """Makes vLLM engines of one rank, in the world of this process; they live on because the first to go takes the world along."""
+    vllm = pytest.importorskip("rlhf.rollout.vllm", exc_type=ImportError)
+    os.environ.update(RANK="0", LOCAL_RANK="0")
+    engines = []
+
+    def make(folder: str, load: bool):
+        arch = architecture.read(folder)
+        engines.append(vllm.VLLM(folder, arch, tp=1, dtype="float32", seed=0, max_len=MAX_LEN, memory=0.1, cache=1 / 64, load=load))
+        return engines[-1]
+
     with tempfile.TemporaryDirectory() as path:
         dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 1), rank=0, world_size=1)
-        from rlhf.rollout.vllm import VLLM
-
-        def make(folder: str, load: bool):
-            sizes = {"max_len": MAX_LEN, "memory": 0.1, "cache": 1 / 64}
-            return VLLM(folder, architecture.read(folder), tp=1, dtype="float32", seed=0, load=load, **sizes)
-
         yield make
 
 
@@ -263,5 +258,5 @@ def test_vllm_with_tied_embeddings_and_no_weights_in_the_folder(vllm_engine, tmp
 def test_vllm_refuses_head_dims_its_cpu_attention_cannot_do(vllm_engine, tmp_path):
     config = LlamaConfig(**(SIZES | {"head_dim": 16}), architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="head_dim .* 16; set rollout.engine=kvcache"):
+    with pytest.raises(UserError, match=r"config.json: .* head_dim .* 16; set rollout.engine=kvcache"):
         vllm_engine(str(tmp_path), load=False)

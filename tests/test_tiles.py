@@ -8,7 +8,6 @@ import pytest
 import torch
 from rlhf.model.architecture import Architecture
 from rlhf.weights.names import hf_shapes, tiles, tilings
-from rlhf.weights.publish import _rounds
 from rlhf.weights.tiles import Plan, Tile, intersect, numel, plan, split, subtract, view
 
 LLAMA = Architecture(
@@ -170,7 +169,9 @@ def test_plan_prefers_rank_then_node_then_the_idle():
 
 
 @pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
-@pytest.mark.parametrize(("layout", "tp", "pp"), [("mcore", t, p) for t, p in product((1, 2, 4), (1, 2, 4))] + [("vllm", t, 1) for t in (1, 2, 4, 8)])
+@pytest.mark.parametrize(
+    ("layout", "tp", "pp"), [("mcore", t, p) for t, p in product((1, 2, 4), (1, 2, 4))] + [("vllm", t, 1) for t in (1, 2, 4, 8)]
+)
 def test_layouts_match_the_engines(arch: Architecture, layout: str, tp: int, pp: int):
     world = tp * pp
     hf = random_hf(arch)
@@ -235,16 +236,18 @@ def test_plan_of_70b_takes_seconds(world: int, tp: int, pp: int, engine_tp: int)
     train, engine = tilings(LLAMA_70B, "mcore", world, tp, pp), tilings(LLAMA_70B, "vllm", world, engine_tp)
     start = time.perf_counter()
     moves = plan(train, engine, nodes)
-    rounds = [_rounds([move for move in moves.moves if move.source != move.target], 256 << 20)]
     seconds = time.perf_counter() - start
     local, remote = moves.volume()
-    print(f"{world} ranks, TP{tp} PP{pp} -> TP{engine_tp}: {seconds:.1f} s, {2 * local / 1e9:.1f} GB stay, {2 * remote / 1e9:.1f} GB cross, {len(rounds[0])} rounds")
+    print(f"{world} ranks, TP{tp} PP{pp} -> TP{engine_tp}: {seconds:.1f} s; in bf16 {local / 5e8:.1f} GB stay, {remote / 5e8:.1f} GB cross")
     assert seconds < 20
-    # Every engine rank needs its share of all layers, of which its training stage has a pp-th part at most.
-    each = sum(numel(tile.box) for tile in engine[0])
-    assert local + remote == world // engine_tp * sum(numel(tile.box) for mine in engine[:engine_tp] for tile in mine)
-    assert remote / (world * each) == pytest.approx(1 - min(1, engine_tp / tp) / pp, abs=0.2)
-    # Receivers on a node are served from it wherever it holds the box, and no rank sends far more than another.
+    for rank in range(world):
+        have = {tile.name: [] for tile in train[rank]}
+        for tile in train[rank]:
+            have[tile.name].append(tile.box)
+        boxes = [intersect(tile.box, box) for tile in engine[rank] for box in have.get(tile.name, [])]
+        local -= sum(numel(box) for box in boxes if box)
+        remote -= sum(numel(tile.box) for tile in engine[rank]) - sum(numel(box) for box in boxes if box)
+    assert (local, remote) == (0, 0)  # only what a rank does not hold crosses, once
     sent = [0] * world
     for move in moves.moves:
         sent[move.source] += move.numel * (move.source != move.target)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.config import Parallel
-from rlhf.contracts import UserError
 from rlhf.parallel import cpu
 
 cpu.install()
@@ -40,18 +39,6 @@ class Layout:
         return tp, cp, rest % self.dp, rest // self.dp
 
 
-def layout(parallel: Parallel, world: int) -> Layout:
-    """The layout of a world of ranks. Raises UserError where it does not divide."""
-    model = parallel.tp * parallel.pp * parallel.cp
-    dp = parallel.dp or world // model
-    if dp * model != world:
-        raise UserError(
-            f"parallel.tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp or 'any'} does not make {world} ranks:"
-            f" start a multiple of {model}, or change parallel.*"
-        )
-    return Layout(parallel.tp, parallel.pp, parallel.cp, dp)
-
-
 class Mesh:
     """This rank's place, and the collectives that the rest of the program needs."""
 
@@ -60,7 +47,9 @@ class Mesh:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
-        self.layout = layout(parallel, self.world)
+        model = parallel.tp * parallel.pp * parallel.cp
+        assert self.world % model == 0 and parallel.dp in (0, self.world // model), f"{self.world} ranks do not fit {parallel}"
+        self.layout = Layout(parallel.tp, parallel.pp, parallel.cp, self.world // model)
         self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.layout.coordinates(self.rank)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -124,6 +113,10 @@ class Mesh:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self._objects)
         return values
+
+    def close(self) -> None:
+        """Forget the model-parallel groups, so that the same world can be split anew."""
+        parallel_state.destroy_model_parallel()
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -34,8 +34,8 @@ class KVCache:
         device: torch.device | str,
         max_len: int,  # prompt and response together, in tokens
     ):
-        assert arch.heads % tp == 0 and (arch.kv_heads % tp == 0 or tp % arch.kv_heads == 0), f"tp {tp} does not divide the heads"
-        assert (group is None) == (tp == 1), f"tp {tp} with group {group}"
+        assert arch.heads % tp == 0, f"tp {tp} does not divide {arch.heads} heads"
+        assert arch.kv_heads % tp == 0 or tp % arch.kv_heads == 0, f"tp {tp} neither divides nor repeats {arch.kv_heads} kv heads"
         self.arch, self.tp, self.tp_rank, self.group = arch, tp, tp_rank, group
         self.dtype, self.device, self.max_len = dtype, device, max_len
         self.heads, self.kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)

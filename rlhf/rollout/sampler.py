@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,6 @@ from rlhf.contracts import Completion, Engine, Sample, Sampling
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.parallel.mesh import Mesh
-from rlhf.rewards.worker import Rewards
 from rlhf.weights.publish import Publisher
 
 Sums = dict[str, tuple[float, float]]
@@ -28,7 +27,7 @@ class Sampler:
     engine: Engine
     publisher: Publisher | None  # None: the engine loaded its weights by itself
     tokenizer: Tokenizer
-    rewards: Rewards
+    reward: Callable[[list[Sample]], None]  # writes reward and meta["failed"]
     records: Records
 
     def draw(self, step: int) -> list[Sample]:
@@ -56,22 +55,33 @@ class Sampler:
         """One rewarded response per prompt, the likeliest token at every place."""
         return self.sample(prompts, replace(self.sampling(), temperature=0.0, top_p=1.0, top_k=0), 1, 0)
 
+    def probe(self, prompts: list[Sample]) -> list[Sample]:
+        """A few tokens after each prompt, drawn from the unfiltered distribution, to compare log-probs with; never rewarded."""
+        sampling = replace(self.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
+        return self._gather(self._generate(prompts, sampling, 1, 0))
+
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
         """`group` rewarded responses to each prompt. Which engine does what changes nothing: draws depend on (seed, step, prompt, sibling)."""
+        samples = self._generate(prompts, sampling, group, step)
+        if self.mesh.rank % self.config.rollout.tp == 0:  # one rank speaks for an engine
+            self.reward(samples)
+        return self._gather(samples)
+
+    def _generate(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
+        """The responses of this rank's engine."""
         engines = self.mesh.world // self.config.rollout.tp
         mine = [i for i in range(len(prompts)) if i % engines == self.mesh.rank // self.config.rollout.tp]
         jobs = [(i, k) for i in mine for k in range(group)]
         completions = self.engine.generate(
             [prompts[i].tokens.tolist() for i, _ in jobs], sampling, [_seed(self.config.seed, step, prompts[i].group, k) for i, k in jobs]
         )
-        samples = None
-        if self.mesh.rank % self.config.rollout.tp == 0:  # one rank speaks for an engine
-            samples = [self._sample(prompts[i], completion) for (i, _), completion in zip(jobs, completions, strict=True)]
-            scores = self.rewards.score([(s.meta["prompt"], s.meta["response"], s.meta["record"]) for s in samples])
-            for sample, score in zip(samples, scores, strict=True):
-                sample.reward, sample.meta["failed"] = score.value, score.failed
-        found = [sample for part in self.mesh.all_gather(samples) if part is not None for sample in part]
-        return sorted(found, key=lambda s: s.group)  # stable: siblings keep their order
+        return [self._sample(prompts[i], completion) for (i, _), completion in zip(jobs, completions, strict=True)]
+
+    def _gather(self, samples: list[Sample]) -> list[Sample]:
+        """All engines' samples on every rank, by group; siblings keep their order."""
+        speaks = self.mesh.rank % self.config.rollout.tp == 0  # one rank for its engine
+        found = [sample for part in self.mesh.all_gather(samples if speaks else []) for sample in part]
+        return sorted(found, key=lambda s: s.group)
 
     def _sample(self, prompt: Sample, completion: Completion) -> Sample:
         completion = self._cut(completion)

@@ -24,9 +24,9 @@ if not torch.cuda.is_available():
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-import vllm.model_executor.layers.utils as vllm_layers
-from vllm import LLM, SamplingParams
-from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+import vllm.model_executor.layers.utils as vllm_layers  # noqa: E402, so late because of the environment
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator  # noqa: E402
 
 
 class VLLM:
@@ -36,7 +36,7 @@ class VLLM:
     An initialised torch.distributed world is inherited: each tp consecutive ranks are one engine. Otherwise vLLM makes a world
     from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; the first two must be set in any case.
     On a CPU nothing can sleep: sleep() and the wakes keep weights and cache where they are.
-    Just end the process to end the engine: vLLM then destroys the default process group, whoever made it.
+    An engine that goes takes the default process group along, whoever made it: keep the engine, and simply end the process.
     """
 
     def __init__(

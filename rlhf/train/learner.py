@@ -62,6 +62,16 @@ class Learner:
         """This rank's shards by megatron-core's names."""
         return {name: p.data for name, p in self.decoder.named_parameters()}
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """This rank's weights and optimizer state, as live tensors."""
+        return self.parameters(), self.optimizer.state()
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        """Take over what state() gave on the same rank of the same layout."""
+        for name, tensor in self.parameters().items():
+            tensor.copy_(weights[name])
+        self.optimizer.load(optimizer)
+
     @torch.no_grad()
     def score(self, microbatches: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
         """The log-prob stream [L] of every sample, in order, on every rank of the replica."""

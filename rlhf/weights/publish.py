@@ -91,18 +91,23 @@ def _rounds(moves: list[Move], limit: int) -> list[list[Move]]:
 
     All ranks walk the same rounds, and within one every send meets its receive, so none can wait for ever.
     """
+    largest = max(1, limit // 8)  # of the pieces; a rank whose load leaves no room for one is done with a round
     rounds: list[list[Move]] = []
     load: list[dict[int, int]] = []  # per round: rank -> elements
-    # Pieces well under the limit fill the rounds evenly.
-    for move in [replace(whole, box=box) for whole in moves for box in split(whole.box, max(1, limit // 4))]:
-        ends, size = (move.source, move.target), move.numel
-        k = next((k for k, full in enumerate(load) if all(full[rank] + size <= limit for rank in ends)), len(rounds))
+    first: dict[int, int] = defaultdict(int)  # rank -> the first round it is not done with
+    for move in [replace(whole, box=box) for whole in moves for box in split(whole.box, largest)]:
+        source, target, size = move.source, move.target, move.numel
+        k = max(first[source], first[target])
+        while k < len(rounds) and max(load[k][source], load[k][target]) + size > limit:
+            k += 1
         if k == len(rounds):
             rounds.append([])
             load.append(defaultdict(int))
         rounds[k].append(move)
-        for rank in ends:
+        for rank in (source, target):
             load[k][rank] += size
+            while first[rank] < len(rounds) and load[first[rank]][rank] + largest > limit:
+                first[rank] += 1
     return rounds
 
 

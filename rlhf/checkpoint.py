@@ -1,0 +1,124 @@
+"""Step folders that a run can continue from, bitwise, at the same layout.
+
+    out/step_000100/meta.json           step, layout, seed, dtype
+                    model_*.pt          the weights of one (tp, pp) shard, per trained role
+                    optimizer_*.pt      the optimizer shard of one rank, per trained role
+                    random_*.pt         the random state of one rank
+                    hf/                 the policy as a Hugging Face folder (checkpoint.export)
+    out/latest                          name of the newest complete folder
+    out/hf                              link to the newest hf/
+
+A folder is written under a temporary name and renamed when all ranks are done; `latest` is replaced last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config import Config
+from rlhf.contracts import UserError
+from rlhf.parallel.mesh import Mesh
+from rlhf.train.learner import Learner
+
+
+class Checkpoints:
+    """The checkpoints of one run, on storage that all ranks share."""
+
+    def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype):
+        self.keep, self.every, self.mesh = config.checkpoint.keep, config.checkpoint.every, mesh
+        self.out = Path(config.out)
+        self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
+
+    def due(self, step: int, steps: int) -> bool:
+        return step == steps or bool(self.every and step % self.every == 0)
+
+    def resume(self, learners: dict[str, Learner]) -> int:
+        """Load the newest checkpoint into the trained learners; the number of steps done (0: there is none).
+
+        Raises UserError where it was made with another layout, seed, dtype or mode.
+        """
+        latest = self.out / "latest"
+        if not latest.exists():
+            return 0
+        folder = self.out / latest.read_text().strip()
+        meta = json.loads((folder / "meta.json").read_text())
+        for key, value in self.meta.items():
+            if meta[key] != value:
+                raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out, or resume=false")
+        for role, learner in learners.items():
+            learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
+        random = self._load(folder / f"random_rank{self.mesh.rank}.pt")
+        torch.set_rng_state(random["cpu"].cpu())
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"].cpu())
+        return meta["step"]
+
+    def save(self, step: int, learners: dict[str, Learner], export: Callable[[Path], None] | None) -> None:
+        """Write step's folder, point `latest` to it, and delete what checkpoint.keep leaves over. Every rank calls it."""
+        folder = self.out / f"step_{step:06}"
+        partial = folder.with_suffix(".partial")
+        if self.mesh.rank == 0:
+            for old in (partial, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.mesh.barrier()
+        for role, learner in learners.items():
+            weights, optimizer = learner.state()
+            if self.mesh.dp_rank == self.mesh.cp_rank == 0:
+                self._save(weights, partial / self._model(role))
+            self._save(optimizer, partial / self._optimizer(role))
+        random = {"cpu": torch.get_rng_state()}
+        if self.mesh.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        self._save(random, partial / f"random_rank{self.mesh.rank}.pt")
+        if export:
+            export(partial / "hf")
+        self.mesh.barrier()
+        if self.mesh.rank == 0:
+            (partial / "meta.json").write_text(json.dumps({"step": step, **self.meta}))
+            partial.rename(folder)
+            _replace(self.out / "latest", folder.name)
+            if export:
+                _link(self.out / "hf", Path(folder.name) / "hf")
+            for old in sorted(self.out.glob("step_??????"))[: -self.keep]:
+                shutil.rmtree(old)
+        self.mesh.barrier()
+
+    def _model(self, role: str) -> str:
+        return f"model_{role}_tp{self.mesh.tp_rank}_pp{self.mesh.pp_rank}.pt"
+
+    def _optimizer(self, role: str) -> str:
+        return f"optimizer_{role}_rank{self.mesh.rank}.pt"
+
+    def _load(self, path: Path) -> Any:
+        return torch.load(path, map_location=self.mesh.device, weights_only=True, mmap=True)
+
+    def _save(self, state: Any, path: Path) -> None:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _replace(path: Path, text: str) -> None:
+    fresh = path.with_suffix(".partial")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _link(path: Path, target: Path) -> None:
+    fresh = path.with_suffix(".partial")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(path)

@@ -1,0 +1,271 @@
+"""Text to token ids and back, without transformers: a tokenizer.json through `tokenizers`, or a sentencepiece tokenizer.model.
+
+The ids are those of transformers' AutoTokenizer on the same folder, with two exceptions. Special tokens spelled in ordinary
+text stay text (see Tokenizer.encode), and a tokenizer.json is taken as it is written, where some classes of transformers
+replace parts of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from rlhf.contracts import UserError
+
+if TYPE_CHECKING:
+    import jinja2
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Tokenizer:
+    """The vocabulary of a model.
+
+    bos       starts every text; None where the model knows no such token
+    eos       ends every response
+    stop_ids  eos, then the other tokens that generation_config.json ends a response with
+    vocab     number of ids; the model's embedding may be padded beyond it
+    """
+
+    def __init__(self, codec: Codec, files: dict[str, Path], special: dict[str, str], stops: list[int], chat_template: str | None) -> None:
+        self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
+        self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
+        self._codec, self._files, self._special, self._chat_template = codec, files, special, chat_template
+        self._compiled: jinja2.Template | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a Hugging Face folder (tokenizer.json preferred to tokenizer.model) or a sentencepiece file.
+
+        Raises UserError naming the file that is missing or unreadable.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"tokenizer {path}: no such file or folder; set policy.tokenizer to a Hugging Face folder or a tokenizer.model")
+        folder = {name: path / name for name in FILES if (path / name).is_file()}
+        files = folder if path.is_dir() else {"tokenizer.model": path}
+        settings = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
+        special = {key: _content(value) for key, value in settings.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+        codec: Codec
+        if "tokenizer.json" in files:
+            codec = _Json(files["tokenizer.json"], special.get("bos_token"), special.get("eos_token"))
+        elif "tokenizer.model" in files:
+            codec = _SentencePiece(files["tokenizer.model"], settings.get("add_bos_token", True))
+        else:
+            raise UserError(f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this folder; set policy.tokenizer")
+        stops = _read_json(files, "generation_config.json").get("eos_token_id") or []
+        return cls(codec, files, special, [stops] if isinstance(stops, int) else stops, _chat_template(files, settings))
+
+    def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
+        """Token ids of a text, with no bos or eos added.
+
+        continues: the text follows other tokens, so the space that Llama-like tokenizers put before a text is left out.
+        control: special tokens spelled in the text become those tokens. Off by default: what a user wrote must not be able to
+        end a turn or open another. Sentencepiece has no such spelling; there it is always text.
+        """
+        return self._codec.encode(text, continues, control)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of some ids. Ids beyond the vocabulary, which a padded embedding can sample, are left out."""
+        return self._codec.decode([int(i) for i in ids if i < self.vocab], skip_special)
+
+    def render(self, messages: list[dict[str, Any]], cue: bool) -> str:
+        """The text of a conversation in the tokenizer's own chat template; cue: with the header of the assistant's next turn.
+
+        Raises UserError if there is no template, or if the template refuses the conversation.
+        """
+        import jinja2
+
+        if self._chat_template is None:
+            raise UserError("data.template=tokenizer, but the tokenizer has no chat template; choose another data.template")
+        if isinstance(self._codec, _SentencePiece):
+            raise UserError("data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template")
+        try:
+            if self._compiled is None:
+                self._compiled = _chat_environment().from_string(self._chat_template)
+            return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the tokenizer's chat template fails: {error}; change the messages or choose another data.template") from None
+
+    def chat(self, messages: list[dict[str, Any]], cue: bool) -> list[int]:
+        """Token ids of render(). Special tokens count as such wherever the text spells them, in the messages too."""
+        return self.encode(self.render(messages, cue), control=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files into an exported Hugging Face folder.
+
+        A sentencepiece file alone gets the tokenizer_config.json with which AutoTokenizer reads it as a Llama tokenizer. That
+        class knows BPE models only, so a unigram model is copied without one.
+        """
+        folder = Path(folder)
+        for name, file in self._files.items():
+            shutil.copyfile(file, folder / name)
+        if isinstance(self._codec, _SentencePiece) and self._codec.bpe and "tokenizer_config.json" not in self._files:
+            (folder / "tokenizer_config.json").write_text(json.dumps(self._codec.settings(), indent=2) + "\n")
+
+
+class Codec(Protocol):
+    """What the two kinds of tokenizer files have in common."""
+
+    bos: int | None
+    eos: int
+    vocab: int
+
+    def encode(self, text: str, continues: bool, control: bool) -> list[int]: ...
+
+    def decode(self, ids: list[int], skip_special: bool) -> str: ...
+
+
+class _Json:
+    """A tokenizer.json. Its post-processor says whether texts start with a bos."""
+
+    def __init__(self, file: Path, bos: str | None, eos: str | None) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            text = file.read_text(encoding="utf-8")
+            spec = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{file}: not JSON ({error}); copy the file again") from None
+        if not isinstance(spec, dict) or "model" not in spec:
+            raise UserError(f"{file}: no 'model' in it, so it is not a tokenizer.json; copy the file again")
+        parts = {key: _unprefixed(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
+        same = all(parts[key] == spec.get(key) for key in parts)
+        self._first = Backend.from_str(text)
+        self._later = self._first if same else Backend.from_str(json.dumps(spec | parts))
+        for backend in (self._first, self._later):
+            backend.no_truncation()
+            backend.no_padding()
+        bos_id, eos_id = (None if token is None else self._first.token_to_id(token) for token in (bos, eos))
+        if eos_id is None:
+            raise UserError(f"{file}: eos_token is {eos!r}, which is no token of it; name one in tokenizer_config.json")
+        self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have the token and do not use it
+        self.eos = eos_id
+        added = self._first.get_added_tokens_decoder()
+        self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
+
+    def encode(self, text: str, continues: bool, control: bool) -> list[int]:
+        backend = self._later if continues else self._first
+        backend.encode_special_tokens = not control  # True: as ordinary text
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        return self._first.decode(ids, skip_special_tokens=skip_special)
+
+
+class _SentencePiece:
+    """A sentencepiece tokenizer.model, as Llama 2 has."""
+
+    def __init__(self, file: Path, add_bos: bool) -> None:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2 as proto
+
+        try:
+            self._first = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError):
+            raise UserError(f"{file}: not a sentencepiece model; set policy.tokenizer to one, or to a folder with tokenizer.json") from None
+        model = proto.ModelProto.FromString(self._first.serialized_model_proto())
+        model.normalizer_spec.add_dummy_prefix = False
+        self._later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self.bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
+        self.vocab, self.eos = self._first.vocab_size(), self._first.eos_id()
+        self.bos = self._first.bos_id() if add_bos and self._first.bos_id() >= 0 else None
+        if self.eos < 0:
+            raise UserError(f"{file}: the model has no eos token, so no response could end; set policy.tokenizer to another one")
+
+    def encode(self, text: str, continues: bool, control: bool) -> list[int]:
+        return (self._later if continues else self._first).encode(text)
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        if skip_special:
+            return self._first.decode(ids)
+        runs = itertools.groupby(ids, self._first.is_control)
+        return "".join("".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run)) for control, run in runs)
+
+    def settings(self) -> dict[str, Any]:
+        """The tokenizer_config.json of this model for transformers."""
+        ids = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self._first.unk_id()}
+        pieces = {key: None if i is None else self._first.id_to_piece(i) for key, i in ids.items()}
+        # not legacy: the space is put before the text once, not again after every special token
+        adding = {"add_bos_token": self.bos is not None, "add_eos_token": False, "legacy": False}
+        return {"tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False} | pieces | adding
+
+
+def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer of a tokenizer.json that puts no space before the text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    kind = part["type"]
+    if kind == "Sequence":
+        inner = "normalizers" if "normalizers" in part else "pretokenizers"
+        return part | {inner: [kept for kept in map(_unprefixed, part[inner]) if kept is not None]}
+    if kind == "Metaspace":  # add_prefix_space is the older spelling
+        return {key: value for key, value in part.items() if key != "add_prefix_space"} | {"prepend_scheme": "never"}
+    return part | {"add_prefix_space": False} if kind == "ByteLevel" else part
+
+
+def _read_json(files: dict[str, Path], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{files[name]}: not JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{files[name]}: not a JSON object; copy the file again")
+    return value
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """Special tokens stand in the files as strings or as objects with their text in `content`."""
+    return token if isinstance(token, str) else token["content"]
+
+
+def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several of them by name
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _chat_environment() -> jinja2.Environment:
+    """What chat templates may count on: the conventions of transformers' apply_chat_template."""
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks what the assistant said; here it is only its body."""
+
+        tags: ClassVar = {"generation"}
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    extensions = [Generation, jinja2.ext.loopcontrols]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

@@ -1,0 +1,278 @@
+"""THE loop, shared by all modes: draw, score, credit, learn, publish, evaluate, log, save."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf import config as configuration
+from rlhf.algorithms import ALGORITHMS
+from rlhf.checkpoint import Checkpoints
+from rlhf.config import Config
+from rlhf.contracts import Algorithm, Engine, Sample
+from rlhf.data.packing import microbatches, shares
+from rlhf.metrics import Metrics, say
+from rlhf.parallel.mesh import Mesh
+from rlhf.prepare import Inputs, inputs
+from rlhf.rewards.worker import Rewards
+from rlhf.rollout.sampler import Sampler, summary
+from rlhf.train.learner import Learner
+from rlhf.train.optimizer import learning_rate
+from rlhf.weights import files, initial, names
+from rlhf.weights.publish import Publisher
+from rlhf.weights.tiles import plan
+
+SPEAKERS = {"old_logp": "policy", "ref_logp": "reference"}  # stream -> the role that scores it
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner| of log-probs; forgotten weights show as more
+
+
+def run(config: Config) -> None:
+    """One rank's whole life. Every rank calls it alike."""
+    mesh = Mesh(config.parallel, config.seed)
+    given = inputs(config, mesh.world)
+    if mesh.rank == 0:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / "config.toml").write_text(f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}")
+    with Rewards(config.reward.function, config.reward.timeout, config.reward.workers) as rewards:
+        if config.mode == "evaluate":
+            evaluate_folder(config, mesh, given, rewards)
+        else:
+            Run(config, mesh, given, rewards).train()
+
+
+class Run:
+    """A training run on this rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, given: Inputs, rewards: Rewards):
+        self.config, self.mesh, self.given = config, mesh, given
+        self.arch, self.dtype = given.arch, dtype_of(config, mesh)
+        self.algorithm: Algorithm = ALGORITHMS[config.mode](config)
+        self.sharding = names.tilings(self.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
+        self.sampler = None
+        if self.algorithm.online:  # the engine first: it sizes its memory by what is free
+            engine = build_engine(config, mesh, given, self.dtype)
+            engine.sleep()
+            engines = names.tilings(self.arch, "vllm", mesh.world, config.rollout.tp)
+            publisher = Publisher(plan(self.sharding, engines, mesh.nodes()), mesh.rank, self.dtype)
+            self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.train)
+        self.learners = {role: self._learner(role, use == "train") for role, use in self.algorithm.models.items()}
+        self.trained = {role: self.learners[role] for role, use in self.algorithm.models.items() if use == "train"}
+        self.policy = self.learners["policy"]
+        self.checkpoints = Checkpoints(config, mesh, self.dtype)
+
+    def train(self) -> None:
+        """All steps from the newest checkpoint on, or from the first."""
+        config = self.config
+        start = self.checkpoints.resume(self.trained) if config.resume else 0
+        self.metrics = metrics = Metrics(config, self.mesh, start)
+        self._announce(start)
+        self.publish(check=True)
+        if start == 0 and self.given.held_out:
+            self.evaluate()
+            metrics.write(0)
+        for step in range(start, config.steps):
+            metrics.begin()
+            with metrics.time("rollout"):
+                samples = self.draw(step)
+            with metrics.time("score"):
+                self.score(samples)
+            samples = self.algorithm.credit(samples)
+            with metrics.time("learn"):
+                self.learn(samples, step)
+            with metrics.time("publish"):
+                self.publish(check=config.rollout.check or step == start)
+            if self.given.held_out and (step + 1 == config.steps or (config.evaluate.every and (step + 1) % config.evaluate.every == 0)):
+                with metrics.time("evaluate"):
+                    self.evaluate()
+            metrics.write(step + 1, tokens=sum(len(s.tokens) for s in samples))
+            if self.checkpoints.due(step + 1, config.steps):
+                with metrics.time("save"):
+                    self.checkpoints.save(step + 1, self.trained, self.export if config.checkpoint.export or step + 1 == config.steps else None)
+
+    def draw(self, step: int) -> list[Sample]:
+        """The step's samples, alike on every rank: from the engine, or straight from the data."""
+        if not self.sampler:
+            return self.given.train.draw(step, self.config.batch.prompts, self.config.seed)
+        samples = self.sampler.draw(step)
+        self.metrics.add_common(summary(samples))
+        return samples
+
+    def score(self, samples: list[Sample]) -> None:
+        """Write the streams that the algorithm asks for into all samples, on every rank."""
+        for stream in self.algorithm.streams:
+            for sample, values in zip(samples, self.read(SPEAKERS[stream], samples), strict=True):
+                setattr(sample, stream, values)
+        if "old_logp" in self.algorithm.streams:
+            gaps = np.concatenate([np.abs(s.old_logp - s.sampler_logp)[s.mask] for s in samples])
+            self.metrics.add_common({"mismatch": (float(gaps.sum()), float(len(gaps)))})
+
+    def read(self, role: str, samples: list[Sample]) -> list[np.ndarray]:
+        """A role's log-probs [L] of every sample, in order, on every rank: replicas share the work and exchange the results."""
+        indexed = {id(sample): i for i, sample in enumerate(samples)}
+        cut = self._cut(samples, whole_groups=False)
+        mine = self.learners[role].score(cut[self.mesh.dp_rank])
+        streams: list[np.ndarray] = [np.empty(0)] * len(samples)
+        spoken = [part for part in self.mesh.all_gather(mine if self.mesh.speaks_for_dp else None) if part is not None]
+        for bins, part in zip(cut, spoken, strict=True):
+            for sample, stream in zip((s for b in bins for s in b), part, strict=True):
+                streams[indexed[id(sample)]] = stream
+        return streams
+
+    def learn(self, samples: list[Sample], step: int) -> None:
+        """batch.epochs passes over the samples, batch.minibatches updates each. Groups stay whole, and meet in a new order each pass."""
+        b, groups = self.config.batch, sorted({s.group for s in samples})
+        for epoch in range(b.epochs):
+            order = np.random.default_rng((self.config.seed, step, epoch)).permutation(groups)
+            for turn, members in enumerate(np.array_split(order, b.minibatches)):
+                chosen = set(members.tolist())
+                cut = self._cut([s for s in samples if s.group in chosen], self.algorithm.whole_groups)
+                update = (step * b.epochs + epoch) * b.minibatches + turn
+                lr = learning_rate(self.config.optim, update, self.config.steps * b.epochs * b.minibatches)
+                for role, learner in self.trained.items():
+                    self.metrics.add(learner.learn(cut[self.mesh.dp_rank], partial(self.algorithm.loss, role), lr))
+
+    def publish(self, check: bool) -> None:
+        """Give the engine the policy's weights; with check, prove that it has them."""
+        if not self.sampler:
+            return
+        self.sampler.publish(self.policy.parameters())
+        if check:
+            self._compare()
+
+    def evaluate(self) -> None:
+        """Held-out reward of greedy responses, or held-out loss where nothing is generated."""
+        count = self.config.evaluate.prompts
+        if self.sampler:
+            samples = self.sampler.greedy(self.given.held_out.head(count))
+            report(self.config, self.mesh, samples)
+            self.metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
+        else:
+            cut = self._cut(self.given.held_out.head(count), self.algorithm.whole_groups)
+            sums = self.policy.evaluate(cut[self.mesh.dp_rank], partial(self.algorithm.loss, "policy"))
+            self.metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
+
+    def export(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder. Every rank calls it."""
+        description = json.loads((Path(self.config.policy.load) / "config.json").read_text())
+        files.write(
+            folder,
+            self.arch,
+            description,
+            self.sharding,
+            self.policy.parameters(),
+            rank=self.mesh.rank,
+            nodes=self.mesh.nodes(),
+            dtype=self.dtype,
+        )
+        if self.mesh.rank == 0:
+            self.given.tokenizer.save(folder)
+
+    def _learner(self, role: str, train: bool) -> Learner:
+        tiles = self.sharding[self.mesh.rank]
+        folder = (role == "reference" and self.config.reference.load) or self.config.policy.load
+
+        def fill(parameters: dict[str, Tensor]) -> None:
+            if self.config.policy.init == "random" and folder == self.config.policy.load:
+                initial.fill(self.arch, tiles, parameters, self.config.seed)
+            else:
+                files.read(folder, self.arch, tiles, parameters)
+
+        temperature = self.config.rollout.temperature if self.algorithm.online else 1.0
+        return Learner(self.arch, self.config, self.mesh, self.dtype, fill=fill, temperature=temperature, train=train)
+
+    def _cut(self, samples: list[Sample], whole_groups: bool) -> list[list[list[Sample]]]:
+        """Everybody's micro-batches, by data-parallel rank."""
+        dealt = shares(samples, self.mesh.layout.dp, self.arch.hidden)
+        return microbatches(dealt, self.config.batch.tokens, whole_groups)
+
+    def _compare(self) -> None:
+        """Sample a little and let the policy score it: engine and learner must give the same log-probs."""
+        samples = self.sampler.probe(self.given.train.head(2 * self.mesh.world))
+        gaps = np.concatenate([np.abs(a - s.sampler_logp)[s.mask] for s, a in zip(samples, self.read("policy", samples), strict=True)])
+        if not gaps.mean() < AGREEMENT[self.dtype]:
+            raise RuntimeError(
+                f"the engine's log-probs differ from the policy's by {gaps.mean():.3g} on average ({gaps.max():.3g} at most) after publishing:"
+                " it does not generate with the weights that were trained"
+            )
+
+    def _announce(self, start: int) -> None:
+        if self.mesh.rank:
+            return
+        layout, config = self.mesh.layout, self.config
+        say(
+            f"{config.mode}: {self.arch.family} of {self.arch.num_parameters() / 1e6:.1f}M parameters, {str(self.dtype).removeprefix('torch.')},"
+            f" {self.mesh.world} ranks on {self.mesh.device.type}: tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
+        )
+        say(f"{self.given.train.describe()}; out: {config.out}" + (f"; resumed after step {start}" if start else ""))
+
+
+def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+
+
+def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool = False) -> Engine:
+    """The engine of this rank; with load it reads the policy's folder, otherwise its weights come by publish()."""
+    tp = config.rollout.tp
+    if config.rollout.engine == "kvcache":
+        from rlhf.rollout.kvcache import KVCache
+
+        engine = KVCache(
+            given.arch,
+            tp=tp,
+            tp_rank=mesh.rank % tp,
+            group=mesh.subgroup(tp),
+            dtype=dtype,
+            device=mesh.device,
+            max_len=config.data.max_tokens,
+        )
+        if load:
+            files.read(config.policy.load, given.arch, names.tiles(given.arch, "vllm", (mesh.rank % tp, tp)), engine.parameters())
+        return engine
+    from rlhf.rollout.vllm import VLLM
+
+    return VLLM(
+        config.policy.load,
+        given.arch,
+        tp=tp,
+        dtype=str(dtype).removeprefix("torch."),
+        seed=config.seed,
+        max_len=config.data.max_tokens,
+        memory=config.rollout.memory,
+        cache=config.rollout.cache,
+        load=load,
+    )
+
+
+def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> None:
+    """Mode evaluate: the engine loads the folder by itself, and no trainer exists."""
+    engine = build_engine(config, mesh, given, dtype_of(config, mesh), load=True)
+    sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, rewards), given.held_out)
+    metrics = Metrics(config, mesh, start=-1)
+    samples = sampler.greedy(given.held_out.head(config.evaluate.prompts))
+    report(config, mesh, samples)
+    metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
+    metrics.write(config.steps)
+
+
+def reward(rewards: Rewards, samples: list[Sample]) -> None:
+    """Score sampled responses in place."""
+    scores = rewards.score([(s.meta["prompt"], s.meta["response"], s.meta["record"]) for s in samples])
+    for sample, score in zip(samples, scores, strict=True):
+        sample.reward, sample.meta["failed"] = score.value, score.failed
+
+
+def report(config: Config, mesh: Mesh, samples: list[Sample]) -> None:
+    """A few rollouts to read."""
+    if mesh.rank:
+        return
+    for sample in samples[: config.evaluate.show]:
+        text = f"{sample.meta['prompt']} => {sample.meta['response']}" + (" [cut]" if sample.truncated else "")
+        say(textwrap.indent(f"reward {sample.reward:g} | {text}", "    "))

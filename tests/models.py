@@ -1,0 +1,70 @@
+"""Tiny random Hugging Face folders of every family, made by transformers, and what transformers says about samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from rlhf.contracts import Sample
+
+SHAPE = {
+    "vocab_size": 509,  # forces padding
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "llama3-tied": transformers.LlamaConfig(**SHAPE | {"head_dim": 32}, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**SHAPE | {"num_key_value_heads": 4}, sliding_window=None, rms_norm_eps=1e-5),
+    "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SHAPE | {"head_dim": 32}),
+}
+
+
+def make(family: str, folder: Path, seed: int = 7) -> None:
+    """Save a random model whose norms and biases are random too, so that none of them can be forgotten unseen."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.1 + (1.0 if p.ndim == 1 and p.shape[0] < 400 else 0.0) if p.ndim == 1 else torch.randn_like(p) * 0.08)
+    model.save_pretrained(folder)
+
+
+def samples(count: int = 7, seed: int = 3, vocab: int = 509) -> list[Sample]:
+    """Random samples of very different lengths, with everything GRPO's loss reads."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        length = int(rng.integers(3, 60)) if i else 90
+        mask = np.arange(length) >= rng.integers(0, length - 1)
+        streams = {n: rng.normal(-6, 0.3, length).astype(np.float32) for n in ("old_logp", "ref_logp", "sampler_logp")}
+        advantages = np.full(length, rng.normal(), np.float32) * mask
+        made.append(Sample(rng.integers(0, vocab, length + 1).astype(np.int32), mask, group=i // 2, advantages=advantages, **streams))
+    return made
+
+
+def reference_logits(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
+    """What transformers says about one sample alone: logits [L, vocab]."""
+    return model(torch.from_numpy(sample.tokens[None, :-1].astype(np.int64))).logits[0]
+
+
+def reference_logp(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
+    """Log-probs of the labels [L]."""
+    labels = torch.from_numpy(sample.tokens[1:].astype(np.int64))
+    return reference_logits(model, sample).log_softmax(-1).gather(1, labels[:, None])[:, 0]

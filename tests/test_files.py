@@ -1,0 +1,123 @@
+"""Folders of safetensors: wrong ones are refused by name, boxes are read bitwise, and check() does without torch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rlhf.contracts import UserError
+from rlhf.weights import files
+from rlhf.weights.names import tilings
+from safetensors.torch import load_file, save_file
+from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], num_files: int = 1) -> None:
+    """A Hugging Face folder, written by the safetensors package."""
+    if num_files == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    titles = {name: f"model-{i % num_files + 1:05}-of-{num_files:05}.safetensors" for i, name in enumerate(tensors)}
+    for title in set(titles.values()):
+        save_file({name: tensors[name] for name in tensors if titles[name] == title}, folder / title)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": titles}))
+
+
+@pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_each_rank_reads_its_boxes(tmp_path: Path, arch, num_files: int):
+    hf = {name: tensor.bfloat16() for name, tensor in random_hf(arch).items()}
+    save(tmp_path, hf, num_files)
+    files.check(tmp_path, arch)
+    as_float = {name: tensor.float() for name, tensor in hf.items()}
+    for rank, tiling in enumerate(tilings(arch, "mcore", 4, 2, 2)):
+        wanted = mcore_rank(arch, as_float, (rank % 2, 2), (rank // 2, 2))
+        got = blank([wanted])[0]
+        files.read(tmp_path, arch, tiling, got)
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_check_does_without_torch(tmp_path: Path):
+    save(tmp_path, random_hf(LLAMA))
+    script = (
+        "import sys; from rlhf.weights import files; from rlhf.model.architecture import Architecture\n"
+        f"files.check({str(tmp_path)!r}, {LLAMA!r})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_what_may_be_extra(tmp_path: Path):
+    tied = replace(LLAMA, tied=True)
+    hf = random_hf(tied)
+    save(
+        tmp_path,
+        hf | {"lm_head.weight": hf["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+    )
+    files.check(tmp_path, tied)
+
+
+def edit(change):
+    """A folder whose single file holds changed tensors."""
+    return lambda folder: save(folder, change(random_hf(LLAMA)))
+
+
+def cut(size: int):
+    """A folder whose single file ends after size bytes, or that many before its end."""
+
+    def make(folder: Path) -> None:
+        save(folder, random_hf(LLAMA))
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+
+    return make
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 13476839\n")
+
+
+def unlisted(folder: Path) -> None:
+    save(folder, random_hf(LLAMA), num_files=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+NORM = "model.norm.weight"
+MISTAKES = {
+    "empty folder": (lambda folder: None, r"no \*.safetensors file"),
+    "data cut short": (cut(-1), r"model.safetensors: cut short at \d+ of \d+ bytes"),
+    "header cut short": (cut(100), r"model.safetensors: cut short at 100 bytes, its header alone has \d+"),
+    "nothing in it": (cut(0), r"model.safetensors: not a safetensors file, or cut short at 0 bytes"),
+    "git-lfs pointer": (pointer, r"model.safetensors: not a safetensors file"),
+    "a shard missing": (unlisted, r"model-00002-of-00003.safetensors: missing, though model.safetensors.index.json lists it"),
+    "a tensor missing": (edit(lambda hf: {k: v for k, v in hf.items() if k != NORM}), "tensor model.norm.weight is missing"),
+    "a wrong shape": (edit(lambda hf: hf | {NORM: torch.ones(31)}), r"model.norm.weight has shape \[31\], but config.json asks for \[32\]"),
+    "a wrong dtype": (edit(lambda hf: hf | {NORM: hf[NORM].to(torch.float8_e4m3fn)}), "has dtype F8_E4M3; supported are F32, F16, BF16"),
+    "a tensor too many": (
+        edit(lambda hf: hf | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
+        "tensors model.layers.0.self_attn.q_proj.bias are not part of a llama model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_wrong_folders_are_refused(tmp_path: Path, make, message: str):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        files.check(tmp_path, LLAMA)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_one_rank_writes_what_safetensors_reads(tmp_path: Path):
+    hf = random_hf(LLAMA)
+    sources = tilings(LLAMA, "mcore", 1, 1)
+    parameters = mcore_rank(LLAMA, hf, (0, 1), (0, 1))
+    files.write(tmp_path, LLAMA, {"dtype": "float32"}, sources, parameters, rank=0, nodes=[0], dtype=torch.bfloat16)
+    written = load_file(tmp_path / "model.safetensors")
+    assert list(written) and written.keys() == hf.keys()
+    assert all(torch.equal(written[name], hf[name].bfloat16()) for name in hf)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

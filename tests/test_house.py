@@ -1,0 +1,197 @@
+"""The rules of the house that CONTRIBUTING.md lists, read off the syntax tree of every file."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from rlhf.config import Config, notes
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlhf"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
+EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+# Imports point one way: a part of the package imports parts of lower layers only, and no sibling.
+LAYERS = (
+    ("contracts", "config"),
+    ("parallel", "metrics", "algorithms"),
+    ("data", "model", "weights"),
+    ("train", "rollout", "rewards", "checkpoint"),
+    ("prepare",),
+    ("loop",),
+    ("__main__",),
+)
+DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
+SIBLINGS = {  # the exceptions: who may import which module beside it
+    "config": "contracts",
+    "metrics": "parallel.mesh",
+    "weights": "model.architecture",
+    "rollout": "rewards.worker",
+    "checkpoint": "train.learner",
+}
+ONLY_IN = {
+    "vllm": {"rollout/vllm.py"},
+    "megatron.core.parallel_state": {"parallel/mesh.py"},
+    "os.environ": {"__main__.py", "parallel/mesh.py", "rollout/vllm.py"},
+}
+VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base", "manager"}
+MAX_KEYS, MAX_FUNCTION, MAX_FILE = 120, 60, 350
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(), str(path))))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part(path: Path) -> str:
+    """rlhf/train/learner.py -> train, rlhf/loop.py -> loop."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports; `from a import b` is a.b."""
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(dotted: str, *modules: str) -> bool:
+    return any(dotted == module or dotted.startswith(module + ".") for module in modules)
+
+
+def dotted_name(node: ast.AST | None) -> str:
+    """`a.b.c` as text; empty for anything but names and attributes."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted_name(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def last(node: ast.AST | None) -> str:
+    return dotted_name(node).rpartition(".")[2]
+
+
+def places(found: Iterator[tuple[Path, ast.AST]]) -> list[str]:
+    return [f"{path.relative_to(ROOT)}:{node.lineno}" for path, node in found]
+
+
+def test_imports_point_one_way():
+    assert {part(path) for path in MODULES} <= DEPTH.keys(), "every part has a layer"
+    wrong = []
+    for path in MODULES:
+        here = part(path)
+        for dotted in imports(path):
+            there = dotted.split(".")[1] if within(dotted, "rlhf") else ""
+            if there not in DEPTH or there == here:
+                continue
+            sibling = here in SIBLINGS and within(dotted, f"rlhf.{SIBLINGS[here]}")
+            if not sibling and DEPTH[there] >= DEPTH[here]:
+                wrong.append(f"{name(path)} imports {dotted}")
+    assert wrong == []
+
+
+def test_algorithms_import_contracts_and_functional_only():
+    allowed = ("rlhf.contracts", "rlhf.config", "rlhf.algorithms.functional")
+    algorithms = [path for path in MODULES if part(path) == "algorithms" and path.name != "__init__.py"]  # that one is the table
+    assert [d for path in algorithms for d in imports(path) if within(d, "rlhf") and not within(d, *allowed)] == []
+
+
+@pytest.mark.parametrize("what", ONLY_IN)
+def test_few_files_know(what):
+    names = (what, "os.getenv") if what == "os.environ" else (what,)
+    importing = {name(path) for path in MODULES for dotted in imports(path) if within(dotted, *names)}
+    using = {name(path) for path in MODULES for node in nodes(path) if dotted_name(node) in names}
+    assert importing | using <= ONLY_IN[what]
+
+
+def test_functions_are_short():
+    functions = ((path, node) for path in EVERYTHING for node in nodes(path) if isinstance(node, ast.FunctionDef))
+    assert places((path, f) for path, f in functions if f.end_lineno - f.lineno >= MAX_FUNCTION) == []
+
+
+def test_files_are_short():
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in EVERYTHING}
+    assert {path: count for path, count in lines.items() if count > MAX_FILE} == {}
+
+
+def test_names_say_something():
+    assert [path for path in EVERYTHING if VAGUE & {*path.stem.split("_"), path.parent.name}] == []
+    assert [name(path) for path in MODULES if path.stem in sys.stdlib_module_names] == [], "named like the standard library"
+
+
+def test_log_probs_are_called_logp():
+    def ours(node: ast.AST) -> str:  # a name that this node gives to something
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            return node.name
+        if isinstance(node, ast.arg):
+            return node.arg
+        return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else ""
+
+    names = ((path, node) for path in MODULES for node in nodes(path))
+    assert places((path, node) for path, node in names if "logprob" in ours(node).replace("_", "").lower()) == []
+
+
+def test_no_handler_catches_everything():
+    def everything(handler: ast.ExceptHandler) -> bool:
+        types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+        return any(last(kind) in ("", "Exception", "BaseException") for kind in types)
+
+    handlers = ((path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.ExceptHandler))
+    assert places((path, handler) for path, handler in handlers if everything(handler)) == []
+
+
+def test_nobody_guesses_at_the_configuration():
+    calls = ((path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Call))
+    guesses = ((path, c) for path, c in calls if last(c.func) in ("getattr", "hasattr", "setattr") and last(c.args[0]) == "config")
+    assert places(guesses) == []
+
+
+def sections() -> dict[str, type]:
+    """Name of a section of the configuration ("" for the top) -> its class."""
+    return {"": Config} | {key: hint for key, hint in get_type_hints(Config).items() if is_dataclass(hint)}
+
+
+def keys() -> list[str]:
+    return [f"{section}.{f.name}".lstrip(".") for section, cls in sections().items() for f in fields(cls) if f.name not in sections()]
+
+
+def test_keys_are_few_and_explained():
+    assert len(keys()) <= MAX_KEYS
+    bare = [f"{cls.__name__}.{f.name}" for cls in sections().values() for f in fields(cls) if not notes(cls).get(f.name)]
+    assert set(bare) == {f"Config.{section}" for section in sections() if section}, "only whole sections have no comment"
+
+
+def owners(path: Path) -> dict[str, set[str]]:
+    """What a file may call each section: by its name, by a parameter of its class, or by a variable that it was assigned to."""
+    called = {section: {section or "config"} for section in sections()}
+    for node in nodes(path):
+        for section, cls in sections().items():
+            if isinstance(node, ast.arg | ast.AnnAssign) and last(node.annotation) == cls.__name__:
+                called[section].add(node.arg if isinstance(node, ast.arg) else last(node.target))
+            if isinstance(node, ast.Assign) and last(node.value) == section:
+                called[section] |= {last(target) for target in node.targets}
+    return called
+
+
+def test_no_key_is_accepted_and_ignored():
+    used = {"mode"}  # chooses the program itself
+    for path in MODULES:
+        if name(path) == "config.py":
+            continue
+        reads = {(last(node.value), node.attr) for node in nodes(path) if isinstance(node, ast.Attribute)}
+        for section, called in owners(path).items():
+            used |= {f"{section}.{attribute}".lstrip(".") for owner, attribute in reads if owner in called}
+    assert sorted(set(keys()) - used) == []

@@ -1,0 +1,76 @@
+"""The real executor, on four ranks: every reshaping of training shards into engine shards, and a folder written from them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rlhf.weights import files
+from rlhf.weights.names import tilings
+from rlhf.weights.publish import Publisher, _rounds
+from rlhf.weights.tiles import plan
+from safetensors.torch import load_file
+from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, model_ranks, random_hf
+
+WORLD = 4
+RESHARDS = {"TP2PP2 -> TP1": (2, 2, 1), "TP4 -> TP2": (4, 1, 2), "TP2 -> TP4": (2, 1, 4), "PP4 -> TP4": (1, 4, 4), "TP1 -> TP2": (1, 1, 2)}
+SMALL = 24 << 10  # bytes of a bucket, so that there are many rounds and tensors are cut
+EXPORTED = replace(LLAMA, kv_heads=2, vocab=1000)
+
+
+def on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    for arch in FAMILIES.values():
+        for tp, pp, engine_tp in RESHARDS.values():
+            check_publish(arch, tp, pp, engine_tp, rank)
+    parameters = mcore_rank(EXPORTED, random_hf(EXPORTED), (rank % 2, 2), (rank // 2, 2))
+    files.write(
+        f"{folder}/model", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "mcore", WORLD, 2, 2), parameters,
+        rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, shard=20 << 10, bucket=SMALL,
+    )  # fmt: skip
+    dist.destroy_process_group()
+
+
+def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
+    moves = plan(tilings(arch, "mcore", WORLD, tp, pp), tilings(arch, "vllm", WORLD, engine_tp), [0] * WORLD)
+    publisher = Publisher(moves, rank, torch.bfloat16, SMALL)
+    hf = random_hf(arch)
+    for update in range(2):  # the same publisher serves every step
+        hf = {name: tensor + update for name, tensor in hf.items()}
+        wanted = model_ranks(arch, hf, "vllm", WORLD, engine_tp, 1)[rank]
+        target = blank([{name: tensor.bfloat16() for name, tensor in wanted.items()}])[0]
+        publisher.publish(model_ranks(arch, hf, "mcore", WORLD, tp, pp)[rank], target)
+        for name in target:
+            assert torch.equal(target[name], wanted[name].bfloat16()), f"rank {rank}: {name} after TP{tp} PP{pp} -> TP{engine_tp}"
+
+
+def test_four_ranks(tmp_path: Path):
+    mp.spawn(on_rank, (str(tmp_path),), WORLD)  # raises what a rank raised
+
+    folder, hf = tmp_path / "model", random_hf(EXPORTED)
+    files.check(folder, EXPORTED)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", *shards, "model.safetensors.index.json"]
+    assert len(shards) > WORLD
+    for shard in shards:
+        tensors = load_file(folder / shard)
+        assert tensors.keys() == {name for name, title in index["weight_map"].items() if title == shard}
+        assert all(torch.equal(tensor, hf[name].bfloat16()) for name, tensor in tensors.items())
+    assert index["weight_map"].keys() == hf.keys()
+    assert json.loads((folder / "config.json").read_text()) == {"model_type": "llama", "torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("limit", [50, 1000, 100_000])
+def test_rounds_carry_everything_within_the_limit(limit: int):
+    moves = plan(tilings(LLAMA, "mcore", WORLD, 2, 2), tilings(LLAMA, "vllm", WORLD, 4), [0] * WORLD)
+    remote = [move for move in moves.moves if move.source != move.target]
+    rounds = _rounds(remote, limit)
+    assert sum(move.numel for group in rounds for move in group) == moves.volume()[1]
+    for group in rounds:
+        for rank in range(WORLD):
+            assert sum(move.numel for move in group if rank in (move.source, move.target)) <= limit

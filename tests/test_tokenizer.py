@@ -1,0 +1,267 @@
+"""The tokenizer speaks the ids of transformers and of sentencepiece, and says what is wrong with a folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vocabularies import CHATML, TEXTS, write_byte_level, write_sentencepiece
+
+from rlhf.contracts import UserError
+from rlhf.data.tokenizer import Tokenizer
+
+MESSAGES = [
+    {"role": "system", "content": "You are terse."},
+    {"role": "user", "content": "What is 2 + 2?\nThink <b>hard</b>, naïve one."},
+    {"role": "assistant", "content": "  four "},
+    {"role": "user", "content": "Sure?"},
+]
+
+
+@pytest.fixture
+def byte_level(tmp_path):
+    return write_byte_level(tmp_path / "qwen")
+
+
+@pytest.fixture
+def sentencepiece_file(tmp_path):
+    return write_sentencepiece(tmp_path / "sp")
+
+
+def auto(folder):
+    """transformers' own reading of a folder."""
+    transformers = pytest.importorskip("transformers")
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def assert_same_ids(ours, theirs, texts=TEXTS):
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_byte_level_equals_transformers(byte_level):
+    ours, theirs = Tokenizer.load(byte_level), auto(byte_level)
+    assert_same_ids(ours, theirs, [*TEXTS, " leading", "\n\nnewlines", ""])
+    assert (ours.bos, ours.eos, ours.vocab) == (None, theirs.eos_token_id, len(theirs))
+
+
+@pytest.mark.parametrize("cue", [False, True])
+def test_chat_equals_transformers(byte_level, cue):
+    ours, theirs = Tokenizer.load(byte_level), auto(byte_level)
+    assert ours.chat(MESSAGES, cue) == theirs.apply_chat_template(MESSAGES, add_generation_prompt=cue, return_dict=False)
+
+
+def test_chat_template_has_what_transformers_gives_it(tmp_path):
+    """Block trimming, tojson without escapes, loop controls, generation blocks, special tokens as variables, the default of several."""
+    template = (
+        "{{ bos_token }}{% for message in messages %}\n    {% if loop.index > 3 %}{% break %}{% endif %}\n"
+        "{% generation %}{{ message | tojson }}{% endgeneration %}{{ eos_token }}\n{% endfor %}\n"
+        "{{ tools is none }}{% if add_generation_prompt %}{{ pad_token }}{% endif %}"
+    )
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    folder = write_byte_level(tmp_path, bos="<|begin|>", template=several)
+    ours, theirs = Tokenizer.load(folder), auto(folder)
+    assert ours.render(MESSAGES, True) == theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert "<b>" in ours.render(MESSAGES, True)
+
+
+def test_chat_template_file_goes_first(byte_level):
+    (byte_level / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert Tokenizer.load(byte_level).render(MESSAGES, False) == "You are terse.!"
+
+
+def test_chat_template_errors(tmp_path):
+    folder = write_byte_level(tmp_path, template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match=r"chat template fails: roles must alternate"):
+        Tokenizer.load(folder).chat(MESSAGES, True)
+    (folder / "chat_template.jinja").write_text("{% for m in")
+    with pytest.raises(UserError, match=r"chat template fails: "):
+        Tokenizer.load(folder).chat(MESSAGES, True)
+    with pytest.raises(UserError, match=r"has no chat template; choose another data.template"):
+        Tokenizer.load(write_byte_level(tmp_path / "bare", template=None)).chat(MESSAGES, True)
+
+
+def test_chat_template_cannot_reach_the_machine(tmp_path):
+    folder = write_byte_level(tmp_path, template="{{ messages.__class__.__base__.__subclasses__() }}")
+    with pytest.raises(UserError, match="chat template fails"):
+        Tokenizer.load(folder).chat(MESSAGES, True)
+
+
+def test_bos_is_what_the_tokenizer_itself_adds(tmp_path):
+    llama3 = Tokenizer.load(write_byte_level(tmp_path / "llama3", bos="<|begin|>"))
+    assert llama3.decode([llama3.bos], skip_special=False) == "<|begin|>"
+    folder = write_byte_level(tmp_path / "gpt")  # has such a token, and does not put it before texts
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|endoftext|>"}))
+    assert Tokenizer.load(folder).bos is None
+
+
+def test_special_tokens_in_a_text_are_text_unless_asked_for(byte_level):
+    tokenizer = Tokenizer.load(byte_level)
+    text = "hi<|im_end|>\n<|im_start|>system"
+    assert tokenizer.eos in tokenizer.encode(text, control=True)
+    assert tokenizer.encode(text, control=True) == auto(byte_level).encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text)
+    assert tokenizer.eos not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_stop_ids_come_from_the_generation_config_too(byte_level):
+    tokenizer = Tokenizer.load(byte_level)
+    assert tokenizer.stop_ids == (tokenizer.eos,)
+    (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos, 7]}))
+    assert Tokenizer.load(byte_level).stop_ids == (tokenizer.eos, 7)
+    (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert Tokenizer.load(byte_level).stop_ids == (tokenizer.eos, 9)
+
+
+def test_limits_baked_into_the_file_are_off(byte_level):
+    spec = json.loads((byte_level / "tokenizer.json").read_text())
+    spec["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (byte_level / "tokenizer.json").write_text(json.dumps(spec))
+    assert_same_ids(Tokenizer.load(byte_level), auto(byte_level))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sentencepiece(tmp_path, kind):
+    import sentencepiece
+
+    file = write_sentencepiece(tmp_path, kind)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for ours in Tokenizer.load(file), Tokenizer.load(tmp_path):
+        assert (ours.bos, ours.eos, ours.vocab, ours.stop_ids) == (1, 2, len(theirs), (2,))
+        for text in [*TEXTS, " leading", "\n", "", "</s><s>[INST]"]:
+            assert ours.encode(text) == theirs.encode(text), text
+            assert ours.decode(ours.encode(text)) == text
+            assert not {ours.bos, ours.eos} & set(ours.encode(text, control=True)), "control tokens cannot be spelled"
+
+
+def test_saved_sentencepiece_equals_transformers(tmp_path, sentencepiece_file):
+    ours = Tokenizer.load(sentencepiece_file)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    ours.save(exported)
+    theirs = auto(exported)
+    assert_same_ids(ours, theirs)
+    assert theirs("hello")["input_ids"] == [ours.bos, *ours.encode("hello")]
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos, ours.eos, ours.vocab)
+    again = Tokenizer.load(exported)
+    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+
+
+def test_metaspace_json_equals_transformers(tmp_path, sentencepiece_file):
+    """What transformers makes of the sentencepiece file: Llama 2's tokenizer.json. It is preferred to the file beside it."""
+    exported, folder = tmp_path / "exported", tmp_path / "llama2"
+    exported.mkdir()
+    Tokenizer.load(sentencepiece_file).save(exported)
+    theirs = auto(exported)
+    theirs.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(b"not read")
+    ours = Tokenizer.load(folder)
+    assert_same_ids(ours, theirs)
+    assert (ours.bos, ours.eos, ours.vocab) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
+
+
+def prefixed(folder, kind):
+    """The tokenizers that put a space before a text, in their several spellings."""
+    file = write_sentencepiece(folder / "sp")
+    if kind == "sentencepiece":
+        return Tokenizer.load(file)
+    (folder / "sp" / "exported").mkdir()
+    Tokenizer.load(file).save(folder / "sp" / "exported")
+    auto(folder / "sp" / "exported").save_pretrained(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    if kind == "prepend":
+        parts = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+        spec |= {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": parts}}
+    if kind == "old metaspace":
+        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace", "old metaspace", "prepend"])
+def test_continued_text_gets_no_space_before_it(tmp_path, kind):
+    tokenizer = prefixed(tmp_path, kind)
+    assert tokenizer.encode("hello") != tokenizer.encode("hello", continues=True)
+    assert tokenizer.encode("hello") == tokenizer.encode(" hello", continues=True)
+    for left, right in (("2 + 2 =", " four"), ("hello", "!"), ("\n\nAssistant:", " hi"), ("hello", "\n\nthere")):
+        assert tokenizer.encode(left) + tokenizer.encode(right, continues=True) == tokenizer.encode(left + right)
+
+
+def test_byte_level_text_continues_as_it_starts(byte_level):
+    tokenizer = Tokenizer.load(byte_level)
+    assert all(tokenizer.encode(text) == tokenizer.encode(text, continues=True) for text in TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_decode(tmp_path, kind):
+    tokenizer = Tokenizer.load(write_byte_level(tmp_path) if kind == "bytes" else write_sentencepiece(tmp_path))
+    ids = [*tokenizer.encode("hi there"), tokenizer.eos, tokenizer.vocab, tokenizer.vocab + 9]  # as a padded embedding may sample
+    assert tokenizer.decode(ids) == "hi there"
+    assert tokenizer.decode(ids, skip_special=False) == "hi there" + ("<|im_end|>" if kind == "bytes" else "</s>")
+
+
+def test_save_copies_the_files_that_are_there(tmp_path, byte_level):
+    (byte_level / "generation_config.json").write_text("{}")
+    (byte_level / "chat_template.jinja").write_text(CHATML)
+    (byte_level / "model.safetensors").write_text("not a tokenizer's")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    Tokenizer.load(byte_level).save(exported)
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    assert {file.name for file in exported.iterdir()} == names
+    assert all((exported / name).read_bytes() == (byte_level / name).read_bytes() for name in names)
+
+
+def test_no_llama_settings_for_a_unigram_model(tmp_path):
+    Tokenizer.load(write_sentencepiece(tmp_path / "sp", "unigram")).save(tmp_path)
+    assert not (tmp_path / "tokenizer_config.json").exists()
+
+
+def test_errors_name_the_file(tmp_path, byte_level):
+    def fails(path, message):
+        with pytest.raises(UserError, match=message) as caught:
+            Tokenizer.load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    fails(tmp_path / "nowhere", "no such file or folder; set policy.tokenizer")
+    fails(tmp_path, "neither tokenizer.json nor tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00rubbish")
+    fails(tmp_path / "tokenizer.model", "not a sentencepiece model")
+    settings = (byte_level / "tokenizer_config.json").read_text()
+    (byte_level / "tokenizer_config.json").write_text("{")
+    fails(byte_level, r"tokenizer_config.json: not JSON")
+    (byte_level / "tokenizer_config.json").write_text("[]")
+    fails(byte_level, r"tokenizer_config.json: not a JSON object")
+    (byte_level / "tokenizer_config.json").write_text('{"eos_token": "<gone>"}')
+    fails(byte_level, r"tokenizer.json: eos_token is '<gone>', which is no token of it")
+    (byte_level / "tokenizer_config.json").unlink()
+    fails(byte_level, r"tokenizer.json: eos_token is None")
+    (byte_level / "tokenizer_config.json").write_text(settings)
+    (byte_level / "tokenizer.json").write_text("{}")
+    fails(byte_level, "no 'model' in it")
+    (byte_level / "tokenizer.json").write_text("oops")
+    fails(byte_level, "tokenizer.json: not JSON")
+
+
+def test_chat_needs_a_tokenizer_json(sentencepiece_file):
+    folder = sentencepiece_file.parent
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    with pytest.raises(UserError, match=r"needs a tokenizer.json"):
+        Tokenizer.load(folder).chat(MESSAGES, True)
+
+
+def test_loading_imports_neither_torch_nor_transformers(byte_level, sentencepiece_file):
+    code = (
+        "import sys; from rlhf.data.tokenizer import Tokenizer; import rlhf.data.records\n"
+        "assert not {'tokenizers', 'sentencepiece', 'jinja2'} & set(sys.modules)\n"
+        f"Tokenizer.load({str(byte_level)!r}); Tokenizer.load({str(sentencepiece_file)!r})\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
