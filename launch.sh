@@ -18,7 +18,7 @@ fail() {
 }
 
 lock_file() { # device files, because nvidia-smi can take seconds to answer
-  if [[ -n ${CUDA_VISIBLE_DEVICES-all} ]] && compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
+  if [[ ${CUDA_VISIBLE_DEVICES-all} != @(|-1) ]] && compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
     echo "$root/requirements/gpu.txt"
   else
     echo "$root/requirements/cpu.txt"

@@ -209,7 +209,10 @@ class Run:
             f"{config.mode}: {self.arch.family} of {self.arch.num_parameters() / 1e6:.1f}M parameters, {str(self.dtype).removeprefix('torch.')},"
             f" {self.mesh.world} ranks on {self.mesh.device.type}: tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
         )
-        say(f"{self.given.train.describe()}; out: {config.out}" + (f"; resumed after step {start}" if start else ""))
+        counts = self.given.train.counts
+        say(f"{len(self.given.train)} records ({counts.truncated} truncated, {counts.dropped} dropped) of {config.data.train}; out: {config.out}")
+        if start:
+            say(f"resumed after step {start}")
 
 
 def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:

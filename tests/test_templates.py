@@ -1,5 +1,7 @@
 """Templates: the text that the model reads, and exactly the tokens that it learns to say."""
 
+import gzip
+import json
 import re
 
 import pytest
@@ -19,8 +21,8 @@ WRITTEN = {
     "plain": "Be terse.What is 2 + 2?It is four.{eos}Sure?Yes, sure.{eos}",
     "human": "Be terse.\n\nHuman: What is 2 + 2?\n\nAssistant: It is four.{eos}\n\nHuman: Sure?\n\nAssistant: Yes, sure.{eos}",
     "llama2": "[INST] <<SYS>>\nBe terse.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] It is four. {eos}{bos}[INST] Sure? [/INST] Yes, sure. {eos}",
-    "chatml": "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\nIt is four.<|im_end|>\n"
-    "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes, sure.<|im_end|>\n",
+    "chatml": "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
+    "<|im_start|>assistant\nIt is four.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes, sure.<|im_end|>\n",
 }
 WRITTEN["tokenizer"] = WRITTEN["chatml"]
 LEARNED = {
@@ -143,37 +145,40 @@ def test_plain_texts_may_spell_special_tokens(qwen, llama3):
 
 
 def test_human_rejects_text_that_has_its_headers(qwen):
-    with pytest.raises(UserError, match="data.template=human would add another; set data.template=plain"):
+    with pytest.raises(UserError, match=r"data.template=human would add another; set data.template=plain"):
         encode(qwen, "human", [{"role": "user", "content": "\n\nHuman: hi\n\nAssistant:"}])
 
 
 def test_human_is_the_format_of_the_real_data(qwen, llama2, shared_data):
     """Dialogues of HH-RLHF taken apart into turns and written again."""
-    import gzip
-    import json
-
     with gzip.open(shared_data / "hh_harmless_test.jsonl.gz") as lines:
         dialogues = [json.loads(line)["chosen"] for _, line in zip(range(200), lines, strict=False)]
     names = {"Human": "user", "Assistant": "assistant"}
+    num_checked = 0
     for text in dialogues:
         parts = re.split(r"\n\n(Human|Assistant): ", text)[1:]
         messages = [{"role": names[name], "content": content} for name, content in zip(parts[::2], parts[1::2], strict=True)]
         if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
-            continue
+            continue  # two turns of one speaker
+        num_checked += 1
         for tokenizer in (qwen, llama2):
             ids, learn = encode(tokenizer, "human", messages)
             assert tokenizer.decode(ids) == text
             said = [tokenizer.decode(tokenizer.encode(run)).strip() for run in runs(tokenizer, ids, learn)]
             end = tokenizer.decode([tokenizer.eos], skip_special=False)
             assert said == [(m["content"] + end).strip() for m in messages if m["role"] == "assistant"]
+    assert num_checked > 150
 
 
-UNSTABLE = "{% for m in messages %}<|im_start|>{{ m.content if loop.last else '...' }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+UNSTABLE = (
+    "{% for m in messages %}<|im_start|>{{ m.content if loop.last else '...' }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
 
 
 def test_own_template_that_rewrites_turns(tmp_path):
     tokenizer = Tokenizer.load(write_byte_level(tmp_path, template=UNSTABLE))
-    with pytest.raises(UserError, match="message 2: .* rewrites the turns before it.*choose another data.template"):
+    with pytest.raises(UserError, match=r"message 2: .* rewrites the turns before it.*choose another data.template"):
         encode(tokenizer, "tokenizer", [USER, ANSWER])
 
 

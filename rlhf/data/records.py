@@ -105,10 +105,6 @@ class Limits:
         self.max_prompt = config.max_tokens if max_prompt is None else min(max_prompt, config.max_tokens)
         self.overlong, self.template, self.tokenizer = config.overlong, config.template, tokenizer
 
-    @property
-    def drops(self) -> bool:
-        return self.overlong == "drop"
-
     def over(self, encoded: Encoded) -> bool:
         """Whether a conversation is too long. Raises UserError if that is an error."""
         ids, learn = encoded
@@ -173,12 +169,8 @@ class Records:
                 raise UserError(f"{where}: {error}") from None
         if not records._records:
             dropped = records.counts.dropped
-            why = (
-                f"all of its {dropped} lines are over data.max_tokens; raise it"
-                if dropped
-                else "no lines in it; set data.train and data.eval"
-            )
-            raise UserError(f"data set {path} is empty: {why}")
+            why = f"{dropped} lines, all over data.max_tokens; raise it" if dropped else "no lines; set data.train and data.eval"
+            raise UserError(f"data set {path} has no records: {why}")
         return records
 
     def __len__(self) -> int:
@@ -221,7 +213,7 @@ class Records:
 
     def _add(self, row: int, content: Row, encoded: list[Encoded], fit: Limits) -> None:
         if any(map(fit.over, encoded)):
-            if fit.drops:
+            if fit.overlong == "drop":
                 self.counts.dropped += 1
                 return
             self.counts.truncated += 1
@@ -243,11 +235,8 @@ def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 def _last_response(learn: list[bool]) -> int:
     """Where the last learned run starts; the end if nothing is learned."""
-    if not any(learn):
-        return len(learn)
-    last = len(learn) - 1 - learn[::-1].index(True)
-    before = learn[: last + 1][::-1]
-    return last + 1 - (before.index(False) if False in before else len(before))
+    starts = [t for t in range(len(learn)) if learn[t] and not (t > 0 and learn[t - 1])]
+    return starts[-1] if starts else len(learn)
 
 
 def _read(line: bytes, forms: dict[Keys, Form], required: Keys) -> tuple[Row, list[list[Message]]]:

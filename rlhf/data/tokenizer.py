@@ -75,7 +75,12 @@ class Tokenizer:
         continues: the text follows other tokens, so the space that Llama-like tokenizers put before a text is left out.
         control: special tokens spelled in the text become those tokens. Off by default: what a user wrote must not be able to
         end a turn or open another. Sentencepiece has no such spelling; there it is always text.
+        Raises UserError for half of a surrogate pair, which JSON can spell and no tokenizer reads.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the text has half of a surrogate pair in it ({text!r:.80}); remove it") from None
         return self._codec.encode(text, continues, control)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

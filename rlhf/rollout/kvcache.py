@@ -14,13 +14,13 @@ from torch import Tensor
 from rlhf.contracts import Completion, Sampling
 from rlhf.model.architecture import Architecture
 
-BATCH = 2**15  # tokens of KV cache allocated at once; longer lists of prompts run as several batches
+BATCH = 2**15  # tokens in the KV cache at once; longer lists of prompts run as several batches
 
 
 class KVCache:
-    """A dense decoder with a preallocated KV cache and parameters by vLLM's fused names.
+    """A dense decoder with a preallocated KV cache and parameters by vLLM's fused names; prompt and response share max_len tokens.
 
-    Tensor parallel over `group`: every rank of it makes the same calls, gathers the same logits and so draws the same tokens.
+    Tensor parallel over `group` (None if tp is 1): its ranks make the same calls, gather the same logits and so draw the same tokens.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class KVCache:
         *,
         tp: int,
         tp_rank: int,
-        group: dist.ProcessGroup | None,  # None: tp is 1
+        group: dist.ProcessGroup | None,
         dtype: torch.dtype,
         device: torch.device | str,
-        max_len: int,  # prompt and response together, in tokens
+        max_len: int,
     ):
         assert arch.heads % tp == 0, f"tp {tp} does not divide {arch.heads} heads"
         assert arch.kv_heads % tp == 0 or tp % arch.kv_heads == 0, f"tp {tp} neither divides nor repeats {arch.kv_heads} kv heads"
@@ -47,8 +47,7 @@ class KVCache:
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         """One completion per prompt, in order; the same call on every rank of the group.
 
-        A completion's logp belongs to the distribution it was drawn from, after temperature, top-k and top-p. With temperature 0
-        it is that of the plain distribution (temperature 1, no filters).
+        logp is of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution.
         """
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
         assert all(0 < len(prompt) < self.max_len for prompt in prompts), f"a prompt is empty or leaves no room in {self.max_len} tokens"
@@ -79,15 +78,14 @@ class KVCache:
 
     def _complete(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], length: int) -> list[Completion]:
         """Generate for one batch, with `length` cached tokens per sequence."""
+        arch = self.arch
         sizes = torch.tensor([len(p) for p in prompts], device=self.device)
         room = (self.max_len - sizes).clamp(max=sampling.max_tokens)
         # Padding on the right is never seen: a generated token overwrites it before any query reaches its position.
         width = int(sizes.max())
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)
         positions = torch.arange(width, device=self.device).expand_as(tokens)
-        cache = torch.zeros(
-            (self.arch.layers, 2, len(prompts), length, self.kv_heads, self.arch.head_dim), dtype=self.dtype, device=self.device
-        )
+        cache = torch.zeros(arch.layers, 2, len(prompts), length, self.kv_heads, arch.head_dim, dtype=self.dtype, device=self.device)
         # All draws are made before generation starts, so neither batch nor order can touch them.
         draws = [torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         draw = torch.stack(draws, dim=1).to(self.device)  # [max_tokens, B]

@@ -4,6 +4,7 @@ Works with vLLM 0.25 on a GPU and vLLM 0.32 on a CPU. Token ids go in and come o
 """
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -59,27 +60,27 @@ class VLLM:
         else:
             _adapt_to_cpu(folder, arch)
             device = {"kv_cache_memory_bytes": int(cache * 2**30), "enforce_eager": True}
-        self.llm = LLM(
-            model=folder,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # stop ids and sampling come from the caller, never from the folder
-            load_format="auto" if load else "dummy",
-            dtype=dtype,
-            seed=seed,
-            tensor_parallel_size=tp,
-            distributed_executor_backend="external_launcher",
-            max_model_len=max_len,
-            logprobs_mode="processed_logprobs",  # log-probs of the distribution that was sampled from
-            use_tqdm_on_load=False,
-            **device,
-        )
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of names that vLLM touches in torch
+            self.llm = LLM(
+                model=folder,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # stop ids and sampling come from the caller, never from the folder
+                load_format="auto" if load else "dummy",
+                dtype=dtype,
+                seed=seed,
+                tensor_parallel_size=tp,
+                distributed_executor_backend="external_launcher",
+                max_model_len=max_len,
+                logprobs_mode="processed_logprobs",  # log-probs of the distribution that was sampled from
+                use_tqdm_on_load=False,
+                **device,
+            )
         self._parameters = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         """One completion per prompt, in order; the same call on every rank of the engine.
 
-        A completion's logp belongs to the distribution it was drawn from, after temperature, top-k and top-p. With temperature 0
-        it is that of the plain distribution (temperature 1, no filters).
+        logp is of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution.
         Every request needs its own seed (0 <= seed < 2**63): without one, ranks of an engine would draw from global random
         states that differ; with a shared one, siblings of a group would come out alike.
         """

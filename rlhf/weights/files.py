@@ -10,6 +10,7 @@ import json
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,7 @@ def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], paramet
     """Fill live tensors (local name -> tensor) with the boxes of their tiles, cast to the tensors' own dtypes.
 
     Files are mapped, so only the pages of these boxes are read; rows that no tile covers are left alone.
+    The folder has passed check().
     """
     import torch
 
@@ -106,72 +108,67 @@ def write(
     Files are shared out over the ranks, and each is streamed in the order of its header. They bear temporary names until
     all are complete, and config.json comes last: a folder without it was never finished.
     """
+    import torch
+
+    from rlhf.weights.publish import Publisher
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     assert not list(folder.glob("*.safetensors")), f"{folder} already holds weights"
     shapes, world = names.hf_shapes(arch), len(sources)
     sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards = _groups(sizes, shard)
-    count = len(shards)
-    titles = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    owned = [[i for i in range(count) if i * world // count == r] for r in range(world)]
+    shards = _shards(sizes, shard)
+    owners = {title: i * world // len(shards) for i, title in enumerate(shards)}
+    mine = [title for title in shards if owners[title] == rank]
+    stored: dict[str, Entry] = {}  # what this rank will write, and where
+    for title in mine:
+        stored |= _begin(folder / f"{title}.partial", {name: shapes[name] for name in shards[title]}, dtype)
 
-    stored: dict[str, Entry] = {}  # on this rank
-    for i in owned[rank]:
-        stored |= _begin(folder / f"{titles[i]}.partial", {name: shapes[name] for name in shards[i]}, dtype)
-    batches = [_groups({name: sizes[name] for i in mine for name in shards[i]}, bucket) for mine in owned]
-    _stream(arch, sources, parameters, batches, stored, rank, nodes, dtype, bucket)
-
-    _barrier(world)
-    for i in owned[rank]:
-        (folder / f"{titles[i]}.partial").rename(folder / titles[i])
-    _barrier(world)
-    if rank == 0:
-        if count > 1:
-            where = {name: title for title, group in zip(titles, shards, strict=True) for name in group}
-            _save_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
-        key = "dtype" if "dtype" in config else "torch_dtype"  # transformers renamed it; it reads both
-        _save_json(folder / "config.json", {**config, key: str(dtype).removeprefix("torch.")})
-    _barrier(world)
-
-
-def _stream(
-    arch: Architecture,
-    sources: Sequence[Sequence[Tile]],
-    parameters: Mapping[str, torch.Tensor],
-    batches: list[list[list[str]]],  # rank -> what it assembles at a time
-    stored: Mapping[str, Entry],
-    rank: int,
-    nodes: Sequence[int],
-    dtype: torch.dtype,
-    bucket: int,
-) -> None:
-    """Assemble whole tensors, a batch at a time on every rank, and write each to its place."""
-    import torch
-
-    from rlhf.weights.publish import Publisher
-
+    owned = [{name: sizes[name] for title in shards if owners[title] == r for name in shards[title]} for r in range(world)]
+    batches = [_groups(of_rank, bucket) for of_rank in owned]
     whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
     device = next(iter(parameters.values())).device
-    for step in range(max(len(mine) for mine in batches)):
-        now = [mine[step] if step < len(mine) else [] for mine in batches]
-        targets = [[whole[name] for name in batch] for batch in now]
-        tensors = {name: torch.empty(stored[name].shape, dtype=dtype, device=device) for name in now[rank]}
+    for batch in zip_longest(*batches, fillvalue=()):  # one for every rank
+        targets = [[whole[name] for name in of_rank] for of_rank in batch]
+        tensors = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in batch[rank]}
         Publisher(plan(sources, targets, nodes), rank, dtype, bucket).publish(parameters, tensors)
         for name, tensor in tensors.items():
             with stored[name].path.open("r+b") as file:
                 file.seek(stored[name].start)
                 file.write(tensor.cpu().view(torch.uint8).numpy().data)
 
+    _barrier(world)
+    for title in mine:
+        (folder / f"{title}.partial").rename(folder / title)
+    _barrier(world)
+    if rank == 0:
+        if len(shards) > 1:
+            where = {name: title for title, group in shards.items() for name in group}
+            _save_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+        key = "dtype" if "dtype" in config else "torch_dtype"  # transformers renamed it; it reads both
+        _save_json(folder / "config.json", {**config, key: DTYPES[_kind(dtype)]})
+    _barrier(world)
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File -> its tensors."""
+    groups = _groups(sizes, limit)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return next(kind for kind, name in DTYPES.items() if str(dtype) == f"torch.{name}")
+
 
 def _begin(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Entry]:
     """Write the header of a new file; where its tensors will go."""
-    kind = next(kind for kind, name in DTYPES.items() if str(dtype) == f"torch.{name}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
     for name, shape in shapes.items():
         start, stop = stop, stop + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, stop)}
+        header[name] = {"dtype": _kind(dtype), "shape": shape, "data_offsets": (start, stop)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data is aligned
     with path.open("wb") as file:
