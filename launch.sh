@@ -41,19 +41,19 @@ installed() { # the stamp is a copy of the lock, written last, so a broken insta
 }
 
 install() { # anew, never over an older lock; of several callers one installs and the others wait
-  local python options=(--no-deps --no-compile --only-binary=:all: --no-input --disable-pip-version-check)
+  local python hint="" options=(--no-deps --no-compile --only-binary=:all: --no-input --disable-pip-version-check)
   (
     flock 9
     installed && exit
     python=$(find_python)
     echo "launch.sh: installing ${lock#"$root/"} into .venv (a few minutes; output in .venv/install.log)" >&2
     "$python" -m venv --clear "$venv"
-    if [[ $lock == */cpu.txt ]] && reachable "$torch_cpu"; then
-      options+=(--find-links "$torch_cpu")
+    if [[ $lock == */cpu.txt ]]; then
+      if reachable "$torch_cpu"; then options+=(--find-links "$torch_cpu"); else hint="; $torch_cpu is out of reach"; fi
     fi
     # -I: what the caller's PYTHONPATH holds does not count as installed.
     if ! "$venv/bin/python" -I -m pip install "${options[@]}" --requirement "$lock" >"$venv/install.log" 2>&1; then
-      fail "pip: $(grep '^ERROR' "$venv/install.log" | tail -n 1); all of its output is in .venv/install.log"
+      fail "pip: $(grep '^ERROR' "$venv/install.log" | tail -n 1)$hint; all of its output is in .venv/install.log"
     fi
     cp "$lock" "$venv/lock.txt"
   ) 9>"$venv.lock"

@@ -174,15 +174,25 @@ def test_keys_are_few_and_explained():
     assert set(bare) == {f"Config.{section}" for section in sections() if section}, "only whole sections have no comment"
 
 
+def assignments(path: Path) -> Iterator[tuple[str, str]]:
+    """Last identifiers of target and value: `a, self.b = x.c, d` gives (a, c) and (b, d)."""
+    for node in nodes(path):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                pairs = zip(target.elts, node.value.elts, strict=True) if both else [(target, node.value)]
+                yield from ((last(into), last(value)) for into, value in pairs)
+
+
 def owners(path: Path) -> dict[str, set[str]]:
     """What a file may call each section: by its name, by a parameter of its class, or by a variable that it was assigned to."""
     called = {section: {section or "config"} for section in sections()}
-    for node in nodes(path):
-        for section, cls in sections().items():
-            if isinstance(node, ast.arg | ast.AnnAssign) and last(node.annotation) == cls.__name__:
-                called[section].add(node.arg if isinstance(node, ast.arg) else last(node.target))
-            if isinstance(node, ast.Assign) and last(node.value) == section:
-                called[section] |= {last(target) for target in node.targets}
+    for section, cls in sections().items():
+        parameters = (node for node in nodes(path) if isinstance(node, ast.arg) and last(node.annotation) == cls.__name__)
+        called[section] |= {node.arg for node in parameters}
+        for into, value in assignments(path):  # in the order of the file, so that an alias of an alias counts
+            if value in called[section]:
+                called[section].add(into)
     return called
 
 

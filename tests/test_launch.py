@@ -18,7 +18,7 @@ HERE = {**os.environ, "RLHF_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(root / "launch.sh"), *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([str(root / "launch.sh"), *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ()])
@@ -97,7 +97,7 @@ def test_installation(fresh):
     assert not venv.exists()
 
     first = [subprocess.Popen([root / "launch.sh", "sft"], cwd=root, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in first]
+    said = [process.communicate(timeout=300)[1] for process in first]
     assert [process.returncode for process in first] == [0, 0]
     assert sorted(line.count("installing requirements/cpu.txt into .venv") for line in said) == [0, 1]
 

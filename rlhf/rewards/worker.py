@@ -1,11 +1,173 @@
-# TEMPORARY
-from typing import NamedTuple
+"""Reward functions: the table of built-in ones, and the user's own, which run in processes that can be killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Pipe, wait
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from rlhf.contracts import UserError
+from rlhf.rewards import answers, child
+
+LOADING = 120.0  # seconds that the import of a user's module may take
+
+Item = tuple[str, str, dict[str, Any]]  # prompt, response, record
+
+
 class Score(NamedTuple):
+    """What one response is worth."""
+
     value: float
-    failed: bool
+    failed: bool  # the function raised, hung, ended its process or returned no finite number: value is 0
+
+
+def verify(prompt: str, response: str, record: dict[str, Any]) -> float:
+    """1.0 if the response states the record's answer, else 0.0."""
+    if "answer" not in record:
+        raise UserError(
+            "reward.function='math' compares with the record's 'answer', but a record has none: add it, or set another function"
+        )
+    return answers.verify(response, str(record["answer"]))
+
+
+REWARDS: dict[str, Callable[[str, str, dict[str, Any]], float]] = {
+    "math": verify,  # bounded in time by itself, so it needs no process
+}
+
+
+def check(spec: str) -> None:
+    """Raise UserError unless spec is in REWARDS or names a function that can be imported; it is, in a process of its own."""
+    if spec in REWARDS:
+        return
+    worker = Worker(spec)
+    try:
+        while not worker.loaded:
+            wait([worker.connection], worker.seconds_left())
+            worker.advance()
+    finally:
+        worker.kill()
+
+
+class Worker:
+    """One process of child.py, and the item it is working on.
+
+    Not forked: the parent may hold a CUDA context or the threads of torch.distributed, which no fork survives.
+    """
+
+    def __init__(self, spec: str):
+        place, _, name = spec.rpartition(":")
+        if not place or not name:
+            raise UserError(
+                f"reward.function={spec!r} is unknown: choose {', '.join(REWARDS)}, or give module:function or path/file.py:function"
+            )
+        self.spec = spec
+        self.loaded = False
+        self.item: int | None = None
+        self.deadline = time.monotonic() + LOADING
+        self.connection, theirs = Pipe()
+        end, self.lifeline = os.pipe()  # nothing is ever written: it closes when this process ends
+        descriptors = (theirs.fileno(), end)
+        command = [sys.executable, "-P", "-u", child.__file__, *map(str, descriptors)]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0)
+        theirs.close()
+        os.close(end)
+        self.connection.send((sys.path, place, name))
+
+    def give(self, index: int, item: Item, timeout: float) -> None:
+        self.item, self.deadline = index, time.monotonic() + timeout
+        with suppress(BrokenPipeError):  # it ended while idle: advance() finds the end of the connection
+            self.connection.send(item)
+
+    def seconds_left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    def advance(self) -> tuple[float, str] | None:
+        """(value, error) for the item at hand once there is one, or once time is up. Raises UserError if the function cannot be loaded."""
+        if self.connection.poll():
+            try:
+                value, error = self.connection.recv()
+            except (EOFError, ConnectionResetError):
+                value, error = 0.0, f"the process ended with exit code {self.kill()}"
+        elif self.seconds_left() == 0:
+            self.kill()
+            value, error = 0.0, "no result within the time limit"
+        else:
+            return None
+        if self.loaded:
+            self.item = None
+            return value, error
+        if error:
+            reason = error.strip().splitlines()[-1]
+            raise UserError(f"reward.function={self.spec!r} cannot be loaded: {reason}; give module:function or path/file.py:function")
+        self.loaded = True
+        return None
+
+    def kill(self) -> int:
+        """End the process and all that it started. Returns its exit code."""
+        if not self.connection.closed:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.connection.close()
+            os.close(self.lifeline)
+        return self.process.wait()
+
+
 class Rewards:
-    def __init__(self, *a): pass
-    def __enter__(self): return self
-    def __exit__(self, *a): pass
-    def score(self, items):
-        return [Score(float(r.split("####")[-1].strip() == rec["answer"]), False) for p, r, rec in items]
+    """A reward function, and up to `workers` processes that run it, started when first needed and kept until close().
+
+    timeout: seconds for one response. failure: what the first failed response met with, as text; empty while none has failed.
+    """
+
+    def __init__(self, spec: str, timeout: float, workers: int):
+        self.spec, self.timeout, self.num_workers = spec, timeout, workers
+        self.pool: list[Worker] = []
+        self.failure = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in self.pool:
+            worker.kill()
+        self.pool = []
+
+    def score(self, items: list[Item]) -> list[Score]:
+        """One score per (prompt, response, record), in order. A process that hung or ended is replaced."""
+        if self.spec in REWARDS:
+            return [Score(REWARDS[self.spec](*item), failed=False) for item in items]
+        scores: dict[int, Score] = {}
+        waiting = deque(enumerate(items))
+        try:
+            while len(scores) < len(items):
+                busy = self._hand_out(waiting, len(items) - len(scores))
+                wait([worker.connection for worker in busy], min(worker.seconds_left() for worker in busy))
+                for worker in busy:
+                    index, outcome = worker.item, worker.advance()
+                    if index is not None and outcome is not None:
+                        value, error = outcome
+                        scores[index] = Score(value, failed=bool(error))
+                        self.failure = self.failure or error
+        finally:
+            for worker in self.pool:  # after an error: the results of this call must not reach the next
+                if worker.item is not None:
+                    worker.kill()
+        return [scores[index] for index in range(len(items))]
+
+    def _hand_out(self, waiting: deque[tuple[int, Item]], num_open: int) -> list[Worker]:
+        """Keep as many processes as there is work for, give each idle one an item, and return those with something to do."""
+        self.pool = [worker for worker in self.pool if not worker.connection.closed]
+        while len(self.pool) < min(self.num_workers, num_open):
+            self.pool.append(Worker(self.spec))
+        for worker in self.pool:
+            if waiting and worker.loaded and worker.item is None:
+                worker.give(*waiting.popleft(), self.timeout)
+        return [worker for worker in self.pool if not worker.loaded or worker.item is not None]

@@ -119,9 +119,8 @@ def write(
     sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards = _shards(sizes, shard)
     owners = {title: i * world // len(shards) for i, title in enumerate(shards)}
-    mine = [title for title in shards if owners[title] == rank]
     stored: dict[str, Entry] = {}  # what this rank will write, and where
-    for title in mine:
+    for title in (title for title in shards if owners[title] == rank):
         stored |= _begin(folder / f"{title}.partial", {name: shapes[name] for name in shards[title]}, dtype)
 
     owned = [{name: sizes[name] for title in shards if owners[title] == r for name in shards[title]} for r in range(world)]
@@ -133,21 +132,32 @@ def write(
         tensors = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in batch[rank]}
         Publisher(plan(sources, targets, nodes), rank, dtype, bucket).publish(parameters, tensors)
         for name, tensor in tensors.items():
-            with stored[name].path.open("r+b") as file:
-                file.seek(stored[name].start)
-                file.write(tensor.cpu().view(torch.uint8).numpy().data)
+            _store(stored[name], tensor)
 
     _barrier(world)
-    for title in mine:
-        (folder / f"{title}.partial").rename(folder / title)
+    for path in {entry.path for entry in stored.values()}:
+        path.rename(path.with_suffix(""))  # without .partial
     _barrier(world)
     if rank == 0:
-        if len(shards) > 1:
-            where = {name: title for title, group in shards.items() for name in group}
-            _save_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
         key = "dtype" if "dtype" in config else "torch_dtype"  # transformers renamed it; it reads both
-        _save_json(folder / "config.json", {**config, key: DTYPES[_kind(dtype)]})
+        _describe(folder, {**config, key: DTYPES[_kind(dtype)]}, shards, sum(sizes.values()))
     _barrier(world)
+
+
+def _store(entry: Entry, tensor: torch.Tensor) -> None:
+    import torch
+
+    with entry.path.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(tensor.cpu().view(torch.uint8).numpy().data)
+
+
+def _describe(folder: Path, config: Mapping[str, Any], shards: Mapping[str, list[str]], size: int) -> None:
+    """The files beside the weights: an index of several shards, and config.json last."""
+    if len(shards) > 1:
+        where = {name: title for title, group in shards.items() for name in group}
+        _save_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    _save_json(folder / "config.json", config)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:

@@ -1,17 +1,19 @@
 """Run under torchrun: logits, log-probs, gradients, export and engine of every family at several layouts, against transformers.
 
-usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT ...      LAYOUT as tp2-pp1-cp1-sp0-zero1-recomputefull
+usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...      LAYOUT as tp2-pp1-cp1-sp0-zero1-recomputefull
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+import transformers
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,7 +21,7 @@ from models import FAMILIES, reference_logits, reference_logp, samples
 
 from rlhf import config as configuration
 from rlhf.algorithms import ALGORITHMS
-from rlhf.contracts import Sampling
+from rlhf.contracts import Batch, Sample, Sampling
 from rlhf.data.packing import microbatches, shares
 from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
@@ -62,102 +64,109 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float, what: str
     assert gap < tolerance, f"{what}: differs by {gap:.3g}"
 
 
-def check(folder: Path, family: str, layout: str, out: Path) -> None:
-    import transformers
+class Case:
+    """One family at one layout."""
 
-    overrides = [*parse(layout), f"policy.load={folder}", f"optim.lr={LR}", "optim.eps=1", "optim.clip=0", "rollout.temperature=1"]
-    config = configuration.load("grpo", overrides)
-    mesh = Mesh(config.parallel, 1)
-    arch = architecture.read(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sharding = names.tilings(arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
-    mine = sharding[mesh.rank]
-    made, what = samples(), f"{family} {layout}"
+    def __init__(self, folder: Path, layout: str):
+        overrides = [*parse(layout), f"policy.load={folder}", f"optim.lr={LR}", "optim.eps=1", "optim.clip=0"]
+        self.folder, self.what = folder, f"{folder.name} {layout}"
+        self.config = configuration.load("grpo", overrides)
+        self.mesh = Mesh(self.config.parallel, 1)
+        self.arch = architecture.read(folder)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.sharding = names.tilings(self.arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
+        self.samples = samples()
 
-    def learner(train: bool) -> Learner:
-        fill = partial(files.read, folder, arch, mine)
-        return Learner(arch, config, mesh, torch.float32, fill=fill, temperature=1.0, train=train)
+    def learner(self, train: bool) -> Learner:
+        fill = partial(files.read, self.folder, self.arch, self.sharding[self.mesh.rank])
+        return Learner(self.arch, self.config, self.mesh, torch.float32, fill=fill, temperature=1.0, train=train)
 
-    def cut(budget: int) -> list:
-        return microbatches(shares(made, mesh.layout.dp, arch.hidden), budget, False)[mesh.dp_rank]
+    def cut(self, budget: int) -> list[list[Sample]]:
+        return microbatches(shares(self.samples, self.mesh.layout.dp, self.arch.hidden), budget, False)[self.mesh.dp_rank]
 
-    # Logits of whole packed rows, straight from the hidden states.
-    frozen = learner(train=False)
+    def check_logits(self, learner: Learner) -> None:
+        """Whole logits of packed rows, straight from the hidden states, against every sequence alone in transformers."""
+        mesh, vocab = self.mesh, self.arch.vocab
 
-    def logits(batch, hidden, non_loss_data=True):
-        hidden = hidden[0]
-        if frozen.sequence_parallel:
-            parts = [torch.empty_like(hidden) for _ in range(mesh.layout.tp)]
-            torch.distributed.all_gather(parts, hidden.contiguous(), group=mesh.tp_group)
-            hidden = torch.cat(parts)
-        return batch, hidden @ frozen.decoder.head_weight().T
+        def logits(batch: Batch, hidden: torch.Tensor, non_loss_data: bool = True) -> tuple[Batch, torch.Tensor]:
+            hidden = hidden[0]
+            if learner.sequence_parallel:
+                parts = [torch.empty_like(hidden) for _ in range(mesh.layout.tp)]
+                torch.distributed.all_gather(parts, hidden.contiguous(), group=mesh.tp_group)
+                hidden = torch.cat(parts)
+            return batch, hidden @ learner.decoder.head_weight().T
 
-    rows = cut(10_000)
-    with torch.no_grad():
-        packed = frozen._schedule([frozen._pack(row) for row in rows], logits, train=False)
-        wanted = {id(s): reference_logits(model, s) for s in made}
-    first = mesh.tp_rank * (arch.padded_vocab(mesh.layout.tp) // mesh.layout.tp)
-    for row, (batch, found) in zip(rows, packed, strict=False):
-        whole = torch.cat([wanted[id(s)] for s in row]) if row else torch.empty(0, arch.vocab)
-        real = batch.places < len(whole)
-        columns = slice(first, min(arch.vocab, first + found.shape[1]))
-        close(found[real][:, : columns.stop - columns.start], whole[batch.places[real]][:, columns], 1e-5, f"{what}: logits")
-
-    # Log-probs, on every rank, for two ways to pack.
-    with torch.no_grad():
-        wanted_logp = {id(s): reference_logp(model, s) for s in made}
-    for budget in (100, 10_000):
-        mini = cut(budget)
-        for s, stream in zip([s for b in mini for s in b], frozen.score(mini), strict=True):
-            close(torch.from_numpy(stream), wanted_logp[id(s)], 1e-5, f"{what}: log-probs packed by {budget}")
-
-    # Engine: publish to a kvcache engine of another layout; its log-probs are the learner's.
-    for tp in {1, mesh.world}:
-        if arch.kv_heads % tp and tp % arch.kv_heads:
-            continue
-        engine = KVCache(arch, tp=tp, tp_rank=mesh.rank % tp, group=mesh.subgroup(tp), dtype=torch.float32, device="cpu", max_len=64)
-        engine.sleep()
-        engine.wake_weights()
-        targets = names.tilings(arch, "vllm", mesh.world, tp)
-        Publisher(plan(sharding, targets, mesh.nodes()), mesh.rank, torch.float32, bucket=1 << 16).publish(frozen.parameters(), engine.parameters())
-        engine.wake()
-        prompt = [5, 6, 7, 8]
-        done = engine.generate([prompt], Sampling(max_tokens=8), seeds=[11])[0]
+        rows = self.cut(10_000)
         with torch.no_grad():
-            log_softmax = model(torch.tensor([prompt + done.tokens])).logits[0].log_softmax(-1)
-        said = torch.stack([log_softmax[3 + i, t] for i, t in enumerate(done.tokens)])
-        close(torch.tensor(done.logp), said, 1e-5, f"{what}: engine tp{tp}")
+            packed = learner._schedule([learner._pack(row) for row in rows], logits, train=False)
+            wanted = {id(s): reference_logits(self.model, s) for s in self.samples}
+        assert len(packed) == (len(rows) if mesh.is_last_stage else 0)
+        for row, (batch, found) in zip(rows, packed, strict=False):
+            whole = torch.cat([wanted[id(s)] for s in row])
+            real = batch.places < len(whole)
+            first = mesh.tp_rank * found.shape[1]
+            columns = slice(first, min(vocab, first + found.shape[1]))
+            close(found[real][:, : columns.stop - first], whole[batch.places[real]][:, columns], 1e-5, f"{self.what}: logits")
 
-    # One update for each algorithm and packing: the gradient is the same function of the samples.
-    for mode, budget in (("sft", 10_000), ("grpo", 100), ("grpo", 10_000)):
-        algorithm = ALGORITHMS[mode](config)
-        student = learner(train=True)
-        student.learn(cut(budget), partial(algorithm.loss, "policy"), LR)
-        updated = expected_update(model, mode, made)
-        whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
-        shards = student.parameters()
-        for tile in mine:
-            wanted_box = view(updated[tile.name], whole[tile.name], tile.box)
-            close(view(shards[tile.local], tile, tile.box), wanted_box, 2e-6, f"{what}: {mode} update packed by {budget} of {tile.name}")
+    def check_logp(self, learner: Learner) -> None:
+        """Log-probs on every rank, for two ways to pack."""
+        with torch.no_grad():
+            wanted = {id(s): reference_logp(self.model, s) for s in self.samples}
+        for budget in (100, 10_000):
+            mini = self.cut(budget)
+            for s, stream in zip([s for b in mini for s in b], learner.score(mini), strict=True):
+                close(torch.from_numpy(stream), wanted[id(s)], 1e-5, f"{self.what}: log-probs packed by {budget}")
 
-    # Format: what was read is written back bit by bit.
-    files.write(out, arch, {}, sharding, frozen.parameters(), rank=mesh.rank, nodes=mesh.nodes(), dtype=torch.float32)
-    if mesh.rank == 0:
-        from safetensors.torch import load_file
+    def check_engine(self, learner: Learner) -> None:
+        """Publish to engines of other layouts, after sleep: what they say of their own samples is what transformers says."""
+        mesh, arch = self.mesh, self.arch
+        for tp in {1, mesh.world}:
+            engine = KVCache(arch, tp=tp, tp_rank=mesh.rank % tp, group=mesh.subgroup(tp), dtype=torch.float32, device="cpu", max_len=64)
+            engine.sleep()
+            engine.wake_weights()
+            moves = plan(self.sharding, names.tilings(arch, "vllm", mesh.world, tp), mesh.nodes())
+            Publisher(moves, mesh.rank, torch.float32, bucket=1 << 16).publish(learner.parameters(), engine.parameters())
+            engine.wake()
+            prompt = [5, 6, 7, 8]
+            done = engine.generate([prompt], Sampling(max_tokens=8), seeds=[11])[0]
+            with torch.no_grad():
+                said = self.model(torch.tensor([prompt + done.tokens])).logits[0, 3:-1].log_softmax(-1)
+            close(torch.tensor(done.logp), said.gather(1, torch.tensor(done.tokens)[:, None])[:, 0], 1e-5, f"{self.what}: engine tp{tp}")
 
-        original, written = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-        assert set(original) == set(written), f"{what}: {set(original) ^ set(written)}"
-        assert all(torch.equal(original[n], written[n]) for n in original), f"{what}: export is not bitwise"
-    mesh.close()
+    def check_update(self, mode: str, budget: int) -> None:
+        """One update: the gradient is the same function of the samples for every packing and layout."""
+        learner, algorithm = self.learner(train=True), ALGORITHMS[mode](self.config)
+        learner.learn(self.cut(budget), partial(algorithm.loss, "policy"), LR)
+        updated, shards = expected_update(self.model, mode, self.samples), learner.parameters()
+        whole = {tile.name: tile for tile in names.tiles(self.arch, "hf")}
+        for tile in self.sharding[self.mesh.rank]:
+            wanted = view(updated[tile.name], whole[tile.name], tile.box)
+            close(view(shards[tile.local], tile, tile.box), wanted, 2e-6, f"{self.what}: {mode} update packed by {budget} of {tile.name}")
+
+    def check_export(self, learner: Learner, out: Path) -> None:
+        """What was read is written back bit by bit."""
+        mesh = self.mesh
+        files.write(out, self.arch, {}, self.sharding, learner.parameters(), rank=mesh.rank, nodes=mesh.nodes(), dtype=torch.float32)
+        original, written = load_file(self.folder / "model.safetensors"), load_file(out / "model.safetensors")
+        assert set(original) == set(written), f"{self.what}: {set(original) ^ set(written)}"
+        assert all(torch.equal(original[n], written[n]) for n in original), f"{self.what}: export is not bitwise"
 
 
 def main() -> None:
     root, layouts = Path(sys.argv[1]), sys.argv[2:]
-    for layout in layouts:
-        for family in FAMILIES:
-            check(root / family, family, layout, root / f"out-{family}-{layout}")
-    assert np.isfinite(1.0)
+    for layout, _, only in (entry.partition(":") for entry in layouts):
+        for family in [only] if only else FAMILIES:
+            case = Case(root / family, layout)
+            frozen = case.learner(train=False)
+            case.check_logits(frozen)
+            case.check_logp(frozen)
+            case.check_engine(frozen)
+            for mode, budget in (("sft", 10_000), ("grpo", 100), ("grpo", 10_000)):
+                case.check_update(mode, budget)
+            case.check_export(frozen, root / f"out-{family}-{layout}")
+            case.mesh.close()
     print("laws hold", flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

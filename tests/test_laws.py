@@ -1,0 +1,39 @@
+"""The laws of the design, at every layout: one launch per number of ranks, all families inside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import FAMILIES, make
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("laws")
+    for family in FAMILIES:
+        make(family, root / family)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [
+        (1, ["tp1", "tp1-recomputefull:llama"]),
+        (2, ["tp2-sp1", "tp2-sp0-recomputeselective", "pp2", "cp2", "dp2-zero1", "dp2-zero0-recomputefull:llama"]),
+        (4, ["tp2-pp2-sp1", "tp2-cp2-sp1:llama", "pp2-dp2:llama3-tied", "tp4:llama"]),  # tp4: more ranks than key/value heads
+    ],
+    ids=lambda value: f"{value}ranks" if isinstance(value, int) else "",
+)
+def test_laws(folders: Path, ranks: int, layouts: list[str]) -> None:
+    """Logits, log-probs, engine, gradients and export equal transformers' (see tests/ranks/laws.py)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(ROOT / "tests/ranks/laws.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folders), *layouts], capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("laws hold") == ranks

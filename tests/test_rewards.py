@@ -1,0 +1,221 @@
+"""Reward functions of the user: what they may do wrong, in real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf import rewards
+from rlhf.contracts import UserError
+from rlhf.rewards import Rewards, Score
+
+FUNCTIONS = '''
+import json, os, re, subprocess, sys, time
+from neighbour import half
+
+broken = 3
+
+def act(prompt, response, record):
+    """Do what the response says."""
+    if response == "hang":
+        time.sleep(60)
+    if response == "hang inside C":
+        re.match("(a+)+$", "a" * 60 + "b")
+    if response == "hang with a child":
+        subprocess.run(["sleep", "61.25"])
+    if response == "end":
+        os._exit(3)
+    if response == "exit":
+        sys.exit(4)
+    if response == "raise":
+        raise ZeroDivisionError("on purpose")
+    if response == "print":
+        print("x" * 100_000)
+        sys.stderr.write("y" * 1000)
+        os.write(1, b"z" * 1000)
+        return len(sys.stdin.read())
+    if response == "process":
+        return os.getpid()
+    return {"nan": float("nan"), "text": "1", "none": None, "infinite": 10**400, "yes": True, "half": half(prompt)}.get(response, 0)
+
+def echo(prompt, response, record):
+    time.sleep(record["seconds"])
+    return float(response)
+'''
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    (tmp_path / "neighbour.py").write_text("def half(text):\n    return len(text) / 2\n")
+    (tmp_path / "json.py").write_text(FUNCTIONS)  # a file may be called like a module that is loaded already
+    return tmp_path / "json.py"
+
+
+def items(*responses: str) -> list[rewards.worker.Item]:
+    return [("abc", response, {}) for response in responses]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or ends within three seconds."""
+    for _ in range(60):
+        stat = Path(f"/proc/{pid}/stat")
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_values_and_failures_in_order(file, capfd):
+    expected = {
+        "half": Score(1.5, False),
+        "nan": Score(0.0, True),
+        "hang": Score(0.0, True),
+        "yes": Score(1.0, False),
+        "text": Score(0.0, True),
+        "end": Score(0.0, True),
+        "none": Score(0.0, True),
+        "print": Score(0.0, False),
+        "hang inside C": Score(0.0, True),
+        "raise": Score(0.0, True),
+        "infinite": Score(0.0, True),
+        "exit": Score(0.0, True),
+        "zero": Score(0.0, False),
+    }
+    with Rewards(f"{file}:act", timeout=0.5, workers=2) as function:
+        start = time.monotonic()
+        assert dict(zip(expected, function.score(items(*expected)), strict=True)) == expected
+        assert time.monotonic() - start < 4
+        assert function.score(items("half")) == [Score(1.5, False)], "it goes on after all of that"
+        assert function.score([]) == []
+    assert "x" * 100_000 in capfd.readouterr().out, "what it prints is seen, and is no result"
+
+
+@pytest.mark.parametrize(
+    ("response", "says"),
+    [
+        ("raise", "ZeroDivisionError: on purpose"),
+        ("hang", "time limit"),
+        ("end", "exit code 3"),
+        ("exit", "SystemExit: 4"),
+        ("nan", "finite number, but is nan"),
+        ("text", "finite number, but is '1'"),
+    ],
+)
+def test_the_first_failure_is_kept(file, response, says):
+    with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
+        assert function.score(items("half")) == [Score(1.5, False)]
+        assert function.failure == ""
+        function.score(items(response, "none"))
+        assert says in function.failure
+        if response == "raise":
+            assert 'json.py", line' in function.failure, "the place in the user's file"
+
+
+def test_results_keep_their_order_whoever_is_faster(file):
+    given = [("", str(i), {"seconds": 0.05 * (i % 3 == 0)}) for i in range(30)]
+    with Rewards(f"{file}:echo", timeout=5, workers=3) as function:
+        assert function.score(given) == [Score(float(i), False) for i in range(30)]
+
+
+def test_processes_are_kept_and_replaced(file):
+    with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
+        first, again, _, other = (int(score.value) for score in function.score(items("process", "process", "hang", "process")))
+        assert first == again != other
+        assert gone(first)
+        assert Path(f"/proc/{other}").exists()
+    assert gone(other)
+
+
+def test_a_process_that_ended_while_idle_fails_one_response_only(file):
+    with Rewards(f"{file}:act", timeout=5, workers=1) as function:
+        [score] = function.score(items("process"))
+        os.kill(int(score.value), signal.SIGKILL)
+        scores = function.score(items("half", "half", "half"))
+        assert [score.value for score in scores[1:]] == [1.5, 1.5]
+
+
+def test_no_process_survives_the_parent(file, tmp_path):
+    """Killed without warning while one function waits on a process of its own, one hangs inside C code and one is idle."""
+    program = f"""
+from rlhf.rewards import Rewards
+function = Rewards({str(file) + ":act"!r}, timeout=60, workers=3)
+print(*[int(s.value) for s in function.score([("", "process", {{}})] * 50)], flush=True)
+function.score([("", response, {{}}) for response in ("hang inside C", "hang with a child", "half")])
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert parent.stdout is not None
+    processes = {int(pid) for pid in parent.stdout.readline().split()}
+    processes |= children(parent.pid)
+    assert len(processes) == 3
+    deadline = time.monotonic() + 3
+    while not (grandchildren := set().union(*map(children, processes))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert grandchildren
+    parent.kill()
+    parent.wait()
+    assert all(gone(pid) for pid in processes | grandchildren)
+
+
+def children(pid: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("maths", "choose math"),
+        ("module:", "choose math"),
+        (":function", "choose math"),
+        ("no_such_module:function", "No module named 'no_such_module'"),
+        ("no/such/file.py:function", "No such file or directory"),
+        ("{file}:absent", "has no attribute 'absent'"),
+        ("{file}:broken", "broken is 3, not a function"),
+        ("json:JSONDecoderr", "has no attribute 'JSONDecoderr'"),
+        ("{folder}/typo.py:function", "SyntaxError"),
+        ("{folder}/ends.py:function", "exit code 5"),
+    ],
+)
+def test_check_names_what_is_wrong(file, spec, says):
+    (file.parent / "typo.py").write_text("def function(:\n")
+    (file.parent / "ends.py").write_text("import os\nos._exit(5)\n")
+    spec = spec.format(file=file, folder=file.parent)
+    with pytest.raises(UserError) as error:
+        rewards.check(spec)
+    assert says in str(error.value)
+    assert f"reward.function={spec!r}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_check_takes_what_is_right(file, monkeypatch):
+    rewards.check("math")
+    rewards.check(f"{file}:act")
+    monkeypatch.chdir(file.parent)
+    rewards.check("json.py:act")
+    monkeypatch.syspath_prepend(file.parent)
+    rewards.check("neighbour:half")
+    assert "neighbour" not in sys.modules, "the user's module is imported in a process of its own"
+
+
+def test_check_starts_fast_and_without_torch(file):
+    program = f"import sys\nfrom rlhf import rewards\nrewards.check({str(file) + ':act'!r})\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+    start = time.monotonic()
+    rewards.check(f"{file}:act")
+    assert time.monotonic() - start < 1.0  # about 0.1 s on an idle machine
+
+
+def test_math_compares_with_the_answer_of_the_record():
+    with Rewards("math", timeout=1, workers=1) as function:
+        record = {"answer": "3 * 6 = 18\n#### 18"}
+        given = [("", "#### 18", record), ("", "#### 19", record), ("", "18", record), ("", "The answer is $18.", {"answer": 18})]
+        assert function.score(given) == [Score(1.0, False), Score(0.0, False), Score(0.0, False), Score(1.0, False)]
+        with pytest.raises(UserError, match="'answer'"):
+            function.score(items("#### 18"))
+        assert function.pool == [], "no process for what is bounded by itself"
