@@ -98,7 +98,9 @@ def run(config: Config) -> int:
     """Be one rank."""
     import warnings
 
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*|.*Apex is not installed.*|.*full scope is deprecated.*")
+    warnings.filterwarnings(
+        "ignore", message=".*(Transformer Engine|Apex).*not installed.*|.*Apex is not installed.*|.*full scope is deprecated.*"
+    )
     from rlhf import loop
 
     loop.run(config)

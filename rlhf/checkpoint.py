@@ -33,12 +33,9 @@ class Checkpoints:
     """The checkpoints of one run, on storage that all ranks share."""
 
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype):
-        self.keep, self.every, self.mesh = config.checkpoint.keep, config.checkpoint.every, mesh
+        self.keep, self.mesh = config.checkpoint.keep, mesh
         self.out = Path(config.out)
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
-
-    def due(self, step: int, steps: int) -> bool:
-        return step == steps or bool(self.every and step % self.every == 0)
 
     def resume(self, learners: dict[str, Learner]) -> int:
         """Load the newest checkpoint into the trained learners; the number of steps done (0: there is none).
@@ -52,7 +49,9 @@ class Checkpoints:
         meta = json.loads((folder / "meta.json").read_text())
         for key, value in self.meta.items():
             if meta[key] != value:
-                raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out, or resume=false")
+                raise UserError(
+                    f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out, or resume=false"
+                )
         for role, learner in learners.items():
             learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
         random = self._load(folder / f"random_rank{self.mesh.rank}.pt")

@@ -17,6 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+ABSENT: Any = None  # what nobody has written yet
 AllSum = Callable[["Tensor"], "Tensor"]  # autograd-aware sum over some process group; the identity on one rank
 
 
@@ -38,12 +39,12 @@ class Sample:
     truncated: bool = False  # the length limit stopped it, not the model
     meta: dict[str, Any] = field(default_factory=dict)  # row, prompt (text), answer, response (text), ...
 
-    sampler_logp: np.ndarray | None = None  # [L] float32, the engine's own log-probs
-    old_logp: np.ndarray | None = None  # [L] float32, policy before this update
-    ref_logp: np.ndarray | None = None  # [L] float32, frozen reference
-    values: np.ndarray | None = None  # [L] float32, critic before this update
-    advantages: np.ndarray | None = None  # [L] float32, written by Algorithm.credit
-    returns: np.ndarray | None = None  # [L] float32, written by Algorithm.credit
+    sampler_logp: np.ndarray = ABSENT  # [L] float32, the engine's own log-probs
+    old_logp: np.ndarray = ABSENT  # [L] float32, policy before this update
+    ref_logp: np.ndarray = ABSENT  # [L] float32, frozen reference
+    values: np.ndarray = ABSENT  # [L] float32, critic before this update
+    advantages: np.ndarray = ABSENT  # [L] float32, written by Algorithm.credit
+    returns: np.ndarray = ABSENT  # [L] float32, written by Algorithm.credit
 
 
 STREAMS = ("sampler_logp", "old_logp", "ref_logp", "values", "advantages", "returns")
@@ -53,8 +54,8 @@ STREAMS = ("sampler_logp", "old_logp", "ref_logp", "values", "advantages", "retu
 class Spans:
     """Which queries of a packed row attend to which keys, causally.
 
-    Span i takes queries q_starts[i] .. + q_lengths[i] of this rank's slice and keys k_starts[i] .. + k_lengths[i] of the whole row. The last query
-    sees the last key (bottom-right alignment). Without CP a span is a sequence; with CP it is the part of a sequence in one chunk.
+    Span i takes q_lengths[i] queries from q_starts[i] on in this rank's slice, and k_lengths[i] keys from k_starts[i] on in the whole
+    row. Its last query sees its last key (bottom-right alignment). Without CP a span is a sequence; with CP, a sequence's part in a chunk.
     """
 
     q_starts: list[int]  # [P]
@@ -94,9 +95,9 @@ class Batch:
 class Output:
     """What a model says about a Batch. Algorithms never see logits."""
 
-    logp: Tensor | None = None  # [T] float32, log p(labels[t]) at the rollout's temperature
-    entropy: Tensor | None = None  # [T] float32, of the same distribution
-    value: Tensor | None = None  # [T] float32, scalar head (critic, reward model)
+    logp: Tensor = ABSENT  # [T] float32, log p(labels[t]) at the rollout's temperature
+    entropy: Tensor = ABSENT  # [T] float32, of the same distribution
+    value: Tensor = ABSENT  # [T] float32, scalar head (critic, reward model)
 
 
 @dataclass(slots=True)

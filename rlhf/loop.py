@@ -15,12 +15,13 @@ from rlhf import config as configuration
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Engine, Sample
+from rlhf.contracts import Engine, Sample
 from rlhf.data.packing import microbatches, shares
+from rlhf.data.records import Records
 from rlhf.metrics import Metrics, say
 from rlhf.parallel.mesh import Mesh
 from rlhf.prepare import Inputs, inputs
-from rlhf.rewards.worker import Rewards
+from rlhf.rewards import Rewards
 from rlhf.rollout.sampler import Sampler, summary
 from rlhf.train.learner import Learner
 from rlhf.train.optimizer import learning_rate
@@ -38,7 +39,9 @@ def run(config: Config) -> None:
     given = inputs(config, mesh.world)
     if mesh.rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / "config.toml").write_text(f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}")
+        (Path(config.out) / "config.toml").write_text(
+            f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}"
+        )
     with Rewards(config.reward.function, config.reward.timeout, config.reward.workers) as rewards:
         if config.mode == "evaluate":
             evaluate_folder(config, mesh, given, rewards)
@@ -52,15 +55,15 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh, given: Inputs, rewards: Rewards):
         self.config, self.mesh, self.given = config, mesh, given
         self.arch, self.dtype = given.arch, dtype_of(config, mesh)
-        self.algorithm: Algorithm = ALGORITHMS[config.mode](config)
+        self.algorithm = ALGORITHMS[config.mode](config)
         self.sharding = names.tilings(self.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
-        self.sampler = None
+        self.sampler: Sampler | None = None
         if self.algorithm.online:  # the engine first: it sizes its memory by what is free
             engine = build_engine(config, mesh, given, self.dtype)
             engine.sleep()
             engines = names.tilings(self.arch, "vllm", mesh.world, config.rollout.tp)
             publisher = Publisher(plan(self.sharding, engines, mesh.nodes()), mesh.rank, self.dtype)
-            self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.train)
+            self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.records)
         self.learners = {role: self._learner(role, use == "train") for role, use in self.algorithm.models.items()}
         self.trained = {role: self.learners[role] for role, use in self.algorithm.models.items() if use == "train"}
         self.policy = self.learners["policy"]
@@ -68,13 +71,13 @@ class Run:
 
     def train(self) -> None:
         """All steps from the newest checkpoint on, or from the first."""
-        config = self.config
+        config, held_out = self.config, self.given.held_out
         start = self.checkpoints.resume(self.trained) if config.resume else 0
         self.metrics = metrics = Metrics(config, self.mesh, start)
         self._announce(start)
         self.publish(check=True)
-        if start == 0 and self.given.held_out:
-            self.evaluate()
+        if start == 0 and held_out:
+            self.evaluate(held_out)
             metrics.write(0)
         for step in range(start, config.steps):
             metrics.begin()
@@ -87,18 +90,19 @@ class Run:
                 self.learn(samples, step)
             with metrics.time("publish"):
                 self.publish(check=config.rollout.check or step == start)
-            if self.given.held_out and (step + 1 == config.steps or (config.evaluate.every and (step + 1) % config.evaluate.every == 0)):
+            done = step + 1
+            if held_out and due(done, config.evaluate.every, config.steps):
                 with metrics.time("evaluate"):
-                    self.evaluate()
-            metrics.write(step + 1, tokens=sum(len(s.tokens) for s in samples))
-            if self.checkpoints.due(step + 1, config.steps):
-                with metrics.time("save"):
-                    self.checkpoints.save(step + 1, self.trained, self.export if config.checkpoint.export or step + 1 == config.steps else None)
+                    self.evaluate(held_out)
+            metrics.write(done, tokens=sum(len(s.tokens) for s in samples))
+            if due(done, config.checkpoint.every, config.steps):
+                export = self.export if config.checkpoint.export or done == config.steps else None
+                self.checkpoints.save(done, self.trained, export)
 
     def draw(self, step: int) -> list[Sample]:
         """The step's samples, alike on every rank: from the engine, or straight from the data."""
         if not self.sampler:
-            return self.given.train.draw(step, self.config.batch.prompts, self.config.seed)
+            return self.given.records.draw(step, self.config.batch.prompts, self.config.seed)
         samples = self.sampler.draw(step)
         self.metrics.add_common(summary(samples))
         return samples
@@ -143,17 +147,17 @@ class Run:
             return
         self.sampler.publish(self.policy.parameters())
         if check:
-            self._compare()
+            self._compare(self.sampler)
 
-    def evaluate(self) -> None:
+    def evaluate(self, held_out: Records) -> None:
         """Held-out reward of greedy responses, or held-out loss where nothing is generated."""
         count = self.config.evaluate.prompts
         if self.sampler:
-            samples = self.sampler.greedy(self.given.held_out.head(count))
+            samples = self.sampler.greedy(held_out.head(count))
             report(self.config, self.mesh, samples)
             self.metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
         else:
-            cut = self._cut(self.given.held_out.head(count), self.algorithm.whole_groups)
+            cut = self._cut(held_out.head(count), self.algorithm.whole_groups)
             sums = self.policy.evaluate(cut[self.mesh.dp_rank], partial(self.algorithm.loss, "policy"))
             self.metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
 
@@ -191,28 +195,33 @@ class Run:
         dealt = shares(samples, self.mesh.layout.dp, self.arch.hidden)
         return microbatches(dealt, self.config.batch.tokens, whole_groups)
 
-    def _compare(self) -> None:
+    def _compare(self, sampler: Sampler) -> None:
         """Sample a little and let the policy score it: engine and learner must give the same log-probs."""
-        samples = self.sampler.probe(self.given.train.head(2 * self.mesh.world))
+        samples = sampler.probe(self.given.records.head(2 * self.mesh.world))
         gaps = np.concatenate([np.abs(a - s.sampler_logp)[s.mask] for s, a in zip(samples, self.read("policy", samples), strict=True)])
         if not gaps.mean() < AGREEMENT[self.dtype]:
             raise RuntimeError(
-                f"the engine's log-probs differ from the policy's by {gaps.mean():.3g} on average ({gaps.max():.3g} at most) after publishing:"
-                " it does not generate with the weights that were trained"
+                f"after publishing, the engine's log-probs differ from the policy's by {gaps.mean():.3g} on average"
+                f" ({gaps.max():.3g} at most): it does not generate with the weights that were trained"
             )
 
     def _announce(self, start: int) -> None:
         if self.mesh.rank:
             return
         layout, config = self.mesh.layout, self.config
-        say(
-            f"{config.mode}: {self.arch.family} of {self.arch.num_parameters() / 1e6:.1f}M parameters, {str(self.dtype).removeprefix('torch.')},"
-            f" {self.mesh.world} ranks on {self.mesh.device.type}: tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
-        )
-        counts = self.given.train.counts
-        say(f"{len(self.given.train)} records ({counts.truncated} truncated, {counts.dropped} dropped) of {config.data.train}; out: {config.out}")
+        model = f"{self.arch.family} of {self.arch.num_parameters() / 1e6:.1f}M parameters in {str(self.dtype).removeprefix('torch.')}"
+        axes = f"tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
+        say(f"{config.mode}: {model}, {self.mesh.world} ranks on {self.mesh.device.type}: {axes}")
+        counts = self.given.records.counts
+        dropped = f"{counts.truncated} truncated, {counts.dropped} dropped"
+        say(f"{len(self.given.records)} records ({dropped}) of {config.data.train}; out: {config.out}")
         if start:
             say(f"resumed after step {start}")
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and after the last, happens now."""
+    return done == steps or bool(every and done % every == 0)
 
 
 def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:
@@ -257,19 +266,22 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
 def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> None:
     """Mode evaluate: the engine loads the folder by itself, and no trainer exists."""
     engine = build_engine(config, mesh, given, dtype_of(config, mesh), load=True)
-    sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, rewards), given.held_out)
+    sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, rewards), given.records)
     metrics = Metrics(config, mesh, start=-1)
-    samples = sampler.greedy(given.held_out.head(config.evaluate.prompts))
+    samples = sampler.greedy(given.records.head(config.evaluate.prompts))
     report(config, mesh, samples)
     metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
     metrics.write(config.steps)
 
 
 def reward(rewards: Rewards, samples: list[Sample]) -> None:
-    """Score sampled responses in place."""
+    """Score sampled responses in place. The first failure of a run is shown; all are counted."""
+    silent = not rewards.failure
     scores = rewards.score([(s.meta["prompt"], s.meta["response"], s.meta["record"]) for s in samples])
     for sample, score in zip(samples, scores, strict=True):
         sample.reward, sample.meta["failed"] = score.value, score.failed
+    if silent and rewards.failure:
+        say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{textwrap.indent(rewards.failure, '    ')}")
 
 
 def report(config: Config, mesh: Mesh, samples: list[Sample]) -> None:

@@ -7,7 +7,6 @@ it read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlhf import rewards
 from rlhf.config import Config, Parallel
@@ -25,8 +24,8 @@ class Inputs:
 
     arch: Architecture
     tokenizer: Tokenizer
-    train: Records | None  # None: mode evaluate
-    held_out: Records | None
+    records: Records  # what the mode goes through: data.train, or data.eval in mode evaluate
+    held_out: Records | None  # data.eval of a training run
 
 
 def inputs(config: Config, world: int) -> Inputs:
@@ -40,7 +39,9 @@ def inputs(config: Config, world: int) -> Inputs:
         raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the model's context of {arch.context}: lower it")
     max_prompt = config.data.max_tokens - config.rollout.max_tokens if generates else None
     if max_prompt is not None and max_prompt < 1:
-        raise UserError(f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}")
+        raise UserError(
+            f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
+        )
     if config.policy.init == "load":
         files.check(config.policy.load, arch)
     if config.reference.load and config.mode == "grpo":
@@ -57,16 +58,12 @@ def inputs(config: Config, world: int) -> Inputs:
     def read(path: str) -> Records:
         return Records.load(path, config.mode, tokenizer, config.data, max_prompt=max_prompt, required=required)
 
-    if config.mode != "evaluate" and not config.data.train:
-        raise UserError("data.train is not set: give a jsonl file or a folder of them")
-    if config.mode == "evaluate" and not config.data.eval:
-        raise UserError("data.eval is not set: give a jsonl file or a folder of them")
-    return Inputs(
-        arch,
-        tokenizer,
-        read(config.data.train) if config.mode != "evaluate" else None,
-        read(config.data.eval) if config.data.eval else None,
-    )
+    source = "eval" if config.mode == "evaluate" else "train"
+    path = {"train": config.data.train, "eval": config.data.eval}[source]
+    if not path:
+        raise UserError(f"data.{source} is not set: give a jsonl file or a folder of them")
+    held_out = read(config.data.eval) if source == "train" and config.data.eval else None
+    return Inputs(arch, tokenizer, read(path), held_out)
 
 
 def _check_layout(config: Config, arch: Architecture, world: int, generates: bool) -> None:
@@ -96,8 +93,3 @@ def check_world(parallel: Parallel, world: int) -> None:
     if world % model or parallel.dp not in (0, world // model):
         axes = f"parallel.tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}" + (f" x dp={parallel.dp}" if parallel.dp else "")
         raise UserError(f"{axes} does not make {world} ranks: start a multiple of {model}, or change parallel.*")
-
-
-def checkpointed(out: str) -> bool:
-    """Whether a run in this folder has something to resume."""
-    return (Path(out) / "latest").exists()

@@ -41,8 +41,8 @@ def make(family: str, folder: Path, seed: int = 7) -> None:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
     with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.1 + (1.0 if p.ndim == 1 and p.shape[0] < 400 else 0.0) if p.ndim == 1 else torch.randn_like(p) * 0.08)
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.08 + name.endswith("norm.weight"))
     model.save_pretrained(folder)
 
 

@@ -32,8 +32,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_laws(folders: Path, ranks: int, layouts: list[str]) -> None:
     """Logits, log-probs, engine, gradients and export equal transformers' (see tests/ranks/laws.py)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(ROOT / "tests/ranks/laws.py")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*torchrun, str(ROOT / "tests/ranks/laws.py"), str(folders), *layouts]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folders), *layouts], capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count("laws hold") == ranks

@@ -1,8 +1,8 @@
 """Group relative policy optimisation (Shao et al., 2402.03300): the group is the baseline, no critic.
 
-Advantage of every token: (r - mean) / (std + 1e-6) over its group, with the population's standard deviation (as Megatron; verl and NeMo take
-the sample's). The paper averages over each response's tokens first, then over responses; grpo.mean="token" averages over all tokens of the global
-batch at once (DAPO, 2503.14476).
+Advantage of every token: (r - mean) / (std + 1e-6) over its group, with the population's standard deviation (as Megatron; verl and NeMo
+take the sample's). The paper averages over each response's tokens first, then over responses; grpo.mean="token" averages over all tokens
+of the global batch at once (DAPO, 2503.14476).
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ class GRPO:
 
     def __init__(self, config: Config):
         self.config = config.grpo
-        self.models, self.streams = {"policy": "train"}, ("old_logp",)
+        self.models = {"policy": "train"}
+        self.streams: tuple[str, ...] = ("old_logp",)
         if self.config.kl:
-            self.models, self.streams = {"policy": "train", "reference": "frozen"}, ("old_logp", "ref_logp")
+            self.models["reference"] = "frozen"
+            self.streams += ("ref_logp",)
 
     def credit(self, samples: list[Sample]) -> list[Sample]:
         for group in groups(samples):

@@ -92,7 +92,9 @@ def pack(
     """
     rank, size = cp
     lengths = [len(s.mask) for s in samples]
-    assert all(n == len(s.tokens) - 1 > 0 for s, n in zip(samples, lengths, strict=True)), "a sample needs two tokens and a mask over its labels"
+    assert all(n == len(s.tokens) - 1 > 0 for s, n in zip(samples, lengths, strict=True)), (
+        "a sample needs two tokens and a mask over its labels"
+    )
     unit = multiple * (2 * size if size > 1 else 1)
     padding = -sum(lengths) % unit or (unit if not samples else 0)
     segments = [*lengths, padding] if padding else lengths

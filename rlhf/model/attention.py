@@ -6,7 +6,6 @@ which megatron-core hands to every layer, and rotates queries and keys itself, s
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,50 +19,29 @@ import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be import
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from rlhf.contracts import Batch, Spans
-from rlhf.model.architecture import Architecture
-
-
-def rope_frequencies(arch: Architecture) -> Tensor:
-    """Inverse wavelengths of the rotary embedding [head_dim / 2], with Llama 3's scaling where config.json asks for it.
-
-    Source: RoFormer (2104.09864); the scaling as published with Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those
-    between blended.
-    """
-    frequencies = 1.0 / arch.rope_theta ** (torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
-    if not (scaling := arch.rope_scaling):
-        return frequencies
-    low, high, original = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
-    turns = original * frequencies / (2 * math.pi)  # rotations within the original context
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (keep + (1.0 - keep) / scaling["factor"])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, head_dim] by tables [T, 1, head_dim], pairing dimension i with i + head_dim / 2 (Hugging Face's order)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+from rlhf.contracts import ABSENT, Batch, Spans
+from rlhf.model.rope import rotate
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
     """A row's geometry and rotary tables, computed once per micro-batch and shared by all layers."""
 
-    spans: Spans | None = None
-    cos: Tensor | None = None  # [T, 1, head_dim]
-    sin: Tensor | None = None  # [T, 1, head_dim]
+    spans: Spans = ABSENT
+    cos: Tensor = ABSENT  # [T, 1, head_dim / 2]
+    sin: Tensor = ABSENT  # [T, 1, head_dim / 2]
     order: Tensor | None = None  # [row] int64: where the CP-gathered keys' rows stand in the row; None without CP
     plan: Any = None  # what _flash or _padded derive from the spans
 
     @classmethod
     def of(cls, batch: Batch, frequencies: Tensor, dtype: torch.dtype, cp: int) -> PackedRow:
-        angles = torch.outer(batch.positions.float(), frequencies).repeat(1, 2)[:, None]
+        angles = torch.outer(batch.positions.float(), frequencies)[:, None]
         order = _gathered_order(len(batch.places) * cp, cp, batch.places.device) if cp > 1 else None
         return cls(qkv_format="thd", spans=batch.spans, cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), order=order)
 
 
 def _gathered_order(total: int, cp: int, device: torch.device) -> Tensor:
-    """For each row position, its index in the concatenation of all CP ranks' slices (see packing: rank r holds chunks r and 2 cp - 1 - r)."""
+    """For each position of the row, its index among the concatenated slices of all CP ranks (rank r holds chunks r and 2 cp - 1 - r)."""
     chunks = torch.arange(total, device=device).view(cp, 2, -1)
     return torch.cat([chunks[r, 0] for r in range(cp)] + [chunks[r, 1] for r in reversed(range(cp))])
 
@@ -90,7 +68,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
 
     spans = row.spans
     if row.plan is None:
-        cu_q, cu_k = (F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)) for x in (spans.q_lengths, spans.k_lengths))
+        cu_q, cu_k = (
+            F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)) for x in (spans.q_lengths, spans.k_lengths)
+        )
         keys = None  # with CP, spans of one sequence share keys, and flash wants each span's keys in a row
         if row.order is not None:
             keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(q.device)
@@ -98,7 +78,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     cu_q, cu_k, max_q, max_k, keys = row.plan
     if keys is not None:
         k, v = k[keys], v[keys]
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)  # not the pair that it returns when asked for more
+    return out
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:

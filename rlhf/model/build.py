@@ -26,7 +26,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from rlhf.contracts import Batch
 from rlhf.model.architecture import Architecture
-from rlhf.model.attention import Attention, PackedRow, rope_frequencies
+from rlhf.model.attention import Attention, PackedRow
+from rlhf.model.rope import rope_frequencies
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -40,7 +41,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any):
         super().__init__(hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class DeferredHead(ColumnParallelLinear):

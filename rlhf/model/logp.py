@@ -25,8 +25,8 @@ def token_logp(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[labels] and the entropy of that distribution, both [T] float32.
 
-    hidden [T (/tp with sequence_parallel), h] after the final norm; weight [padded vocab / tp, h], this rank's rows; labels [T]; columns from
-    `vocab` on are padding and have probability 0. Gradients flow to hidden and weight from the log-probs only. temperature 0 (greedy)
+    hidden [T (/tp with sequence_parallel), h] after the final norm; weight [padded vocab / tp, h], this rank's rows; labels [T]; columns
+    from `vocab` on are padding and have probability 0. Gradients flow to hidden and weight from the log-probs only. temperature 0 (greedy)
     gives the log-probs of the untempered distribution.
     """
     if sequence_parallel:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf.contracts import Completion, Sampling
 from rlhf.model.architecture import Architecture
+from rlhf.model.rope import rope_frequencies, rotate
 
 BATCH = 2**15  # tokens in the KV cache at once; longer lists of prompts run as several batches
 
@@ -179,23 +180,6 @@ def shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
     table = (arch.padded_vocab(tp) // tp, arch.hidden)
     outer = {"model.embed_tokens.weight": table, "model.norm.weight": (arch.hidden,)} | ({} if arch.tied else {"lm_head.weight": table})
     return outer | {f"model.layers.{i}.{name}": shape for i in range(arch.layers) for name, shape in layer.items()}
-
-
-def rope_frequencies(arch: Architecture) -> Tensor:
-    """Radians per position of each rotated pair, [D/2]; 2104.09864, with Llama 3's stretch of the slow ones (2407.21783)."""
-    frequencies = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
-    if not arch.rope_scaling:
-        return frequencies
-    s = arch.rope_scaling
-    turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the context of pre-training
-    kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / s["factor"])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, Q, heads, D], pairing each dimension with the one half of D away."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ class Sampler:
         return self._gather(self._generate(prompts, sampling, 1, 0))
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
-        """`group` rewarded responses to each prompt. Which engine does what changes nothing: draws depend on (seed, step, prompt, sibling)."""
+        """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
         samples = self._generate(prompts, sampling, group, step)
         if self.mesh.rank % self.config.rollout.tp == 0:  # one rank speaks for an engine
             self.reward(samples)

@@ -50,7 +50,7 @@ class Learner:
         fill(self.parameters())
         if not train:
             self.decoder.requires_grad_(False)
-            self.model: torch.nn.Module = self.decoder
+            self.model: Any = self.decoder
             return
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.zero)
         self.model = DistributedDataParallel(self.decoder.config, ddp, self.decoder)

@@ -55,7 +55,9 @@ class Optimizer:
                 group["weight_decay"] = self.weight_decay * group["wd_mult"]
         _, norm, _ = self.megatron.step()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}: the model is spoilt, continue from the last checkpoint with a lower optim.lr")
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: the model is spoilt, continue from the last checkpoint with a lower optim.lr"
+            )
         return float(norm)
 
     def zero_grad(self) -> None:

@@ -36,8 +36,8 @@ LR = 0.1
 
 def parse(layout: str) -> list[str]:
     """tp2-recomputefull -> parallel.tp=2 parallel.recompute=full"""
-    pairs = [re.match(r"([a-z]+?)(\d+|none|full|selective)$", part).groups() for part in layout.split("-")]
-    return [f"parallel.{key}={bool(int(value)) if key in ('sp', 'zero') else value}".replace("True", "true").replace("False", "false") for key, value in pairs]
+    pairs = (re.match(r"([a-z]+?)(\d+|none|full|selective)$", part).groups() for part in layout.split("-"))
+    return [f"parallel.{key}={('false', 'true')[int(value)] if key in ('sp', 'zero') else value}" for key, value in pairs]
 
 
 def expected_update(model: torch.nn.Module, mode: str, made: list) -> dict[str, torch.Tensor]:
