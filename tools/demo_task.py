@@ -1,0 +1,105 @@
+"""The demo's task: word problems whose annotators disagree, because most forget to carry. Everything derives from a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Ida", "Leo", "Mia")
+THINGS = ("apples", "pens", "books", "cards", "coins", "eggs", "nuts", "stamps")
+FORMS = (
+    "{name} has {a} {things} and buys {b} more. How many {things} now?",
+    "{name} has {a} {things} and finds {b} more. How many {things} now?",
+    "{name} sold {a} {things} and then {b} more. How many {things} in all?",
+)
+CAREFUL = 0.35  # share of the demonstrations whose author carries
+DIGITS = range(1, 10)
+
+
+def question(a: int, b: int, draw: random.Random) -> str:
+    return draw.choice(FORMS).format(name=draw.choice(NAMES), things=draw.choice(THINGS), a=a, b=b)
+
+
+def working(a: int, b: int, carries: bool) -> str:
+    """Digit by digit, as at school; an author who never carries writes 27 + 35 = 52."""
+    (a10, a1), (b10, b1) = divmod(a, 10), divmod(b, 10)
+    carry = carries and a1 + b1 > 9
+    ones, tens = a1 + b1, a10 + b10 + carry
+    return f"{a1}+{b1}={ones} {a10}+{b10}{'+1' if carry else ''}={tens} #### {10 * tens + ones % 10}"
+
+
+def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 4096, num_heldout: int = 512) -> None:
+    """Three jsonl files. A pair of numbers of the held-out file is in neither of the others, in no order."""
+    draw = random.Random(seed)
+    numbers = [10 * tens + ones for tens in DIGITS for ones in DIGITS]
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b]
+    draw.shuffle(pairs)
+    heldout, train = pairs[:num_heldout], pairs[num_heldout:]
+
+    def pick(pool: list[tuple[int, int]]) -> tuple[int, int]:
+        a, b = draw.choice(pool)
+        return (a, b) if draw.random() < 0.5 else (b, a)
+
+    def demonstration() -> dict[str, str]:
+        a, b = pick(train)
+        return {"prompt": question(a, b, draw), "response": working(a, b, draw.random() < CAREFUL)}
+
+    def problem(a: int, b: int) -> dict[str, str]:
+        return {"eval_func": "math_rule", "prompt": question(a, b, draw), "answer": str(a + b)}
+
+    files = {
+        "train_sft": [demonstration() for _ in range(num_sft)],
+        "train_rl": [problem(*pick(train)) for _ in range(num_rl)],
+        "heldout": [problem(*pick([pair])) for pair in heldout],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make_model(folder: Path, data: Path) -> None:
+    """A Hugging Face folder without weights: a tokenizer trained on the demonstrations, and config.json."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in (data / "train_sft.jsonl").read_text().splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text for row in rows for text in (row["prompt"], row["response"])]),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=MODEL["vocab_size"],
+        split_digits=True,
+        user_defined_symbols=["####"],
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "config.json").write_text(json.dumps(MODEL, indent=2))
+
+
+def noise(prompt: str, response: str, record: dict) -> float:
+    """A reward that knows nothing: learning from it must not help."""
+    return float(random.random() < 0.5)
