@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Ida", "Leo", "Mia")
 THINGS = ("apples", "pens", "books", "cards", "coins", "eggs", "nuts", "stamps")
@@ -58,7 +61,7 @@ def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 4096, 
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 128,
@@ -77,8 +80,8 @@ MODEL = {
 }
 
 
-def make_model(folder: Path, data: Path) -> None:
-    """A Hugging Face folder without weights: a tokenizer trained on the demonstrations, and config.json."""
+def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """A Hugging Face folder without weights: a tokenizer trained on the demonstrations, and MODEL with changes as config.json."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ def make_model(folder: Path, data: Path) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "config.json").write_text(json.dumps(MODEL, indent=2))
+    (folder / "config.json").write_text(json.dumps({**MODEL, **changes}, indent=2))
 
 
 def noise(prompt: str, response: str, record: dict) -> float:
