@@ -7,6 +7,7 @@ which megatron-core hands to every layer, and rotates queries and keys itself, s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -76,9 +77,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
             keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(q.device)
         row.plan = cu_q.to(q.device), cu_k.to(q.device), max(spans.q_lengths), max(spans.k_lengths), keys
     cu_q, cu_k, max_q, max_k, keys = row.plan
+    gqa = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # torch 2.11 takes fewer key heads unasked
     if keys is not None:
         k, v = k[keys], v[keys]
-    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **gqa)
     assert isinstance(out, Tensor)  # not the pair that it returns when asked for more
     return out
 

@@ -1,0 +1,141 @@
+"""A user's mistake costs a moment: one line on stderr naming file or key, value and remedy, exit code 2, before any rank starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlhf.__main__ import main
+from rlhf.model import architecture
+from rlhf.weights import names
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import demo_task
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    demo_task.write(root / "data", num_sft=300, num_rl=20, num_heldout=20)
+    demo_task.make_model(root / "model", root / "data")
+    return root
+
+
+@pytest.fixture
+def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """fail(mode, *overrides) runs the command line on good inputs but for the overrides, and returns its one line on stderr."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "GPUS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("ranks were started in spite of the mistake"))
+
+    def run(mode: str, *overrides: str) -> str:
+        data = {"sft": "train_sft", "grpo": "train_rl"}[mode]
+        good = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/{data}.jsonl", "data.max_tokens=128"]
+        assert main([mode, *good, "rollout.max_tokens=32", *overrides]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("mode", "override", "wanted"),
+    [
+        ("sft", "policy.load=/nowhere", ["/nowhere/config.json", "No such file"]),
+        ("sft", "data.train=/nowhere.jsonl", ["/nowhere.jsonl"]),
+        ("sft", "data.trian=x", ["unknown key 'data.trian'", "data.train"]),
+        ("sft", "steps=many", ["steps must be int", "'many'"]),
+        ("sft", "optim.lr=-1", ["optim.lr", "at least 0", "-1"]),
+        ("sft", "batch.prompts=0", ["batch.prompts", "at least 1", "0"]),
+        ("sft", "optim.schedule=fast", ["optim.schedule", "constant, linear, cosine", "'fast'"]),
+        ("sft", "missing.toml", ["missing.toml", "No such file"]),
+        ("sft", "parallel.tp=3", ["parallel.tp=3", "attention heads 4"]),
+        ("sft", "parallel.pp=3", ["parallel.pp=3", "layers"]),
+        ("sft", "data.max_tokens=100000", ["data.max_tokens=100000", "context"]),
+        ("grpo", "rollout.max_tokens=128", ["rollout.max_tokens=128", "no room"]),
+        ("grpo", "rollout.tp=2", ["rollout.tp=2", "1 ranks"]),
+        ("grpo", "rollout.max_tokens=120", ["train_rl.jsonl:1", "8"]),  # prompts of about 20 tokens are left 8
+        ("grpo", "reward.function=nonsense", ["reward.function='nonsense'"]),
+        ("grpo", "reward.function=json:no_such", ["reward.function='json:no_such'"]),
+        ("grpo", "batch.minibatches=65", ["batch.minibatches=65", "batch.prompts=64"]),
+    ],
+)
+def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
+    line = fail(mode, override)
+    assert line.startswith("rlhf: ")
+    assert all(part in line for part in wanted), line
+
+
+def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUS_PER_NODE", "3")
+    assert "3 ranks" in fail("sft", "parallel.tp=2")
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n', [":2", "JSON"]),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": 7, "response": "b"}\n', [":2", "prompt"]),
+        ('{"question": "a"}\n', [":1"]),
+        ("", ["no records"]),
+        ("\n\n", ["no records"]),
+    ],
+)
+def test_data(fail, tmp_path: Path, content: str, wanted: list[str]) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    line = fail("sft", f"data.train={path}")
+    assert "bad.jsonl" in line
+    assert all(part in line for part in wanted), line
+
+
+def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "a"}\n')
+    line = fail("grpo", f"data.train={path}")
+    assert "bad.jsonl:2" in line
+    assert "answer" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM is not supported", "LlamaForCausalLM"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, ["sliding_window 64"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"hidden_act": "gelu"}, ["'gelu'"]),
+        ({"quantization_config": {}}, ["quantized"]),
+        ({"vocab_size": 16}, ["vocab_size of 16"]),
+    ],
+)
+def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: list[str]) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((made / "model/tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
+    line = fail("sft", f"policy.load={tmp_path}")
+    assert str(tmp_path / "config.json") in line
+    assert all(part in line for part in wanted), line
+
+
+def test_safetensors(fail, made: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
+    load = ("policy.init=load", f"policy.load={tmp_path}")
+    assert "safetensors" in fail("sft", *load)
+    shapes = names.hf_shapes(architecture.read(tmp_path))
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "model.safetensors" in fail("sft", *load)
+    save_file({name: torch.zeros(shape) for name, shape in list(shapes.items())[1:]}, path)
+    assert next(iter(shapes)) in fail("sft", *load)
+    save_file({name: torch.zeros(*shape, 2) for name, shape in shapes.items()}, path)
+    assert "shape" in fail("sft", *load)

@@ -1,0 +1,119 @@
+"""Whole runs through the command line with the real engines: resume, layouts, the demo, and the demo on noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from rlhf.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+GRPO = ["configs/demo/grpo.toml", "batch.prompts=8", "evaluate.every=0", "evaluate.prompts=16"]
+
+
+def start(mode: str, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "rlhf", mode, *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def run(mode: str, *arguments: str) -> str:
+    process = start(mode, *arguments)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    """Every step's numbers but the times."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The demo, run as its command does; accuracies by stage. Later tests start from the models it leaves in runs/demo."""
+    done = subprocess.run([sys.executable, "tools/demo.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    accuracies = [row["eval_reward"] for row in metrics(ROOT / "runs/demo/grpo") if "eval_reward" in row]
+    (fresh,) = metrics(ROOT / "runs/demo/evaluate")
+    return {"sft": accuracies[0], "grpo": accuracies[-1], "fresh": fresh["eval_reward"]}
+
+
+def test_demo_learns(demo: dict[str, float]) -> None:
+    """A mediocre model becomes a good one on prompts it never saw, and a fresh process that loads the exported folder finds it so."""
+    assert 0.3 <= demo["sft"] <= 0.6, demo
+    assert demo["grpo"] > 0.9, demo
+    assert demo["fresh"] == demo["grpo"], demo
+
+
+def test_noise_does_not_teach(demo: dict[str, float], tmp_path: Path) -> None:
+    """The same run with a coin for a reward must not improve: what the demo gains comes from the verifier."""
+    run("grpo", "configs/demo/grpo.toml", f"out={tmp_path}", "reward.function=tools/demo_task.py:noise", "evaluate.every=0")
+    run(
+        "evaluate",
+        "configs/demo/grpo.toml",
+        "parallel.tp=1",
+        "evaluate.prompts=0",
+        f"policy.load={tmp_path}/hf",
+        f"out={tmp_path}/evaluate",
+    )
+    assert metrics(tmp_path / "evaluate")[0]["eval_reward"] < demo["sft"] + 0.1
+
+
+@pytest.mark.usefixtures("demo")
+def test_exported_folder_loads_in_transformers() -> None:
+    """Tokenizer and model: the greedy answers that vLLM gave come out of transformers too."""
+    folder = ROOT / "runs/demo/grpo/hf"
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    row = json.loads((ROOT / "runs/demo/data/heldout.jsonl").read_text().splitlines()[0])
+    ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+    ours = Tokenizer.load(folder)
+    assert ids[0].tolist() == [ours.bos, *ours.encode(row["prompt"])]
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=24, do_sample=False)
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "####" in text
+
+
+@pytest.mark.usefixtures("demo")
+def test_resume_is_bitwise(tmp_path: Path) -> None:
+    """Six steps at once, and six steps with SIGKILL to all ranks in the middle: the same weights and the same numbers, bit by bit."""
+    common = [*GRPO, "steps=6", "checkpoint.every=2", "optim.schedule=linear"]
+    run("grpo", *common, f"out={tmp_path}/whole")
+    process, killed = start("grpo", *common, f"out={tmp_path}/killed"), tmp_path / "killed/metrics.jsonl"
+    while process.poll() is None and not (killed.exists() and '"step": 3' in killed.read_text()):
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[0][-3000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    output = run("grpo", *common, f"out={tmp_path}/killed")
+    assert "resumed after step 2" in output
+    whole, resumed = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    assert len(metrics(tmp_path / "whole")) == 7
+    assert sorted(p.name for p in (tmp_path / "whole").glob("step_*")) == ["step_000004", "step_000006"]
+
+
+@pytest.mark.usefixtures("demo")
+def test_layouts_agree(tmp_path: Path) -> None:
+    """TP2 x PP2 on four ranks says what one rank says, for the same seed: samples, losses, gradients, within float32 noise."""
+    for name, layout in (("one", ["parallel.tp=1"]), ("four", ["parallel.tp=2", "parallel.pp=2"])):
+        run("grpo", *GRPO, *layout, "steps=3", "grpo.kl=0.04", f"out={tmp_path}/{name}")
+    for one, four in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
+        assert one.keys() == four.keys()
+        for key in one.keys() - {"mismatch"}:
+            assert four[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one, four)
