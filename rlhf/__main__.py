@@ -73,6 +73,8 @@ def launch(nodes: int, ranks: int, arguments: list[str]) -> int:
     """Become torchrun, or for a single rank just the rank."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if not gpus():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM warns of every memory policy it sets on a CPU
     if nodes == ranks == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
@@ -96,11 +98,13 @@ def free_port() -> int:
 
 def run(config: Config) -> int:
     """Be one rank."""
+    import logging
     import warnings
 
-    warnings.filterwarnings(
-        "ignore", message=".*(Transformer Engine|Apex).*not installed.*|.*Apex is not installed.*|.*full scope is deprecated.*"
-    )
+    # What the engines say to their own developers: absent optional packages, deprecations, experimental modules.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|torch\.cuda")
+    for name in ("megatron", "torch._library"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from rlhf import loop
 
     loop.run(config)

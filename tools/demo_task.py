@@ -16,7 +16,7 @@ FORMS = (
     "{name} has {a} {things} and finds {b} more. How many {things} now?",
     "{name} sold {a} {things} and then {b} more. How many {things} in all?",
 )
-CAREFUL = 0.35  # share of the demonstrations whose author carries
+CAREFUL = 0.2  # share of the demonstrations whose author carries
 DIGITS = range(1, 10)
 
 
@@ -25,18 +25,19 @@ def question(a: int, b: int, draw: random.Random) -> str:
 
 
 def working(a: int, b: int, carries: bool) -> str:
-    """Digit by digit, as at school; an author who never carries writes 27 + 35 = 52."""
+    """Digit by digit, as at school: 7+5=12 2+3+1=6 #### 62. An author who never carries writes 7+5=12 2+3+0=5 #### 52."""
     (a10, a1), (b10, b1) = divmod(a, 10), divmod(b, 10)
-    carry = carries and a1 + b1 > 9
-    ones, tens = a1 + b1, a10 + b10 + carry
-    return f"{a1}+{b1}={ones} {a10}+{b10}{'+1' if carry else ''}={tens} #### {10 * tens + ones % 10}"
+    ones = a1 + b1
+    carry = int(carries and ones > 9)
+    tens = a10 + b10 + carry
+    return f"{a1}+{b1}={ones} {a10}+{b10}+{carry}={tens} #### {10 * tens + ones % 10}"
 
 
-def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 4096, num_heldout: int = 512) -> None:
+def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 4096, num_heldout: int = 400) -> None:
     """Three jsonl files. A pair of numbers of the held-out file is in neither of the others, in no order."""
     draw = random.Random(seed)
     numbers = [10 * tens + ones for tens in DIGITS for ones in DIGITS]
-    pairs = [(a, b) for a in numbers for b in numbers if a <= b]
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b and a // 10 + b // 10 < 9]
     draw.shuffle(pairs)
     heldout, train = pairs[:num_heldout], pairs[num_heldout:]
 
