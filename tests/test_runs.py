@@ -91,7 +91,7 @@ def test_exported_folder_loads_in_transformers() -> None:
 @pytest.mark.usefixtures("demo")
 def test_resume_is_bitwise(tmp_path: Path) -> None:
     """Six steps at once, and six steps with SIGKILL to all ranks in the middle: the same weights and the same numbers, bit by bit."""
-    common = [*GRPO, "steps=6", "checkpoint.every=2", "optim.schedule=linear"]
+    common = [*GRPO, "steps=6", "checkpoint.every=2", "optim.schedule=linear", "log.tensorboard=true"]
     run("grpo", *common, f"out={tmp_path}/whole")
     process, killed = start("grpo", *common, f"out={tmp_path}/killed"), tmp_path / "killed/metrics.jsonl"
     while process.poll() is None and not (killed.exists() and '"step": 3' in killed.read_text()):
@@ -105,6 +105,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
     assert len(metrics(tmp_path / "whole")) == 7
+    assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
     assert sorted(p.name for p in (tmp_path / "whole").glob("step_*")) == ["step_000004", "step_000006"]
 
 
