@@ -25,7 +25,7 @@ class Metrics:
         self.begin()
         if mesh.rank == 0:
             self.path = Path(config.out) / "metrics.jsonl"
-            _forget(self.path, start)
+            _forget(self.path, start or -1)  # a run from the start says everything anew
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 

@@ -7,6 +7,7 @@ it read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf import rewards
 from rlhf.config import Config, Parallel
@@ -32,6 +33,8 @@ def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
     if not config.policy.load:
         raise UserError("policy.load is not set: give the Hugging Face folder of the model")
+    if config.mode != "evaluate" and not config.resume and (Path(config.out) / "latest").exists():
+        raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
     arch = architecture.read(config.policy.load)
     generates = config.mode != "sft"
     _check_layout(config, arch, world, generates)

@@ -74,6 +74,11 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
     assert all(part in line for part in wanted), line
 
 
+def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step_000007")
+    assert f"out={tmp_path}" in fail("sft", f"out={tmp_path}", "resume=false")
+
+
 def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUS_PER_NODE", "3")
     assert "3 ranks" in fail("sft", "parallel.tp=2")

@@ -111,8 +111,8 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_layouts_agree(tmp_path: Path) -> None:
-    """TP2 x PP2 on four ranks says what one rank says, for the same seed: samples, losses, gradients, within float32 noise."""
-    for name, layout in (("one", ["parallel.tp=1"]), ("four", ["parallel.tp=2", "parallel.pp=2"])):
+    """TP2 x PP2 with two engines of TP2 says what one rank says, for the same seed: samples, losses, gradients, within float32 noise."""
+    for name, layout in (("one", ["parallel.tp=1"]), ("four", ["parallel.tp=2", "parallel.pp=2", "rollout.tp=2"])):
         run("grpo", *GRPO, *layout, "steps=3", "grpo.kl=0.04", f"out={tmp_path}/{name}")
     for one, four in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
         assert one.keys() == four.keys()

@@ -77,9 +77,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
             keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(q.device)
         row.plan = cu_q.to(q.device), cu_k.to(q.device), max(spans.q_lengths), max(spans.k_lengths), keys
     cu_q, cu_k, max_q, max_k, keys = row.plan
-    gqa: dict[str, Any] = (
-        {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    )  # torch 2.11 takes fewer key heads unasked
+    native = "enable_gqa" not in signature(varlen_attn).parameters  # torch 2.11 takes fewer key heads unasked
+    gqa: dict[str, Any] = {} if native else {"enable_gqa": True}
     if keys is not None:
         k, v = k[keys], v[keys]
     out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **gqa)

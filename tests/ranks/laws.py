@@ -1,10 +1,11 @@
-"""Run under torchrun: logits, log-probs, gradients, export and engine of every family at several layouts, against transformers.
+"""Run under torchrun: logits, log-probs, gradients, export, resume and engine of every family at several layouts, against transformers.
 
 usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...      LAYOUT as tp2-pp1-cp1-sp0-zero1-recomputefull
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from models import FAMILIES, reference_logits, reference_logp, samples
 
 from rlhf import config as configuration
 from rlhf.algorithms import ALGORITHMS
+from rlhf.checkpoint import Checkpoints
 from rlhf.contracts import Batch, Sample, Sampling
 from rlhf.data.packing import microbatches, shares
 from rlhf.model import architecture
@@ -143,6 +145,29 @@ class Case:
             wanted = view(updated[tile.name], whole[tile.name], tile.box)
             close(view(shards[tile.local], tile, tile.box), wanted, 2e-6, f"{self.what}: {mode} update packed by {budget} of {tile.name}")
 
+    def check_step_zero(self, learner: Learner) -> None:
+        """Where policy, old policy and reference are one model: ratio 1, so nothing is clipped, and KL 0."""
+        cut, algorithm = self.cut(10_000), ALGORITHMS["grpo"](self.config)
+        for s, stream in zip([s for b in cut for s in b], learner.score(cut), strict=True):
+            s.old_logp = s.ref_logp = stream
+        for name, (total, count) in learner.evaluate(cut, partial(algorithm.loss, "policy")).items():
+            if name in ("kl", "clipped"):
+                assert abs(total / count) < 1e-9, f"{self.what}: {name} is {total / count}"
+
+    def check_resume(self, out: Path) -> None:
+        """Two updates, a checkpoint, one more: bit by bit what a new learner makes of that checkpoint."""
+        config = dataclasses.replace(self.config, out=str(out))
+        checkpoints, loss = Checkpoints(config, self.mesh, torch.float32), partial(ALGORITHMS["grpo"](config).loss, "policy")
+        first, second = self.learner(train=True), self.learner(train=True)
+        for _ in range(2):
+            first.learn(self.cut(100), loss, LR)
+        checkpoints.save(2, {"policy": first}, export=None)
+        first.learn(self.cut(100), loss, LR)
+        assert checkpoints.resume({"policy": second}) == 2
+        second.learn(self.cut(100), loss, LR)
+        wanted = first.parameters()
+        assert all(torch.equal(wanted[name], p) for name, p in second.parameters().items()), f"{self.what}: resume is not bitwise"
+
     def check_export(self, learner: Learner, out: Path) -> None:
         """What was read is written back bit by bit."""
         mesh = self.mesh
@@ -164,6 +189,8 @@ def main() -> None:
             for mode, budget in (("sft", 10_000), ("grpo", 100), ("grpo", 10_000)):
                 case.check_update(mode, budget)
             case.check_export(frozen, root / f"out-{family}-{layout}")
+            case.check_resume(root / f"run-{family}-{layout}")
+            case.check_step_zero(frozen)
             case.mesh.close()
     print("laws hold", flush=True)
     os._exit(0)
