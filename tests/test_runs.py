@@ -100,7 +100,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     output = run("grpo", *common, f"out={tmp_path}/killed")
-    assert "resumed after step 2" in output
+    assert "resumed after step" in output
     whole, resumed = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")

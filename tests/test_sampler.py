@@ -1,110 +1,31 @@
-"""The sampler over a real engine (kvcache, random weights): seeds, groups, stops, rewards."""
+"""The sampler over real engines: seeds, groups, stops, rewards, and samples that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-import torch
-
-from rlhf import config as configuration
-from rlhf.contracts import Sample
-from rlhf.data.records import Records
-from rlhf.data.tokenizer import Tokenizer
-from rlhf.model import architecture
-from rlhf.parallel.mesh import Mesh
-from rlhf.rollout.kvcache import KVCache
-from rlhf.rollout.sampler import Sampler, summary
-from rlhf.weights import initial, names
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import demo_task
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sampler")
-    demo_task.write(root, num_sft=300, num_rl=20, num_heldout=20)
-    demo_task.make_model(root / "model", root)
-    return root
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29737"}.items():
-            patch.setenv(name, value)
-        mesh = Mesh(configuration.Parallel(), seed=1)
-    yield mesh
-    mesh.close()
+def launch(folder: Path, ranks: int) -> list[str]:
+    """What each rank drew."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "tests/ranks/sampling.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [line for line in done.stdout.splitlines() if line.startswith("drawn")]
 
 
-def build(folder: Path, mesh: Mesh, *overrides: str) -> Sampler:
-    config = configuration.load("grpo", ["data.max_tokens=96", "rollout.max_tokens=16", "rollout.group=3", "batch.prompts=4", *overrides])
-    arch, tokenizer = architecture.read(folder / "model"), Tokenizer.load(folder / "model")
-    engine = KVCache(arch, tp=1, tp_rank=0, group=None, dtype=torch.float32, device="cpu", max_len=96)
-    initial.fill(arch, names.tiles(arch, "vllm"), engine.parameters(), seed=5)
-    engine.sleep = lambda: None  # nobody publishes here, and sleep drops the weights
-
-    def reward(samples: list[Sample]) -> None:
-        for sample in samples:
-            sample.reward, sample.meta["failed"] = float(len(sample.meta["response"])), False
-
-    records = Records.load(folder / "train_rl.jsonl", "grpo", tokenizer, config.data, max_prompt=80)
-    return Sampler(config, mesh, engine, None, tokenizer, reward, records)
-
-
-def test_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
-    sampler = build(folder, mesh)
-    first, again, later = sampler.draw(3), sampler.draw(3), sampler.draw(4)
-    assert [s.tokens.tolist() for s in first] == [s.tokens.tolist() for s in again]
-    assert [s.tokens.tolist() for s in first] != [s.tokens.tolist() for s in later]
-    assert [s.group for s in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert len({tuple(s.tokens.tolist()) for s in first}) == 12, "siblings of a group came out alike"
-
-
-def test_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
-    """The mask covers the response alone, log-probs stand on their labels, and a response without a stop token is truncated."""
-    sampler = build(folder, mesh)
-    for s in sampler.draw(0):
-        prompt = len(s.tokens) - int(s.mask.sum())
-        assert s.mask.tolist() == [t >= prompt - 1 for t in range(len(s.tokens) - 1)]
-        assert (s.sampler_logp[s.mask] < 0).all()
-        assert (s.sampler_logp[~s.mask] == 0).all()
-        assert s.truncated == (s.tokens[-1] not in sampler.tokenizer.stop_ids)
-        assert s.tokens[prompt:].tolist() == s.tokens[s.mask.argmax() + 1 :].tolist()
-        assert s.meta["response"] == sampler.tokenizer.decode(s.tokens[prompt:])
-        assert s.reward == len(s.meta["response"])
-
-
-def test_stop_string_cuts_tokens(folder: Path, mesh: Mesh) -> None:
-    """With a stop string every response is the unstopped one up to and with that string, in the same tokens."""
-    free = build(folder, mesh).draw(0)
-    letter = next(c for s in free for c in s.meta["response"][2:] if c.isalpha())
-    stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").draw(0)
-    for a, b in zip(free, stopped, strict=True):
-        assert b.tokens.tolist() == a.tokens[: len(b.tokens)].tolist()
-        if letter in a.meta["response"]:
-            assert letter in b.meta["response"]
-            assert letter not in sampler_text_without_last(folder, b)
-            assert not b.truncated
-        else:
-            assert len(a.tokens) == len(b.tokens)
-    assert any(len(a.tokens) > len(b.tokens) for a, b in zip(free, stopped, strict=True))
-
-
-def sampler_text_without_last(folder: Path, sample: Sample) -> str:
-    return Tokenizer.load(folder / "model").decode(sample.tokens[1:][sample.mask][:-1])
-
-
-def test_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
-    sampler = build(folder, mesh)
-    prompts = sampler.records.head(5)
-    samples = sampler.greedy(prompts)
-    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.greedy(prompts)]
-    sums = summary(samples)
-    assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
-    assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
+def test_sampler_on_one_and_two_ranks(tmp_path: Path) -> None:
+    """See tests/ranks/sampling.py; one engine and two draw the same."""
+    demo_task.write(tmp_path, num_sft=300, num_rl=20, num_heldout=20)
+    demo_task.make_model(tmp_path / "model", tmp_path)
+    (one,), (first, second) = launch(tmp_path, 1), launch(tmp_path, 2)
+    assert one == first == second

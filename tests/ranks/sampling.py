@@ -1,0 +1,107 @@
+"""Run under torchrun with any number of ranks: the sampler over real engines (kvcache, random weights).
+
+usage: torchrun --nproc-per-node N tests/ranks/sampling.py FOLDER      FOLDER holds model/ and train_rl.jsonl
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf import config as configuration
+from rlhf.contracts import Sample
+from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
+from rlhf.model import architecture
+from rlhf.parallel.mesh import Mesh
+from rlhf.rollout.kvcache import KVCache
+from rlhf.rollout.sampler import Sampler, summary
+from rlhf.weights import initial, names
+
+
+def build(folder: Path, mesh: Mesh, *overrides: str) -> Sampler:
+    config = configuration.load("grpo", ["data.max_tokens=96", "rollout.max_tokens=16", "rollout.group=3", "batch.prompts=4", *overrides])
+    arch, tokenizer = architecture.read(folder / "model"), Tokenizer.load(folder / "model")
+    engine = KVCache(arch, tp=1, tp_rank=0, group=None, dtype=torch.float32, device="cpu", max_len=96)
+    initial.fill(arch, names.tiles(arch, "vllm"), engine.parameters(), seed=5)
+    engine.sleep = lambda: None  # nobody publishes here, and sleep drops the weights
+
+    def reward(samples: list[Sample]) -> None:
+        for sample in samples:
+            sample.reward, sample.meta["failed"] = float(len(sample.meta["response"])), False
+
+    records = Records.load(folder / "train_rl.jsonl", "grpo", tokenizer, config.data, max_prompt=80)
+    return Sampler(config, mesh, engine, None, tokenizer, reward, records)
+
+
+def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
+    """And every rank knows all samples alike."""
+    sampler = build(folder, mesh)
+    first, again, later = sampler.draw(3), sampler.draw(3), sampler.draw(4)
+    assert [s.tokens.tolist() for s in first] == [s.tokens.tolist() for s in again]
+    assert [s.tokens.tolist() for s in first] != [s.tokens.tolist() for s in later]
+    assert [s.group for s in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len({tuple(s.tokens.tolist()) for s in first}) == 12, "siblings of a group came out alike"
+    everywhere = mesh.all_gather([s.tokens.tolist() for s in first])
+    assert all(tokens == everywhere[0] for tokens in everywhere)
+
+
+def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
+    """The mask covers the response alone, log-probs stand on their labels, and a response without a stop token is truncated."""
+    sampler = build(folder, mesh)
+    for s in sampler.draw(0):
+        prompt = len(s.tokens) - int(s.mask.sum())
+        assert s.mask.tolist() == [t >= prompt - 1 for t in range(len(s.tokens) - 1)]
+        assert (s.sampler_logp[s.mask] < 0).all()
+        assert (s.sampler_logp[~s.mask] == 0).all()
+        assert s.truncated == (s.tokens[-1] not in sampler.tokenizer.stop_ids)
+        assert s.tokens[prompt:].tolist() == s.tokens[s.mask.argmax() + 1 :].tolist()
+        assert s.meta["response"] == sampler.tokenizer.decode(s.tokens[prompt:])
+        assert s.reward == len(s.meta["response"])
+
+
+def check_stop_string_cuts_tokens(folder: Path, mesh: Mesh) -> None:
+    """With a stop string every response is the unstopped one up to and with that string, in the same tokens."""
+    free = build(folder, mesh).draw(0)
+    letter = next(c for s in free for c in s.meta["response"][2:] if c.isalpha())
+    stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").draw(0)
+    for a, b in zip(free, stopped, strict=True):
+        assert b.tokens.tolist() == a.tokens[: len(b.tokens)].tolist()
+        if letter in a.meta["response"]:
+            assert letter in b.meta["response"]
+            assert letter not in sampler_text_without_last(folder, b)
+            assert not b.truncated
+        else:
+            assert len(a.tokens) == len(b.tokens)
+    assert any(len(a.tokens) > len(b.tokens) for a, b in zip(free, stopped, strict=True))
+
+
+def sampler_text_without_last(folder: Path, sample: Sample) -> str:
+    return Tokenizer.load(folder / "model").decode(sample.tokens[1:][sample.mask][:-1])
+
+
+def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
+    sampler = build(folder, mesh)
+    prompts = sampler.records.head(5)
+    samples = sampler.greedy(prompts)
+    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.greedy(prompts)]
+    sums = summary(samples)
+    assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
+    assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
+
+
+def main() -> None:
+    folder, mesh = Path(sys.argv[1]), Mesh(configuration.Parallel(), seed=1)
+    check_draw_is_a_function_of_seed_and_step(folder, mesh)
+    check_samples_are_aligned(folder, mesh)
+    check_stop_string_cuts_tokens(folder, mesh)
+    check_greedy_and_summary(folder, mesh)
+    print("drawn", [s.tokens.tolist() for s in build(folder, mesh).draw(0)], flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
