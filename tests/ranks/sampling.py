@@ -99,7 +99,10 @@ def main() -> None:
     check_samples_are_aligned(folder, mesh)
     check_stop_string_cuts_tokens(folder, mesh)
     check_greedy_and_summary(folder, mesh)
-    print("drawn", [s.tokens.tolist() for s in build(folder, mesh).draw(0)], flush=True)
+    drawn = [s.tokens.tolist() for s in build(folder, mesh).draw(0)]
+    if mesh.rank == 0:  # all ranks have been checked to know the same
+        print("drawn", drawn, flush=True)
+    mesh.barrier()
     os._exit(0)
 
 
