@@ -8,8 +8,9 @@ Alignment       inputs = tokens[:-1], labels = tokens[1:]. A stream x describes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ABSENT: Any = None  # what nobody has written yet
 AllSum = Callable[["Tensor"], "Tensor"]  # autograd-aware sum over some process group; the identity on one rank
+Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 
 class UserError(Exception):
@@ -35,7 +37,7 @@ class Sample:
     tokens: np.ndarray  # [L+1] int32, prompt then response
     mask: np.ndarray  # [L] bool, True where labels[t] is a response token to learn
     group: int  # siblings share it; unique within a step
-    reward: float = 0.0  # offline pairs: 1.0 chosen, 0.0 rejected
+    reward: float = 0.0  # the response's worth; offline: its given score, or 1.0 chosen and 0.0 rejected
     truncated: bool = False  # the length limit stopped it, not the model
     meta: dict[str, Any] = field(default_factory=dict)  # row, prompt (text), answer, response (text), ...
 
@@ -45,6 +47,15 @@ class Sample:
     values: np.ndarray = ABSENT  # [L] float32, critic before this update
     advantages: np.ndarray = ABSENT  # [L] float32, written by Algorithm.credit
     returns: np.ndarray = ABSENT  # [L] float32, written by Algorithm.credit
+
+
+def scored(sample: Sample) -> Sample:
+    """The sample with one more place, the last, whose value is the reward model's score of the whole text.
+
+    A scalar head must see the final token, and inputs are tokens[:-1]: so the last token is repeated, as a label that nobody learns.
+    """
+    tokens, mask = np.append(sample.tokens, sample.tokens[-1]), np.append(sample.mask, True)
+    return replace(sample, tokens=tokens, mask=mask, **dict.fromkeys(STREAMS, ABSENT))
 
 
 STREAMS = ("sampler_logp", "old_logp", "ref_logp", "values", "advantages", "returns")
@@ -97,7 +108,7 @@ class Output:
 
     logp: Tensor = ABSENT  # [T] float32, log p(labels[t]) at the rollout's temperature
     entropy: Tensor = ABSENT  # [T] float32, of the same distribution
-    value: Tensor = ABSENT  # [T] float32, scalar head (critic, reward model)
+    value: Tensor = ABSENT  # [T] float32, scalar head (critic, reward model) at inputs[t]: what it says before labels[t] is known
 
 
 @dataclass(slots=True)
@@ -112,14 +123,16 @@ class Loss:
 class Algorithm(Protocol):
     """What one method adds to the shared loop. Pure tensor code: no groups, engines or files."""
 
-    models: dict[str, str]  # role -> "train" | "frozen"
-    streams: tuple[str, ...]  # scored before credit(): "old_logp", "ref_logp", "values"
-    online: bool  # samples come from the engine, not from the data set
-    whole_groups: bool  # a group must share one micro-batch (pairwise losses)
+    models: dict[str, str]  # role -> "train" | "frozen"; the first trained one is what the run is for
+    streams: tuple[str, ...] = ()  # scored before credit(): "old_logp", "ref_logp", "values"
+    online: bool = False  # samples come from the engine, not from the data set
+    whole_groups: bool = False  # a group must share one micro-batch (pairwise losses)
+    warmup: Mapping[str, int] = MappingProxyType({})  # role -> steps before its first update
+    state: dict[str, float]  # what credit() carries from step to step; checkpoints keep it
 
-    def credit(self, samples: list[Sample]) -> list[Sample]:
-        """Turn rewards into advantages (or pairs). Sees all samples of the step, alike on every rank."""
-        ...
+    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+        """Turn rewards into advantages (or pairs), with metrics. Sees all samples of the step, alike on every rank."""
+        return samples, {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss: ...
 

@@ -42,7 +42,7 @@ def run(config: Config) -> None:
         (Path(config.out) / "config.toml").write_text(
             f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}"
         )
-    with Rewards(config.reward.function, config.reward.timeout, config.reward.workers) as rewards:
+    with Rewards(config.reward.function or "math", config.reward.timeout, config.reward.workers) as rewards:
         if config.mode == "evaluate":
             evaluate_folder(config, mesh, given, rewards)
         else:
@@ -85,7 +85,8 @@ class Run:
                 samples = self.draw(step)
             with metrics.time("score"):
                 self.score(samples)
-            samples = self.algorithm.credit(samples)
+            samples, sums = self.algorithm.credit(samples)
+            metrics.add_common(sums)
             with metrics.time("learn"):
                 self.learn(samples, step)
             with metrics.time("publish"):

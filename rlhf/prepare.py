@@ -55,8 +55,8 @@ def inputs(config: Config, world: int) -> Inputs:
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
     if generates:
-        rewards.check(config.reward.function)
-    required = ("answer",) if generates and config.reward.function == "math" else ()
+        rewards.check(config.reward.function or "math")
+    required = ("answer",) if generates and (config.reward.function or "math") == "math" else ()
 
     def read(path: str) -> Records:
         return Records.load(path, config.mode, tokenizer, config.data, max_prompt=max_prompt, required=required)

@@ -74,7 +74,7 @@ def grpo_samples(rewards: list[float], group: int) -> list[Sample]:
 def test_grpo_advantages() -> None:
     """Population standard deviation and 1e-6, as Megatron (whose epsilon is 1e-4); the prompt gets none; a tie teaches nothing."""
     grpo = GRPO(configuration.load("grpo", []))
-    samples = grpo.credit(grpo_samples([1.0, 0.0], 3) + grpo_samples([0.5, 0.5], 4) + grpo_samples([3.0, 1.0, 1.0, 1.0], 5))
+    samples, _ = grpo.credit(grpo_samples([1.0, 0.0], 3) + grpo_samples([0.5, 0.5], 4) + grpo_samples([3.0, 1.0, 1.0, 1.0], 5))
     assert [s.advantages[-1] for s in samples[:2]] == pytest.approx([1.0, -1.0], abs=1e-5)
     assert EXPECTED["megatron_rl"]["grpo_adv"][:2] == pytest.approx([1.0, -1.0], abs=1e-3)
     assert [s.advantages[-1] for s in samples[2:4]] == [0.0, 0.0]

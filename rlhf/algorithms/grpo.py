@@ -11,27 +11,27 @@ import numpy as np
 
 from rlhf.algorithms.functional import clipped_surrogate, groups, kl_k3, mean_loss
 from rlhf.config import Config
-from rlhf.contracts import Batch, Loss, Output, Sample
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
 
 
-class GRPO:
+class GRPO(Algorithm):
     online = True
-    whole_groups = False
 
     def __init__(self, config: Config):
         self.config = config.grpo
         self.models = {"policy": "train"}
-        self.streams: tuple[str, ...] = ("old_logp",)
+        self.state = {}
+        self.streams = ("old_logp",)
         if self.config.kl:
             self.models["reference"] = "frozen"
             self.streams += ("ref_logp",)
 
-    def credit(self, samples: list[Sample]) -> list[Sample]:
+    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
         for group in groups(samples):
             rewards = np.array([s.reward for s in group])
             for sample, advantage in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-6), strict=True):
                 sample.advantages = np.where(sample.mask, advantage, 0.0).astype(np.float32)
-        return samples
+        return samples, {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         c, x = self.config, batch.streams

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from rlhf.algorithms.functional import mean_loss
 from rlhf.config import Config
-from rlhf.contracts import Batch, Loss, Output, Sample
+from rlhf.contracts import Algorithm, Batch, Loss, Output
 
 
-class SFT:
-    online = False
-    whole_groups = False
-
+class SFT(Algorithm):
     def __init__(self, config: Config):
         self.models = {"policy": "train"}
-        self.streams: tuple[str, ...] = ()
-
-    def credit(self, samples: list[Sample]) -> list[Sample]:
-        return samples
+        self.state = {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         return mean_loss(-out.logp, batch, entropy=out.entropy)

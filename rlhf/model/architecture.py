@@ -11,10 +11,7 @@ from rlhf.contracts import UserError
 
 # config.json's "architectures" -> family. Anything else is refused by name.
 FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
+    f"{name}For{kind}": name.lower() for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("CausalLM", "SequenceClassification")
 }
 
 
@@ -37,6 +34,8 @@ class Architecture:
     qk_norm: bool
     rope_theta: float
     rope_scaling: dict[str, Any] = field(default_factory=dict)  # llama3 scaling, or empty
+    lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
+    scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
 
     def padded_vocab(self, tp: int) -> int:
         """Rows of the embedding when tp ranks split it: a multiple of 64 per vLLM's own padding, and of tp."""
@@ -48,7 +47,7 @@ class Architecture:
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
         layer = qkv * (self.hidden + self.qkv_bias) + self.heads * self.head_dim * self.hidden + 3 * self.hidden * self.ffn
         layer += 2 * self.hidden + 2 * self.head_dim * self.qk_norm
-        return self.layers * layer + self.hidden * (1 + self.vocab * (2 - self.tied))
+        return self.layers * layer + self.hidden * (1 + self.vocab * (1 + (self.lm and not self.tied)) + self.scalar)
 
 
 def read(folder: str | Path) -> Architecture:
@@ -79,7 +78,13 @@ def _architecture(config: dict[str, Any], family: str, path: Path) -> Architectu
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scalar = config.get("architectures", [""])[0].endswith("SequenceClassification")
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if scalar and labels != 1:
+        raise UserError(f"{path}: num_labels {labels} is not supported; a reward model has 1")
     return Architecture(
+        lm=not scalar,
+        scalar=scalar,
         family=family,
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],

@@ -9,13 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from rlhf.config import Config
-from rlhf.contracts import Completion, Engine, Sample, Sampling
+from rlhf.contracts import Completion, Engine, Sample, Sampling, Sums
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.parallel.mesh import Mesh
 from rlhf.weights.publish import Publisher
-
-Sums = dict[str, tuple[float, float]]
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import Config
-from rlhf.contracts import Batch, Loss, Output, Sample
+from rlhf.contracts import Batch, Loss, Output, Sample, Sums
 from rlhf.data.packing import pack, unpack
 from rlhf.model.architecture import Architecture
 from rlhf.model.build import Decoder
@@ -22,8 +22,6 @@ from rlhf.train.optimizer import Optimizer
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-
-Sums = dict[str, tuple[float, float]]  # metric -> (sum, count) on this rank
 
 
 class Learner:

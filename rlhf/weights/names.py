@@ -83,13 +83,16 @@ SPLITS: dict[str, Split] = {
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
-    """Name -> shape of every tensor in a Hugging Face folder, in the model's order; a tied model has no lm_head.weight."""
+    """Name -> shape of every tensor in a Hugging Face folder, in the model's order; a tied model has no lm_head.weight, a scalar head is
+    score.weight."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab, arch.hidden)}
     for i in range(arch.layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(arch).items()}
     shapes["model.norm.weight"] = (arch.hidden,)
-    if not arch.tied:
+    if arch.lm and not arch.tied:
         shapes["lm_head.weight"] = (arch.vocab, arch.hidden)
+    if arch.scalar:
+        shapes["score.weight"] = (1, arch.hidden)
     return shapes
 
 
@@ -110,7 +113,9 @@ def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1))
             held.append((f"model.layers.{stage * depth + i}.{name}", form.layer.format(i) + form.local(name), shape))
     if last:
         held.append(("model.norm.weight", form.local("model.norm.weight"), (arch.hidden,)))
-    if last and not (arch.tied and stage == 0):  # where the embedding is on another stage, a tied output layer is a copy of it
+    if last and arch.scalar:
+        held.append(("score.weight", form.local("score.weight"), (1, arch.hidden)))
+    if last and arch.lm and not (arch.tied and stage == 0):  # where the embedding is on another stage, a tied output layer is a copy of it
         held.append((embedding if arch.tied else "lm_head.weight", form.local("lm_head.weight"), table))
     return _place(arch, form, tp, held)
 
