@@ -61,6 +61,19 @@ def test_what_may_be_extra(tmp_path: Path):
     files.check(tmp_path, tied)
 
 
+@pytest.mark.parametrize("lm", [False, True])
+def test_a_causal_model_serves_as_a_scalar_one(tmp_path: Path, lm: bool):
+    save(tmp_path, random_hf(LLAMA))
+    arch = replace(LLAMA, scalar=True, lm=lm)
+    files.check(tmp_path, arch)
+    for rank, tiling in enumerate(tilings(arch, "mcore", 4, 2, 2)):
+        got = {tile.local: torch.full((9999, 32), torch.nan) for tile in tiling if tile.name == "score.weight"}
+        files.read(tmp_path, arch, [tile for tile in tiling if tile.name == "score.weight"], got)
+        assert len(got) == rank // 2, "the head is on the last stage"
+        assert all((tensor[0] == 0).all() and tensor[1].isnan().all() for tensor in got.values())
+        assert any(tile.name == "lm_head.weight" for tile in tiling) == (lm and rank // 2 == 1)
+
+
 def edit(change):
     """A folder whose single file holds changed tensors."""
     return lambda folder: save(folder, change(random_hf(LLAMA)))

@@ -47,10 +47,16 @@ def entries(folder: Path) -> dict[str, Entry]:
 
 
 def check(folder: str | Path, arch: Architecture) -> None:
-    """Raise UserError, naming the file, unless the folder holds exactly the tensors of arch. Reads headers only."""
+    """Raise UserError, naming the file, unless the folder holds exactly the tensors of arch. Reads headers only.
+
+    A scalar model may come from a causal one: its head may be missing (read() makes zeros), and an output layer that it does not use is
+    ignored.
+    """
     folder = Path(folder)
     found, wanted = entries(folder), names.hf_shapes(arch)
     for name, shape in wanted.items():
+        if name not in found and name == names.SCORE:
+            continue
         if name not in found:
             raise UserError(f"{folder}: tensor {name} is missing; config.json asks for it, so download the weights that belong to it")
         entry = found[name]
@@ -58,7 +64,7 @@ def check(folder: str | Path, arch: Architecture) -> None:
             raise UserError(f"{entry.path}: {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}")
         if entry.dtype not in DTYPES:
             raise UserError(f"{entry.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
-    ignored = {"lm_head.weight"} if arch.tied else set()
+    ignored = {"lm_head.weight"} if arch.tied or not arch.lm else set()
     extra = [name for name in found if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
@@ -70,8 +76,8 @@ def check(folder: str | Path, arch: Architecture) -> None:
 def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, torch.Tensor]) -> None:
     """Fill live tensors (local name -> tensor) with the boxes of their tiles, cast to the tensors' own dtypes.
 
-    Files are mapped, so only the pages of these boxes are read; rows that no tile covers are left alone.
-    The folder has passed check().
+    Files are mapped, so only the pages of these boxes are read; rows that no tile covers are left alone. A scalar head that the
+    folder lacks becomes zeros. The folder has passed check().
     """
     import torch
 
@@ -79,7 +85,11 @@ def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], paramet
     whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
     with torch.no_grad():
         for tile in tiling:
-            view(parameters[tile.local], tile, tile.box).copy_(view(_map(found[tile.name]), whole[tile.name], tile.box))
+            target = view(parameters[tile.local], tile, tile.box)
+            if tile.name == names.SCORE and tile.name not in found:
+                target.zero_()
+            else:
+                target.copy_(view(_map(found[tile.name]), whole[tile.name], tile.box))
 
 
 def write(

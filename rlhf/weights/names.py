@@ -12,6 +12,8 @@ Shape = tuple[int, ...]
 Split = Literal["rows", "columns", "vocab", "qkv", "whole"]
 Part = tuple[int, int]  # (rank, size) along one axis of parallelism
 
+SCORE = "score.weight"  # the scalar head [1, hidden] of a reward model or critic, in every layout
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -92,7 +94,7 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     if arch.lm and not arch.tied:
         shapes["lm_head.weight"] = (arch.vocab, arch.hidden)
     if arch.scalar:
-        shapes["score.weight"] = (1, arch.hidden)
+        shapes[SCORE] = (1, arch.hidden)
     return shapes
 
 
@@ -114,7 +116,7 @@ def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1))
     if last:
         held.append(("model.norm.weight", form.local("model.norm.weight"), (arch.hidden,)))
     if last and arch.scalar:
-        held.append(("score.weight", form.local("score.weight"), (1, arch.hidden)))
+        held.append((SCORE, SCORE, (1, arch.hidden)))
     if last and arch.lm and not (arch.tied and stage == 0):  # where the embedding is on another stage, a tied output layer is a copy of it
         held.append((embedding if arch.tied else "lm_head.weight", form.local("lm_head.weight"), table))
     return _place(arch, form, tp, held)
