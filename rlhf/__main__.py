@@ -107,11 +107,11 @@ def run(config: Config) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     from rlhf import loop
 
-    loop.run(config)
+    signal = loop.run(config)
     sys.stdout.flush()
     sys.stderr.flush()
     # The engine and torch.distributed take each other's process groups down at interpreter exit: end here, with everything written.
-    os._exit(0)
+    os._exit(128 + signal if signal else 0)
 
 
 if __name__ == "__main__":

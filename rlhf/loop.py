@@ -18,6 +18,7 @@ from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
 from rlhf.data.packing import microbatches, shares
 from rlhf.data.records import Records
+from rlhf.interrupt import Interrupt
 from rlhf.metrics import Metrics, say
 from rlhf.parallel.mesh import Mesh
 from rlhf.prepare import Inputs, inputs
@@ -33,8 +34,8 @@ SPEAKERS = {"old_logp": "policy", "ref_logp": "reference"}  # stream -> the role
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner| of log-probs; forgotten weights show as more
 
 
-def run(config: Config) -> None:
-    """One rank's whole life. Every rank calls it alike."""
+def run(config: Config) -> int:
+    """One rank's whole life. Every rank calls it alike. Returns the number of the signal that ended a training run early; 0: none did."""
     mesh = Mesh(config.parallel, config.seed)
     given = inputs(config, mesh.world)
     if mesh.rank == 0:
@@ -45,8 +46,8 @@ def run(config: Config) -> None:
     with Rewards(config.reward.function or "math", config.reward.timeout, config.reward.workers) as rewards:
         if config.mode == "evaluate":
             evaluate_folder(config, mesh, given, rewards)
-        else:
-            Run(config, mesh, given, rewards).train()
+            return 0
+        return Run(config, mesh, given, rewards).train()
 
 
 class Run:
@@ -69,9 +70,9 @@ class Run:
         self.policy = self.learners["policy"]
         self.checkpoints = Checkpoints(config, mesh, self.dtype)
 
-    def train(self) -> None:
-        """All steps from the newest checkpoint on, or from the first."""
-        config, held_out = self.config, self.given.held_out
+    def train(self) -> int:
+        """All steps from the newest checkpoint on, or from the first. After a signal the step at hand is the last. Returns it, or 0."""
+        config, held_out, interrupt = self.config, self.given.held_out, Interrupt()
         start = self.checkpoints.resume(self.trained) if config.resume else 0
         self.metrics = metrics = Metrics(config, self.mesh, start)
         self._announce(start)
@@ -96,9 +97,13 @@ class Run:
                 with metrics.time("evaluate"):
                     self.evaluate(held_out)
             metrics.write(done, tokens=sum(len(s.tokens) for s in samples))
-            if due(done, config.checkpoint.every, config.steps):
+            stop = max(self.mesh.all_gather(interrupt.number))  # a signal to any rank stops all of them after the same step
+            if stop or due(done, config.checkpoint.every, config.steps):
                 export = self.export if config.checkpoint.export or done == config.steps else None
                 self.checkpoints.save(done, self.trained, export)
+            if stop and done < config.steps:
+                return stop
+        return 0
 
     def draw(self, step: int) -> list[Sample]:
         """The step's samples, alike on every rank: from the engine, or straight from the data."""

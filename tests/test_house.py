@@ -21,7 +21,7 @@ EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for 
 # Imports point one way: a part of the package imports parts of lower layers only, and no sibling.
 LAYERS = (
     ("contracts", "config"),
-    ("parallel", "metrics", "algorithms"),
+    ("parallel", "metrics", "interrupt", "algorithms"),
     ("data", "model", "weights"),
     ("train", "rollout", "rewards", "checkpoint"),
     ("prepare",),

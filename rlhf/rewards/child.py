@@ -37,6 +37,8 @@ class Attempt:
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job; the rank finishes its step, and needs rewards
     connection = Connection(int(sys.argv[1]))
     die_with_parent(lifeline=int(sys.argv[2]))
     sys.path[:], place, name = connection.recv()
