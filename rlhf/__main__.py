@@ -10,7 +10,7 @@ import glob
 import os
 import sys
 
-from rlhf import config as configuration
+from rlhf import configuration
 from rlhf.config import MODES, Config
 from rlhf.contracts import UserError
 

@@ -1,10 +1,10 @@
 """Step folders that a run can continue from, bitwise, at the same layout.
 
-    out/step_000100/meta.json           step, layout, seed, dtype
+    out/step_000100/meta.json           step, layout, seed, dtype, the algorithm's state
                     model_*.pt          the weights of one (tp, pp) shard, per trained role
                     optimizer_*.pt      the optimizer shard of one rank, per trained role
                     random_*.pt         the random state of one rank
-                    hf/                 the policy as a Hugging Face folder (checkpoint.export)
+                    hf/                 the policy (or reward model) as a Hugging Face folder (checkpoint.export)
     out/latest                          name of the newest complete folder
     out/hf                              link to the newest hf/
 
@@ -37,8 +37,8 @@ class Checkpoints:
         self.out = Path(config.out)
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
 
-    def resume(self, learners: dict[str, Learner]) -> int:
-        """Load the newest checkpoint into the trained learners; the number of steps done (0: there is none).
+    def resume(self, learners: dict[str, Learner], state: dict[str, float]) -> int:
+        """Load the newest checkpoint into the trained learners and the algorithm's state; the number of steps done (0: there is none).
 
         Raises UserError where it was made with another layout, seed, dtype or mode.
         """
@@ -58,9 +58,10 @@ class Checkpoints:
         torch.set_rng_state(random["cpu"].cpu())
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"].cpu())
+        state.update(meta["state"])
         return meta["step"]
 
-    def save(self, step: int, learners: dict[str, Learner], export: Callable[[Path], None] | None) -> None:
+    def save(self, step: int, learners: dict[str, Learner], state: dict[str, float], export: Callable[[Path], None] | None = None) -> None:
         """Write step's folder, point `latest` to it, and delete what checkpoint.keep leaves over. Every rank calls it."""
         folder = self.out / f"step_{step:06}"
         partial = folder.with_suffix(".partial")
@@ -82,7 +83,7 @@ class Checkpoints:
             export(partial / "hf")
         self.mesh.barrier()
         if self.mesh.rank == 0:
-            (partial / "meta.json").write_text(json.dumps({"step": step, **self.meta}))
+            (partial / "meta.json").write_text(json.dumps({"step": step, "state": state, **self.meta}))
             partial.rename(folder)
             _replace(self.out / "latest", folder.name)
             if export:

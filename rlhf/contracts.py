@@ -8,7 +8,7 @@ Alignment       inputs = tokens[:-1], labels = tokens[1:]. A stream x describes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,6 +47,14 @@ class Sample:
     values: np.ndarray = ABSENT  # [L] float32, critic before this update
     advantages: np.ndarray = ABSENT  # [L] float32, written by Algorithm.credit
     returns: np.ndarray = ABSENT  # [L] float32, written by Algorithm.credit
+
+
+def groups(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples by group, in order of first appearance."""
+    members: dict[int, list[Sample]] = {}
+    for sample in samples:
+        members.setdefault(sample.group, []).append(sample)
+    return list(members.values())
 
 
 def scored(sample: Sample) -> Sample:

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rlhf import config as configuration
+from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
-from rlhf.config import Config
+from rlhf.config import Config, Optim
 from rlhf.contracts import Engine, Sample
-from rlhf.data.packing import microbatches, shares
 from rlhf.data.records import Records
 from rlhf.interrupt import Interrupt
 from rlhf.metrics import Metrics, say
 from rlhf.parallel.mesh import Mesh
-from rlhf.prepare import Inputs, inputs
+from rlhf.prepare import Inputs, inputs, rule
 from rlhf.rewards import Rewards
+from rlhf.roles import Roles
 from rlhf.rollout.sampler import Sampler, summary
-from rlhf.train.learner import Learner
 from rlhf.train.optimizer import learning_rate
-from rlhf.weights import files, initial, names
+from rlhf.weights import files, names
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
 
-SPEAKERS = {"old_logp": "policy", "ref_logp": "reference"}  # stream -> the role that scores it
+SPEAKERS = {"old_logp": "policy", "ref_logp": "reference", "values": "critic"}  # stream -> the role that scores it
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner| of log-probs; forgotten weights show as more
 
 
@@ -43,37 +41,39 @@ def run(config: Config) -> int:
         (Path(config.out) / "config.toml").write_text(
             f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}"
         )
-    with Rewards(config.reward.function or "math", config.reward.timeout, config.reward.workers) as rewards:
+    limits = (config.reward.timeout, config.reward.workers)
+    with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as judge:
         if config.mode == "evaluate":
-            evaluate_folder(config, mesh, given, rewards)
+            evaluate_folder(config, mesh, given, judge)
             return 0
-        return Run(config, mesh, given, rewards).train()
+        return Run(config, mesh, given, rewards, judge).train()
 
 
 class Run:
     """A training run on this rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, given: Inputs, rewards: Rewards):
-        self.config, self.mesh, self.given = config, mesh, given
-        self.arch, self.dtype = given.arch, dtype_of(config, mesh)
+    def __init__(self, config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, judge: Rewards):
+        """rewards says what samples are worth, judge what held-out responses are."""
+        self.config, self.mesh, self.given, self.judge = config, mesh, given, judge
+        self.dtype = dtype_of(config, mesh)
         self.algorithm = ALGORITHMS[config.mode](config)
-        self.sharding = names.tilings(self.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
         self.sampler: Sampler | None = None
         if self.algorithm.online:  # the engine first: it sizes its memory by what is free
             engine = build_engine(config, mesh, given, self.dtype)
             engine.sleep()
-            engines = names.tilings(self.arch, "vllm", mesh.world, config.rollout.tp)
-            publisher = Publisher(plan(self.sharding, engines, mesh.nodes()), mesh.rank, self.dtype)
+            training = names.tilings(given.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
+            engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
+            publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, self.dtype)
             self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.records)
-        self.learners = {role: self._learner(role, use == "train") for role, use in self.algorithm.models.items()}
-        self.trained = {role: self.learners[role] for role, use in self.algorithm.models.items() if use == "train"}
-        self.policy = self.learners["policy"]
+        temperature = config.rollout.temperature if self.algorithm.online else 1.0
+        self.roles = Roles(config, mesh, given.roles, self.dtype, temperature)
+        self.subject = next(iter(self.roles.trained))  # what the run is for
         self.checkpoints = Checkpoints(config, mesh, self.dtype)
 
     def train(self) -> int:
         """All steps from the newest checkpoint on, or from the first. After a signal the step at hand is the last. Returns it, or 0."""
-        config, held_out, interrupt = self.config, self.given.held_out, Interrupt()
-        start = self.checkpoints.resume(self.trained) if config.resume else 0
+        config, held_out, trained, interrupt = self.config, self.given.held_out, self.roles.trained, Interrupt()
+        start = self.checkpoints.resume(trained, self.algorithm.state) if config.resume else 0
         self.metrics = metrics = Metrics(config, self.mesh, start)
         self._announce(start)
         self.publish(check=True)
@@ -100,7 +100,7 @@ class Run:
             stop = max(self.mesh.all_gather(interrupt.number))  # a signal to any rank stops all of them after the same step
             if stop or due(done, config.checkpoint.every, config.steps):
                 export = self.export if config.checkpoint.export or done == config.steps else None
-                self.checkpoints.save(done, self.trained, export)
+                self.checkpoints.save(done, trained, self.algorithm.state, export)
             if stop and done < config.steps:
                 return stop
         return 0
@@ -109,102 +109,79 @@ class Run:
         """The step's samples, alike on every rank: from the engine, or straight from the data."""
         if not self.sampler:
             return self.given.records.draw(step, self.config.batch.prompts, self.config.seed)
-        samples = self.sampler.draw(step)
-        self.metrics.add_common(summary(samples))
+        samples, sums = self.sampler.draw(step)
+        self.metrics.add_common(sums)
         return samples
 
     def score(self, samples: list[Sample]) -> None:
-        """Write the streams that the algorithm asks for into all samples, on every rank."""
+        """Let the models say what the algorithm asks for, into all samples, on every rank."""
         for stream in self.algorithm.streams:
-            for sample, values in zip(samples, self.read(SPEAKERS[stream], samples), strict=True):
+            for sample, values in zip(samples, self.roles.read(SPEAKERS[stream], samples), strict=True):
                 setattr(sample, stream, values)
+        if not self.sampler:
+            return
+        if "reward" in self.roles:
+            self.roles.judge(samples)
+        self.metrics.add_common(summary(samples))
         if "old_logp" in self.algorithm.streams:
             gaps = np.concatenate([np.abs(s.old_logp - s.sampler_logp)[s.mask] for s in samples])
             self.metrics.add_common({"mismatch": (float(gaps.sum()), float(len(gaps)))})
 
-    def read(self, role: str, samples: list[Sample]) -> list[np.ndarray]:
-        """A role's log-probs [L] of every sample, in order, on every rank: replicas share the work and exchange the results."""
-        indexed = {id(sample): i for i, sample in enumerate(samples)}
-        cut = self._cut(samples, whole_groups=False)
-        mine = self.learners[role].score(cut[self.mesh.dp_rank])
-        streams: list[np.ndarray] = [np.empty(0)] * len(samples)
-        spoken = [part for part in self.mesh.all_gather(mine if self.mesh.speaks_for_dp else None) if part is not None]
-        for bins, part in zip(cut, spoken, strict=True):
-            for sample, stream in zip((s for b in bins for s in b), part, strict=True):
-                streams[indexed[id(sample)]] = stream
-        return streams
-
     def learn(self, samples: list[Sample], step: int) -> None:
         """batch.epochs passes over the samples, batch.minibatches updates each. Groups stay whole, and meet in a new order each pass."""
-        b, groups = self.config.batch, sorted({s.group for s in samples})
+        b, groups, algorithm = self.config.batch, sorted({s.group for s in samples}), self.algorithm
         for epoch in range(b.epochs):
             order = np.random.default_rng((self.config.seed, step, epoch)).permutation(groups)
             for turn, members in enumerate(np.array_split(order, b.minibatches)):
                 chosen = set(members.tolist())
-                cut = self._cut([s for s in samples if s.group in chosen], self.algorithm.whole_groups)
+                batch = [s for s in samples if s.group in chosen]
                 update = (step * b.epochs + epoch) * b.minibatches + turn
-                lr = learning_rate(self.config.optim, update, self.config.steps * b.epochs * b.minibatches)
-                for role, learner in self.trained.items():
-                    self.metrics.add(learner.learn(cut[self.mesh.dp_rank], partial(self.algorithm.loss, role), lr))
+                for role in self.roles.trained if batch else ():
+                    if step >= algorithm.warmup.get(role, 0):
+                        lr = learning_rate(self._optim(role), update, self.config.steps * b.epochs * b.minibatches)
+                        self.metrics.add(self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr))
 
     def publish(self, check: bool) -> None:
         """Give the engine the policy's weights; with check, prove that it has them."""
         if not self.sampler:
             return
-        self.sampler.publish(self.policy.parameters())
+        self.sampler.publish(self.roles.learners["policy"].parameters())
         if check:
             self._compare(self.sampler)
 
     def evaluate(self, held_out: Records) -> None:
         """Held-out reward of greedy responses, or held-out loss where nothing is generated."""
-        count = self.config.evaluate.prompts
+        samples = held_out.head(self.config.evaluate.prompts)
         if self.sampler:
-            samples = self.sampler.greedy(held_out.head(count))
+            samples = self.sampler.greedy(samples, partial(reward, self.judge))
+            if "reward" in self.roles and not self.config.evaluate.function:
+                self.sampler.engine.sleep()
+                self.roles.judge(samples)
+                self.publish(check=False)
             report(self.config, self.mesh, samples)
             self.metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
         else:
-            cut = self._cut(held_out.head(count), self.algorithm.whole_groups)
-            sums = self.policy.evaluate(cut[self.mesh.dp_rank], partial(self.algorithm.loss, "policy"))
+            self.score(samples)
+            samples, _ = self.algorithm.credit(samples)
+            sums = self.roles.evaluate(self.subject, samples, partial(self.algorithm.loss, self.subject), self.algorithm.whole_groups)
             self.metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
 
     def export(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder. Every rank calls it."""
-        description = json.loads((Path(self.config.policy.load) / "config.json").read_text())
-        files.write(
-            folder,
-            self.arch,
-            description,
-            self.sharding,
-            self.policy.parameters(),
-            rank=self.mesh.rank,
-            nodes=self.mesh.nodes(),
-            dtype=self.dtype,
-        )
+        """Write what the run is for as a Hugging Face folder. Every rank calls it."""
+        self.roles.export(self.subject, folder)
         if self.mesh.rank == 0:
             self.given.tokenizer.save(folder)
 
-    def _learner(self, role: str, train: bool) -> Learner:
-        tiles = self.sharding[self.mesh.rank]
-        folder = (role == "reference" and self.config.reference.load) or self.config.policy.load
-
-        def fill(parameters: dict[str, Tensor]) -> None:
-            if self.config.policy.init == "random" and folder == self.config.policy.load:
-                initial.fill(self.arch, tiles, parameters, self.config.seed)
-            else:
-                files.read(folder, self.arch, tiles, parameters)
-
-        temperature = self.config.rollout.temperature if self.algorithm.online else 1.0
-        return Learner(self.arch, self.config, self.mesh, self.dtype, fill=fill, temperature=temperature, train=train)
-
-    def _cut(self, samples: list[Sample], whole_groups: bool) -> list[list[list[Sample]]]:
-        """Everybody's micro-batches, by data-parallel rank."""
-        dealt = shares(samples, self.mesh.layout.dp, self.arch.hidden)
-        return microbatches(dealt, self.config.batch.tokens, whole_groups)
+    def _optim(self, role: str) -> Optim:
+        own = self.config.critic.lr if role == "critic" else 0.0
+        return replace(self.config.optim, lr=own or self.config.optim.lr)
 
     def _compare(self, sampler: Sampler) -> None:
         """Sample a little and let the policy score it: engine and learner must give the same log-probs."""
         samples = sampler.probe(self.given.records.head(2 * self.mesh.world))
-        gaps = np.concatenate([np.abs(a - s.sampler_logp)[s.mask] for s, a in zip(samples, self.read("policy", samples), strict=True)])
+        gaps = np.concatenate(
+            [np.abs(a - s.sampler_logp)[s.mask] for s, a in zip(samples, self.roles.read("policy", samples), strict=True)]
+        )
         if not gaps.mean() < AGREEMENT[self.dtype]:
             raise RuntimeError(
                 f"after publishing, the engine's log-probs differ from the policy's by {gaps.mean():.3g} on average"
@@ -215,9 +192,10 @@ class Run:
         if self.mesh.rank:
             return
         layout, config = self.mesh.layout, self.config
-        model = f"{self.arch.family} of {self.arch.num_parameters() / 1e6:.1f}M parameters in {str(self.dtype).removeprefix('torch.')}"
         axes = f"tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
-        say(f"{config.mode}: {model}, {self.mesh.world} ranks on {self.mesh.device.type}: {axes}")
+        say(f"{config.mode}: {self.mesh.world} ranks on {self.mesh.device.type} in {str(self.dtype).removeprefix('torch.')}: {axes}")
+        for name, role in self.given.roles.items():
+            say(f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}")
         counts = self.given.records.counts
         dropped = f"{counts.truncated} truncated, {counts.dropped} dropped"
         say(f"{len(self.given.records)} records ({dropped}) of {config.data.train}; out: {config.out}")
@@ -269,12 +247,16 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
     )
 
 
-def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> None:
-    """Mode evaluate: the engine loads the folder by itself, and no trainer exists."""
-    engine = build_engine(config, mesh, given, dtype_of(config, mesh), load=True)
-    sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, rewards), given.records)
+def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -> None:
+    """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
+    dtype = dtype_of(config, mesh)
+    engine = build_engine(config, mesh, given, dtype, load=True)
+    sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, judge), given.records)
     metrics = Metrics(config, mesh, start=-1)
-    samples = sampler.greedy(given.records.head(config.evaluate.prompts))
+    samples = sampler.greedy(given.records.head(config.evaluate.prompts), sampler.reward)
+    engine.sleep()
+    if given.roles:
+        Roles(config, mesh, given.roles, dtype, 1.0).judge(samples)
     report(config, mesh, samples)
     metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
     metrics.write(config.steps)
@@ -282,6 +264,10 @@ def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards)
 
 def reward(rewards: Rewards, samples: list[Sample]) -> None:
     """Score sampled responses in place. The first failure of a run is shown; all are counted."""
+    if not rewards.spec:  # the reward model alone will say
+        for sample in samples:
+            sample.meta["failed"] = False
+        return
     silent = not rewards.failure
     scores = rewards.score([(s.meta["prompt"], s.meta["response"], s.meta["record"]) for s in samples])
     for sample, score in zip(samples, scores, strict=True):

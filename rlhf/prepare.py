@@ -1,4 +1,4 @@
-"""Everything about a run that can be known before a model is loaded, without torch.
+"""Everything about a run that can be known before a model is loaded.
 
 The launcher calls inputs() before it starts any rank, so that a mistake costs a moment and one line; the ranks call it again to get what
 it read.
@@ -6,10 +6,11 @@ it read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf import rewards
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
 from rlhf.contracts import UserError
 from rlhf.data.records import Records
@@ -20,10 +21,20 @@ from rlhf.weights import files
 
 
 @dataclass(frozen=True, slots=True)
+class Role:
+    """One model of a run."""
+
+    use: str  # "train" | "frozen"
+    folder: str  # that it is loaded from
+    arch: Architecture
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
     """What a run reads."""
 
-    arch: Architecture
+    arch: Architecture  # of policy.load
+    roles: dict[str, Role]  # the models on the training side; mode evaluate has at most the reward model
     tokenizer: Tokenizer
     records: Records  # what the mode goes through: data.train, or data.eval in mode evaluate
     held_out: Records | None  # data.eval of a training run
@@ -36,8 +47,13 @@ def inputs(config: Config, world: int) -> Inputs:
     if config.mode != "evaluate" and not config.resume and (Path(config.out) / "latest").exists():
         raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
     arch = architecture.read(config.policy.load)
-    generates = config.mode != "sft"
-    _check_layout(config, arch, world, generates)
+    models = roles(config)
+    generates = config.mode == "evaluate" or ALGORITHMS[config.mode](config).online
+    check_world(config.parallel, world)
+    for role in models.values():
+        _check_training(config, role)
+    if generates:
+        _check_sampling(config, arch, world)
     if config.data.max_tokens > arch.context:
         raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the model's context of {arch.context}: lower it")
     max_prompt = config.data.max_tokens - config.rollout.max_tokens if generates else None
@@ -45,18 +61,32 @@ def inputs(config: Config, world: int) -> Inputs:
         raise UserError(
             f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
         )
-    if config.policy.init == "load":
-        files.check(config.policy.load, arch)
-    if config.reference.load and config.mode == "grpo":
-        if architecture.read(config.reference.load) != arch:
-            raise UserError(f"reference.load={config.reference.load} and policy.load={config.policy.load} must have the same architecture")
-        files.check(config.reference.load, arch)
+    to_read = {role.folder: role.arch for role in models.values()} or {config.policy.load: arch}
+    for folder, held in to_read.items():
+        if config.policy.init == "load" or folder != config.policy.load:
+            files.check(folder, held)
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
-    if generates:
-        rewards.check(config.reward.function or "math")
-    required = ("answer",) if generates and (config.reward.function or "math") == "math" else ()
+    for function in _functions(config) if generates else ():
+        rewards.check(function)
+    return Inputs(arch, models, tokenizer, *_data(config, tokenizer, max_prompt, generates))
+
+
+def rule(config: Config) -> str:
+    """The function that rewards samples; empty: the reward model alone does."""
+    return config.reward.function or ("" if config.reward.load else "math")
+
+
+def _functions(config: Config) -> list[str]:
+    """The rules that responses are judged by."""
+    rules = [rule(config)] if config.mode != "evaluate" or not config.evaluate.function else []
+    return [name for name in (*rules, config.evaluate.function) if name]
+
+
+def _data(config: Config, tokenizer: Tokenizer, max_prompt: int | None, generates: bool) -> tuple[Records, Records | None]:
+    """What the mode goes through, and what is held out."""
+    required = ("answer",) if generates and "math" in _functions(config) else ()
 
     def read(path: str) -> Records:
         return Records.load(path, config.mode, tokenizer, config.data, max_prompt=max_prompt, required=required)
@@ -65,14 +95,49 @@ def inputs(config: Config, world: int) -> Inputs:
     path = {"train": config.data.train, "eval": config.data.eval}[source]
     if not path:
         raise UserError(f"data.{source} is not set: give a jsonl file or a folder of them")
-    held_out = read(config.data.eval) if source == "train" and config.data.eval else None
-    return Inputs(arch, tokenizer, read(path), held_out)
+    return read(path), read(config.data.eval) if source == "train" and config.data.eval else None
 
 
-def _check_layout(config: Config, arch: Architecture, world: int, generates: bool) -> None:
-    """Every divisibility that a layout needs."""
-    p, name = config.parallel, f"{config.policy.load}/config.json"
-    check_world(p, world)
+def roles(config: Config) -> dict[str, Role]:
+    """The models that the mode trains or asks, with their folders and architectures. Raises UserError where one is not given or not fit."""
+    if config.mode == "evaluate":
+        models = {"reward": "frozen"} if config.reward.load and not config.evaluate.function else {}
+    else:
+        algorithm = ALGORITHMS[config.mode](config)
+        models = dict(algorithm.models)
+        if algorithm.online and config.reward.load:
+            models["reward"] = "frozen"
+    if config.mode == "rlhf" and not (config.reward.load or config.critic.load):
+        raise UserError("critic.load and reward.load are not set: PPO needs a model for its critic, give the reward model's folder")
+    folders = {
+        "policy": config.policy.load,
+        "reference": config.reference.load or config.policy.load,
+        "critic": config.critic.load or config.reward.load,
+        "reward": config.policy.load if config.mode == "reward" else config.reward.load,
+    }
+    found = {name: Role(use, folders[name], _architecture(config, name, folders[name])) for name, use in models.items()}
+    for name, role in found.items():
+        if role.arch.vocab != architecture.read(config.policy.load).vocab:
+            raise UserError(
+                f"{name}.load={role.folder} has a vocabulary of {role.arch.vocab}, policy.load={config.policy.load} has another: "
+                "all models of a run read the same tokens"
+            )
+    return found
+
+
+def _architecture(config: Config, name: str, folder: str) -> Architecture:
+    """What the folder holds, with the head that the role needs."""
+    arch = architecture.read(folder)
+    if name in ("critic", "reward"):
+        return replace(arch, scalar=True, lm=config.mode == "reward" and config.rm.lm > 0)
+    if not arch.lm:
+        raise UserError(f"{name}.load={folder} is a reward model, without an output layer: give a causal language model")
+    return arch
+
+
+def _check_training(config: Config, role: Role) -> None:
+    """Every divisibility that a training layout needs."""
+    p, arch, name = config.parallel, role.arch, f"{role.folder}/config.json"
     for size, what in ((arch.heads, "attention heads"), (arch.ffn, "intermediate size")):
         if size % p.tp:
             raise UserError(f"parallel.tp={p.tp} does not divide the {what} {size} of {name}")
@@ -80,14 +145,21 @@ def _check_layout(config: Config, arch: Architecture, world: int, generates: boo
         raise UserError(f"parallel.tp={p.tp} and the {arch.kv_heads} key/value heads of {name} do not divide one another")
     if arch.layers % p.pp:
         raise UserError(f"parallel.pp={p.pp} does not divide the {arch.layers} layers of {name}")
-    if generates:
-        tp = config.rollout.tp
-        if world % tp:
-            raise UserError(f"rollout.tp={tp} does not divide the {world} ranks")
-        if arch.heads % tp or (arch.kv_heads % tp and tp % arch.kv_heads):
-            raise UserError(f"rollout.tp={tp} does not divide the {arch.heads} heads and {arch.kv_heads} key/value heads of {name}")
     if config.batch.minibatches > config.batch.prompts:
         raise UserError(f"batch.minibatches={config.batch.minibatches} is more than batch.prompts={config.batch.prompts}")
+
+
+def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
+    """What the engine needs."""
+    if not arch.lm:
+        raise UserError(f"policy.load={config.policy.load} is a reward model, which generates nothing: give a causal language model")
+    tp, name = config.rollout.tp, f"{config.policy.load}/config.json"
+    if world % tp:
+        raise UserError(f"rollout.tp={tp} does not divide the {world} ranks")
+    if arch.heads % tp or (arch.kv_heads % tp and tp % arch.kv_heads):
+        raise UserError(f"rollout.tp={tp} does not divide the {arch.heads} heads and {arch.kv_heads} key/value heads of {name}")
+    if config.rollout.rounds > 1 and not rule(config):
+        raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
 
 
 def check_world(parallel: Parallel, world: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf import config as configuration
+from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
 from rlhf.algorithms.functional import clipped_surrogate, kl_k3, mean_loss
 from rlhf.algorithms.grpo import GRPO

@@ -10,7 +10,8 @@ from typing import get_type_hints
 
 import pytest
 
-from rlhf.config import Config, notes
+from rlhf.config import Config
+from rlhf.configuration import notes
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf"
@@ -21,16 +22,16 @@ EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for 
 # Imports point one way: a part of the package imports parts of lower layers only, and no sibling.
 LAYERS = (
     ("contracts", "config"),
-    ("parallel", "metrics", "interrupt", "algorithms"),
+    ("configuration", "parallel", "metrics", "interrupt", "algorithms"),
     ("data", "model", "weights"),
     ("train", "rollout", "rewards", "checkpoint"),
     ("prepare",),
+    ("roles",),
     ("loop",),
     ("__main__",),
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 SIBLINGS = {  # the exceptions: who may import which module beside it
-    "config": "contracts",
     "metrics": "parallel.mesh",
     "weights": "model.architecture",
     "rollout": "rewards.worker",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import MODES, Config, manual
+from rlhf.config import MODES, Config
+from rlhf.configuration import manual
 
 ROOT = Path(__file__).parents[1]
 # The interpreter of these tests runs the command line; nothing is installed.

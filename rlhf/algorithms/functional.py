@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.contracts import Batch, Loss, Sample
+from rlhf.contracts import Batch, Loss
 
 
 def mean_loss(per_token: Tensor, batch: Batch, unit: str = "token", **metrics: Tensor) -> Loss:
@@ -24,14 +22,6 @@ def mean_loss(per_token: Tensor, batch: Batch, unit: str = "token", **metrics: T
         weight, count = batch.mask / lengths.clamp(min=1.0)[batch.segment], batch.last.sum()
     total = (per_token * weight).sum()
     return Loss(total, count, {"loss": (total.detach(), count), **pairs})
-
-
-def groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples by group, in order of first appearance."""
-    members: dict[int, list[Sample]] = {}
-    for sample in samples:
-        members.setdefault(sample.group, []).append(sample)
-    return list(members.values())
 
 
 def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

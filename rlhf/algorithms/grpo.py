@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlhf.algorithms.functional import clipped_surrogate, groups, kl_k3, mean_loss
+from rlhf.algorithms.functional import clipped_surrogate, kl_k3, mean_loss
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, groups
 
 
 class GRPO(Algorithm):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans
+from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans, groups
 
 
 def cost(length: int, hidden: int) -> float:
@@ -48,10 +48,7 @@ def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]
 
 def shares(samples: Sequence[Sample], dp: int, hidden: int) -> list[list[Sample]]:
     """What each data-parallel rank trains on. Groups stay whole."""
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample)
-    members = list(groups.values())
+    members = groups(samples)
     dealt = balance([sum(cost(len(s.mask), hidden) for s in group) for group in members], dp)
     return [[sample for i in items for sample in members[i]] for items in dealt]
 
@@ -68,12 +65,7 @@ def microbatches(shared: Sequence[Sequence[Sample]], budget: int, whole_groups: 
 
 
 def _units(samples: Sequence[Sample], whole_groups: bool) -> list[list[Sample]]:
-    if not whole_groups:
-        return [[sample] for sample in samples]
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample)
-    return list(groups.values())
+    return groups(samples) if whole_groups else [[sample] for sample in samples]
 
 
 def pack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from rlhf.config import Parallel
 from rlhf.parallel.mesh import Mesh
 
 # isort: split
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -49,6 +51,32 @@ class DeferredHead(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return input_, None
+
+
+class NoHead(torch.nn.Module):
+    """The output layer of a model that has none: hidden states pass through."""
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return input_, None
+
+
+class ScalarHead(torch.nn.Module):
+    """One number per token, in float32; every tensor-parallel rank holds the whole weight [1, hidden]."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        # With sequence parallelism a rank sees its tokens only, and megatron-core sums the gradient over the ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """hidden [T (/tp with sequence parallelism), h] -> values [T]."""
+        values = F.linear(hidden.float(), self.weight.float())[:, 0]
+        if not self.sequence_parallel:
+            return values
+        # The loss is the same on every rank of the group, so each takes its own part of the gradient as it is.
+        return tensor_parallel.gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=group)
 
 
 def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
@@ -119,12 +147,17 @@ class Decoder(GPTModel):
             pre_process=mesh.is_first_stage,
             post_process=mesh.is_last_stage,
             parallel_output=True,
-            share_embeddings_and_output_weights=arch.tied,
+            share_embeddings_and_output_weights=arch.tied and arch.lm,
             position_embedding_type="none",  # our attention rotates
         )
-        self.to(mesh.device)
         if mesh.is_last_stage:
-            self.output_layer.__class__ = DeferredHead
+            if arch.lm:
+                self.output_layer.__class__ = DeferredHead
+            else:
+                self.add_module("output_layer", NoHead())
+            if arch.scalar:
+                self.score = ScalarHead(self.config)
+        self.to(mesh.device)
         self.frequencies = rope_frequencies(arch).to(mesh.device)
         self.cp = parallel.cp
 

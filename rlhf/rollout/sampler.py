@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf.config import Config
-from rlhf.contracts import Completion, Engine, Sample, Sampling, Sums
+from rlhf.contracts import Completion, Engine, Sample, Sampling, Sums, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.parallel.mesh import Mesh
@@ -28,12 +28,26 @@ class Sampler:
     reward: Callable[[list[Sample]], None]  # writes reward and meta["failed"]
     records: Records
 
-    def draw(self, step: int) -> list[Sample]:
-        """The step's samples, grouped by prompt, alike on every rank; then the engine sleeps until the next publish."""
-        prompts = self.records.draw(step, self.config.batch.prompts, self.config.seed)
-        samples = self.sample(prompts, self.sampling(), self.config.rollout.group, step)
+    def draw(self, step: int) -> tuple[list[Sample], Sums]:
+        """The step's samples, grouped by prompt, alike on every rank; then the engine sleeps until the next publish.
+
+        With rollout.rounds > 1, groups of equal rewards are left out and more prompts drawn instead (dynamic sampling, DAPO, 2503.14476),
+        until batch.prompts groups are kept or the rounds are over; if no group is ever kept, the last round's are.
+        """
+        rounds, count = self.config.rollout.rounds, self.config.batch.prompts
+        kept: list[list[Sample]] = []
+        for turn in range(rounds):
+            # Further rounds go through the data in orders of their own: who is drawn when depends on nothing but (seed, step, turn).
+            prompts = self.records.draw(step, count, _seed(self.config.seed, turn) if turn else self.config.seed)
+            for prompt in prompts:
+                prompt.group += turn * count
+            drawn = groups(self.sample(prompts, self.sampling(), self.config.rollout.group, step, self.reward))
+            kept += drawn if rounds == 1 else [g for g in drawn if len({s.reward for s in g}) > 1]
+            if len(kept) >= count:
+                break
         self.engine.sleep()
-        return samples
+        sums = {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))} if rounds > 1 else {}
+        return [sample for group in (kept or drawn)[:count] for sample in group], sums
 
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
         """Give the engine the learner's weights (by megatron-core's names) and wake it."""
@@ -49,20 +63,22 @@ class Sampler:
         stop_ids = (*self.tokenizer.stop_ids, *single)
         return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
 
-    def greedy(self, prompts: list[Sample]) -> list[Sample]:
+    def greedy(self, prompts: list[Sample], reward: Callable[[list[Sample]], None]) -> list[Sample]:
         """One rewarded response per prompt, the likeliest token at every place."""
-        return self.sample(prompts, replace(self.sampling(), temperature=0.0, top_p=1.0, top_k=0), 1, 0)
+        return self.sample(prompts, replace(self.sampling(), temperature=0.0, top_p=1.0, top_k=0), 1, 0, reward)
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """A few tokens after each prompt, drawn from the unfiltered distribution, to compare log-probs with; never rewarded."""
         sampling = replace(self.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
         return self._gather(self._generate(prompts, sampling, 1, 0))
 
-    def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
+    def sample(
+        self, prompts: list[Sample], sampling: Sampling, group: int, step: int, reward: Callable[[list[Sample]], None]
+    ) -> list[Sample]:
         """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
         samples = self._generate(prompts, sampling, group, step)
         if self.mesh.rank % self.config.rollout.tp == 0:  # one rank speaks for an engine
-            self.reward(samples)
+            reward(samples)
         return self._gather(samples)
 
     def _generate(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
@@ -105,7 +121,10 @@ class Sampler:
 def summary(samples: list[Sample]) -> Sums:
     """What a step's samples look like, as (sum, count)."""
     n = float(len(samples))
+    judged = [s.meta for s in samples if "score" in s.meta]  # by a reward model, beside the rule
+    parts = {f"reward_{name}": (sum(meta[name] for meta in judged), float(len(judged))) for name in ("rule", "score")}
     return {
+        **parts,
         "reward": (sum(s.reward for s in samples), n),
         "response_tokens": (float(sum(s.mask.sum() for s in samples)), n),
         "truncated": (float(sum(s.truncated for s in samples)), n),

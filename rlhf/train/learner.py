@@ -72,9 +72,14 @@ class Learner:
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
-        """The log-prob stream [L] of every sample, in order, on every rank of the replica."""
+        """A stream [L] of every sample, in order, on every rank of the replica: values if the model has a scalar head, else log-probs."""
+
+        def stream(batch: Batch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+            out = self._read(batch, hidden)
+            return out.value if self.arch.scalar else out.logp
+
         batches = [self._pack(samples) for samples in microbatches]
-        outputs = self._schedule(batches, lambda batch, hidden, non_loss_data=True: self._read(batch, hidden).logp, train=False)
+        outputs = self._schedule(batches, stream, train=False)
         lengths = [len(batch.places) for batch in batches]
         flat = torch.cat(outputs) if self.mesh.is_last_stage else torch.empty(sum(lengths), device=self.mesh.device)
         flat = self.mesh.cp_gather(self.mesh.from_last_stage(flat)).view(self.mesh.layout.cp, -1)
@@ -117,16 +122,20 @@ class Learner:
 
     def _read(self, batch: Batch, hidden: Tensor) -> Output:
         """Hidden states [1, T (/tp), h] of the last stage -> what the algorithms see."""
-        logp, entropy = token_logp(
-            hidden[0],
-            self.decoder.head_weight(),
-            batch.labels,
-            vocab=self.arch.vocab,
-            temperature=self.temperature,
-            group=self.mesh.tp_group,
-            sequence_parallel=self.sequence_parallel,
-        )
-        return Output(logp=logp, entropy=entropy)
+        out = Output()
+        if self.arch.scalar:
+            out.value = self.decoder.score(hidden[0], self.mesh.tp_group)
+        if self.arch.lm:
+            out.logp, out.entropy = token_logp(
+                hidden[0],
+                self.decoder.head_weight(),
+                batch.labels,
+                vocab=self.arch.vocab,
+                temperature=self.temperature,
+                group=self.mesh.tp_group,
+                sequence_parallel=self.sequence_parallel,
+            )
+        return out
 
     def _loss(self, loss: Callable[[Batch, Output], Loss], batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
         found = loss(batch, self._read(batch, hidden))

@@ -17,7 +17,7 @@ STD = 0.02  # of every matrix, as Hugging Face's initializer_range defaults to
 
 @torch.no_grad()
 def fill(arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, Tensor], seed: int) -> None:
-    """Matrices from N(0, STD^2), norms 1, biases 0; rows that pad the vocabulary 0."""
+    """Matrices from N(0, STD^2), norms 1, biases and scalar heads 0; rows that pad the vocabulary 0."""
     for tensor in parameters.values():
         tensor.zero_()
     whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
@@ -26,7 +26,7 @@ def fill(arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, Te
         target = view(parameters[tile.local], tile, tile.box)
         if tile.name.endswith("norm.weight"):
             target.fill_(1.0)
-        elif not tile.name.endswith(".bias"):
+        elif not tile.name.endswith((".bias", "score.weight")):
             generator = torch.Generator(target.device).manual_seed(seed << 32 | zlib.crc32(tile.name.encode()))
             full = torch.empty(shapes[tile.name], device=target.device).normal_(std=STD, generator=generator)
             target.copy_(view(full, whole[tile.name], tile.box))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import FAMILIES, reference_logits, reference_logp, samples
 
-from rlhf import config as configuration
+from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.contracts import Batch, Sample, Sampling
@@ -161,9 +161,11 @@ class Case:
         first, second = self.learner(train=True), self.learner(train=True)
         for _ in range(2):
             first.learn(self.cut(100), loss, LR)
-        checkpoints.save(2, {"policy": first}, export=None)
+        checkpoints.save(2, {"policy": first}, {"coefficient": 0.1})
         first.learn(self.cut(100), loss, LR)
-        assert checkpoints.resume({"policy": second}) == 2
+        state: dict[str, float] = {}
+        assert checkpoints.resume({"policy": second}, state) == 2
+        assert state == {"coefficient": 0.1}
         second.learn(self.cut(100), loss, LR)
         wanted = first.parameters()
         assert all(torch.equal(wanted[name], p) for name, p in second.parameters().items()), f"{self.what}: resume is not bitwise"

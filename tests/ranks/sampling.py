@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf import config as configuration
+from rlhf import configuration
 from rlhf.contracts import Sample
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer

@@ -1,0 +1,148 @@
+"""From TOML files and key=value overrides to a Config, and back: loading, --help and config.toml."""
+
+import difflib
+import inspect
+import tomllib
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rlhf.config import Config
+from rlhf.contracts import UserError
+
+# The least value a number may have, where that is not 0 or where 0 means nothing.
+LEAST = dict.fromkeys(
+    ("steps", "parallel.tp", "parallel.pp", "parallel.cp", "batch.prompts", "batch.minibatches", "batch.epochs", "batch.tokens")
+    + (
+        "rollout.tp",
+        "rollout.group",
+        "rollout.rounds",
+        "rollout.max_tokens",
+        "data.max_tokens",
+        "reward.workers",
+        "checkpoint.keep",
+        "log.every",
+    ),
+    1,
+)
+
+
+def load(mode: str, arguments: list[str]) -> Config:
+    """The configuration of a run: TOML files and key=value overrides, in the order given; later ones win.
+
+    Raises UserError naming the file or key, the value and the remedy.
+    """
+    tree: dict[str, Any] = {}
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            _merge(tree, _override(argument))
+        else:
+            _merge(tree, _read(argument))
+    if "mode" in tree:
+        raise UserError("key 'mode' cannot be set in a file: it is the first word of the command")
+    return _build(Config, tree | {"mode": mode})
+
+
+def _read(argument: str) -> dict[str, Any]:
+    if argument.startswith("-"):
+        raise UserError(f"unknown option {argument!r}: give TOML files and key=value pairs, or --help")
+    try:
+        return tomllib.loads(Path(argument).read_text())
+    except OSError as error:
+        raise UserError(f"configuration file {argument!r}: {error.strerror}; give a TOML file or key=value") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"configuration file {argument}: {error}") from None
+
+
+def _override(argument: str) -> dict[str, Any]:
+    key, text = argument.split("=", 1)
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # bare words are strings
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(into: dict, more: dict) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
+    hints, known = get_type_hints(cls), [f.name for f in fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        path = f"{where}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise UserError(f"unknown key {path!r}" + (f": did you mean {where + near[0]!r}?" if near else ": see --help for every key"))
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{path} is a section, got {value!r}: set one of its keys, such as {path}.{fields(hints[key])[0].name}")
+            values[key] = _build(hints[key], value, path + ".")
+        else:
+            values[key] = _cast(hints[key], value, path)
+    return cls(**values)
+
+
+def _cast(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{path} must be one of {', '.join(get_args(hint))}; got {value!r}")
+        return value
+    if get_origin(hint) is tuple:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise UserError(f"{path} must be a list of strings, got {value!r}")
+        return tuple(value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if hint is str and type(value) in (int, float):
+        value = str(value)
+    if type(value) is not hint:
+        raise UserError(f"{path} must be {hint.__name__}, got {value!r}")
+    least = LEAST.get(path, 0)
+    if hint in (int, float) and value < least:
+        raise UserError(f"{path} must be at least {least}, got {value!r}")
+    return value
+
+
+def notes(cls: type) -> dict[str, str]:
+    """Field name -> the comment beside it."""
+    lines = [line.split("#", 1) for line in inspect.getsource(cls).splitlines() if ": " in line and "#" in line]
+    return {left.split(":")[0].strip(): right.strip() for left, right in lines}
+
+
+def manual(cls: type = Config, where: str = "") -> str:
+    """One line per key: name, default and the comment beside the field."""
+    lines, said, hints = [], notes(cls), get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            lines.append(f"\n{hints[f.name].__doc__}\n{manual(hints[f.name], f'{where}{f.name}.')}")
+        elif f.name != "mode":
+            choices = get_args(hints[f.name]) if get_origin(hints[f.name]) is Literal else ()
+            default = "[]" if f.default == () else f.default
+            lines.append(f"  {where + f.name + '=' + str(default):32} {said[f.name]}" + (f" ({' | '.join(choices)})" if choices else ""))
+    return "\n".join(lines)
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as a TOML text that load() reads back."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, (tuple, list)):
+            return "[" + ", ".join(map(text, value)) + "]"
+        return repr(value) if isinstance(value, (int, float)) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    tree = {k: v for k, v in asdict(config).items() if k != "mode"}
+    top = [f"{k} = {text(v)}" for k, v in tree.items() if not isinstance(v, dict)]
+    sections = [f"\n[{k}]\n" + "\n".join(f"{a} = {text(b)}" for a, b in v.items()) for k, v in tree.items() if isinstance(v, dict)]
+    return "\n".join(top + sections) + "\n"

@@ -1,0 +1,112 @@
+"""The models of a run by role (policy, reference, reward, critic) on this rank: built, asked, trained and exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.config import Config
+from rlhf.contracts import Batch, Loss, Output, Sample, Sums, scored
+from rlhf.data.packing import microbatches, shares
+from rlhf.model.architecture import Architecture
+from rlhf.parallel.mesh import Mesh
+from rlhf.prepare import Role
+from rlhf.train.learner import Learner
+from rlhf.weights import files, initial, names
+
+LossFunction = Callable[[Batch, Output], Loss]
+
+
+class Roles:
+    """Every role's learner. Samples go in whole and alike on every rank; data-parallel replicas share the work."""
+
+    def __init__(self, config: Config, mesh: Mesh, roles: dict[str, Role], dtype: torch.dtype, temperature: float):
+        self.config, self.mesh, self.roles, self.dtype, self.temperature = config, mesh, roles, dtype, temperature
+        self.learners = {name: self._learner(role) for name, role in roles.items()}
+        self.trained = {name: self.learners[name] for name, role in roles.items() if role.use == "train"}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.learners
+
+    def tilings(self, arch: Architecture) -> list[list]:
+        """The tiles of every rank's training shard."""
+        return names.tilings(arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
+
+    def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """A role's stream [L] (log-probs, or values) of every sample, in order, on every rank."""
+        indexed = {id(sample): i for i, sample in enumerate(samples)}
+        cut = self._cut(name, samples, whole_groups=False)
+        mine = self.learners[name].score(cut[self.mesh.dp_rank])
+        streams: list[np.ndarray] = [np.empty(0)] * len(samples)
+        spoken = [part for part in self.mesh.all_gather(mine if self.mesh.speaks_for_dp else None) if part is not None]
+        for bins, part in zip(cut, spoken, strict=True):
+            for sample, stream in zip((s for b in bins for s in b), part, strict=True):
+                streams[indexed[id(sample)]] = stream
+        return streams
+
+    def judge(self, samples: Sequence[Sample]) -> None:
+        """Add the reward model's score of each whole text to its reward; meta keeps both parts."""
+        for sample, stream in zip(samples, self.read("reward", [scored(s) for s in samples]), strict=True):
+            sample.meta["rule"], sample.meta["score"] = sample.reward, float(stream[-1])
+            sample.reward += float(stream[-1])
+
+    def learn(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool, lr: float) -> Sums:
+        """One optimizer update of a role; this rank's part of the metrics."""
+        sums = self.learners[name].learn(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss, lr)
+        return sums if name == next(iter(self.trained)) else {f"{name}_{metric}": pair for metric, pair in sums.items()}
+
+    def evaluate(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool) -> Sums:
+        """The metrics of a loss, without learning; this rank's part."""
+        return self.learners[name].evaluate(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss)
+
+    def export(self, name: str, folder: Path) -> None:
+        """Write a role's model as a Hugging Face folder: a causal language model, or a classifier of one label. Every rank calls it."""
+        role = self.roles[name]
+        files.write(
+            folder,
+            replace(role.arch, lm=not role.arch.scalar),  # the output layer that trained beside a scalar head stays behind
+            describe(json.loads((Path(role.folder) / "config.json").read_text()), role.arch),
+            self.tilings(role.arch),
+            self.learners[name].parameters(),
+            rank=self.mesh.rank,
+            nodes=self.mesh.nodes(),
+            dtype=self.dtype,
+        )
+
+    def _learner(self, role: Role) -> Learner:
+        tiles = self.tilings(role.arch)[self.mesh.rank]
+        return Learner(
+            role.arch,
+            self.config,
+            self.mesh,
+            self.dtype,
+            fill=partial(self._fill, role, tiles),
+            temperature=self.temperature,
+            train=role.use == "train",
+        )
+
+    def _fill(self, role: Role, tiles: Sequence, parameters: dict[str, Tensor]) -> None:
+        if self.config.policy.init == "random" and role.folder == self.config.policy.load:
+            initial.fill(role.arch, tiles, parameters, self.config.seed)
+        else:
+            files.read(role.folder, role.arch, tiles, parameters)
+
+    def _cut(self, name: str, samples: Sequence[Sample], whole_groups: bool) -> list[list[list[Sample]]]:
+        """Everybody's micro-batches, by data-parallel rank."""
+        dealt = shares(samples, self.mesh.layout.dp, self.roles[name].arch.hidden)
+        return microbatches(dealt, self.config.batch.tokens, whole_groups)
+
+
+def describe(config: dict, arch: Architecture) -> dict:
+    """config.json of a model of this architecture, from that of the folder it was loaded from."""
+    if not arch.scalar:
+        return config
+    name = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    return {**config, "architectures": [name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
