@@ -1,6 +1,9 @@
 from pathlib import Path
 
 import pytest
+from vocabularies import write_byte_level, write_sentencepiece
+
+from rlhf.data.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPU_TESTS = Path(__file__).parent / "gpu"
@@ -12,6 +15,22 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no public data sets in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_byte_level(tmp_path_factory.mktemp("qwen")))
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Has a bos, and an eos that ends no turn of ChatML."""
+    return Tokenizer.load(write_byte_level(tmp_path_factory.mktemp("llama3"), bos="<|begin|>", eos="<|endoftext|>"))
+
+
+@pytest.fixture(scope="session")
+def llama2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_sentencepiece(tmp_path_factory.mktemp("llama2")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

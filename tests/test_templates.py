@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from vocabularies import CHATML, write_byte_level, write_sentencepiece
+from vocabularies import CHATML, write_byte_level
 
 from rlhf.contracts import UserError
 from rlhf.data.templates import TEMPLATES, encode, num_cue, validate
@@ -19,7 +19,7 @@ DIALOGUE = [SYSTEM, USER, ANSWER, AGAIN, FINAL]
 # eos stands for the token, which differs
 WRITTEN = {
     "plain": "Be terse.What is 2 + 2?It is four.{eos}Sure?Yes, sure.{eos}",
-    "human": "Be terse.\n\nHuman: What is 2 + 2?\n\nAssistant: It is four.{eos}\n\nHuman: Sure?\n\nAssistant: Yes, sure.{eos}",
+    "human": "Be terse.\n\nHuman: What is 2 + 2?\n\nAssistant: It is four.\n\nHuman: Sure?\n\nAssistant: Yes, sure.{eos}",
     "llama2": "[INST] <<SYS>>\nBe terse.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] It is four. {eos}{bos}[INST] Sure? [/INST] Yes, sure. {eos}",
     "chatml": "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
     "<|im_start|>assistant\nIt is four.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes, sure.<|im_end|>\n",
@@ -27,7 +27,7 @@ WRITTEN = {
 WRITTEN["tokenizer"] = WRITTEN["chatml"]
 LEARNED = {
     "plain": ["It is four.{eos}", "Yes, sure.{eos}"],
-    "human": [" It is four.{eos}", " Yes, sure.{eos}"],
+    "human": [" It is four.", " Yes, sure.{eos}"],
     "llama2": [" It is four. {eos}", " Yes, sure. {eos}"],
     "chatml": ["It is four.<|im_end|>", "Yes, sure.<|im_end|>"],
     "tokenizer": ["It is four.<|im_end|>", "Yes, sure.<|im_end|>"],
@@ -39,22 +39,6 @@ CUE = {
     "chatml": "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n",
     "tokenizer": "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n",
 }
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory):
-    return Tokenizer.load(write_byte_level(tmp_path_factory.mktemp("qwen")))
-
-
-@pytest.fixture(scope="session")
-def llama3(tmp_path_factory):
-    """Has a bos, and an eos that ends no turn of ChatML."""
-    return Tokenizer.load(write_byte_level(tmp_path_factory.mktemp("llama3"), bos="<|begin|>", eos="<|endoftext|>"))
-
-
-@pytest.fixture(scope="session")
-def llama2(tmp_path_factory):
-    return Tokenizer.load(write_sentencepiece(tmp_path_factory.mktemp("llama2")))
 
 
 def runs(tokenizer, ids, learn):
@@ -78,7 +62,7 @@ def test_what_is_written_and_what_is_learned(qwen, template):
 
 @pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
 def test_bos_and_eos(llama3, template):
-    """bos once, at the start (llama2: of every exchange); eos at the end of every response."""
+    """bos once, at the start (llama2: of every exchange); eos at the end of every response (human: of the last)."""
     ids, learn = encode(llama3, template, DIALOGUE)
     begin, end = "<|begin|>", "<|endoftext|>"
     text = llama3.decode(ids, skip_special=False)
@@ -94,11 +78,19 @@ def test_bos_and_eos(llama3, template):
 def test_prompts_end_with_the_cue(qwen, template):
     ids, learn = encode(qwen, template, [USER, ANSWER, AGAIN])
     assert qwen.decode(ids, skip_special=False).endswith(CUE[template])
-    assert not any(encode(qwen, template, [USER])[1])
-    whole, learned = encode(qwen, template, [USER, ANSWER, AGAIN, FINAL])
+    assert not any(learn)
+    whole, learned = encode(qwen, template, [USER, ANSWER, AGAIN, FINAL], "last")
     assert whole[: len(ids)] == ids, "training sees a prompt as generation does"
-    assert learned[: len(ids)] == learn
+    assert not any(learned[: len(ids)])
     assert all(learned[len(ids) : -2])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_learning_the_last_response_changes_no_token(qwen, llama2, template):
+    for tokenizer in (qwen, llama2) if template != "tokenizer" else (qwen,):
+        every, last = encode(tokenizer, template, DIALOGUE), encode(tokenizer, template, DIALOGUE, "last")
+        assert tokenizer.decode(last[0], skip_special=False) == tokenizer.decode(every[0], skip_special=False)
+        assert runs(tokenizer, *last) == runs(tokenizer, *every)[1:]
 
 
 @pytest.mark.parametrize("template", ["plain", "human", "llama2"])
@@ -166,7 +158,8 @@ def test_human_is_the_format_of_the_real_data(qwen, llama2, shared_data):
             assert tokenizer.decode(ids) == text
             said = [tokenizer.decode(tokenizer.encode(run)).strip() for run in runs(tokenizer, ids, learn)]
             end = tokenizer.decode([tokenizer.eos], skip_special=False)
-            assert said == [(m["content"] + end).strip() for m in messages if m["role"] == "assistant"]
+            contents = [m["content"] for m in messages if m["role"] == "assistant"]
+            assert said == [text.strip() for text in (*contents[:-1], contents[-1] + end)]
     assert num_checked > 150
 
 

@@ -1,8 +1,8 @@
 """Conversations to token ids, with a mark on every token that the policy learns to say: the assistant's words and their eos.
 
-A conversation that ends with the user is a prompt, and gets the cue that the assistant speaks next. Everything between two
-responses is tokenized in one piece, as an engine that is given the text would do it; a response always starts a new piece, so
-that training sees the tokens of a prompt just as generation does.
+A conversation that ends with the user is a prompt: nothing of it is learned, and it gets the cue that the assistant speaks next.
+Everything between two learned responses is tokenized in one piece, as an engine that is given the text would do it; a learned
+response always starts a new piece, so that training sees the tokens of a prompt just as generation does.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from rlhf.contracts import UserError
 from rlhf.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]  # role and content are strings; other keys are for the tokenizer's own template
+Places = frozenset[int]  # of the messages that are learned
 
 
 class Script:
@@ -36,48 +37,53 @@ class Script:
         self._append(ids, learn)
         self.fresh = False
 
-    def end(self) -> None:
+    def end(self, learn: bool) -> None:
         """End the assistant's turn with eos, unless the turn spells it."""
         if self.ids[-1:] != [self.tokenizer.eos]:
-            self._append([self.tokenizer.eos], True)
+            self._append([self.tokenizer.eos], learn)
 
     def _append(self, ids: list[int], learn: bool) -> None:
         self.ids += ids
         self.learn += [learn] * len(ids)
 
 
-def _plain(script: Script, messages: list[Message]) -> None:
+def _plain(script: Script, messages: list[Message], learned: Places) -> None:
     """The texts alone. They are written exactly as the model should read them, special tokens included."""
     script.begin()
-    for message in messages:
-        spoken = message["role"] == "assistant"
-        script.write(message["content"], learn=spoken, control=True)
-        if spoken:
-            script.end()
+    for i, message in enumerate(messages):
+        script.write(message["content"], learn=i in learned, control=True)
+        if message["role"] == "assistant":
+            script.end(i in learned)
 
 
-def _human(script: Script, messages: list[Message]) -> None:
-    """The dialogues of Anthropic's HH-RLHF data (2204.05862); a system text stands before the first of them."""
+def _human(script: Script, messages: list[Message], learned: Places) -> None:
+    """The dialogues of Anthropic's HH-RLHF data (2204.05862); a system text stands before the first of them.
+
+    Tokens are those of the dialogue as one text, as the files of that data have it under template plain: an eos ends the dialogue alone.
+    """
     script.begin()
     text = ""
-    for message in messages:
+    for i, message in enumerate(messages):
         if message["content"].startswith("\n\nHuman:"):
             raise UserError("the text has '\\n\\nHuman:' in it already and data.template=human would add another; set data.template=plain")
-        if message["role"] == "assistant":
+        if message["role"] != "assistant":
+            text += message["content"] if message["role"] == "system" else f"\n\nHuman: {message['content']}"
+        elif i in learned:
             script.write(text + CUES["human"])
             script.write(" " + message["content"], learn=True)
-            script.end()
             text = ""
         else:
-            text += message["content"] if message["role"] == "system" else f"\n\nHuman: {message['content']}"
-    if text:
+            text += f"{CUES['human']} {message['content']}"
+    if messages[-1]["role"] == "assistant":
+        script.end(True)
+    else:
         script.write(text + CUES["human"])
 
 
-def _llama2(script: Script, messages: list[Message]) -> None:
+def _llama2(script: Script, messages: list[Message], learned: Places) -> None:
     """Llama 2 chat (2307.09288): every exchange is a text of its own from bos to eos; the system text is in the first."""
     system = ""
-    for message in messages:
+    for i, message in enumerate(messages):
         content = message["content"].strip()
         if message["role"] == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
@@ -86,20 +92,21 @@ def _llama2(script: Script, messages: list[Message]) -> None:
             script.write(f"[INST] {system}{content}{CUES['llama2']}")
             system = ""
         else:
-            script.write(f" {content} ", learn=True)
-            script.end()
+            script.write(f" {content} ", learn=i in learned)
+            script.end(i in learned)
 
 
-def _chatml(script: Script, messages: list[Message]) -> None:
+def _chatml(script: Script, messages: list[Message], learned: Places) -> None:
     """<|im_start|>role, newline, content, <|im_end|>, newline. Where <|im_end|> is not the eos, the eos follows it."""
     script.begin()
-    for message in messages:
+    for i, message in enumerate(messages):
+        learn = i in learned
         script.write("<|im_start|>", control=True)
         if message["role"] == "assistant":
             script.write("assistant\n")
-            script.write(message["content"], learn=True)
-            script.write("<|im_end|>", learn=True, control=True)
-            script.end()
+            script.write(message["content"], learn)
+            script.write("<|im_end|>", learn, control=True)
+            script.end(learn)
         else:
             script.write(f"{message['role']}\n{message['content']}")
             script.write("<|im_end|>", control=True)
@@ -109,8 +116,8 @@ def _chatml(script: Script, messages: list[Message]) -> None:
         script.write("assistant\n")
 
 
-def _own(script: Script, messages: list[Message]) -> None:
-    """The tokenizer's own chat template. Each response is what its rendering adds to the prompt before it.
+def _own(script: Script, messages: list[Message], learned: Places) -> None:
+    """The tokenizer's own chat template. Each learned response is what its rendering adds to the prompt before it.
 
     What follows the stop token of a response is not learned. A last response without one gets the eos.
     Raises UserError where the template renders a turn otherwise once more turns follow, so that no prefix can be told apart.
@@ -118,7 +125,7 @@ def _own(script: Script, messages: list[Message]) -> None:
     tokenizer = script.tokenizer
     stops = set(tokenizer.stop_ids)
     done = ""  # the text written so far
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+    for i in sorted(learned):
         prompt, answered = tokenizer.render(messages[:i], cue=True), tokenizer.render(messages[: i + 1], cue=False)
         if not prompt.startswith(done) or not answered.startswith(prompt):
             raise UserError(f"message {i + 1}: {UNSTABLE}")
@@ -129,7 +136,7 @@ def _own(script: Script, messages: list[Message]) -> None:
         if ends:
             script.learn[ends[-1] + 1 :] = [False] * (len(script.ids) - ends[-1] - 1)
         elif i == len(messages) - 1:
-            script.end()
+            script.end(True)
         done = answered
     if messages[-1]["role"] != "assistant":
         prompt = tokenizer.render(messages, cue=True)
@@ -138,7 +145,7 @@ def _own(script: Script, messages: list[Message]) -> None:
         script.write(prompt[len(done) :], control=True)
 
 
-TEMPLATES: dict[str, Callable[[Script, list[Message]], None]] = {
+TEMPLATES: dict[str, Callable[[Script, list[Message], Places], None]] = {
     "plain": _plain,
     "human": _human,
     "llama2": _llama2,
@@ -163,16 +170,20 @@ def validate(messages: object) -> list[Message]:
     return messages
 
 
-def encode(tokenizer: Tokenizer, template: str, messages: list[Message]) -> tuple[list[int], list[bool]]:
+def encode(tokenizer: Tokenizer, template: str, messages: list[Message], learn: str = "all") -> tuple[list[int], list[bool]]:
     """Token ids of a validated conversation, and for each whether it is learned.
 
+    learn: "all" responses of a conversation that ends with the assistant, or the "last" alone; of a prompt, none.
     Raises UserError where the roles are not an optional system, then user and assistant in turns (template "tokenizer": where
     the chat template itself refuses them).
     """
     if template != "tokenizer":
         _check_roles(messages)
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answered = messages[-1]["role"] == "assistant"
+    learned = frozenset(spoken if learn == "all" else spoken[-1:]) if answered else frozenset()
     script = Script(tokenizer)
-    TEMPLATES[template](script, messages)
+    TEMPLATES[template](script, messages, learned)
     return script.ids, script.learn
 
 

@@ -1,0 +1,34 @@
+"""Lines of jsonl files, plain or gzip."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.contracts import UserError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+def files(path: Path) -> list[Path]:
+    """The file, or the data files of the folder in the order of their names. Raises UserError if there is none."""
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"data set {path}: no such file or folder; give a jsonl file or a folder of them")
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+    if not found:
+        raise UserError(f"data set {path}: no file in this folder ends in {', '.join(SUFFIXES)}; give a jsonl file or a folder of them")
+    return found
+
+
+def lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", content) of every line that is not blank. Raises UserError naming a file that cannot be read."""
+    for file in files(path):
+        try:
+            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield f"{file}:{number}", line
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{file}: cannot be read ({error}); copy the file again") from None

@@ -1,0 +1,64 @@
+"""How long conversations may be, and what becomes of longer ones."""
+
+from rlhf.config import Data
+from rlhf.contracts import UserError
+from rlhf.data import templates
+from rlhf.data.tokenizer import Tokenizer
+
+Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are learned
+
+
+class Limits:
+    """data.max_tokens for conversations, max_prompt for prompts that are to be answered; data.overlong says what happens beyond."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Data, max_prompt: int | None) -> None:
+        self.max_tokens = config.max_tokens
+        self.max_prompt = config.max_tokens if max_prompt is None else min(max_prompt, config.max_tokens)
+        self.overlong, self.template, self.tokenizer = config.overlong, config.template, tokenizer
+
+    def over(self, siblings: list[Encoded]) -> bool:
+        """Whether one of them is too long. Raises UserError if that is an error."""
+        length, limit = max(len(ids) for ids, _ in siblings), self._limit(siblings)
+        if length > limit and self.overlong == "error":
+            what = "conversation" if any(siblings[0][1]) else "prompt"
+            remedy = "shorten it, raise data.max_tokens, or set data.overlong to truncate or drop"
+            raise UserError(f"{what} of {length} tokens is longer than {limit}; {remedy}")
+        return length > limit
+
+    def cut(self, siblings: list[Encoded]) -> list[tuple[list[int], list[bool], bool]]:
+        """The conversations within their limit, and whether their responses were cut.
+
+        What stands before the last response is cut from the left, sparing the bos and the cue, token by token: a turn may lose
+        its beginning. Siblings lose the same tokens there, so that they still answer one prompt. A response that does not fit even
+        so is cut at its right and loses its eos.
+        """
+        limit, longest = self._limit(siblings), max(len(ids) for ids, _ in siblings)
+        if longest <= limit:
+            return [(ids, learn, False) for ids, learn in siblings]
+        ids, learn = siblings[0]
+        bos = int(ids[0] == self.tokenizer.bos)
+        least = bos + templates.num_cue(self.tokenizer, self.template)
+        if limit <= least:
+            raise UserError(f"data.max_tokens leaves {limit} tokens here, but bos and cue alone are {least}; raise it")
+        lost = max(0, min(longest - limit, _last_response(learn) - least))  # tokens behind the bos
+
+        def part(whole: list) -> list:
+            return (whole[:bos] + whole[bos + lost :])[:limit]
+
+        return [(part(ids), part(learn), len(ids) - lost > limit) for ids, learn in siblings]
+
+    def _limit(self, siblings: list[Encoded]) -> int:
+        return self.max_tokens if any(siblings[0][1]) else self.max_prompt
+
+
+def trimmed(encoded: Encoded) -> Encoded:
+    """Without the tokens behind the last learned one, which ChatML-like templates write and an engine never samples."""
+    ids, learn = encoded
+    end = max((t + 1 for t in range(len(learn)) if learn[t]), default=len(ids))
+    return ids[:end], learn[:end]
+
+
+def _last_response(learn: list[bool]) -> int:
+    """Where the last learned run starts; the end if nothing is learned."""
+    starts = [t for t in range(len(learn)) if learn[t] and not (t > 0 and learn[t - 1])]
+    return starts[-1] if starts else len(learn)

@@ -1,0 +1,36 @@
+"""Small data sets of the tests, and what their samples say."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.contracts import Sample
+from rlhf.data.tokenizer import Tokenizer
+
+
+def write(file: Path, *rows: object) -> Path:
+    """A jsonl file; a row that is a string is written as it is."""
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
+    return file
+
+
+def first_lines(file: Path, count: int) -> list[dict]:
+    with gzip.open(file) as lines:
+        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+
+
+def learned(tokenizer: Tokenizer, sample: Sample) -> str:
+    """The text that the policy learns to say: labels[t] = tokens[t + 1] where mask[t]."""
+    return tokenizer.decode(sample.tokens[1:][sample.mask], skip_special=False)
+
+
+def whole(tokenizer: Tokenizer, sample: Sample) -> str:
+    return tokenizer.decode(sample.tokens, skip_special=False)
+
+
+def first_learned(sample: Sample) -> int:
+    """How many tokens stand before the first learned one."""
+    return int(np.flatnonzero(sample.mask)[0]) + 1

@@ -1,0 +1,311 @@
+"""Forms of lines, by mode: what each says, what of it is learned, and errors that name file:line."""
+
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+from rows import first_learned, learned, whole, write
+
+from rlhf.config import MODES, Data
+from rlhf.contracts import UserError
+from rlhf.data.forms import FORMS
+from rlhf.data.records import Records
+
+SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A.")))
+OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
+PROMPTING = ("rlhf", "online-dpo", "grpo", "evaluate")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(llama3):
+    return llama3
+
+
+def test_modes_of_the_configuration_have_forms():
+    assert set(MODES) == set(FORMS)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "Q?", "response": "A."},
+        {"prompt": "Q?", "response": "A.", "source": 3},
+        {"prompt": "Q?", "completion": "A."},
+        {"question": "Q?", "answer": "A."},
+        {"prompt": [USER], "response": "A."},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": [USER, ASSISTANT]},
+        {"messages": [USER, ASSISTANT]},
+        {"messages": [USER, ASSISTANT], "prompt": "not looked at", "response": "nor this"},
+    ],
+)
+def test_sft_forms(tmp_path, tokenizer, row):
+    [sample] = Records.load(write(tmp_path / "a.jsonl", row), "sft", tokenizer, Data()).head(0)
+    assert whole(tokenizer, sample) == "<|begin|>Q?A.<|endoftext|>"
+    assert learned(tokenizer, sample) == "A.<|endoftext|>"
+    assert sample.meta == {"row": 0, "prompt": "Q?", "record": row}
+    assert (sample.tokens.dtype, sample.mask.dtype, len(sample.mask)) == (np.int32, bool, len(sample.tokens) - 1)
+    assert (sample.truncated, sample.reward) == (False, 0.0)
+
+
+@pytest.mark.parametrize("mode", PROMPTING)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q?"},
+        {"query": "Q?"},
+        {"question": "Q?", "answer": "#### 4"},
+        {"prompt": [USER]},
+        {"messages": [USER]},
+        {"messages": [USER, ASSISTANT]},  # what the assistant said is left out
+        {"eval_func": "math_rule", "prompt": "Q?", "answer": "4"},
+        {"prompt": "Q?", "chosen": "A.", "rejected": "No."},
+    ],
+)
+def test_prompt_forms(tmp_path, tokenizer, mode, row):
+    file = write(tmp_path / "a.jsonl", row)
+    [sample] = Records.load(file, mode, tokenizer, Data(template="human")).head(0)
+    assert whole(tokenizer, sample) == "<|begin|>\n\nHuman: Q?\n\nAssistant:"
+    assert not sample.mask.any()
+    assert sample.mask.shape == (len(sample.tokens) - 1,)
+    assert sample.meta == {"row": 0, "prompt": "\n\nHuman: Q?\n\nAssistant:", "record": row}
+
+
+@pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
+def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
+    """The assistant's turns in it are not learned, and it is measured as a prompt."""
+    file = write(tmp_path / "a.jsonl", {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, OTHER]}, {"prompt": [SYSTEM, USER, ASSISTANT, AGAIN]})
+    first, second = Records.load(file, "grpo", qwen, Data(template=template)).head(0)
+    assert not first.mask.any()
+    assert first.tokens.tolist() == second.tokens.tolist()
+    assert first.meta["prompt"] == second.meta["prompt"] == whole(qwen, first)
+    with pytest.raises(UserError, match=re.escape(f"{file}:1: prompt of {len(first.tokens)} tokens is longer than 5")):
+        Records.load(file, "grpo", qwen, Data(template=template), max_prompt=5)
+
+
+@pytest.mark.parametrize("mode", ["reward", "dpo"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q?", "chosen": "A.", "rejected": "No."},
+        {"query": "Q?", "chosen": "A.", "rejected": "No."},
+        {"prompt": [USER], "chosen": "A.", "rejected": "No."},
+        {"prompt": "Q?", "chosen": [ASSISTANT], "rejected": [OTHER]},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]},
+        {"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt repeated
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt implied
+        {"prompt": "Q?", "prompt_id": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "score_chosen": 8.5},
+    ],
+)
+def test_pairs(tmp_path, tokenizer, mode, row):
+    """One group, rewards 1 and 0, one prompt, and of both the last response alone is learned."""
+    file = write(tmp_path / "a.jsonl", row, row)
+    samples = Records.load(file, mode, tokenizer, Data(template="human", learn="all")).head(0)
+    assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, 0.0), (1, 1.0), (1, 0.0)]
+    for sample, said in zip(samples, ("A.", "No.", "A.", "No."), strict=True):
+        assert whole(tokenizer, sample) == f"<|begin|>\n\nHuman: Q?\n\nAssistant: {said}<|endoftext|>"
+        assert learned(tokenizer, sample) == f" {said}<|endoftext|>"
+        assert sample.meta["record"] == row
+
+
+@pytest.mark.parametrize("learn", ["all", "last"])
+def test_pairs_of_several_turns_learn_the_last(tmp_path, tokenizer, learn):
+    turns = [SYSTEM, USER, ASSISTANT, AGAIN]
+    rows = [
+        {"prompt": turns, "chosen": [ASSISTANT], "rejected": [OTHER]},
+        {"prompt": turns[:2], "chosen": [*turns[2:], ASSISTANT], "rejected": [*turns[2:], OTHER]},
+        {"chosen": [*turns, ASSISTANT], "rejected": [*turns, OTHER]},
+    ]
+    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "dpo", tokenizer, Data(template="llama2", learn=learn)).head(0)
+    assert len({whole(tokenizer, sample) for sample in samples}) == 2
+    assert [learned(tokenizer, sample) for sample in samples] == [" A. <|endoftext|>", " No. <|endoftext|>"] * 3
+
+
+@pytest.mark.parametrize("query", ["query", "prompt"])
+def test_scored_responses(tmp_path, tokenizer, query):
+    """The tutorial's form of reward data: k responses with scores, ties among them."""
+    rows = [
+        {query: "Q?", "response": ["A.", "No.", "four"], "score": [1, -0.5, 1.0]},
+        {query: [USER], "response": ["A.", "No."], "score": [0, 2]},
+    ]
+    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "reward", tokenizer, Data()).head(0)
+    assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, -0.5), (0, 1.0), (1, 0.0), (1, 2.0)]
+    assert [learned(tokenizer, s) for s in samples] == [f"{said}<|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")]
+    assert {s.meta["prompt"] for s in samples} == {"Q?"}
+
+
+@pytest.mark.parametrize(("learn", "said"), [("all", " Un. Deux.<|endoftext|>"), ("last", " Deux.<|endoftext|>")])
+def test_learned_turns_of_a_conversation(tmp_path, tokenizer, learn, said):
+    turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "Un."), ("user", "Two?"), ("assistant", "Deux.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    file = write(tmp_path / "a.jsonl", {"messages": messages})
+    [sample] = Records.load(file, "sft", tokenizer, Data(template="human", learn=learn)).head(0)
+    assert learned(tokenizer, sample) == said
+    assert whole(tokenizer, sample) == "<|begin|>Be brief.\n\nHuman: One?\n\nAssistant: Un.\n\nHuman: Two?\n\nAssistant: Deux.<|endoftext|>"
+
+
+@pytest.mark.parametrize("mode", ["sft", "dpo"])
+def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, mode):
+    """A template may write more there; an engine stops at the stop token, and a reward model reads both alike."""
+    row = {"prompt": "Q?", "response": "A.", "chosen": "A.", "rejected": "No."}
+    for sample in Records.load(write(tmp_path / "a.jsonl", row), mode, qwen, Data(template="chatml")).head(0):
+        assert sample.tokens[-1] == qwen.eos
+        assert sample.mask[-1]
+
+
+def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llama3, qwen, shared_data):
+    """Files with the dialogues' text need template plain, files with messages template human; both give the same samples."""
+    with gzip.open(shared_data / "hh_harmless_test.jsonl.gz") as lines:
+        texts = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[::2] for _, line in zip(range(300), lines, strict=False)]
+    plain, human = [], []
+    for prompt, response in texts:
+        parts = re.split(r"\n\n(Human|Assistant): ", prompt)[1:]
+        if parts[::2] != (["Human", "Assistant"] * len(parts))[: len(parts) // 2] or len(parts) % 4 != 2 or not response.strip():
+            continue  # two turns of one speaker, or none
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(parts[1::2])]
+        plain.append({"prompt": prompt + "\n\nAssistant:", "chosen": response, "rejected": " Yes.", "response": response})
+        human.append({"prompt": turns, "chosen": response[1:], "rejected": "Yes.", "response": response[1:]})
+    assert len(plain) > 250
+    assert max(len(row["prompt"]) for row in human) > 5
+    for tokenizer in (llama2, llama3, qwen):
+        for mode, learn in (("dpo", "all"), ("sft", "last"), ("rlhf", "all")):
+            a = Records.load(write(tmp_path / "plain.jsonl", *plain), mode, tokenizer, Data(max_tokens=10**5)).head(0)
+            data = Data(max_tokens=10**5, template="human", learn=learn)
+            b = Records.load(write(tmp_path / "human.jsonl", *human), mode, tokenizer, data).head(0)
+            for x, y in zip(a, b, strict=True):
+                assert x.tokens.tolist() == y.tokens.tolist()
+                assert x.mask.tolist() == y.mask.tolist()
+                assert (x.reward, x.meta["prompt"]) == (y.reward, y.meta["prompt"])
+
+
+def test_siblings_are_cut_alike(tmp_path, tokenizer):
+    """A pair over the limit keeps one prompt: the longer response decides how much of it goes. Dropped pairs go whole."""
+    row = {"prompt": "the question is what they mean by it " * 6, "chosen": "five", "rejected": "the answer is four " * 3}
+    file = write(tmp_path / "a.jsonl", row, {"prompt": "Q?", "chosen": "A.", "rejected": "No."})
+    data = {"template": "human", "max_tokens": 60}
+    records = Records.load(file, "dpo", tokenizer, Data(overlong="truncate", **data))
+    chosen, rejected, *_ = records.head(0)
+    assert (records.counts.kept, records.counts.truncated, records.counts.dropped) == (2, 1, 0)
+    assert len(rejected.tokens) == 60
+    start = first_learned(chosen)
+    assert chosen.tokens[:start].tolist() == rejected.tokens[:start].tolist()
+    assert first_learned(rejected) == start
+    assert learned(tokenizer, chosen) == " five<|endoftext|>"
+    assert learned(tokenizer, rejected) == " " + row["rejected"] + "<|endoftext|>"
+    assert tokenizer.decode(chosen.tokens[:start]).endswith("\n\nAssistant:")
+
+    dropped = Records.load(file, "dpo", tokenizer, Data(overlong="drop", **data))
+    assert [(s.meta["row"], s.reward) for s in dropped.head(0)] == [(1, 1.0), (1, 0.0)]
+    assert (dropped.counts.kept, dropped.counts.dropped) == (1, 1)
+    with pytest.raises(UserError, match=re.escape(f"{file}:1: conversation of ")):
+        Records.load(file, "dpo", tokenizer, Data(**data))
+
+
+def fails(folder, tokenizer, mode, good, line, error):
+    """A folder with a file whose third line is bad; the second is blank."""
+    file = write(folder / "a.jsonl.gz", good, "", line)
+    with pytest.raises(UserError, match=re.escape(error)) as caught:
+        Records.load(folder, mode, tokenizer, Data(max_tokens=32))
+    assert str(caught.value).startswith(f"{file}:3: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("{'prompt'", "not JSON (Expecting property name"),
+        ("[", "not JSON (Expecting value"),
+        ('["prompt"]', "not an object but ['prompt']; write one object per line"),
+        ({"text": "hi", "id": 1}, "has the keys 'text', 'id'; give it 'prompt', or 'query', or 'question'"),
+        ({}, "has the keys none; give it 'prompt'"),
+        ({"prompt": 3}, "'prompt' is 3; give a string"),
+        ({"prompt": None}, "'prompt' is None; give a string"),
+        ({"prompt": " \n"}, "'prompt' is empty; give it a text or remove the line"),
+        (r'{"prompt": "half \ud83d"}', "the text has half of a surrogate pair in it ("),
+        ({"prompt": []}, "messages are []; give a list of objects with 'role' and 'content'"),
+        ({"prompt": [{"role": "user"}]}, "message 1 is {'role': 'user'}; give an object with the strings 'role' and 'content'"),
+        ({"prompt": [{"role": "human", "content": "x"}]}, "message 1 has role 'human', expected 'user'"),
+        (
+            {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "'prompt' ends with the assistant, who is to answer it; end it with the user",
+        ),
+        ({"messages": [ASSISTANT]}, "'messages' has no turn of the user before the assistant's last; add one"),
+        (
+            {"prompt": "one two three four five six seven eight nine ten"},
+            "tokens is longer than 32; shorten it, raise data.max_tokens, or set",
+        ),
+    ],
+)
+def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
+    fails(tmp_path, tokenizer, "grpo", {"prompt": "good"}, line, error)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ({"prompt": "Q?"}, "has the keys 'prompt'; give it 'messages', or 'prompt' and 'response', or 'prompt' and 'completion', or"),
+        ({"prompt": "Q?", "response": ""}, "'response' is empty"),
+        ({"prompt": "Q?", "response": 7}, "'response' is 7; give a string"),
+        ({"prompt": "Q?", "response": ["A."]}, "message 1 is 'A.'; give an object with the strings 'role' and 'content'"),
+        ({"prompt": "Q?", "completion": [USER]}, "'completion' ends with 'user'; end it with the assistant"),
+        ({"messages": [USER]}, "'messages' ends with 'user'; end it with the assistant, whose turns are learned"),
+        ({"messages": [USER, USER, ASSISTANT]}, "message 2 has role 'user', expected 'assistant'"),
+        ({"prompt": "Q?", "response": "A. " * 30}, "tokens is longer than 32; shorten it, raise data.max_tokens"),
+    ],
+)
+def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
+    fails(tmp_path, tokenizer, "sft", {"prompt": "Q?", "response": "A."}, line, error)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ({"prompt": "Q?", "chosen": "A."}, "'prompt' and 'chosen' and 'rejected', or 'query' and"),
+        ({"prompt": "Q?", "chosen": "A.", "rejected": " "}, "'rejected' is empty"),
+        ({"prompt": "Q?", "chosen": "A.", "rejected": None}, "'rejected' is None; give a string"),
+        ({"prompt": [USER, ASSISTANT], "chosen": "A.", "rejected": "No."}, "'prompt' ends with the assistant"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [OTHER]}, "'chosen' ends with 'user'; end it with the assistant"),
+        (
+            {"prompt": [USER], "chosen": [ASSISTANT, ASSISTANT], "rejected": [ASSISTANT, OTHER]},
+            "message 3 has role 'assistant', expected 'user'",
+        ),
+        ({"chosen": [ASSISTANT], "rejected": [OTHER]}, "'chosen' is a response to nothing; add a 'prompt', or begin the messages with"),
+        ({"chosen": "\n\nHuman: Q?\n\nAssistant: A.", "rejected": "x"}, "'chosen' without a 'prompt' is '\\n\\nHuman: Q?"),
+        (
+            {"chosen": [USER, ASSISTANT], "rejected": [AGAIN, OTHER]},
+            "'chosen' and 'rejected' differ before their last turns, so they answer",
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["reward", "dpo"])
+def test_pair_errors_name_the_line(tmp_path, tokenizer, mode, line, error):
+    fails(tmp_path, tokenizer, mode, {"prompt": "Q?", "chosen": "A.", "rejected": "No."}, line, error)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"score": 1.0}, "'score' is 1.0; give a list with one entry per response"),
+        ({"response": "A."}, "'response' is 'A.'; give a list with one entry per response"),
+        ({"score": [1, 2, 3]}, "'response' has 2 entries and 'score' 3; give every response a score"),
+        ({"score": [1], "response": ["A."]}, "'response' has 1 entries; give two or more to compare, or remove the line"),
+        ({"score": [1, "2"]}, "'score' 2 is '2'; give a number"),
+        ({"score": [True, 2]}, "'score' 1 is True; give a number"),
+        ({"score": [1, float("nan")]}, "'score' 2 is nan; give a number"),
+        ({"response": ["A.", 3]}, "'response 2' is 3; give a string"),
+        ({"response": ["A.", ""]}, "'response 2' is empty"),
+        ({"query": ""}, "'query' is empty"),
+    ],
+)
+def test_score_errors_name_the_line(tmp_path, tokenizer, change, error):
+    good = {"query": "Q?", "response": ["A.", "No."], "score": [1, 0]}
+    fails(tmp_path, tokenizer, "reward", good, good | change, error)
+
+
+def test_required_keys(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?", "answer": 4}, {"prompt": "Q?", "answer": None})
+    assert len(Records.load(file, "grpo", tokenizer, Data())) == 2
+    with pytest.raises(UserError, match=re.escape(f"{file}:2: no 'answer', which the reward needs; add it")):
+        Records.load(file, "grpo", tokenizer, Data(), required=("answer",))
