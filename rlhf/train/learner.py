@@ -60,6 +60,14 @@ class Learner:
         """This rank's shards by megatron-core's names."""
         return {name: p.data for name, p in self.decoder.named_parameters()}
 
+    def tenants(self) -> dict[str, list[Tensor]]:
+        """All that this model keeps on the device between phases, by kind, for rlhf.train.parking."""
+        weights = [p.data for p in self.decoder.parameters()]
+        if self.model is self.decoder:
+            return {"weights": weights}
+        gradients = [buffer.grad_data for buffer in self.model.buffers]
+        return {"weights": weights, "gradients": gradients, "optimizer": self.optimizer.tensors()}
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """This rank's weights and optimizer state, as live tensors."""
         return self.parameters(), self.optimizer.state()

@@ -78,6 +78,11 @@ class Optimizer:
             for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
                 p.copy_(saved)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Main parameters and moments of this rank's shard; the moments exist from the first update on."""
+        main = [p.data for inner in self._inner() for group in inner.param_groups for p in group["params"]]
+        return main + [state[moment] for inner in self._inner() for state in inner.state.values() for moment in ("exp_avg", "exp_avg_sq")]
+
     def _inner(self) -> list[torch.optim.Optimizer]:
         """The torch optimizers underneath; a rank without parameters to update has none."""
         parts = self.megatron.chained_optimizers if isinstance(self.megatron, ChainedOptimizer) else [self.megatron]

@@ -1,0 +1,160 @@
+"""What lives on the device in which phase, and what waits in host memory meanwhile.
+
+A tenant is everything of one kind that belongs to one role: "critic.optimizer", "reference.weights". An offloaded tenant is on the device
+only in the phases that use it; all others stay. Its tensors keep their identity: the storages below them are emptied and filled again, so
+megatron-core's views into its buffers never notice (FSDP frees its shards in the same way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# phase -> what it uses of its role. In a rollout the engine alone works; whatever else is on the device is only kept there.
+USES = {
+    "rollout": (),
+    "publish": ("weights",),
+    "score": ("weights",),
+    "learn": ("weights", "gradients", "optimizer"),
+    "save": ("weights", "optimizer"),
+}
+WRITES = ("learn",)  # elsewhere the copy in host memory stays true, and need not be made again
+DROPPED = "gradients"  # zeroed before they are used, so nothing of them is worth a copy
+ALIGNMENT = 512  # bytes, of every storage within host memory
+
+
+class Owner(Protocol):
+    """A model whose tensors can be parked."""
+
+    def tenants(self) -> dict[str, list[Tensor]]:
+        """Kind ("weights", "gradients", "optimizer") -> tensors. Storages shared by several kinds belong to the first."""
+        ...
+
+
+class Parking:
+    """The residence of every tenant of this rank.
+
+    offload   names ROLE.KIND of the tenants that leave the device whenever their phase is over
+    device    where they live; on a CPU host memory is ordinary memory, and the same happens
+    """
+
+    def __init__(self, offload: Collection[str], device: torch.device):
+        self.offload, self.device = sorted(offload), device
+        self.peaks: dict[str, float] = {}  # phase, or phase/role -> GiB of the device in use at most; empty on a CPU
+        self._owners: dict[str, Owner] = {}
+        self._parked: dict[str, list[tuple[torch.UntypedStorage, int]]] = {}  # name -> emptied storages and their bytes
+        self._host: dict[str, HostMemory] = {}
+        self._copied: set[str] = set()  # tenants whose host memory holds what they hold
+        self._phase, self._foreign = "", 0
+
+    def add(self, role: str, owner: Owner) -> None:
+        """Take charge of a model; what is offloaded of it leaves at once, which makes room for building the next."""
+        self._owners[role] = owner
+        self._settle(set())
+
+    def enter(self, phase: str, role: str = "policy") -> None:
+        """Make resident what this phase of this role uses, and park all else that is offloaded. Phases follow one another; none nests."""
+        self.measure()
+        needed = {f"{role}.{kind}" for kind in USES[phase]}
+        self._settle(needed)
+        if phase in WRITES:
+            self._copied -= needed
+        self._phase = phase if phase in ("rollout", "publish") else f"{phase}/{role}"
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._foreign = _foreign(self.device)
+
+    def measure(self) -> None:
+        """Note the peak of the phase that is ending (enter() does it by itself; after the last phase, call it once more)."""
+        if self._phase and self.device.type == "cuda":
+            # The engine may fall asleep or wake up within a phase: the larger of both ends counts.
+            used = torch.cuda.max_memory_allocated(self.device) + max(self._foreign, _foreign(self.device))
+            self.peaks[self._phase] = max(self.peaks.get(self._phase, 0.0), used / 2**30)
+
+    def _settle(self, needed: set[str]) -> None:
+        leaving = [name for name in self.offload if name not in needed and name not in self._parked and name.split(".")[0] in self._owners]
+        for name in leaving:
+            self._parked[name] = [(storage, storage.nbytes()) for storage in self._storages(name)]
+            if name not in self._copied and not name.endswith(DROPPED):
+                self._hold(name).copy_from(self._parked[name])
+                self._copied.add(name)
+        if leaving and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # memory may be given away when all copies are complete
+        for storage, _ in (held for name in leaving for held in self._parked[name]):
+            storage.resize_(0)
+        if leaving and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the engine allocates outside torch's cache
+        for name in [name for name in self._parked if name in needed]:
+            held = self._parked.pop(name)
+            for storage, size in held:
+                storage.resize_(size)
+            if not name.endswith(DROPPED):
+                self._host[name].copy_to(held, self.device)
+
+    def _storages(self, name: str) -> list[torch.UntypedStorage]:
+        """The device storages of a tenant, each once, without those of its role's earlier kinds."""
+        role, kind = name.split(".")
+        seen: dict[int, str] = {}
+        storages = []
+        for other, tensors in self._owners[role].tenants().items():
+            for storage in (t.untyped_storage() for t in tensors if t.device.type == self.device.type):
+                if seen.setdefault(storage._cdata, other) == other == kind:
+                    storages.append(storage)
+        return list({storage._cdata: storage for storage in storages}.values())
+
+    def _hold(self, name: str) -> HostMemory:
+        """Host memory for a parked tenant: kept from the last time, unless the tenant has grown (moments come with the first update)."""
+        size = sum(_aligned(size) for _, size in self._parked[name])
+        if name not in self._host or len(self._host[name].bytes) < size:
+            self._host.pop(name, None)
+            self._host[name] = HostMemory(size, pinned=self.device.type == "cuda")
+        return self._host[name]
+
+
+class HostMemory:
+    """One block of host memory; pinned, copies are asynchronous on the current stream and run at the full rate of the link."""
+
+    def __init__(self, size: int, pinned: bool):
+        self.bytes = torch.empty(size, dtype=torch.uint8)
+        self.pinned = pinned and size > 0
+        if self.pinned:  # torch's own pinned memory would be rounded up to a power of two
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0)))
+
+    def __del__(self) -> None:
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+
+    def copy_from(self, held: list[tuple[torch.UntypedStorage, int]]) -> None:
+        for part, (storage, _) in zip(self._parts(held), held, strict=True):
+            part.copy_(_view(storage, storage.device), non_blocking=True)
+
+    def copy_to(self, held: list[tuple[torch.UntypedStorage, int]], device: torch.device) -> None:
+        for part, (storage, _) in zip(self._parts(held), held, strict=True):
+            _view(storage, device).copy_(part, non_blocking=True)
+
+    def _parts(self, held: list[tuple[torch.UntypedStorage, int]]) -> list[Tensor]:
+        starts = [0]
+        for _, size in held:
+            starts.append(starts[-1] + _aligned(size))
+        return [self.bytes[start : start + size] for start, (_, size) in zip(starts, held, strict=False)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _view(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
+    """A storage as bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _foreign(device: torch.device) -> int:
+    """Bytes in use on the device that torch has not reserved: contexts, communicators, CUDA graphs, and an engine that is awake.
+
+    An engine's own memory counts as reserved and as allocated even while it sleeps, so that it cancels out in the sum of both.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)

@@ -1,0 +1,103 @@
+"""Run under torchrun: two models trained and scored in turns, with everything parked between phases and with nothing, are bitwise equal.
+
+usage: torchrun --nproc-per-node N tests/ranks/parking.py FOLDER LAYOUT ...      LAYOUT as tp2-pp1-sp0-zero1; each in float32 and bfloat16
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from laws import parse
+from models import samples
+
+from rlhf import configuration
+from rlhf.algorithms import ALGORITHMS
+from rlhf.data.packing import microbatches, shares
+from rlhf.model import architecture
+from rlhf.parallel.mesh import Mesh
+from rlhf.train.learner import Learner
+from rlhf.train.parking import USES, Parking
+from rlhf.weights import files, names
+
+ALL = {f"{role}.{kind}" for role in ("policy", "reference") for kind in USES["learn"]} - {"reference.gradients", "reference.optimizer"}
+
+
+class Pair:
+    """A learning policy and a frozen reference at one layout, and the parking lot that both use."""
+
+    def __init__(self, folder: Path, layout: str, dtype: torch.dtype):
+        self.config = configuration.load("grpo", [*parse(layout), f"policy.load={folder}", "optim.lr=0.01"])
+        self.mesh = Mesh(self.config.parallel, 1)
+        self.arch, self.dtype = architecture.read(folder), dtype
+        tiles = names.tilings(self.arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)[self.mesh.rank]
+        self.fill = partial(files.read, folder, self.arch, tiles)
+        self.cut = microbatches(shares(samples(), self.mesh.layout.dp, self.arch.hidden), 300, False)[self.mesh.dp_rank]
+        self.loss = partial(ALGORITHMS["grpo"](self.config).loss, "policy")
+
+    def learner(self, train: bool) -> Learner:
+        torch.manual_seed(1)  # of the vocabulary's padding, which no file fills
+        return Learner(self.arch, self.config, self.mesh, self.dtype, fill=self.fill, temperature=1.0, train=train)
+
+    def train(self, offload: set[str]) -> list[torch.Tensor]:
+        """Three steps through every phase: what both models say in each, and all that the policy has become."""
+        parking, learners = Parking(offload, self.mesh.device), {}
+        for role, train in (("policy", True), ("reference", False)):
+            learners[role] = self.learner(train)
+            parking.add(role, learners[role])
+        said = []
+        for _ in range(3):
+            parking.enter("rollout")
+            check_away(learners, offload)
+            for role, learner in learners.items():
+                parking.enter("score", role)
+                check_away(learners, offload - {f"{role}.weights"})
+                said += map(torch.from_numpy, learner.score(self.cut))
+            parking.enter("learn")
+            for buffer in learners["policy"].model.buffers:
+                buffer.grad_data.fill_(torch.nan)  # what comes back of a dropped tenant may hold anything
+            learners["policy"].learn(self.cut, self.loss, 0.01)
+            parking.enter("publish")
+            check_away(learners, offload - {"policy.weights"})
+            said += [p.float().clone() for p in learners["policy"].parameters().values()]
+        parking.enter("save")
+        return said + [t.float().clone() for t in learners["policy"].optimizer.tensors()]
+
+
+def check_away(learners: dict[str, Learner], away: set[str]) -> None:
+    """Exactly the tenants `away` take no memory. Without a distributed optimizer, main parameters in float32 are the weights themselves."""
+    for role, learner in learners.items():
+        tenants = learner.tenants()
+        weights = {t.untyped_storage()._cdata for t in tenants["weights"]}
+        for kind, tensors in tenants.items():
+            storages = {s._cdata: s for s in (t.untyped_storage() for t in tensors)}
+            sizes = [s.nbytes() for key, s in storages.items() if kind == "weights" or key not in weights]
+            if f"{role}.{kind}" in away:
+                assert not any(sizes), f"{role}.{kind} is still on the device"
+            else:
+                assert all(sizes), f"{role}.{kind} is not on the device"
+
+
+def main() -> None:
+    folder, layouts = Path(sys.argv[1]), sys.argv[2:]
+    for layout in layouts:
+        for dtype in (torch.float32, torch.bfloat16):
+            pair = Pair(folder, layout, dtype)
+            kept, parked = pair.train(set()), pair.train(ALL)
+            assert all(torch.equal(a, b) for a, b in zip(kept, parked, strict=True)), f"{layout} {dtype}"
+            assert all(a.isfinite().all() for a in kept)
+            partly = pair.train({"policy.optimizer", "reference.weights"})
+            assert all(torch.equal(a, b) for a, b in zip(kept, partly, strict=True)), f"{layout} {dtype}: some tenants parked"
+            pair.mesh.close()
+    print("parking holds", flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
