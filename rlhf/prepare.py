@@ -89,7 +89,8 @@ def _data(config: Config, tokenizer: Tokenizer, max_prompt: int | None, generate
     required = ("answer",) if generates and "math" in _functions(config) else ()
 
     def read(path: str) -> Records:
-        return Records.load(path, config.mode, tokenizer, config.data, max_prompt=max_prompt, required=required)
+        cache = Path(config.out) / "records"
+        return Records.load(path, config.mode, tokenizer, config.data, max_prompt=max_prompt, required=required, cache=cache)
 
     source = "eval" if config.mode == "evaluate" else "train"
     path = {"train": config.data.train, "eval": config.data.eval}[source]

@@ -11,6 +11,7 @@ from rows import first_lines, learned, whole, write
 from rlhf.config import Data
 from rlhf.contracts import UserError
 from rlhf.data import templates
+from rlhf.data.columns import digest
 from rlhf.data.records import Records, permutation
 
 
@@ -113,6 +114,53 @@ def test_overlong_dialogues_keep_their_last_response(tmp_path, tokenizer):
     assert learned(tokenizer, sample).endswith("the first answer  the last one<|endoftext|>")
     assert whole(tokenizer, sample).startswith("<|begin|>")
     assert not sample.truncated
+
+
+def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
+    """The second load takes what the first one wrote: the same samples, and nothing is tokenized."""
+    rows = [{"query": f"Q {n}?", "response": ["four", "five" * n, "é"], "score": [n, 0.5, -1]} for n in range(1, 9)]
+    file = write(tmp_path / "a.jsonl", *rows, {"query": "Q?", "response": ["the answer is four " * 9, "no"], "score": [1, 0]})
+
+    def load():
+        return Records.load(file, "reward", tokenizer, Data(overlong="drop", max_tokens=40), cache=tmp_path / "cache")
+
+    first = load()
+    assert asdict(first.counts) == {"kept": 8, "truncated": 0, "dropped": 1}
+    monkeypatch.setattr(templates, "encode", lambda *_: pytest.fail("tokenized again"))
+    again = load()
+    assert again.counts == first.counts
+    for a, b in zip(first.draw(1, 5, seed=3), again.draw(1, 5, seed=3), strict=True):
+        assert (a.tokens.tolist(), a.mask.tolist()) == (b.tokens.tolist(), b.mask.tolist())
+        assert (a.group, a.reward, a.truncated, a.meta) == (b.group, b.reward, b.truncated, b.meta)
+    [kept] = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and it will be made again"):
+        load()
+
+
+def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, tokenizer, llama2):
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
+    other = write(tmp_path / "b.jsonl", {"prompt": "Q!"})
+    changes = [Data(template="human"), Data(template="tokenizer"), Data(learn="last"), Data(overlong="drop"), Data(max_tokens=7)]
+    names = [digest(file, tokenizer, data, "grpo", 7) for data in (Data(), *changes)]
+    names += [
+        digest(file, tokenizer, Data(), "sft", 7),
+        digest(file, tokenizer, Data(), "grpo", 8),
+        digest(file, llama2, Data(), "grpo", 7),
+    ]
+    names += [digest(other, tokenizer, Data(), "grpo", 7), digest(tmp_path, tokenizer, Data(), "grpo", 7)]
+    assert len(set(names)) == len(names)
+    assert (
+        names[0]
+        == digest(file, tokenizer, Data(train="elsewhere"), "grpo", 7)
+        == digest(write(file, {"prompt": "Q?"}), tokenizer, Data(), "grpo", 7)
+    )
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); set out to a folder with room"):
+        Records.load(file, "grpo", tokenizer, Data(), cache=file / "records")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -38,12 +39,14 @@ class Tokenizer:
     eos       ends every response
     stop_ids  eos, then the other tokens that generation_config.json ends a response with
     vocab     number of ids; the model's embedding may be padded beyond it
+    files     all that it was read from, by the names they have in a folder
     """
 
     def __init__(self, codec: Codec, files: dict[str, Path], special: dict[str, str], stops: list[int], chat_template: str | None) -> None:
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
-        self._codec, self._files, self._special, self._chat_template = codec, files, special, chat_template
+        self._codec, self.files, self._special, self._chat_template = codec, files, special, chat_template
+        self._encode = lru_cache(maxsize=8)(codec.encode)  # siblings share a prompt
         self._compiled: jinja2.Template | None = None
 
     @classmethod
@@ -81,7 +84,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"the text has half of a surrogate pair in it ({text!r:.80}); remove it") from None
-        return self._codec.encode(text, continues, control)
+        return self._encode(text, continues, control).copy()
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of some ids. Ids beyond the vocabulary, which a padded embedding can sample, are left out."""
@@ -116,9 +119,9 @@ class Tokenizer:
         class knows BPE models only, so a unigram model is copied without one.
         """
         folder = Path(folder)
-        for name, file in self._files.items():
+        for name, file in self.files.items():
             shutil.copyfile(file, folder / name)
-        if isinstance(self._codec, _SentencePiece) and self._codec.bpe and "tokenizer_config.json" not in self._files:
+        if isinstance(self._codec, _SentencePiece) and self._codec.bpe and "tokenizer_config.json" not in self.files:
             (folder / "tokenizer_config.json").write_text(json.dumps(self._codec.settings(), indent=2) + "\n")
 
 

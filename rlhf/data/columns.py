@@ -1,0 +1,131 @@
+"""A tokenized data set as a few long arrays, and the file that keeps them, so that the ranks need not do again what the launcher did.
+
+The name of the file is a digest of all that the arrays depend on: the lines, the tokenizer's files, the keys, and this package's own code.
+So it is never out of date, several ranks may write it at once, and it may be deleted at any time.
+"""
+
+import hashlib
+import tempfile
+import zipfile
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.config import Data
+from rlhf.contracts import UserError
+from rlhf.data import jsonl
+from rlhf.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Prompt and response as tokens."""
+
+    ids: np.ndarray  # [L+1] int32
+    learn: np.ndarray  # [L+1] bool, whether the policy learns to say it
+    truncated: bool  # the limit cut the response
+    reward: float  # what the form says that the response is worth
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line that was kept."""
+
+    row: int  # its place among the lines of all files
+    line: bytes
+    siblings: list[Conversation]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Records, one behind the other. R records, C conversations, T tokens and B bytes in all."""
+
+    tokens: np.ndarray  # [T] int32
+    learn: np.ndarray  # [T] bool
+    token_ends: np.ndarray  # [C] int64, where the tokens of each conversation end
+    truncated: np.ndarray  # [C] bool
+    rewards: np.ndarray  # [C] float64
+    sibling_ends: np.ndarray  # [R] int64, where the conversations of each record end
+    rows: np.ndarray  # [R] int64
+    lines: np.ndarray  # [B] uint8
+    line_ends: np.ndarray  # [R] int64, where the bytes of each line end
+    counts: np.ndarray  # [3] int64, lines kept, truncated and dropped
+
+    @classmethod
+    def of(cls, records: list[Record], counts: tuple[int, int, int]) -> "Columns":
+        every = [conversation for record in records for conversation in record.siblings]
+
+        def ends(lengths: list[int]) -> np.ndarray:
+            return np.cumsum(lengths, dtype=np.int64)
+
+        return cls(
+            tokens=np.concatenate([c.ids for c in every]),
+            learn=np.concatenate([c.learn for c in every]),
+            token_ends=ends([len(c.ids) for c in every]),
+            truncated=np.array([c.truncated for c in every]),
+            rewards=np.array([c.reward for c in every]),
+            sibling_ends=ends([len(record.siblings) for record in records]),
+            rows=np.array([record.row for record in records]),
+            lines=np.frombuffer(b"".join(record.line for record in records), np.uint8),
+            line_ends=ends([len(record.line) for record in records]),
+            counts=np.array(counts),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, i: int) -> Record:
+        siblings = []
+        for c in range(*_span(self.sibling_ends, i)):
+            part = slice(*_span(self.token_ends, c))
+            siblings.append(Conversation(self.tokens[part], self.learn[part], bool(self.truncated[c]), float(self.rewards[c])))
+        return Record(int(self.rows[i]), self.lines[slice(*_span(self.line_ends, i))].tobytes(), siblings)
+
+
+def _span(ends: np.ndarray, i: int) -> tuple[int, int]:
+    return int(ends[i - 1]) if i else 0, int(ends[i])
+
+
+def read(file: Path) -> Columns | None:
+    """What write() wrote; None if there is no such file. Raises UserError if it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return Columns(**{field.name: arrays[field.name] for field in fields(Columns)})
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: cannot be read ({error}); delete it, and it will be made again") from None
+
+
+def write(file: Path, columns: Columns) -> None:
+    """Put the whole file in its place at once. Raises UserError where it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            part = Path(folder) / file.name
+            np.savez(part, **{field.name: getattr(columns, field.name) for field in fields(Columns)})
+            part.replace(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); set out to a folder with room") from None
+
+
+def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -> str:
+    """The name of a data set: different wherever the arrays could be. arguments: whatever else decides, and has a repr."""
+    code = sorted(Path(__file__).parent.glob("*.py"))
+    libraries = [version(name) for name in ("numpy", "tokenizers", "sentencepiece", "jinja2")]
+    today = date.today() if config.template == "tokenizer" else None  # chat templates may write the date
+    parts = [replace(config, train="", eval=""), arguments, libraries, today]
+    for files in (code, tokenizer.files.values(), jsonl.files(path)):
+        parts.append([_file_digest(file) for file in files])
+    return hashlib.sha256(repr((parts, list(tokenizer.files))).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
