@@ -133,7 +133,7 @@ class PPO:
 
     clip_low: float = 0.2  # ratio >= 1 - clip_low
     clip_high: float = 0.2  # ratio <= 1 + clip_high
-    value_clip: float = 0.2  # how far a value may move from its old one before its loss is clipped
+    value_clip: float = 0.2  # how far a value may move from its old one before its loss is clipped; 0: no clipping
     gamma: float = 1.0  # discount of returns
     lam: float = 0.95  # lambda of generalised advantage estimation (1506.02438)
     whiten: bool = True  # advantages of the step get mean 0 and deviation 1
@@ -143,7 +143,7 @@ class PPO:
     kl_horizon: float = 10000.0  # responses over which it adapts
     reward_clip: float = 0.0  # largest absolute reward of a response, after scaling; 0: no clipping
     reward_scale: bool = False  # divide rewards by their running standard deviation
-    ngram: int = 0  # a token that completes an n-gram of this length for the second time is penalised; 0: none
+    ngram: int = 0  # a token that completes an n-gram of this length again is penalised; 0: none
     ngram_penalty: float = 1.0  # by this much
     critic_warmup: int = 0  # steps in which the critic alone learns
 
@@ -157,8 +157,8 @@ class DPO:
     smoothing: float = 0.0  # share of pairs taken to be labelled the wrong way round (cDPO)
     reference: bool = True  # false: log-probs themselves instead of their ratio to the reference (SimPO, 2405.14734)
     length_normalise: bool = False  # log-probs averaged over tokens instead of summed (SimPO)
-    margin: float = 0.0  # by how much the chosen response must win (SimPO's gamma)
-    sft: float = 0.0  # weight of the language-model loss on the chosen response
+    margin: float = 0.0  # of the rewards, by which the chosen response must win (SimPO's gamma)
+    sft: float = 0.0  # weight of the language-model loss on the chosen response, averaged over its tokens
     pairs: Literal["best_worst", "all"] = "best_worst"  # online, of each group; ties teach nothing
 
 

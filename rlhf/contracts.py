@@ -102,8 +102,18 @@ class Batch:
 
     def seq_sum(self, x: Tensor) -> Tensor:
         """Sum x[T] over each sequence's learned tokens -> [S], whole sequences even under CP."""
-        sums = x.new_zeros(len(self.group) + 1).index_add(0, self.segment, x * self.mask)
-        return self.cp_sum(sums[:-1])
+        return self.cp_sum(self._by_sequence(x * self.mask))
+
+    def owned(self) -> Tensor:
+        """1.0 where this rank holds the sequence's last learned token [S].
+
+        Under CP every rank knows all of a seq_sum, and totals and counts are summed over the ranks: so what belongs to a whole sequence
+        is counted by its owner alone.
+        """
+        return self._by_sequence(self.last)
+
+    def _by_sequence(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(self.group) + 1).index_add(0, self.segment, x)[:-1]
 
     def at_last(self, x: Tensor) -> Tensor:
         """x[T] at each sequence's last learned token -> [S]; only one CP rank holds it."""

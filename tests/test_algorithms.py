@@ -1,119 +1,199 @@
-"""Every formula against numbers that published implementations return on the same inputs, and against hand-made cases."""
+"""What the six algorithms make of samples and outputs: credit, losses at step zero, and every key that they read."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from streams import EXPECTED, FIXTURE, algorithm, means, responses
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
-from rlhf.algorithms.functional import clipped_surrogate, kl_k3, mean_loss
-from rlhf.algorithms.grpo import GRPO
-from rlhf.contracts import Batch, Output, Sample
+from rlhf.contracts import Batch, Output, Sample, scored
 from rlhf.data.packing import pack
 from rlhf.train.optimizer import learning_rate
 
-FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "losses.json").read_text())
-EXPECTED = FIXTURE["expected"]
+
+def outputs(batch: Batch, logp: list[float] | None = None, scores: list[float] | None = None) -> Output:
+    """The same log-prob at every token of a sequence, and a score at its last."""
+    sequences = len(batch.group)
+    each = torch.tensor([*(logp or [-1.0] * sequences), 0.0])[batch.segment]
+    value = torch.tensor([*(scores or [0.0] * sequences), 0.0])[batch.segment] * batch.last
+    return Output(logp=each, entropy=torch.zeros_like(each), value=value)
 
 
-@pytest.fixture(scope="module")
-def batch() -> Batch:
-    """The fixture's four sequences, packed."""
-    streams = {name: np.array(rows) for name, rows in FIXTURE["streams"].items()}
-    samples = []
-    for i, mask in enumerate(streams["mask"].astype(bool)):
-        length = int(mask.sum())
-        named = {n: streams[n][i, :length].astype(np.float32) for n in ("old_logp", "ref_logp", "sampler_logp", "advantages")}
-        samples.append(Sample(np.zeros(length + 1, np.int32), np.ones(length, bool), i, **named))
-    return pack(samples, multiple=8)
+def reward_loss(samples: list[Sample], *overrides: str, scores: list[float], logp: list[float] | None = None) -> dict[str, float]:
+    rm = algorithm("reward", *overrides)
+    batch = pack(rm.credit(samples)[0])
+    return means(rm.loss("reward", batch, outputs(batch, logp, scores)))
 
 
-def logp() -> torch.Tensor:
-    rows, masks = FIXTURE["streams"]["logp"], FIXTURE["streams"]["mask"]
-    flat = [x for row, mask in zip(rows, masks, strict=True) for x, m in zip(row, mask, strict=True) if m]
-    return torch.tensor(flat + [0.0] * (-len(flat) % 8), dtype=torch.float32)
+def dpo_loss(samples: list[Sample], *overrides: str, logp: list[float], ref: float = -1.0) -> dict[str, float]:
+    batch = pack([replace(s, ref_logp=np.full(len(s.mask), ref, np.float32)) for s in samples])
+    return means(algorithm("dpo", *overrides).loss("policy", batch, outputs(batch, logp)))
 
 
-@pytest.mark.parametrize(
-    ("high", "unit", "wanted"),
-    [
-        (0.2, "token", EXPECTED["verl"]["ppo_vanilla[token-mean]"]),
-        (0.2, "sequence", EXPECTED["openrlhf"]["ppo[seq-mean-token-mean]"]),
-        (0.28, "token", EXPECTED["slime"]["dapo_clip_higher[token-mean]"]),
-    ],
-)
-def test_surrogate_equals_published(batch: Batch, high: float, unit: str, wanted: float) -> None:
-    per_token, _ = clipped_surrogate(logp(), batch.streams["old_logp"], batch.streams["advantages"], 0.2, high)
-    loss = mean_loss(per_token, batch, unit)
-    assert (loss.total / loss.count).item() == pytest.approx(wanted, abs=2e-6)
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
 
 
-def test_k3_equals_published(batch: Batch) -> None:
-    loss = mean_loss(kl_k3(logp(), batch.streams["ref_logp"]), batch)
-    assert (loss.total / loss.count).item() == pytest.approx(EXPECTED["openrlhf"]["kl[k3]"], abs=2e-6)
+# Every mode
 
 
-def test_surrogate_by_hand() -> None:
-    """ratio 1.5: a good action is clipped to 1.2, a bad one is not; ratio 0.5: the other way round."""
-    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
-    loss, clipped = clipped_surrogate(ratio, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2, 0.2)
-    assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
-    assert clipped.tolist() == [1.0, 0.0, 0.0, 1.0]
-
-
-def grpo_samples(rewards: list[float], group: int) -> list[Sample]:
-    return [Sample(np.zeros(4, np.int32), np.array([False, True, True]), group, reward=r) for r in rewards]
-
-
-def test_grpo_advantages() -> None:
-    """Population standard deviation and 1e-6, as Megatron (whose epsilon is 1e-4); the prompt gets none; a tie teaches nothing."""
-    grpo = GRPO(configuration.load("grpo", []))
-    samples, _ = grpo.credit(grpo_samples([1.0, 0.0], 3) + grpo_samples([0.5, 0.5], 4) + grpo_samples([3.0, 1.0, 1.0, 1.0], 5))
-    assert [s.advantages[-1] for s in samples[:2]] == pytest.approx([1.0, -1.0], abs=1e-5)
-    assert EXPECTED["megatron_rl"]["grpo_adv"][:2] == pytest.approx([1.0, -1.0], abs=1e-3)
-    assert [s.advantages[-1] for s in samples[2:4]] == [0.0, 0.0]
-    assert [s.advantages[-1] for s in samples[4:]] == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, abs=1e-5)
-    assert all(s.advantages[0] == 0.0 for s in samples)
-
-
-@pytest.mark.parametrize("mean", ["token", "sequence"])
-def test_step_zero(batch: Batch, mean: str) -> None:
-    """Where policy, old policy and reference are one: ratio 1, nothing clipped, KL 0, loss minus the mean advantage."""
-    grpo = GRPO(configuration.load("grpo", [f"grpo.mean={mean}"]))
-    same = batch.streams["old_logp"]
-    found = grpo.loss("policy", replace_streams(batch, ref_logp=same), Output(logp=same.clone(), entropy=torch.zeros_like(same)))
-    values = {name: (s / n).item() for name, (s, n) in found.metrics.items()}
-    assert values["kl"] == 0.0
-    assert values["clipped"] == 0.0
-    rows = [np.array(a)[np.array(m, bool)] for a, m in zip(FIXTURE["streams"]["advantages"], FIXTURE["streams"]["mask"], strict=True)]
-    wanted = np.concatenate(rows).mean() if mean == "token" else np.mean([row.mean() for row in rows])
-    assert values["loss"] == pytest.approx(-wanted, abs=1e-6)
-
-
-def replace_streams(batch: Batch, **streams: torch.Tensor) -> Batch:
-    import dataclasses
-
-    return dataclasses.replace(batch, streams=batch.streams | streams)
-
-
-def test_empty_microbatch_has_no_weight() -> None:
+@pytest.mark.parametrize("mode", ALGORITHMS)
+def test_empty_microbatch_has_no_weight(mode: str) -> None:
     """A rank with nothing left runs one masked row: it must add nothing, and still give a gradient path."""
-    for mode in ALGORITHMS:
-        algorithm = ALGORITHMS[mode](configuration.load(mode, []))
+    made = algorithm(mode, "rm.lm=1", "dpo.sft=1")
+    for role in [role for role, use in made.models.items() if use == "train"]:
         batch = pack([], multiple=4)
         zeros = torch.zeros(4, requires_grad=True)
-        batch.streams = dict.fromkeys(("old_logp", "ref_logp", "advantages"), torch.zeros(4))
-        loss = algorithm.loss("policy", batch, Output(logp=zeros, entropy=torch.zeros(4)))
+        loss = made.loss(role, batch, Output(logp=zeros, entropy=torch.zeros(4), value=zeros))
         loss.total.backward()
         assert loss.total.item() == 0.0
         assert loss.count.item() == 0.0
         assert zeros.grad.abs().sum() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "overrides", "models", "streams"),
+    [
+        ("sft", [], {"policy": "train"}, ()),
+        ("reward", [], {"reward": "train"}, ()),
+        ("rlhf", [], {"policy": "train", "critic": "train", "reference": "frozen"}, ("old_logp", "values", "ref_logp")),
+        ("rlhf", ["ppo.kl=0"], {"policy": "train", "critic": "train"}, ("old_logp", "values")),
+        ("dpo", [], {"policy": "train", "reference": "frozen"}, ("ref_logp",)),
+        ("online-dpo", ["dpo.reference=false"], {"policy": "train"}, ()),
+        ("grpo", [], {"policy": "train", "reference": "frozen"}, ("old_logp", "ref_logp")),
+        ("grpo", ["grpo.kl=0"], {"policy": "train"}, ("old_logp",)),
+    ],
+)
+def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, str], streams: tuple[str, ...]) -> None:
+    """Nothing is loaded or scored that no formula reads; the model that the run is for comes first."""
+    made = algorithm(mode, *overrides)
+    assert list(made.models.items()) == list(models.items())
+    assert made.streams == streams
+    assert made.online == (mode in ("rlhf", "online-dpo", "grpo"))
+    assert made.whole_groups == (mode in ("reward", "dpo", "online-dpo"))
+
+
+# Reward
+
+
+def test_reward_equals_published() -> None:
+    pairs = FIXTURE["reward_pairs"]
+    samples = [s for i in range(5) for s in responses([1.0, 0.0], i)]
+    scores = [x for both in zip(pairs["chosen"], pairs["rejected"], strict=True) for x in both]
+    found = reward_loss(samples, scores=scores)
+    wanted = [EXPECTED["openrlhf"]["rm_pairwise"], EXPECTED["openrlhf"]["rm_logexp"], EXPECTED["nemo_rl"]["rm_pairwise"]]
+    assert wanted == pytest.approx([found["loss"]] * 3, abs=2e-6)
+    assert found["accuracy"] == pytest.approx(0.8)
+    assert found["score"] == pytest.approx(np.mean(scores))
+
+
+def test_reward_pairs_by_hand() -> None:
+    """Four scored responses with one tie are five ordered pairs, however they are interleaved with another prompt's pair."""
+    first, second = responses([3.0, 1.0, 1.0, 2.0], 0), responses([0.0, 1.0], 1)
+    found = reward_loss([first[0], second[0], *first[1:], second[1]], scores=[4.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    gaps = [4, 4, 3, 1, 1, 0]  # 3 over 1, 1 and 2; 2 over 1 and 1; and the other prompt's, whose scores tie
+    assert found["loss"] == pytest.approx(np.mean([softplus(-gap) for gap in gaps]), abs=1e-6)
+    assert found["accuracy"] == pytest.approx(5.5 / 6)
+    assert found["margin"] == pytest.approx(13 / 6)
+
+
+def test_reward_keys() -> None:
+    """Step zero is ln 2; a margin asks for more, in proportion to the given scores; the LM term is the best response's, per pair."""
+    samples = responses([3.0, 1.0], 0)
+    assert reward_loss(samples, scores=[0.0, 0.0])["loss"] == pytest.approx(math.log(2))
+    assert reward_loss(samples, "rm.margin=0.5", scores=[3.0, 0.0])["loss"] == pytest.approx(softplus(-2.0))
+    three = responses([2.0, 3.0, 1.0], 0)  # three pairs
+    found = reward_loss(three, "rm.lm=0.1", scores=[0.0] * 3, logp=[-5.0, -2.0, -7.0])
+    assert found["lm_loss"] == pytest.approx(2.0)
+    assert found["loss"] == pytest.approx(math.log(2) + 0.1 * 2.0)
+
+
+def test_score_is_read_behind_the_last_token() -> None:
+    """The place that scored() adds is where the score stands, and is no token of the LM term."""
+    sample = scored(responses([1.0], 0)[0])
+    assert sample.tokens[-1] == sample.tokens[-2]
+    samples = responses([1.0, 0.0], 0)
+    rm = algorithm("reward", "rm.lm=1")
+    batch = pack(rm.credit(samples)[0])
+    logp = torch.where(batch.last > 0, -1000.0, -3.0)
+    found = means(rm.loss("reward", batch, Output(logp=logp, value=torch.where(batch.last > 0, 1.0, 99.0))))
+    assert found["lm_loss"] == pytest.approx(3.0)
+    assert found["score"] == 1.0
+
+
+# DPO
+
+
+def test_dpo_by_hand() -> None:
+    """Two tokens each, log-ratios 0.5 and -1 per token: h = 1 - (-2) = 3."""
+    samples = responses([1.0, 0.0], 0)
+    found = dpo_loss(samples, logp=[-0.5, -2.0])
+    assert found["loss"] == pytest.approx(softplus(-0.3))
+    assert found["margin"] == pytest.approx(0.3)
+    assert found["chosen_reward"] == pytest.approx(0.1)
+    assert found["rejected_reward"] == pytest.approx(-0.2)
+    assert found["accuracy"] == 1.0
+
+
+def test_dpo_step_zero() -> None:
+    found = dpo_loss(responses([1.0, 0.0], 0), logp=[-1.0, -1.0])
+    assert found["loss"] == pytest.approx(math.log(2))
+    assert found["margin"] == 0.0
+    assert found["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["dpo.beta=1"], softplus(-3.0)),
+        (["dpo.smoothing=0.2"], softplus(-0.3) + 0.2 * 0.3),
+        (["dpo.loss=ipo"], (3.0 - 5.0) ** 2),
+        (["dpo.loss=ipo", "dpo.length_normalise=true"], (1.5 - 5.0) ** 2),
+        (["dpo.margin=0.3"], math.log(2)),
+        (["dpo.reference=false"], softplus(-0.1 * (-1.0 + 4.0))),
+        (["dpo.sft=2"], softplus(-0.3) + 2 * 0.5),
+        # SimPO: the mean log-probs -0.5 and -2 times beta, minus gamma
+        (["dpo.reference=false", "dpo.length_normalise=true", "dpo.beta=2", "dpo.margin=1"], softplus(-(2 * 1.5 - 1))),
+    ],
+)
+def test_dpo_keys(overrides: list[str], wanted: float) -> None:
+    assert dpo_loss(responses([1.0, 0.0], 0), *overrides, logp=[-0.5, -2.0])["loss"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_dpo_lengths() -> None:
+    """Summed over two and four tokens, or averaged: then lengths do not matter. The SFT term is always an average."""
+    samples = responses([1.0], 0, length=4) + responses([0.0], 0, length=2)
+    assert dpo_loss(samples, logp=[-0.5, -2.0])["loss"] == pytest.approx(softplus(-0.1 * (4 * 0.5 + 2)))
+    found = dpo_loss(samples, "dpo.length_normalise=true", "dpo.sft=1", logp=[-0.5, -2.0])
+    assert found["loss"] == pytest.approx(softplus(-0.1 * 1.5) + 0.5)
+    assert found["sft_loss"] == pytest.approx(0.5)
+
+
+def test_online_dpo_pairs() -> None:
+    """Best against worst, or all ordered pairs; groups that tie, and second copies of a response, are dropped."""
+    drawn = responses([1.0, 4.0, 2.0, 4.0], 0) + responses([5.0, 5.0], 1)
+    copy = replace(drawn[1], reward=9.0)  # the same text, scored otherwise
+    kept, sums = algorithm("online-dpo").credit([*drawn, copy])
+    assert kept == [drawn[1], drawn[0]]
+    assert sums == {"tied": (1.0, 2.0), "reward_gap": (3.0, 2.0)}
+    every, _ = algorithm("online-dpo", "dpo.pairs=all").credit([*drawn, copy])
+    assert every == drawn[:4]
+    found = dpo_loss(every, logp=[-1.0] * 4)
+    assert found["loss"] == pytest.approx(math.log(2))
+    batch = pack([replace(s, ref_logp=np.zeros(3, np.float32)) for s in every])
+    assert algorithm("online-dpo").loss("policy", batch, outputs(batch)).count.item() == 5.0
+
+
+def test_online_dpo_without_pairs() -> None:
+    kept, sums = algorithm("online-dpo").credit(responses([2.0, 2.0], 0))
+    assert kept == []
+    assert sums["tied"] == (1.0, 1.0)
 
 
 def test_learning_rate() -> None:

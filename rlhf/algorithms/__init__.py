@@ -2,9 +2,20 @@
 
 from collections.abc import Callable
 
+from rlhf.algorithms.dpo import DPO
 from rlhf.algorithms.grpo import GRPO
+from rlhf.algorithms.online_dpo import OnlineDPO
+from rlhf.algorithms.ppo import PPO
+from rlhf.algorithms.reward import RM
 from rlhf.algorithms.sft import SFT
 from rlhf.config import Config
 from rlhf.contracts import Algorithm
 
-ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {"sft": SFT, "grpo": GRPO}
+ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
+    "sft": SFT,
+    "reward": RM,
+    "rlhf": PPO,
+    "dpo": DPO,
+    "online-dpo": OnlineDPO,
+    "grpo": GRPO,
+}

@@ -1,15 +1,18 @@
-"""Group relative policy optimisation (Shao et al., 2402.03300): the group is the baseline, no critic.
+"""Group relative policy optimisation (Shao et al., 2402.03300) and its relatives: the group is the baseline, no critic.
 
-Advantage of every token: (r - mean) / (std + 1e-6) over its group, with the population's standard deviation (as Megatron; verl and NeMo
-take the sample's). The paper averages over each response's tokens first, then over responses; grpo.mean="token" averages over all tokens
-of the global batch at once (DAPO, 2503.14476).
+Advantage of every token of a response (grpo.advantage), from the rewards r of its group:
+  std            (r - mean) / (std + 1e-6), the population's deviation (Megatron: with 1e-4; verl and NeMo: the sample's)
+  none           r - mean (Dr.GRPO, 2503.20783)
+  leave_one_out  r - mean of the others (RLOO, 2402.14740)
+  global         r - mean, then whitened over all tokens of the step (REINFORCE++ baseline, 2501.03262; verl: the sample's variance)
+The paper averages over each response's tokens first, then over responses; grpo.mean has DAPO's (2503.14476) and Dr.GRPO's ways.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from rlhf.algorithms.functional import clipped_surrogate, kl_k3, mean_loss
+from rlhf.algorithms.functional import clipped_surrogate, clipped_weight, kl_estimate, mean_loss, seq_mean, spread, whiten
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, groups
 
@@ -18,7 +21,7 @@ class GRPO(Algorithm):
     online = True
 
     def __init__(self, config: Config):
-        self.config = config.grpo
+        self.config, self.limit = config.grpo, config.rollout.max_tokens
         self.models = {"policy": "train"}
         self.state = {}
         self.streams = ("old_logp",)
@@ -27,17 +30,52 @@ class GRPO(Algorithm):
             self.streams += ("ref_logp",)
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        for group in groups(samples):
-            rewards = np.array([s.reward for s in group])
-            for sample, advantage in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-6), strict=True):
+        """Advantages. With overlong=mask, cut responses still shape their group's baseline, but are not among what is returned."""
+        c, drawn, silent = self.config, groups(samples), 0
+        for group in drawn:
+            rewards = np.array([s.reward - self._penalty(s) for s in group])
+            silent += bool(np.ptp(rewards) == 0.0)
+            for sample, advantage in zip(group, group_advantages(rewards, c.advantage), strict=True):
                 sample.advantages = np.where(sample.mask, advantage, 0.0).astype(np.float32)
-        return samples, {}
+        learned = [s for s in samples if not (c.overlong == "mask" and s.truncated)]
+        if c.advantage == "global":
+            whiten(learned)
+        sums = {"silent": (float(silent), float(len(drawn)))}  # groups that teach nothing
+        if c.overlong == "shape":
+            sums["overlong"] = (sum(map(self._penalty, samples)), float(len(samples)))
+        return learned, sums
+
+    def _penalty(self, sample: Sample) -> float:
+        """DAPO's soft punishment (2503.14476, eq. 13), positive: 0 before the buffer, 1 at the limit and for cut responses."""
+        if self.config.overlong != "shape":
+            return 0.0
+        into = float(sample.mask.sum()) - (self.limit - self.config.overlong_buffer)
+        return 1.0 if sample.truncated else min(max(into / self.config.overlong_buffer, 0.0), 1.0)
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        c, x = self.config, batch.streams
-        loss, clipped = clipped_surrogate(out.logp, x["old_logp"], x["advantages"], c.clip_low, c.clip_high)
+        c, x, mask = self.config, batch.streams, batch.mask
+        log_ratio = (out.logp - x["old_logp"]) * mask  # prompts are not learned and may drift: no exp of theirs
+        if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7)
+            log_ratio = spread(seq_mean(log_ratio, batch), batch)
+        if c.objective == "cispo":
+            loss, clipped = clipped_weight(out.logp, log_ratio, x["advantages"], c.clip_low, c.clip_high)
+        else:
+            loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
         metrics = {"clipped": clipped, "entropy": out.entropy}
+        if c.mismatch_cap:  # truncated importance sampling: of the surrogate, not of the KL, as verl
+            weight = ((x["old_logp"] - x["sampler_logp"]) * mask).exp()
+            loss, metrics["capped"] = loss * weight.clamp(max=c.mismatch_cap), (weight > c.mismatch_cap).float()
         if c.kl:
-            metrics["kl"] = kl_k3(out.logp, x["ref_logp"])
+            metrics["kl"] = kl_estimate(c.kl_kind, out.logp * mask, x["ref_logp"] * mask)
             loss = loss + c.kl * metrics["kl"]
-        return mean_loss(loss, batch, c.mean, **metrics)
+        return mean_loss(loss, batch, c.mean, self.limit, **metrics)
+
+
+def group_advantages(rewards: np.ndarray, kind: str) -> np.ndarray:
+    """Rewards of one group -> advantages, before the whitening of "global". The others of a group of one are nobody: 0."""
+    centred = rewards - rewards.mean()
+    if kind == "std":
+        return centred / (rewards.std() + 1e-6)
+    if kind == "leave_one_out":
+        return centred * len(rewards) / max(len(rewards) - 1, 1)
+    return centred

@@ -102,7 +102,7 @@ def pack(
     streams = {}
     for name in STREAMS:
         parts = [getattr(s, name) for s in samples]
-        if parts and all(p is not None for p in parts):
+        if all(p is not None for p in parts):  # a row of padding alone has every stream, so that any loss can read it
             streams[name] = local(row(parts, np.float32))
     return Batch(
         inputs=local(row([s.tokens[:-1] for s in samples], np.int64)),

@@ -1,0 +1,42 @@
+"""Direct preference optimisation (Rafailov et al., 2305.18290), averaged over all ordered pairs of the global batch.
+
+Implicit reward of a response: beta (log policy - log reference), summed over its tokens. Options: label smoothing (cDPO, as in OpenRLHF and
+NeMo: not divided by 1 - 2 smoothing), IPO (2310.12036, of summed log-ratios as in the paper; trl averages them over tokens), and SimPO
+(2405.14734): reference = false, length_normalise = true and a margin. dpo.sft adds to each pair sft times the mean negative log-prob of a
+token in its chosen response (RPO, 2404.19733).
+"""
+
+from __future__ import annotations
+
+from rlhf.algorithms.functional import pair_loss, pairs, preference, seq_mean, wins
+from rlhf.config import Config
+from rlhf.contracts import Algorithm, Batch, Loss, Output
+
+
+class DPO(Algorithm):
+    whole_groups = True
+
+    def __init__(self, config: Config):
+        self.config = config.dpo
+        self.models = {"policy": "train"}
+        self.state = {}
+        if self.config.reference:
+            self.models["reference"] = "frozen"
+            self.streams = ("ref_logp",)
+
+    def loss(self, role: str, batch: Batch, out: Output) -> Loss:
+        c, (chosen, rejected) = self.config, pairs(batch)
+        logp = out.logp - batch.streams["ref_logp"] if c.reference else out.logp  # [T]
+        ratio = seq_mean(logp, batch) if c.length_normalise else batch.seq_sum(logp)  # [S]
+        h = ratio[chosen] - ratio[rejected]  # [pairs]
+        loss = preference(h, c.loss, c.beta, c.smoothing, c.margin)
+        metrics = {
+            "accuracy": wins(h),
+            "margin": c.beta * h,
+            "chosen_reward": c.beta * ratio[chosen],
+            "rejected_reward": c.beta * ratio[rejected],
+        }
+        if c.sft:
+            metrics["sft_loss"] = nll = -seq_mean(out.logp, batch)[chosen]
+            loss = loss + c.sft * nll
+        return pair_loss(loss, chosen, batch, **metrics)

@@ -1,0 +1,37 @@
+"""Online DPO (Guo et al., 2402.04792): the policy samples, the reward ranks, and DPO learns from the pairs.
+
+A response that was drawn twice is one response: equal texts would make pairs out of the scorer's rounding.
+"""
+
+from __future__ import annotations
+
+from rlhf.algorithms.dpo import DPO
+from rlhf.config import Config
+from rlhf.contracts import Sample, Sums, groups
+
+
+class OnlineDPO(DPO):
+    online = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.pairs = config.dpo.pairs
+
+    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+        """Each group's best and worst response (the first of equals), or all of them; groups of equal rewards are dropped.
+
+        Empty where all groups tie: then there is nothing to learn in this step.
+        """
+        kept: list[Sample] = []
+        drawn, tied, gap = groups(samples), 0, 0.0
+        for group in drawn:
+            distinct: dict[bytes, Sample] = {}
+            for sample in group:
+                distinct.setdefault(sample.tokens.tobytes(), sample)
+            best, worst = (choose(distinct.values(), key=lambda s: s.reward) for choose in (max, min))
+            gap += best.reward - worst.reward
+            if best.reward == worst.reward:
+                tied += 1
+            else:
+                kept += [best, worst] if self.pairs == "best_worst" else distinct.values()
+        return kept, {"tied": (float(tied), float(len(drawn))), "reward_gap": (gap, float(len(drawn)))}

@@ -1,0 +1,54 @@
+"""Reward model (Ouyang et al., 2203.02155, eq. 1): Bradley-Terry over all ordered pairs of a prompt's scored responses.
+
+Loss of a pair, averaged over all pairs of the global batch (the paper weights each prompt alike instead, whatever its number of pairs):
+-log sigmoid(s_i - s_j - rm.margin (r_i - r_j)), where s is the model's score of the whole text, r the given one and r_i > r_j
+(margin: Llama 2, 2307.09288, eq. 2). rm.lm adds to each pair lm times the mean negative log-prob of a response token in its group's best
+response (the first of equals).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.algorithms.functional import pair_loss, pairs, siblings, wins
+from rlhf.config import Config
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, scored
+
+
+class RM(Algorithm):
+    whole_groups = True
+
+    def __init__(self, config: Config):
+        self.config = config.rm
+        self.models = {"reward": "train"}
+        self.state = {}
+
+    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+        return [scored(sample) for sample in samples], {}
+
+    def loss(self, role: str, batch: Batch, out: Output) -> Loss:
+        c, (better, worse) = self.config, pairs(batch)
+        score, owned = batch.at_last(out.value), batch.owned()  # [S]
+        margin = score[better] - score[worse]  # [pairs]
+        loss = -F.logsigmoid(margin - c.margin * (batch.reward[better] - batch.reward[worse]))
+        metrics = {"accuracy": wins(margin), "margin": margin}
+        if c.lm:
+            metrics["lm_loss"] = nll = _nll(batch, out)[_best(batch)[better]]
+            loss = loss + c.lm * nll
+        found = pair_loss(loss, better, batch, **metrics)
+        found.metrics["score"] = (score.detach() * owned).sum(), owned.sum()
+        return found
+
+
+def _nll(batch: Batch, out: Output) -> Tensor:
+    """Mean negative log-prob of each response's tokens [S], without the place that scored() added."""
+    response = 1 - batch.last
+    return -batch.seq_sum(out.logp * response) / batch.seq_sum(response).clamp(min=1.0)
+
+
+def _best(batch: Batch) -> Tensor:
+    """Index of the best response in each sequence's group [S]."""
+    rewards = torch.where(siblings(batch), batch.reward, float("-inf"))
+    return rewards.argmax(1) if len(rewards) else batch.group
