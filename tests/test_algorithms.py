@@ -12,7 +12,7 @@ from streams import EXPECTED, FIXTURE, algorithm, means, responses
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
-from rlhf.contracts import Batch, Output, Sample, scored
+from rlhf.contracts import Batch, Output, Sample, UserError, scored
 from rlhf.data.packing import pack
 from rlhf.train.optimizer import learning_rate
 
@@ -77,6 +77,25 @@ def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, s
     assert made.streams == streams
     assert made.online == (mode in ("rlhf", "online-dpo", "grpo"))
     assert made.whole_groups == (mode in ("reward", "dpo", "online-dpo"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "override", "wanted"),
+    [
+        ("rlhf", ["ppo.kl=0", "ppo.kl_target=6"], "ppo.kl_target"),
+        ("rlhf", ["ppo.kl_horizon=102", "ppo.kl_target=6", "batch.prompts=64"], "above 102.4"),
+        ("dpo", ["dpo.beta=0"], "dpo.beta=0"),
+        ("dpo", ["dpo.smoothing=0.5"], "dpo.smoothing=0.5"),
+        ("dpo", ["dpo.loss=ipo", "dpo.margin=1"], "dpo.margin=1"),
+        ("online-dpo", ["rollout.group=1"], "rollout.group=1"),
+        ("grpo", ["rollout.group=1"], "rollout.group=1"),
+        ("grpo", ["grpo.overlong=shape"], "grpo.overlong_buffer=0"),
+        ("grpo", ["grpo.overlong=shape", "grpo.overlong_buffer=9", "rollout.max_tokens=8"], "rollout.max_tokens=8"),
+    ],
+)
+def test_keys_that_contradict_each_other(mode: str, override: list[str], wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted):
+        algorithm(mode, *override)
 
 
 # Reward

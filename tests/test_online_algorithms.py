@@ -202,7 +202,7 @@ def test_ppo_adaptive_kl() -> None:
     """KL of whole responses (length 4 x 0.1) to the reference against the target: the error is held to 0.2, n / horizon of it acts."""
 
     def run(target: float, horizon: float = 20) -> list[float]:
-        ppo = algorithm("rlhf", "ppo.kl=0.5", f"ppo.kl_target={target}", f"ppo.kl_horizon={horizon}")
+        ppo = algorithm("rlhf", "ppo.kl=0.5", f"ppo.kl_target={target}", f"ppo.kl_horizon={horizon}", "batch.prompts=1", "rollout.group=2")
         steps = [ppo.credit(ppo_samples([1.0, 2.0], length=4))[1] for _ in range(3)]
         assert all(sums["kl"][0] / sums["kl"][1] == pytest.approx(0.4, abs=1e-6) for sums in steps)
         return [sums["kl_coefficient"][0] for sums in steps]

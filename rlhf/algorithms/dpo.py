@@ -10,17 +10,25 @@ from __future__ import annotations
 
 from rlhf.algorithms.functional import pair_loss, pairs, preference, seq_mean, wins
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output
+from rlhf.contracts import Algorithm, Batch, Loss, Output, UserError
 
 
 class DPO(Algorithm):
     whole_groups = True
 
     def __init__(self, config: Config):
-        self.config = config.dpo
+        self.config = c = config.dpo
+        if not c.beta:
+            raise UserError("dpo.beta=0 gives every pair the same loss: set it above 0, such as 0.1")
+        if c.smoothing >= 0.5:
+            raise UserError(f"dpo.smoothing={c.smoothing} takes half of the pairs or more to be wrong: set it below 0.5")
+        if c.loss == "ipo" and (c.smoothing or c.margin):
+            raise UserError(
+                f"dpo.loss=ipo knows no dpo.smoothing={c.smoothing} and dpo.margin={c.margin}: set both to 0, or dpo.loss=sigmoid"
+            )
         self.models = {"policy": "train"}
         self.state = {}
-        if self.config.reference:
+        if c.reference:
             self.models["reference"] = "frozen"
             self.streams = ("ref_logp",)
 

@@ -25,9 +25,9 @@ def mean_loss(per_token: Tensor, batch: Batch, unit: str = "token", length: int 
     tokens = batch.mask.sum()
     weight, count = batch.mask, tokens
     if unit == "sequence":
-        weight, count = batch.mask / spread(batch.seq_sum(batch.mask), batch).clamp(min=1.0), batch.owned().sum()
+        weight, count = batch.mask / spread(batch.seq_sum(batch.mask), batch).clamp(min=1.0), batch.last.sum()
     elif unit == "constant":
-        weight, count = batch.mask / length, batch.owned().sum()
+        weight, count = batch.mask / length, batch.last.sum()
     total = (per_token * weight).sum()
     means = {name: ((value.detach() * batch.mask).sum(), tokens) for name, value in metrics.items()}
     return Loss(total, count, {"loss": (total.detach(), count), **means})
@@ -99,7 +99,8 @@ def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> 
 def kl_estimate(kind: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Schulman's estimates of KL(policy || reference) for tokens of the policy [T], d = ref_logp - logp: k1 -d, k2 d^2 / 2, k3 e^d - 1 - d.
 
-    k1 and k3 are unbiased, k2 and k3 never negative; none is clamped. As a loss, k1 has a gradient of zero on average and k2 the KL's.
+    k1 and k3 are unbiased, k2 and k3 never negative; none is clamped. As a loss, k1 has a gradient of zero on average, k2 the KL's,
+    k3 that of KL(reference || policy).
     """
     d = ref_logp - logp
     if kind == "k1":
@@ -139,6 +140,15 @@ def whiten(samples: Sequence[Sample]) -> None:
     mean, deviation = flat.mean(), np.sqrt(flat.var() + 1e-8)
     for s in samples:
         s.advantages = np.where(s.mask, (s.advantages - mean) / deviation, 0.0).astype(np.float32)
+
+
+def running_deviation(state: dict[str, float], values: np.ndarray) -> float:
+    """Population standard deviation of all values so far, these included; state keeps their count, mean and summed squares (Chan, 1979)."""
+    count, mean, squares = (state.get(f"reward_{name}", 0.0) for name in ("count", "mean", "squares"))
+    total, shift = count + len(values), float(values.mean()) - mean
+    squares += float(((values - values.mean()) ** 2).sum()) + shift**2 * count * len(values) / total
+    state |= {"reward_count": total, "reward_mean": mean + shift * len(values) / total, "reward_squares": squares}
+    return (squares / total) ** 0.5
 
 
 def repeats(tokens: np.ndarray, n: int) -> np.ndarray:

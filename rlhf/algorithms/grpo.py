@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf.algorithms.functional import clipped_surrogate, clipped_weight, kl_estimate, mean_loss, seq_mean, spread, whiten
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, groups
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, UserError, groups
 
 
 class GRPO(Algorithm):
@@ -22,6 +22,11 @@ class GRPO(Algorithm):
 
     def __init__(self, config: Config):
         self.config, self.limit = config.grpo, config.rollout.max_tokens
+        if config.rollout.group < 2:
+            raise UserError("rollout.group=1 leaves a response nothing to be compared with: sample at least 2 per prompt")
+        if self.config.overlong == "shape" and not 0 < self.config.overlong_buffer <= self.limit:
+            given, limit = self.config.overlong_buffer, self.limit
+            raise UserError(f"grpo.overlong=shape with grpo.overlong_buffer={given}: set it between 1 and rollout.max_tokens={limit}")
         self.models = {"policy": "train"}
         self.state = {}
         self.streams = ("old_logp",)
@@ -55,7 +60,7 @@ class GRPO(Algorithm):
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         c, x, mask = self.config, batch.streams, batch.mask
         log_ratio = (out.logp - x["old_logp"]) * mask  # prompts are not learned and may drift: no exp of theirs
-        if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7)
+        if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7), whose paper clips at 3e-4 and 4e-4
             log_ratio = spread(seq_mean(log_ratio, batch), batch)
         if c.objective == "cispo":
             loss, clipped = clipped_weight(out.logp, log_ratio, x["advantages"], c.clip_low, c.clip_high)

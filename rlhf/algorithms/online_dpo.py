@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rlhf.algorithms.dpo import DPO
 from rlhf.config import Config
-from rlhf.contracts import Sample, Sums, groups
+from rlhf.contracts import Sample, Sums, UserError, groups
 
 
 class OnlineDPO(DPO):
@@ -16,6 +16,8 @@ class OnlineDPO(DPO):
     def __init__(self, config: Config):
         super().__init__(config)
         self.pairs = config.dpo.pairs
+        if config.rollout.group < 2:
+            raise UserError("rollout.group=1 makes no pairs: sample at least 2 responses per prompt")
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
         """Each group's best and worst response (the first of equals), or all of them; groups of equal rewards are dropped.

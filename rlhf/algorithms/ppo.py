@@ -1,9 +1,9 @@
 """PPO with a critic (Schulman et al., 1707.06347), as InstructGPT uses it (2203.02155): the KL to the reference is in the reward.
 
-Reward of a response: its worth, divided by the running deviation (ppo.reward_scale) and then clipped (ppo.reward_clip), at its last token;
-minus at every token the coefficient times the KL estimate of old policy and reference, and ppo.ngram_penalty where the token completes an
-n-gram again. A response that the length limit cut is worth what its text is worth: no EOS is made up, and since the value behind its last
-token was never computed, it is an end like others (no bootstrap).
+A response's reward, divided by the deviation of all rewards so far (ppo.reward_scale; not while that is 0) and then clipped
+(ppo.reward_clip), stands at its last token. From every token's reward are taken the coefficient times the KL estimate between old policy
+and reference, and ppo.ngram_penalty where the token completes an n-gram again. A response that the length limit cut is worth what its text
+is worth: no EOS is made up, and since nobody computed the value behind its last token, it ends there like the others (no bootstrap).
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rlhf.algorithms.functional import clipped_surrogate, clipped_value, gae, kl_estimate, mean_loss, repeats, whiten
+from rlhf.algorithms.functional import clipped_surrogate, clipped_value, gae, kl_estimate, mean_loss, repeats, running_deviation, whiten
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, UserError
+
+ERROR = 0.2  # of the KL relative to ppo.kl_target, at most, that one step answers (1909.08593, section 2.2)
 
 
 class PPO(Algorithm):
@@ -28,12 +30,22 @@ class PPO(Algorithm):
         if self.config.kl:
             self.models["reference"] = "frozen"
             self.streams += ("ref_logp",)
+        elif self.config.kl_target:
+            raise UserError("ppo.kl_target adapts ppo.kl, which is 0 and would stay 0: set ppo.kl to where it starts, or ppo.kl_target=0")
+        responses = config.batch.prompts * config.rollout.group
+        if self.config.kl_target and self.config.kl_horizon <= ERROR * responses:  # the coefficient could turn negative
+            short = f"ppo.kl_horizon={self.config.kl_horizon} is too short for steps of {responses} responses"
+            raise UserError(f"{short}: set it above {ERROR * responses:g}")
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
         """Advantages and returns of every response token. kl is of whole responses: the sum of k1 over tokens, never divided by them."""
         c, n = self.config, float(len(samples))
         coefficient = self.state.get("kl_coefficient", c.kl) if c.kl_target else c.kl
-        worth = self._worth(np.array([s.reward for s in samples]))
+        worth = np.array([s.reward for s in samples])
+        if c.reward_scale:
+            worth = worth / (running_deviation(self.state, worth) or 1.0)
+        if c.reward_clip:
+            worth = np.clip(worth, -c.reward_clip, c.reward_clip)
         kl = shaped = repeated = 0.0
         for sample, reward in zip(samples, worth, strict=True):
             here = np.flatnonzero(sample.mask)  # [N] the response
@@ -56,7 +68,7 @@ class PPO(Algorithm):
         if c.ngram:
             sums["repeated"] = (repeated, sums["returns"][1])
         if c.kl_target:
-            error = np.clip(kl / n / c.kl_target - 1, -0.2, 0.2)  # 1909.08593, section 2.2
+            error = np.clip(kl / n / c.kl_target - 1, -ERROR, ERROR)
             self.state["kl_coefficient"] = float(coefficient * (1 + error * n / c.kl_horizon))
         if c.whiten:
             whiten(samples)
@@ -71,18 +83,6 @@ class PPO(Algorithm):
         loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
         drift = torch.expm1(log_ratio) - log_ratio  # k3 of KL(old || new): how far this step's updates have gone
         return mean_loss(loss, batch, clipped=clipped, entropy=out.entropy, drift=drift)
-
-    def _worth(self, rewards: np.ndarray) -> np.ndarray:
-        """Rewards of responses, scaled by the deviation of all seen so far (these included; as they are while it is 0) and clipped."""
-        c, state = self.config, self.state
-        if c.reward_scale:
-            count, mean, squares = (state.get(f"reward_{name}", 0.0) for name in ("count", "mean", "squares"))
-            total, shift = count + len(rewards), rewards.mean() - mean
-            squares += ((rewards - rewards.mean()) ** 2).sum() + shift**2 * count * len(rewards) / total
-            mean += shift * len(rewards) / total
-            state |= {"reward_count": total, "reward_mean": float(mean), "reward_squares": float(squares)}
-            rewards = rewards / (np.sqrt(squares / total) or 1.0)
-        return np.clip(rewards, -c.reward_clip, c.reward_clip) if c.reward_clip else rewards
 
 
 def _summary(samples: list[Sample]) -> Sums:
