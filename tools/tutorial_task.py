@@ -1,0 +1,74 @@
+"""The tutorial's task: a shop's clerk answers customers, and people say which answers they like better. Everything derives from a seed.
+
+The gold reward is a formula (gold() below), but no stage sees it: the reward model learns it from scored responses, DPO from pairs, and
+the others from the reward model. Demonstrations are as clerks are: some name the wrong article, some are rude, some ramble.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Ida", "Leo", "Mia", "Ben", "Zoe", "Jan", "Amy")
+THINGS = ("lamp", "chair", "clock", "phone", "radio", "kettle", "mirror", "ladder", "carpet", "basket")
+QUESTIONS = (
+    "{name} asks: is the {thing} still in stock?",
+    "{name} asks: when will my {thing} arrive?",
+    "{name} writes: my {thing} is broken.",
+    "{name} wants to know what a {thing} costs.",
+)
+POLITE = ("Thank you for asking.", "I am happy to help.", "We are sorry for the wait.", "Please call us any time.")
+RUDE = ("That is not my problem.", "Read the label.", "Do not ask again.")
+IDLE = ("It is cold today.", "Lunch was good.", "The shop is large.")
+ABOUT = ("The {thing} is here now.", "Your {thing} comes on Monday.", "A new {thing} is on the way.", "We sell the {thing} for ten.")
+
+
+def questions() -> list[tuple[str, str]]:
+    """Every prompt there is, with the article that it is about."""
+    return [(form.format(name=name, thing=thing), thing) for form in QUESTIONS for name in NAMES for thing in THINGS]
+
+
+def answer(thing: str, draw: random.Random) -> str:
+    """One clerk's response: a sentence about an article, usually the right one, among others of any mood, in any order."""
+    about = thing if draw.random() < 0.6 else draw.choice(THINGS)
+    moods = [draw.choice((POLITE, RUDE, IDLE, IDLE)) for _ in range(draw.randint(0, 4))]
+    said = [draw.choice(ABOUT).format(thing=about)] + [draw.choice(mood) for mood in moods]
+    draw.shuffle(said)
+    return " ".join(said)
+
+
+def worth(prompt: str, response: str) -> float:
+    """1 for the article that the customer asked about, less 1 for any other; 0.5 for each of two polite sentences; less 1 for each rude
+    one; less 0.25 for each sentence over three. Between about -5 and 2."""
+    sentences = [part + "." for part in response.split(".") if part.strip()]
+    sentences = [sentence.strip() for sentence in sentences]
+    wanted = next((thing for thing in THINGS if thing in prompt), "")
+    told = {thing for sentence in sentences for thing in THINGS if any(sentence == form.format(thing=thing) for form in ABOUT)}
+    value = (1.0 if wanted in told else 0.0) - len(told - {wanted})
+    value += 0.5 * min(2, len(set(sentences) & set(POLITE))) - sum(sentence in RUDE for sentence in sentences)
+    return value - 0.25 * max(0, len(sentences) - 3)
+
+
+def gold(prompt: str, response: str, record: dict[str, Any]) -> float:
+    """worth(), as a reward function."""
+    return worth(prompt, response)
+
+
+def write(folder: Path, seed: int = 0, num: int = 8192, num_heldout: int = 128, siblings: int = 4) -> None:
+    """The files of every stage, in the form of its mode: train_*.jsonl, and dev_*.jsonl with prompts that are in none of the former."""
+    draw, asked = random.Random(seed), questions()
+    draw.shuffle(asked)
+    files: dict[str, list[dict[str, Any]]] = {}
+    for part in ("train", "dev"):
+        prompts = asked[:num_heldout] if part == "dev" else draw.choices(asked[num_heldout:], k=num)
+        groups = [(prompt, [answer(thing, draw) for _ in range(siblings)]) for prompt, thing in prompts]
+        files[f"{part}_sft"] = [{"query": prompt, "response": responses[0]} for prompt, responses in groups]
+        files[f"{part}_reward"] = [{"query": p, "response": rs, "score": [worth(p, r) for r in rs]} for p, rs in groups]
+        ranked = [(prompt, sorted(responses, key=lambda r, p=prompt: worth(p, r))) for prompt, responses in groups]
+        files[f"{part}_dpo"] = [{"prompt": p, "chosen": rs[-1], "rejected": rs[0]} for p, rs in ranked if worth(p, rs[-1]) > worth(p, rs[0])]
+        files[f"{part}_prompts"] = [{"prompt": prompt} for prompt, _ in groups]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
