@@ -81,17 +81,17 @@ MODEL: dict[str, Any] = {
 }
 
 
-def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
+def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({}), pieces: int = MODEL["vocab_size"]) -> None:
     """A Hugging Face folder without weights: a tokenizer trained on the demonstrations, and MODEL with changes as config.json."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (data / "train_sft.jsonl").read_text().splitlines()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for row in rows for text in (row["prompt"], row["response"])]),
+        sentence_iterator=iter([text for row in rows for text in row.values()]),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
-        vocab_size=MODEL["vocab_size"],
+        vocab_size=pieces,
         split_digits=True,
         user_defined_symbols=["####"],
         bos_id=1,
@@ -107,3 +107,17 @@ def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingPro
 def noise(prompt: str, response: str, record: dict) -> float:
     """A reward that knows nothing: learning from it must not help."""
     return float(random.random() < 0.5)
+
+
+def make_weights(folder: Path, seed: int = 0) -> None:
+    """Random weights for a folder's config.json, as model.safetensors."""
+    import torch
+    from safetensors.torch import save_file
+
+    from rlhf.model import architecture
+    from rlhf.weights import initial, names
+
+    arch = architecture.read(folder)
+    tensors = {name: torch.empty(shape) for name, shape in names.hf_shapes(arch).items()}
+    initial.fill(arch, names.tiles(arch, "hf"), tensors, seed)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

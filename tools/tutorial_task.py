@@ -67,7 +67,9 @@ def write(folder: Path, seed: int = 0, num: int = 8192, num_heldout: int = 128, 
         files[f"{part}_sft"] = [{"query": prompt, "response": responses[0]} for prompt, responses in groups]
         files[f"{part}_reward"] = [{"query": p, "response": rs, "score": [worth(p, r) for r in rs]} for p, rs in groups]
         ranked = [(prompt, sorted(responses, key=lambda r, p=prompt: worth(p, r))) for prompt, responses in groups]
-        files[f"{part}_dpo"] = [{"prompt": p, "chosen": rs[-1], "rejected": rs[0]} for p, rs in ranked if worth(p, rs[-1]) > worth(p, rs[0])]
+        files[f"{part}_dpo"] = [
+            {"prompt": p, "chosen": rs[-1], "rejected": rs[0]} for p, rs in ranked if worth(p, rs[-1]) > worth(p, rs[0])
+        ]
         files[f"{part}_prompts"] = [{"prompt": prompt} for prompt, _ in groups]
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():

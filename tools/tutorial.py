@@ -1,0 +1,173 @@
+"""The whole tutorial, from a Hugging Face folder to five models and a table: python tools/tutorial.py [--size mini|large] [--seeds N].
+
+Convert in, SFT, reward model, then RLHF, DPO, OnlineDPO and GRPO from the same SFT model, convert out, and the gold reward of each model's
+answers to held-out prompts, as a fresh engine gives them. Every seed goes the whole way; stages that do not wait for one another run side
+by side, one per core or per GPU. tools/tutorial_task.py has the task, configs/tutorial/ each stage's keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import curves
+import demo_task
+import tutorial_task
+
+ROOT = Path(__file__).parents[1]
+MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "OnlineDPO", "grpo": "GRPO"}
+SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task.py has
+    "mini": {"vocab_size": 320},
+    "large": {
+        "vocab_size": 1024,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    },
+}
+
+
+@dataclass
+class Stage:
+    """One command, and the stages whose folders it needs."""
+
+    name: str  # also its folder under the run's
+    arguments: list[str]  # of launch.sh
+    after: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def stages(out: Path, size: str, seed: int) -> list[Stage]:
+    """The way of one seed."""
+    run, data, reward = out / f"seed{seed}", out / "data", f"reward.load={out}/seed{seed}/reward/hf"
+
+    def train(mode: str, load: Path, after: tuple[str, ...], *more: str) -> Stage:
+        files = [f"configs/tutorial/{name}.toml" for name in (mode, f"{size}/{mode}") if (ROOT / f"configs/tutorial/{name}.toml").exists()]
+        kind = {"sft": "sft", "reward": "reward", "dpo": "dpo"}.get(mode, "prompts")
+        keys = [f"policy.load={load}", f"data.train={data}/train_{kind}.jsonl", f"data.eval={data}/dev_{kind}.jsonl"]
+        return Stage(mode, [mode, *files, *keys, f"out={run}/{mode}", f"seed={seed}", *more], after)
+
+    def evaluate(mode: str, folder: Path, after: str) -> Stage:
+        keys = ["evaluate.prompts=0", "data.max_tokens=96", "rollout.max_tokens=64", "reward.function=tools/tutorial_task.py:gold"]
+        where = [f"policy.load={folder}", f"data.eval={data}/dev_prompts.jsonl", f"out={run}/evaluate-{mode}"]
+        return Stage(f"evaluate-{mode}", ["evaluate", *keys, *where, f"seed={seed}"], (after,))
+
+    sft = run / "sft/hf"
+    aligned = [train(mode, sft, ("sft", "reward"), reward) for mode in ("rlhf", "online-dpo", "grpo")]
+    aligned[0].arguments.append("checkpoint.format=[hf, legacy]")
+    back = {"LOAD_PATH": f"{run}/rlhf/legacy", "SAVE_PATH": f"{run}/rlhf/converted", "TOKENIZER_MODEL": str(out / "model")}
+    return [
+        train("sft", out / "megatron", ()),
+        train("reward", sft, ("sft",)),
+        *aligned,
+        train("dpo", sft, ("sft",)),
+        Stage("convert", ["convert_megatron_to_hf"], ("rlhf",), back),
+        evaluate("rlhf", run / "rlhf/converted", "convert"),
+        *[evaluate(mode, run / mode / "hf", mode) for mode in MODELS if mode != "rlhf"],
+    ]
+
+
+def carry_out(todo: list[Stage], logs: Path, slots: list[str]) -> None:
+    """Run the stages, each as soon as those before it are done and a slot (a core, or the number of a GPU) is free."""
+    logs.mkdir(parents=True, exist_ok=True)
+    done: set[str] = set()
+    running: dict[str, tuple[Stage, subprocess.Popen, float]] = {}
+    waiting = list(todo)
+    while waiting or running:
+        for slot in [slot for slot in slots if slot not in running]:
+            ready = next((stage for stage in waiting if done.issuperset(stage.after)), None)
+            if ready:
+                waiting.remove(ready)
+                running[slot] = (ready, start(ready, logs, slot), time.time())
+        for slot, (stage, process, began) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[slot]
+            if process.returncode:
+                for _, other, _ in running.values():
+                    other.terminate()
+                log = (logs / f"{stage.name}.log").read_text()
+                sys.exit(f"{log[-3000:]}\n{stage.name} ended with exit code {process.returncode}; its output is in {logs}/{stage.name}.log")
+            done.add(stage.name)
+            stage.seconds = time.time() - began
+            print(f"   {logs.parent.name}/{stage.name}: {stage.seconds:.0f} s", flush=True)
+        time.sleep(0.1)
+
+
+def start(stage: Stage, logs: Path, slot: str) -> subprocess.Popen:
+    """One command as a person would type it."""
+    shown = [f"{name}={value}" for name, value in stage.environment.items()]
+    print(f"== {' '.join([*shown, './launch.sh', *stage.arguments])}", flush=True)
+    environment = {**os.environ, **stage.environment, "RLHF_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    if slot.isdigit():
+        environment["CUDA_VISIBLE_DEVICES"] = slot
+    with (logs / f"{stage.name}.log").open("w") as log:
+        return subprocess.Popen([ROOT / "launch.sh", *stage.arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def prepare(out: Path, size: str) -> None:
+    """Data, tokenizer and a Hugging Face folder of random weights: what a person brings."""
+    shutil.rmtree(out, ignore_errors=True)
+    tutorial_task.write(out / "data")
+    demo_task.make_model(out / "model", out / "data", SIZES[size], pieces=SIZES[size]["vocab_size"])
+    demo_task.make_weights(out / "model")
+    convert = {"LOAD_PATH": f"{out}/model", "SAVE_PATH": f"{out}/megatron", "TP": "1", "PP": "1"}
+    carry_out([Stage("convert", ["convert_hf_to_megatron"], (), convert)], out / "logs", ["core 0"])
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def report(out: Path, seeds: range, seconds: float) -> str:
+    """The table: gold reward of each model, and by how much it beats SFT, over seeds."""
+    found = {mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}")[-1]["eval_reward"] for seed in seeds] for mode in MODELS}
+    lines = ["gold reward of greedy answers to held-out prompts", f"  {'model':12} {'mean':>7} {'less SFT':>9} {'noise':>7}   each seed"]
+    for mode, title in MODELS.items():
+        gains = [value - base for value, base in zip(found[mode], found["sft"], strict=True)]
+        noise = f"{stdev(gains):7.3f}" if len(gains) > 1 else "      -"
+        each = " ".join(f"{value:.3f}" for value in found[mode])
+        lines.append(f"  {title:12} {mean(found[mode]):7.3f} {mean(gains):+9.3f} {noise}   {each}")
+    accuracy = [rows(out / f"seed{seed}/reward")[-1]["eval_accuracy"] for seed in seeds]
+    lines.append(f"the reward model orders {mean(accuracy):.1%} of held-out pairs as the gold reward does")
+    lines.append(f"{seconds / 60:.1f} minutes in all")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launch.sh tutorial", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="mini", help="of the model (default: mini, for a CPU)")
+    parser.add_argument("--seeds", type=int, default=3, help="how often everything is done (default: 3)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/tutorial", help="folder (default: runs/tutorial)")
+    parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="stages side by side (default: one per core)")
+    parser.add_argument("--gpus", default="", help="numbers of the GPUs to use, such as 0,1; one stage runs on each")
+    chosen = parser.parse_args(arguments)
+    began, out = time.time(), chosen.out.resolve()
+    slots = chosen.gpus.split(",") if chosen.gpus else [f"core {i}" for i in range(chosen.slots)]
+    prepare(out, chosen.size)
+    seeds = range(1, chosen.seeds + 1)
+    for seed in seeds:
+        carry_out(stages(out, chosen.size, seed), out / f"seed{seed}" / "logs", slots)
+    text = report(out, seeds, time.time() - began)
+    (out / "table.txt").write_text(text)
+    curves.draw(
+        {title: rows(out / "seed1" / mode) for mode, title in MODELS.items() if mode not in ("sft", "dpo")}, "eval_reward", out / "curves"
+    )
+    print(f"\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
