@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ class Checkpoints:
         self.out = Path(config.out)
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
 
-    def resume(self, learners: dict[str, Learner], state: dict[str, float]) -> int:
-        """Load the newest checkpoint into the trained learners and the algorithm's state; the number of steps done (0: there is none).
+    def resume(self, learners: Iterable[tuple[str, Learner]], state: dict[str, float]) -> int:
+        """Load the newest checkpoint into the trained learners, by role, and the algorithm's state; the number of steps done (0: none).
 
         Raises UserError where it was made with another layout, seed, dtype or mode.
         """
@@ -52,7 +52,7 @@ class Checkpoints:
                 raise UserError(
                     f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out, or resume=false"
                 )
-        for role, learner in learners.items():
+        for role, learner in learners:
             learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
         random = self._load(folder / f"random_rank{self.mesh.rank}.pt")
         torch.set_rng_state(random["cpu"].cpu())
@@ -61,7 +61,9 @@ class Checkpoints:
         state.update(meta["state"])
         return meta["step"]
 
-    def save(self, step: int, learners: dict[str, Learner], state: dict[str, float], export: Callable[[Path], None] | None = None) -> None:
+    def save(
+        self, step: int, learners: Iterable[tuple[str, Learner]], state: dict[str, float], export: Callable[[Path], None] | None = None
+    ) -> None:
         """Write step's folder, point `latest` to it, and delete what checkpoint.keep leaves over. Every rank calls it."""
         folder = self.out / f"step_{step:06}"
         partial = folder.with_suffix(".partial")
@@ -70,7 +72,7 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
         self.mesh.barrier()
-        for role, learner in learners.items():
+        for role, learner in learners:
             weights, optimizer = learner.state()
             if self.mesh.dp_rank == self.mesh.cp_rank == 0:
                 self._save(weights, partial / self._model(role))

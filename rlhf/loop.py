@@ -24,6 +24,7 @@ from rlhf.rewards import Rewards
 from rlhf.roles import Roles
 from rlhf.rollout.sampler import Sampler, summary
 from rlhf.train.optimizer import learning_rate
+from rlhf.train.parking import Parking
 from rlhf.weights import files, names
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
@@ -66,14 +67,14 @@ class Run:
             publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, self.dtype)
             self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.records)
         temperature = config.rollout.temperature if self.algorithm.online else 1.0
-        self.roles = Roles(config, mesh, given.roles, self.dtype, temperature)
-        self.subject = next(iter(self.roles.trained))  # what the run is for
+        self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking((), mesh.device))
+        self.subject = self.roles.trained[0]  # what the run is for
         self.checkpoints = Checkpoints(config, mesh, self.dtype)
 
     def train(self) -> int:
         """All steps from the newest checkpoint on, or from the first. After a signal the step at hand is the last. Returns it, or 0."""
-        config, held_out, trained, interrupt = self.config, self.given.held_out, self.roles.trained, Interrupt()
-        start = self.checkpoints.resume(trained, self.algorithm.state) if config.resume else 0
+        config, held_out, interrupt, visit = self.config, self.given.held_out, Interrupt(), self.roles.visit
+        start = self.checkpoints.resume(visit("learn"), self.algorithm.state) if config.resume else 0
         self.metrics = metrics = Metrics(config, self.mesh, start)
         self._announce(start)
         self.publish(check=True)
@@ -100,7 +101,7 @@ class Run:
             stop = max(self.mesh.all_gather(interrupt.number))  # a signal to any rank stops all of them after the same step
             if stop or due(done, config.checkpoint.every, config.steps):
                 export = self.export if config.checkpoint.export or done == config.steps else None
-                self.checkpoints.save(done, trained, self.algorithm.state, export)
+                self.checkpoints.save(done, visit("save"), self.algorithm.state, export)
             if stop and done < config.steps:
                 return stop
         return 0
@@ -128,26 +129,32 @@ class Run:
             self.metrics.add_common({"mismatch": (float(gaps.sum()), float(len(gaps)))})
 
     def learn(self, samples: list[Sample], step: int) -> None:
-        """batch.epochs passes over the samples, batch.minibatches updates each. Groups stay whole, and meet in a new order each pass."""
-        b, groups, algorithm = self.config.batch, sorted({s.group for s in samples}), self.algorithm
-        for epoch in range(b.epochs):
-            order = np.random.default_rng((self.config.seed, step, epoch)).permutation(groups)
-            for turn, members in enumerate(np.array_split(order, b.minibatches)):
-                chosen = set(members.tolist())
-                batch = [s for s in samples if s.group in chosen]
-                update = (step * b.epochs + epoch) * b.minibatches + turn
-                for role in self.roles.trained if batch else ():
-                    if step >= algorithm.warmup.get(role, 0):
-                        lr = learning_rate(self._optim(role), update, self.config.steps * b.epochs * b.minibatches)
-                        self.metrics.add(self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr))
+        """batch.epochs passes over the samples, batch.minibatches updates each; one role after the other."""
+        b, algorithm = self.config.batch, self.algorithm
+        batches = [batch for epoch in range(b.epochs) for batch in self._minibatches(samples, step, epoch)]
+        for role, _ in self.roles.visit("learn") if samples else ():
+            for turn, batch in enumerate(batches):
+                if batch and step >= algorithm.warmup.get(role, 0):
+                    lr = learning_rate(self._optim(role), step * len(batches) + turn, self.config.steps * len(batches))
+                    self.metrics.add(self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr))
+
+    def _minibatches(self, samples: list[Sample], step: int, epoch: int) -> list[list[Sample]]:
+        """The samples of each update of one pass. Groups stay whole, and meet in a new order each pass."""
+        order = np.random.default_rng((self.config.seed, step, epoch)).permutation(sorted({s.group for s in samples}))
+        parts = [set(part.tolist()) for part in np.array_split(order, self.config.batch.minibatches)]
+        return [[s for s in samples if s.group in part] for part in parts]
 
     def publish(self, check: bool) -> None:
         """Give the engine the policy's weights; with check, prove that it has them."""
         if not self.sampler:
             return
+        self.roles.parking.enter("publish")
         self.sampler.publish(self.roles.learners["policy"].parameters())
+        self.roles.parking.enter("rollout")  # first the weights go, then the cache comes
+        self.sampler.engine.wake()
         if check:
             self._compare(self.sampler)
+            self.publish(check=False)
 
     def evaluate(self, held_out: Records) -> None:
         """Held-out reward of greedy responses, or held-out loss where nothing is generated."""
@@ -177,8 +184,9 @@ class Run:
         return replace(self.config.optim, lr=own or self.config.optim.lr)
 
     def _compare(self, sampler: Sampler) -> None:
-        """Sample a little and let the policy score it: engine and learner must give the same log-probs."""
+        """Sample a little and let the policy score it: engine and learner must give the same log-probs. The engine is asleep afterwards."""
         samples = sampler.probe(self.given.records.head(2 * self.mesh.world))
+        sampler.engine.sleep()
         gaps = np.concatenate(
             [np.abs(a - s.sampler_logp)[s.mask] for s, a in zip(samples, self.roles.read("policy", samples), strict=True)]
         )
@@ -256,7 +264,7 @@ def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -
     samples = sampler.greedy(given.records.head(config.evaluate.prompts), sampler.reward)
     engine.sleep()
     if given.roles:
-        Roles(config, mesh, given.roles, dtype, 1.0).judge(samples)
+        Roles(config, mesh, given.roles, dtype, 1.0, Parking((), mesh.device)).judge(samples)
     report(config, mesh, samples)
     metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
     metrics.write(config.steps)

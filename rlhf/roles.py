@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,23 @@ from rlhf.model.architecture import Architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.prepare import Role
 from rlhf.train.learner import Learner
+from rlhf.train.parking import Parking
 from rlhf.weights import files, initial, names
 
 LossFunction = Callable[[Batch, Output], Loss]
 
 
 class Roles:
-    """Every role's learner. Samples go in whole and alike on every rank; data-parallel replicas share the work."""
+    """Every role's learner, taking turns on the device. Samples go in whole and alike on every rank; replicas share the work."""
 
-    def __init__(self, config: Config, mesh: Mesh, roles: dict[str, Role], dtype: torch.dtype, temperature: float):
+    def __init__(self, config: Config, mesh: Mesh, roles: dict[str, Role], dtype: torch.dtype, temperature: float, parking: Parking):
         self.config, self.mesh, self.roles, self.dtype, self.temperature = config, mesh, roles, dtype, temperature
-        self.learners = {name: self._learner(role) for name, role in roles.items()}
-        self.trained = {name: self.learners[name] for name, role in roles.items() if role.use == "train"}
+        self.parking = parking
+        self.learners: dict[str, Learner] = {}
+        for name, role in roles.items():
+            self.learners[name] = self._learner(role)
+            parking.add(name, self.learners[name])
+        self.trained = [name for name, role in roles.items() if role.use == "train"]
 
     def __contains__(self, name: str) -> bool:
         return name in self.learners
@@ -39,8 +44,15 @@ class Roles:
         """The tiles of every rank's training shard."""
         return names.tilings(arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
 
+    def visit(self, phase: str) -> Iterator[tuple[str, Learner]]:
+        """The trained roles, one after another, each made resident for the phase."""
+        for name in self.trained:
+            self.parking.enter(phase, name)
+            yield name, self.learners[name]
+
     def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
         """A role's stream [L] (log-probs, or values) of every sample, in order, on every rank."""
+        self.parking.enter("score", name)
         indexed = {id(sample): i for i, sample in enumerate(samples)}
         cut = self._cut(name, samples, whole_groups=False)
         mine = self.learners[name].score(cut[self.mesh.dp_rank])
@@ -58,17 +70,19 @@ class Roles:
             sample.reward += float(stream[-1])
 
     def learn(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool, lr: float) -> Sums:
-        """One optimizer update of a role; this rank's part of the metrics."""
+        """One optimizer update of a role that is being visited; this rank's part of the metrics."""
         sums = self.learners[name].learn(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss, lr)
-        return sums if name == next(iter(self.trained)) else {f"{name}_{metric}": pair for metric, pair in sums.items()}
+        return sums if name == self.trained[0] else {f"{name}_{metric}": pair for metric, pair in sums.items()}
 
     def evaluate(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool) -> Sums:
         """The metrics of a loss, without learning; this rank's part."""
+        self.parking.enter("score", name)
         return self.learners[name].evaluate(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss)
 
     def export(self, name: str, folder: Path) -> None:
         """Write a role's model as a Hugging Face folder: a causal language model, or a classifier of one label. Every rank calls it."""
         role = self.roles[name]
+        self.parking.enter("score", name)
         files.write(
             folder,
             replace(role.arch, lm=not role.arch.scalar),  # the output layer that trained beside a scalar head stays behind

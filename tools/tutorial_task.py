@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def write(folder: Path, seed: int = 0, num: int = 8192, num_heldout: int = 128, 
         groups = [(prompt, [answer(thing, draw) for _ in range(siblings)]) for prompt, thing in prompts]
         files[f"{part}_sft"] = [{"query": prompt, "response": responses[0]} for prompt, responses in groups]
         files[f"{part}_reward"] = [{"query": p, "response": rs, "score": [worth(p, r) for r in rs]} for p, rs in groups]
-        ranked = [(prompt, sorted(responses, key=lambda r, p=prompt: worth(p, r))) for prompt, responses in groups]
+        ranked = [(prompt, sorted(responses, key=partial(worth, prompt))) for prompt, responses in groups]
         files[f"{part}_dpo"] = [
             {"prompt": p, "chosen": rs[-1], "rejected": rs[0]} for p, rs in ranked if worth(p, rs[-1]) > worth(p, rs[0])
         ]

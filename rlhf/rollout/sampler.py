@@ -50,11 +50,10 @@ class Sampler:
         return [sample for group in (kept or drawn)[:count] for sample in group], sums
 
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
-        """Give the engine the learner's weights (by megatron-core's names) and wake it."""
+        """Give the engine the learner's weights (by megatron-core's names); it has to wake before it generates."""
         assert self.publisher, "an engine that loaded its own weights is never published to"
         self.engine.wake_weights()
         self.publisher.publish(parameters, self.engine.parameters())
-        self.engine.wake()
 
     def sampling(self) -> Sampling:
         """How the configuration says to sample. A stop string that is a single token ends generation at once."""

@@ -161,10 +161,10 @@ class Case:
         first, second = self.learner(train=True), self.learner(train=True)
         for _ in range(2):
             first.learn(self.cut(100), loss, LR)
-        checkpoints.save(2, {"policy": first}, {"coefficient": 0.1})
+        checkpoints.save(2, {"policy": first}.items(), {"coefficient": 0.1})
         first.learn(self.cut(100), loss, LR)
         state: dict[str, float] = {}
-        assert checkpoints.resume({"policy": second}, state) == 2
+        assert checkpoints.resume({"policy": second}.items(), state) == 2
         assert state == {"coefficient": 0.1}
         second.learn(self.cut(100), loss, LR)
         wanted = first.parameters()
