@@ -13,7 +13,7 @@ MODES = {
     "dpo": "direct preference optimisation on pairs of responses",
     "online-dpo": "DPO on pairs that the policy samples and the reward ranks",
     "grpo": "group relative policy optimisation: sample, verify, update",
-    "evaluate": "generate greedily with the engine from a Hugging Face folder and score the responses",
+    "evaluate": "generate with the engine from a Hugging Face folder and score the responses",
 }
 
 
@@ -195,6 +195,7 @@ class Evaluate:
     every: int = 50  # steps between evaluations; 0: only before the first and after the last step
     function: str = ""  # reward of held-out responses (eval_reward), as in reward.function; empty: the training reward
     prompts: int = 256  # records used; 0: all
+    temperature: float = 0.0  # of the responses; 0: greedy
     show: int = 2  # sample rollouts printed
 
 

@@ -157,10 +157,10 @@ class Run:
             self.publish(check=False)
 
     def evaluate(self, held_out: Records) -> None:
-        """Held-out reward of greedy responses, or held-out loss where nothing is generated."""
+        """Held-out reward of fresh responses, or held-out loss where nothing is generated."""
         samples = held_out.head(self.config.evaluate.prompts)
         if self.sampler:
-            samples = self.sampler.greedy(samples, partial(reward, self.judge))
+            samples = self.sampler.answer(samples, partial(reward, self.judge))
             if "reward" in self.roles and not self.config.evaluate.function:
                 self.sampler.engine.sleep()
                 self.roles.judge(samples)
@@ -261,7 +261,7 @@ def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -
     engine = build_engine(config, mesh, given, dtype, load=True)
     sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, judge), given.records)
     metrics = Metrics(config, mesh, start=-1)
-    samples = sampler.greedy(given.records.head(config.evaluate.prompts), sampler.reward)
+    samples = sampler.answer(given.records.head(config.evaluate.prompts), sampler.reward)
     engine.sleep()
     if given.roles:
         Roles(config, mesh, given.roles, dtype, 1.0, Parking((), mesh.device)).judge(samples)

@@ -60,7 +60,7 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
         return Stage(mode, [mode, *files, *keys, f"out={run}/{mode}", f"seed={seed}", *more], after)
 
     def evaluate(mode: str, folder: Path, after: str) -> Stage:
-        keys = ["evaluate.prompts=0", "data.max_tokens=96", "rollout.max_tokens=64", "reward.function=tools/tutorial_task.py:gold"]
+        keys = ["evaluate.prompts=0", "evaluate.temperature=1", "data.max_tokens=96", "rollout.max_tokens=64", "reward.function=tools/tutorial_task.py:gold"]
         where = [f"policy.load={folder}", f"data.eval={data}/dev_prompts.jsonl", f"out={run}/evaluate-{mode}"]
         return Stage(f"evaluate-{mode}", ["evaluate", *keys, *where, f"seed={seed}"], (after,))
 
@@ -134,7 +134,7 @@ def rows(path: Path) -> list[dict[str, float]]:
 def report(out: Path, seeds: range, seconds: float) -> str:
     """The table: gold reward of each model, and by how much it beats SFT, over seeds."""
     found = {mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}")[-1]["eval_reward"] for seed in seeds] for mode in MODELS}
-    lines = ["gold reward of greedy answers to held-out prompts", f"  {'model':12} {'mean':>7} {'less SFT':>9} {'noise':>7}   each seed"]
+    lines = ["gold reward of sampled answers to held-out prompts", f"  {'model':12} {'mean':>7} {'less SFT':>9} {'noise':>7}   each seed"]
     for mode, title in MODELS.items():
         gains = [value - base for value, base in zip(found[mode], found["sft"], strict=True)]
         noise = f"{stdev(gains):7.3f}" if len(gains) > 1 else "      -"

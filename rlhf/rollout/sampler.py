@@ -62,9 +62,10 @@ class Sampler:
         stop_ids = (*self.tokenizer.stop_ids, *single)
         return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
 
-    def greedy(self, prompts: list[Sample], reward: Callable[[list[Sample]], None]) -> list[Sample]:
-        """One rewarded response per prompt, the likeliest token at every place."""
-        return self.sample(prompts, replace(self.sampling(), temperature=0.0, top_p=1.0, top_k=0), 1, 0, reward)
+    def answer(self, prompts: list[Sample], reward: Callable[[list[Sample]], None]) -> list[Sample]:
+        """One rewarded response per held-out prompt, at evaluate.temperature; the same draws at every evaluation."""
+        sampling = replace(self.sampling(), temperature=self.config.evaluate.temperature, top_p=1.0, top_k=0)
+        return self.sample(prompts, sampling, 1, 0, reward)
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """A few tokens after each prompt, drawn from the unfiltered distribution, to compare log-probs with; never rewarded."""

@@ -86,8 +86,8 @@ def sampler_text_without_last(folder: Path, sample: Sample) -> str:
 def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
     sampler = build(folder, mesh)
     prompts = sampler.records.head(5)
-    samples = sampler.greedy(prompts)
-    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.greedy(prompts)]
+    samples = sampler.answer(prompts)
+    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.answer(prompts)]
     sums = summary(samples)
     assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
     assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
