@@ -1,7 +1,7 @@
 """The command line: python -m rlhf MODE [CONFIG.toml ...] [key=value ...].
 
-Started by a person (or once per node by a scheduler), it checks the configuration and every input, then becomes torchrun, which starts
-this module again once per rank. Started as a rank (LOCAL_RANK is set), it runs the loop.
+Started once per node, it checks the configuration and every input, then starts itself once per rank and waits. Started as a rank, by
+itself, by torchrun or by srun, it runs the loop. Started in a Slurm allocation but outside of a step, as by sbatch, it calls srun first.
 """
 
 from __future__ import annotations
@@ -9,36 +9,41 @@ from __future__ import annotations
 import glob
 import os
 import sys
+import time
+from types import TracebackType
 
-from rlhf import configuration
+from rlhf import cluster, configuration, launcher, variables
 from rlhf.config import MODES, Config
 from rlhf.contracts import UserError
 
+ALIASES = {"ppo": "rlhf", "online_dpo": "online-dpo"}
+COMMAND = [sys.executable, "-m", "rlhf"]
+
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0, or 2 after a user's mistake, told in one line on stderr."""
+    """Returns the exit code: 0; 2 after a user's mistake, told in one line on stderr; 128 + signal after a signal."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
-    mode, *rest = arguments
+    mode, rest = ALIASES.get(arguments[0], arguments[0]), arguments[1:]
     try:
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
         if "-h" in rest or "--help" in rest:
             print(f"{mode}: {MODES[mode]}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
             return 0
-        config = configuration.load(mode, rest)
-        if "LOCAL_RANK" in os.environ:
-            return run(config)
-        nodes, ranks = world(config)
-        from rlhf.prepare import inputs
-
-        inputs(config, nodes * ranks)
+        config = configuration.load(mode, variables.arguments(mode, rest, os.environ))
+        if cluster.in_allocation(os.environ):
+            return cluster.step([*COMMAND, *arguments], os.environ)
+        os.environ.update(task := cluster.task(os.environ))
+        if task and gpus() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
+        return run(config) if "LOCAL_RANK" in os.environ else launch(config, arguments)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"rlhf: {error}", file=sys.stderr)
+        if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
+            time.sleep(1)  # most mistakes are everybody's: the first one tells it, and the others are ended meanwhile
+        print(f"rlhf: {error}", file=sys.stderr)
         return 2
-    return launch(nodes, ranks, arguments)
 
 
 def usage() -> str:
@@ -46,19 +51,33 @@ def usage() -> str:
     return (
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
         f"{modes}\n  {'demo':10} the whole way on a small task, from nothing to an aligned model\n  {'test':10} lint and tests\n\n"
-        "./launch.sh MODE --help lists every key."
+        f"./launch.sh MODE --help lists every key.\n\nShell variables (they win over files and lose to key=value):\n{variables.manual()}"
     )
 
 
-def world(config: Config) -> tuple[int, int]:
-    """Nodes, and ranks on each: all GPUs (GPUS_PER_NODE overrides), or on a CPU as many as the layout asks for."""
+def launch(config: Config, arguments: list[str]) -> int:
+    """Be the launcher of one node."""
+    node = cluster.node(os.environ)
+    count = ranks_per_node(config, node.count)
+    from rlhf.prepare import inputs
+
+    inputs(config, node.count * count)
+    if node.index == 0 and (set_by_variables := variables.settings(config.mode, os.environ)):
+        print("variables:", *(f"{key}={value}" for key, value in set_by_variables.items()), flush=True)
+    quiet = {} if gpus() else {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # vLLM warns of every memory policy it sets on a CPU
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
+    ranks = cluster.ranks_of(node, count, os.environ)
+    return launcher.run([*COMMAND, *arguments], [{**threads, **quiet, **os.environ, **rank} for rank in ranks])
+
+
+def ranks_per_node(config: Config, nodes: int) -> int:
+    """All GPUs (GPUS_PER_NODE overrides), or on a CPU as many as the layout asks for."""
     p = config.parallel
-    nodes = int(os.environ.get("WORLD_SIZE", "1"))  # of nodes, as cluster launchers set it before torchrun does
     devices = int(os.environ.get("GPUS_PER_NODE", "0")) or gpus()
     asked = p.tp * p.pp * p.cp * max(p.dp, 1)
     if not devices:
-        return nodes, max(1, -(-asked // nodes))
-    return nodes, min(devices, -(-asked // nodes)) if p.dp else devices
+        return max(1, -(-asked // nodes))
+    return min(devices, -(-asked // nodes)) if p.dp else devices
 
 
 def gpus() -> int:
@@ -67,33 +86,6 @@ def gpus() -> int:
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     return len(glob.glob("/dev/nvidia[0-9]*"))
-
-
-def launch(nodes: int, ranks: int, arguments: list[str]) -> int:
-    """Become torchrun, or for a single rank just the rank."""
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    if not gpus():
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM warns of every memory policy it sets on a CPU
-    if nodes == ranks == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.execv(sys.executable, [sys.executable, "-m", "rlhf", *arguments])
-    where = ["--standalone"]
-    if nodes > 1:
-        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
-        where = [f"--nnodes={nodes}", f"--node-rank={os.environ.get('RANK', '0')}", f"--master-addr={address}", f"--master-port={port}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={ranks}", "-m", "rlhf"]
-    os.execv(sys.executable, [*torchrun, *arguments])
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(config: Config) -> int:
@@ -105,14 +97,25 @@ def run(config: Config) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|torch\.cuda")
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    sys.excepthook = fail
     from rlhf import loop
 
     signal = loop.run(config)
+    return 128 + signal if signal else 0
+
+
+def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a rank at once, so that the others, which may be waiting for it, are ended too."""
+    sys.__excepthook__(kind, error, trace)
+    end(1)
+
+
+def end(code: int) -> None:
+    """End with everything written, but without the interpreter's exit: there engine and torch.distributed close each other's groups."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # The engine and torch.distributed take each other's process groups down at interpreter exit: end here, with everything written.
-    os._exit(128 + signal if signal else 0)
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from rlhf.__main__ import main
 from rlhf.model import architecture
+from rlhf.variables import VARIABLES
 from rlhf.weights import names
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -30,10 +31,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """fail(mode, *overrides) runs the command line on good inputs but for the overrides, and returns its one line on stderr."""
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "GPUS_PER_NODE"):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "GPUS_PER_NODE", "SLURM_JOB_ID", *VARIABLES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("ranks were started in spite of the mistake"))
+    monkeypatch.setattr("rlhf.launcher.run", lambda *_: pytest.fail("ranks were started in spite of the mistake"))
 
     def run(mode: str, *overrides: str) -> str:
         data = {"sft": "train_sft", "grpo": "train_rl"}[mode]

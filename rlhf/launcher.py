@@ -1,0 +1,82 @@
+"""The processes of one node: start a rank per device, pass signals on, leave nothing behind. As torchrun does, without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+
+from rlhf.interrupt import SIGNALS
+from rlhf.rewards.child import die_with_parent
+
+GRACE = 10.0  # seconds that ranks get to end by themselves after one of them failed
+WAITED = {*SIGNALS, signal.SIGCHLD}
+
+
+def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
+    """Run command once per environment (with a RANK in it), each in a process group of its own, until all have ended.
+
+    SIGNALS are passed on; SIGTERM or SIGINT for the second time kills. After a failure the others get SIGTERM, and SIGKILL when GRACE is
+    over. Returns the exit code of the first that failed, 128 + signal if it was killed; 0 if none did.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)  # they are waited for, not handled, so none can come at a bad moment
+    ranks = [_start(command, environment) for environment in environments]
+    code, deadline = 0, float("inf")
+    seen: set[signal.Signals] = set()
+    while running := [rank for rank in ranks if rank.poll() is None]:
+        failed = [(index, rank.returncode) for index, rank in enumerate(ranks) if rank.returncode]
+        if failed and not code:
+            index, status = failed[0]
+            code, deadline = _exit_code(status), time.monotonic() + GRACE
+            if code not in (2, *(128 + number for number in SIGNALS)):  # a mistake, which it has told, or asked for
+                print(f"rlhf: rank {environments[index]['RANK']} ended with exit code {code}; ending the others", file=sys.stderr)
+            _signal(running, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _kill(running)
+        came = signal.sigtimedwait(WAITED, 1.0)
+        if came and came.si_signo in SIGNALS:
+            number = signal.Signals(came.si_signo)
+            if number in seen and number != signal.SIGUSR1:
+                code = code or 128 + number
+                _kill(running)
+            elif not seen:
+                print(f"rlhf: {number.name}: the run ends after the step at hand, which is saved; once more ends it now", file=sys.stderr)
+            seen.add(number)
+            _signal(running, number)
+    _kill(ranks)  # what they may have left in their groups
+    return code or next((_exit_code(rank.returncode) for rank in ranks if rank.returncode), 0)
+
+
+def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    end, _ = os.pipe()  # nothing is ever written: the other end closes with this process, and takes the rank along
+    rank = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, process_group=0, pass_fds=(end,), preexec_fn=partial(_prepare, end)
+    )
+    os.close(end)
+    return rank
+
+
+def _prepare(lifeline: int) -> None:
+    """In the child, before its program."""
+    die_with_parent(lifeline)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
+
+
+def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        rank.send_signal(number)
+
+
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+
+
+def _exit_code(status: int) -> int:
+    return status if status >= 0 else 128 - status

@@ -1,0 +1,126 @@
+"""The processes of a node: what ranks are told, whose exit code counts, where signals go, and that nothing survives."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A launcher of three ranks that run the program given as its argument.
+LAUNCHER = """
+import os, sys
+from rlhf import launcher
+launcher.GRACE = 0.5
+sys.exit(launcher.run([sys.executable, "-c", sys.argv[1]], [{**os.environ, "RANK": str(rank)} for rank in range(3)]))
+"""
+# What ranks begin with. Each also starts a process of its own, and tells both ids.
+RANK = """
+import os, signal, subprocess, sys, time
+rank = os.environ["RANK"]
+child = subprocess.Popen(["sleep", "60"])
+def told(number, frame): os.write(1, f"{rank} got {number}\\n".encode())
+def ready(): os.write(1, f"{rank} runs {os.getpid()} {child.pid}\\n".encode())
+"""
+
+
+def start(program: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LAUNCHER, RANK + program]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ready(process: subprocess.Popen[str]) -> list[int]:
+    """Wait for the three ranks; the ids of their processes and of those that they started."""
+    return [int(word) for _ in range(3) for word in process.stdout.readline().split()[2:]]
+
+
+def gone(pids: list[int], seconds: float = 5.0) -> bool:
+    def alive(pid: int) -> bool:
+        try:
+            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
+def test_all_well():
+    process = start("child.kill(); ready()")
+    assert len(ready(process)) == 6
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("sys.exit(2)", 2, ""),  # it has told the user's mistake
+        ("sys.exit(7)", 7, "rlhf: rank 1 ended with exit code 7; ending the others\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rlhf: rank 1 ended with exit code 137; ending the others\n"),
+    ],
+)
+def test_the_first_failure_counts_and_ends_the_others(end: str, code: int, said: str):
+    """One of the others ends when it is told to, one is deaf; neither they nor what any of the three started survives."""
+    process = start(
+        f'if rank == "0": signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n'
+        f'if rank == "2": signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
+        f'ready()\nif rank == "1": time.sleep(0.5); {end}\ntime.sleep(60)'
+    )
+    pids = ready(process)
+    assert process.communicate(timeout=20)[1] == said
+    assert process.returncode == code
+    assert gone(pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_every_rank(number: signal.Signals):
+    process = start(f"signal.signal({number:d}, told)\nready()\nsignal.pause()\nchild.kill()\nsys.exit(128 + {number:d})")
+    pids = ready(process)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=20)
+    assert set(said.splitlines()) == {f"{rank} got {number:d}" for rank in range(3)}
+    assert errors.startswith(f"rlhf: {number.name}: ")
+    assert errors.count("\n") == 1
+    assert process.returncode == 128 + number
+    assert gone(pids)
+
+
+def test_the_second_signal_ends_now():
+    process = start("signal.signal(signal.SIGINT, told)\nready()\nwhile True: time.sleep(1)")
+    pids = ready(process)
+    process.send_signal(signal.SIGINT)
+    assert sorted(process.stdout.readline() for _ in range(3)) == [f"{rank} got 2\n" for rank in range(3)]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert gone(pids)
+
+
+def test_before_the_loop_a_signal_ends_at_once():
+    process = start("ready()\ntime.sleep(60)")
+    pids = ready(process)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert gone(pids)
+
+
+def test_nothing_survives_the_launcher():
+    process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\ntime.sleep(60)")
+    pids = ready(process)
+    process.kill()
+    process.wait()
+    assert gone(pids)
+
+
+def test_it_loads_no_torch():
+    code = "import sys, rlhf.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,96 @@
+"""The tutorial's variables: which keys they set in which mode, and who wins."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf import configuration, variables
+from rlhf.config import MODES
+from rlhf.contracts import UserError
+
+ONE = {
+    "LOAD_PATH": "/m/base",
+    "POLICY_LOAD": "/m/sft",
+    "REWARD_LOAD": "/m/rm",
+    "TOKENIZER_MODEL": "/m/tokenizer.model",
+    "DATASET_PATH": "/d/train",
+    "EVAL_DATASET_PATH": "/d/eval.jsonl",
+    "CHECKPOINT_PATH": "/out/stage",
+    "output_dir": "/out",
+    "exp_name": "first",
+    "TP": "4",
+    "PP": "2",
+}
+
+
+def load(mode: str, env: dict[str, str], *given: str) -> object:
+    return configuration.load(mode, variables.arguments(mode, list(given), env))
+
+
+def test_every_variable_is_for_modes_that_exist():
+    for modes, _, _ in variables.VARIABLES.values():
+        assert all(mode in MODES or mode.startswith("convert") for mode in modes.split(", "))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_keys(mode: str):
+    config = load(mode, ONE)
+    assert config.policy.load == ("/m/base" if mode in ("sft", "reward") else "/m/sft")
+    assert config.reward.load == ("/m/rm" if mode in ("rlhf", "online-dpo", "grpo") else "")
+    assert config.reward.function == ("math" if mode == "grpo" else "")
+    assert config.policy.tokenizer == "/m/tokenizer.model"
+    assert config.data.eval == "/d/eval.jsonl"
+    if mode == "evaluate":  # it makes no run, and must not write into one
+        assert (config.data.train, config.out, config.parallel.tp) == ("", "runs/default", 1)
+    else:
+        assert (config.data.train, config.parallel.tp, config.parallel.pp) == ("/d/train", 4, 2)
+        assert config.out == ("/out/stage" if mode in ("sft", "reward") else "/out/first")
+
+
+def test_file_then_variable_then_key(tmp_path: Path):
+    file = tmp_path / "mine.toml"
+    file.write_text('out = "file"\nsteps = 7\n[parallel]\ntp = 1\n[reward]\nfunction = "my:own"\n')
+    assert load("grpo", ONE, str(file)).reward.function == "my:own"
+    config = load("grpo", ONE, "parallel.tp=8", str(file))
+    assert (config.steps, config.parallel.tp, config.out) == (7, 8, "/out/first")
+    config = load("grpo", {**ONE, "exp_name": ""}, str(file), "out=mine")
+    assert config.out == "mine"
+    assert load("grpo", {}, str(file)).out == "file"
+
+
+def test_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(variables, "CONFIGS", tmp_path)
+    (tmp_path / "llama2-7B.toml").write_text("steps = 5\nseed = 3\n[parallel]\ntp = 2\n")
+    mine = tmp_path / "mine.toml"
+    mine.write_text("seed = 4\n")
+    config = load("rlhf", {"model_size": "llama2-7B", "output_dir": "/out"}, str(mine))
+    assert (config.steps, config.seed, config.parallel.tp, config.out) == (5, 4, 2, "/out/llama2-7B-rlhf")
+    with pytest.raises(UserError, match=r"model_size=llama9: .*llama9\.toml is not there"):
+        load("rlhf", {"model_size": "llama9"})
+
+
+def test_folders(tmp_path: Path):
+    """As the tutorial lays them out: train.jsonl and dev.jsonl in a data folder, iterations in a checkpoint folder."""
+    (tmp_path / "train.jsonl").write_text("")
+    assert variables.settings("sft", {"DATASET_PATH": str(tmp_path)}) == {"data.train": f"{tmp_path}/train.jsonl"}
+    (tmp_path / "dev.jsonl").write_text("")
+    both = {"data.train": f"{tmp_path}/train.jsonl", "data.eval": f"{tmp_path}/dev.jsonl"}
+    assert variables.settings("sft", {"DATASET_PATH": str(tmp_path)}) == both
+    assert variables.settings("sft", {"DATASET_PATH": f"{tmp_path}/train.jsonl"}) == {"data.train": f"{tmp_path}/train.jsonl"}
+    assert variables.settings("sft", {"DATASET_PATH": "/x", "EVAL_DATASET_PATH": str(tmp_path)})["data.eval"] == f"{tmp_path}/dev.jsonl"
+    for name in ("iter_0001000", "step_000020/hf", "hf"):
+        (tmp_path / "rm" / name).mkdir(parents=True)
+    reward = {"REWARD_LOAD": f"{tmp_path}/rm"}
+    for iteration, folder in (("1000", "iter_0001000"), ("20", "step_000020/hf"), ("", "hf")):
+        assert variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": iteration}) == {"reward.load": f"{tmp_path}/rm/{folder}"}
+    with pytest.raises(UserError, match=re.escape("holds neither iter_0000007 nor step_000007/hf")):
+        variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": "7"})
+    with pytest.raises(UserError, match="REWARD_LOAD_ITERATION=last"):
+        variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": "last"})
+
+
+def test_values_are_texts_whatever_they_look_like():
+    assert load("sft", {"LOAD_PATH": "7", "CHECKPOINT_PATH": "a = b"}).out == "a = b"
