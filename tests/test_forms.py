@@ -158,7 +158,7 @@ def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, mode):
 def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llama3, qwen, shared_data):
     """Files with the dialogues' text need template plain, files with messages template human; both give the same samples."""
     with gzip.open(shared_data / "hh_harmless_test.jsonl.gz") as lines:
-        texts = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[::2] for _, line in zip(range(300), lines, strict=False)]
+        texts = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[::2] for _, line in zip(range(100), lines, strict=False)]
     plain, human = [], []
     for prompt, response in texts:
         parts = re.split(r"\n\n(Human|Assistant): ", prompt)[1:]
@@ -167,7 +167,7 @@ def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llam
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(parts[1::2])]
         plain.append({"prompt": prompt + "\n\nAssistant:", "chosen": response, "rejected": " Yes.", "response": response})
         human.append({"prompt": turns, "chosen": response[1:], "rejected": "Yes.", "response": response[1:]})
-    assert len(plain) > 250
+    assert len(plain) > 80
     assert max(len(row["prompt"]) for row in human) > 5
     for tokenizer in (llama2, llama3, qwen):
         for mode, learn in (("dpo", "all"), ("sft", "last"), ("rlhf", "all")):

@@ -1,0 +1,183 @@
+"""Public data sets, as they are downloaded, to the files that the modes read: python tools/prepare_data.py TASK --from PATH --to FOLDER.
+
+Every task writes FOLDER/KIND/train.jsonl and dev.jsonl, where KIND is what the files are for:
+
+    hh       dialogues of Anthropic's HH-RLHF (2204.05862)  sft, reward, dpo, and alignment: prompts for rlhf, online-dpo and grpo
+    gsm8k    problems of GSM8K (2110.14168)                 sft, and math: prompts and answers for grpo with the math verifier
+    mtbench  first questions of MT-Bench (2306.05685)       alignment, all held out
+
+PATH is a file or a folder, which is searched for jsonl files (.gz too) at any depth; those called test, dev or valid are held out, and
+with --dev a share of the other prompts. --as says how dialogues are written: as text with the markers "Human:" and "Assistant:" of HH
+in it, which is for data.template=plain, or as messages, for every other template. With data.template=human both give the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rlhf.contracts import UserError
+from rlhf.data import forms, jsonl
+
+Row = dict[str, Any]
+Text = str | list[Row]  # a dialogue with HH's markers in it, or messages
+Made = tuple[str, dict[str, Row | str]]  # the prompt, and for each kind the line to write, or why there is none
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HELD_OUT = re.compile(r"(?:^|[_.-])(?:test|dev|valid|validation)(?:[_.-]|$)")
+
+
+def hh(row: Row, as_text: bool) -> Made:
+    """chosen and rejected are whole dialogues, which differ in the assistant's last turn. Prompts and demonstrations are of the chosen."""
+    (prompt, _, better), (other, _, worse) = (_text(row, key).rpartition(ASSISTANT) for key in ("chosen", "rejected"))
+    turns = _turns(prompt)
+    if not turns or not (as_text or _alternate(turns)):
+        return prompt, dict.fromkeys(("sft", "reward", "dpo", "alignment"), "the speakers do not take turns")
+    asked: Text = prompt + ASSISTANT if as_text else turns
+    responses = [said if as_text else said.removeprefix(" ") for said in (better, worse)]
+    made: dict[str, Row | str] = {"alignment": {"prompt": asked}}
+    made["sft"] = _demonstration(asked, responses[0]) if better.strip() else "the response is empty"
+    why_not = {
+        "the dialogues differ before the last turn": prompt != other,
+        "a response is empty": not (better.strip() and worse.strip()),
+        "the responses are the same": better == worse,
+    }
+    if reasons := [why for why, holds in why_not.items() if holds]:
+        return prompt, made | {"reward": reasons[0], "dpo": reasons[0]}
+    made["reward"] = {"query": asked, "response": responses, "score": [1.0, 0.0]}
+    made["dpo"] = {"prompt": asked} | {key: _said(text, as_text) for key, text in zip(("chosen", "rejected"), responses, strict=True)}
+    return prompt, made
+
+
+def gsm8k(row: Row, as_text: bool) -> Made:
+    """answer is a whole solution, with the number behind ####."""
+    question, solution = _text(row, "question"), _text(row, "answer")
+    asked, answer = _question(question, as_text), solution.partition("####")[2].strip()
+    math: Row | str = {"eval_func": "math_rule", "prompt": asked, "answer": answer} if answer else "no answer behind ####"
+    return question, {"math": math, "sft": _demonstration(asked, f" {solution}" if as_text else solution)}
+
+
+def mtbench(row: Row, as_text: bool) -> Made:
+    """turns are two questions, of which the second is about the response to the first; the other keys are kept."""
+    if not isinstance(row.get("turns"), list) or not row["turns"]:
+        raise UserError("no list 'turns' in this line, which the lines of this data set have")
+    question = row["turns"][0]
+    return question, {"alignment": {"prompt": _question(question, as_text), **row}}
+
+
+TASKS: dict[str, Callable[[Row, bool], Made]] = {"hh": hh, "gsm8k": gsm8k, "mtbench": mtbench}
+
+
+def _text(row: Row, key: str) -> str:
+    if not isinstance(row.get(key), str):
+        raise UserError(f"no text {key!r} in this line, which the lines of this data set have")
+    return row[key]
+
+
+def _question(text: str, as_text: bool) -> Text:
+    return f"{HUMAN} {text}{ASSISTANT}" if as_text else [{"role": "user", "content": text}]
+
+
+def _demonstration(asked: Text, response: str) -> Row:
+    if isinstance(asked, str):
+        return {"query": asked, "response": response}
+    return {"messages": [*asked, {"role": "assistant", "content": response}]}
+
+
+def _said(text: str, as_text: bool) -> Text:
+    return text if as_text else [{"role": "assistant", "content": text}]
+
+
+def _turns(dialogue: str) -> list[Row]:
+    """Its messages; none if it does not begin and end with the human."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
+    if before or not parts or not parts[0] == parts[-2] == "Human":
+        return []
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.removeprefix(" ")} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _alternate(turns: list[Row]) -> bool:
+    """Whether messages may be given to a template: every one has a text, and the roles take turns."""
+    return all(turn["role"] == ("user", "assistant")[i % 2] and turn["content"].strip() for i, turn in enumerate(turns))
+
+
+def sources(path: Path) -> Iterator[tuple[Path, bool]]:
+    """The files to read and whether they are held out, in the order of their names."""
+    if not path.is_dir():
+        yield from ((file, False) for file in jsonl.files(path))
+        return
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(jsonl.SUFFIXES)]
+    found = [file for file in found if "red-team-attempts" not in file.parts]  # of HH-RLHF, and no preferences
+    if not found:
+        raise UserError(f"--from {path}: no file in this folder ends in {', '.join(jsonl.SUFFIXES)}")
+    yield from ((file, bool(HELD_OUT.search(file.name))) for file in found)
+
+
+def is_in(share: float, prompt: str, seed: int) -> bool:
+    """Whether a prompt is among the share that is held out: the same for every order of the lines."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]) < share * 2**64
+
+
+def prepare(task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, seed: int = 1) -> tuple[dict[Path, list[str]], Counter]:
+    """The lines of each file, and how many were left out, by (kind, why). A prompt of several lines becomes one line of alignment.
+
+    Raises UserError naming file:line.
+    """
+    files: dict[Path, list[str]] = {}
+    left_out: Counter = Counter()
+    seen: set[str] = set()
+    for file, held_out in sources(source):
+        for where, line in jsonl.lines(file):
+            try:
+                prompt, made = TASKS[task](forms.parse(line), as_text)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            part = "dev.jsonl" if held_out or task == "mtbench" or is_in(dev, prompt, seed) else "train.jsonl"
+            if "alignment" in made and prompt in seen:
+                made["alignment"] = "the prompt was there before"
+            seen.add(prompt)
+            for kind, content in made.items():
+                if isinstance(content, str):
+                    left_out[kind, content] += 1
+                else:
+                    files.setdefault(Path(kind, part), []).append(json.dumps(content, ensure_ascii=False) + "\n")
+    return files, left_out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a mistake, told in one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="PATH", help="jsonl file or folder to read")
+    parser.add_argument("--to", dest="target", type=Path, required=True, metavar="FOLDER", help="folder to write to")
+    parser.add_argument("--as", dest="form", choices=("text", "messages"), default="text", help="how dialogues are written (text)")
+    parser.add_argument("--dev", type=float, default=0.0, metavar="SHARE", help="share of the prompts that is held out (0)")
+    parser.add_argument("--seed", type=int, default=1, help="decides which prompts those are (1)")
+    given = parser.parse_args(arguments)
+    try:
+        if not 0 <= given.dev < 1:
+            raise UserError(f"--dev is a share of the prompts, from 0 to 1; got {given.dev:g}")
+        files, left_out = prepare(given.task, given.source, as_text=given.form == "text", dev=given.dev, seed=given.seed)
+    except UserError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    for name, lines in sorted(files.items()):
+        (given.target / name).parent.mkdir(parents=True, exist_ok=True)
+        (given.target / name).write_text("".join(lines), encoding="utf-8")
+        print(f"{len(lines):8} lines in {given.target / name}")
+    for (kind, why), count in sorted(left_out.items()):
+        print(f"{count:8} left out of {kind}: {why}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
