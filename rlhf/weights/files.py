@@ -1,14 +1,13 @@
-"""Hugging Face folders of safetensors: checked by their headers, read box by box, written from a model on many ranks.
+"""Folders of weights, whatever their format: opened, checked, read box by box, written from files or from a model on many ranks.
 
-The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, data_offsets), the data.
-torch is imported where tensors are handled, so that a folder can be refused before anything else is loaded.
+Every format is a list of shards (one of Hugging Face tensors, or one per Megatron rank), each a tiling of the same tensors and a table
+of where its own tensors lie. torch is imported where tensors are handled, and to look into .pt files, so that a Hugging Face folder
+can be refused before anything else is loaded.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
@@ -16,80 +15,175 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.contracts import UserError
+from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
-from rlhf.weights import names
-from rlhf.weights.tiles import Tile, plan, view
+from rlhf.weights import hf, megatron, names
+from rlhf.weights.entries import DTYPES, Entry, Shape, groups, kind, mapped, some, store
+from rlhf.weights.tiles import Move, Tile, plan, view
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors -> of torch
-INDEX = "model.safetensors.index.json"
+FORMATS = {  # what can be written -> its layout
+    "hf": "hf",
+    "mcore": "mcore-te",
+    "mcore-local": "mcore",
+    "legacy": "legacy",
+}
+Fill = Callable[
+    [list[list[Tile]], dict[str, "torch.Tensor"]], None
+]  # the tiles that every rank wants now, and this rank's tensors for them
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one tensor is stored."""
+class Source:
+    """An opened folder."""
 
     path: Path
-    dtype: str  # as safetensors calls it
-    shape: tuple[int, ...]
-    start: int  # byte in the file
-    stop: int
+    layout: str  # in names.LAYOUTS
+    tilings: list[list[Tile]]  # of every shard, as the architecture asks for them
+    shards: list[dict[str, Entry]]  # what every shard has, by local name
+    checkpoint: megatron.Checkpoint | None = None
+
+    def read(self, tiling: Sequence[Tile], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill live tensors (local name -> tensor) with the boxes of their tiles, cast to the tensors' own dtypes.
+
+        Files are mapped one tensor at a time, so only the pages of these boxes are read, and given back at once.
+        """
+        import torch
+
+        wanted, last = {tile.name for tile in tiling}, None
+        with torch.no_grad():
+            for move in self._moves(tiling, wanted):
+                entry = self.shards[move.source][move.source_tile.local]
+                if entry != last:
+                    last, stored = entry, mapped(entry)
+                source = view(stored, move.source_tile, move.box)
+                view(tensors[move.target_tile.local], move.target_tile, move.box).copy_(source)
+            for tile in tiling:
+                if tile.name == names.SCORE and not self._has_head:
+                    view(tensors[tile.local], tile, tile.box).zero_()
+
+    @property
+    def _has_head(self) -> bool:
+        return any(names.SCORE in shard for shard in self.shards)
+
+    def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
+        """Which box comes from which shard: the plan of a world whose last rank alone holds nothing and wants everything."""
+        held = [[tile for tile in shard if tile.name in wanted] for shard in self.tilings]
+        mine = [tile for tile in tiling if tile.name != names.SCORE or self._has_head]
+        return plan([*held, []], [*([] for _ in held), mine], [0] * (len(held) + 1)).moves
 
 
-def entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder, from the headers alone. Raises UserError where a file is missing, cut short or not safetensors."""
-    found: dict[str, Entry] = {}
-    for path in _paths(folder):
-        found |= _header(path)
-    return found
+def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = None) -> Source:
+    """Find out what a folder is, and check it. Reads headers only.
+
+    Raises UserError, naming the file, unless it holds exactly the tensors of arch. A scalar model may come from a causal one: its
+    head may be missing (it becomes zeros), and an output layer that it does not use is ignored.
+    """
+    folder = Path(folder)
+    checkpoint = megatron.load(folder, iteration) if megatron.is_checkpoint(folder) else None
+    if checkpoint:
+        if checkpoint.vocab < arch.vocab:
+            raise UserError(f"{checkpoint.path}: a vocabulary of {checkpoint.vocab} rows, but config.json asks for {arch.vocab}")
+        if arch.layers % checkpoint.pp:
+            raise UserError(f"{checkpoint.path}: {checkpoint.pp} pipeline stages cannot share config.json's {arch.layers} layers evenly")
+        layout, shards = checkpoint.layout, checkpoint.shards
+        tilings, padded = checkpoint.tilings(arch), checkpoint.tilings(arch, pad=True)
+    else:
+        layout, shards = "hf", [hf.entries(folder)]
+        tilings = padded = [names.tiles(arch, "hf")]
+    for tiling, shard in zip(padded, shards, strict=True):
+        _check(folder, arch, layout, names.shapes(tiling), shard)
+    held = [[tile for tile in tiling if tile.local in shard] for tiling, shard in zip(tilings, shards, strict=True)]
+    return Source(folder, layout, held, shards, checkpoint)
 
 
 def check(folder: str | Path, arch: Architecture) -> None:
-    """Raise UserError, naming the file, unless the folder holds exactly the tensors of arch. Reads headers only.
-
-    A scalar model may come from a causal one: its head may be missing (read() makes zeros), and an output layer that it does not use is
-    ignored.
-    """
-    folder = Path(folder)
-    found, wanted = entries(folder), names.hf_shapes(arch)
-    for name, shape in wanted.items():
-        if name not in found and name == names.SCORE:
-            continue
-        if name not in found:
-            raise UserError(f"{folder}: tensor {name} is missing; config.json asks for it, so download the weights that belong to it")
-        entry = found[name]
-        if entry.shape != shape:
-            raise UserError(f"{entry.path}: {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}")
-        if entry.dtype not in DTYPES:
-            raise UserError(f"{entry.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
-    ignored = {"lm_head.weight"} if arch.tied or not arch.lm else set()
-    extra = [name for name in found if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
-    if extra:
-        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
-        raise UserError(
-            f"{found[extra[0]].path}: tensors {', '.join(extra[:3])}{more} are not part of a {arch.family} model of config.json's shape"
-        )
+    """Raise UserError, naming the file, unless the folder holds the tensors of arch, in any format. Reads headers only."""
+    open_folder(folder, arch)
 
 
 def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, torch.Tensor]) -> None:
-    """Fill live tensors (local name -> tensor) with the boxes of their tiles, cast to the tensors' own dtypes.
+    """Fill live tensors from a folder of any format that has passed check(); rows that no tile covers are left alone."""
+    open_folder(folder, arch).read(tiling, parameters)
 
-    Files are mapped, so only the pages of these boxes are read; rows that no tile covers are left alone. A scalar head that the
-    folder lacks becomes zeros. The folder has passed check().
+
+def model(folder: str | Path, beside: str | Path = "") -> Architecture:
+    """The architecture of a folder: from its config.json, or the one `beside` it, or from a Megatron checkpoint's own args."""
+    where = described(folder, beside)
+    return architecture.read(where) if where else megatron.architecture(megatron.load(Path(folder)))
+
+
+def described(folder: str | Path, beside: str | Path = "") -> Path | None:
+    """The folder with the config.json of a model; None: it is a Megatron checkpoint that has none."""
+    places = [Path(folder), Path(folder).parent] if any(Path(folder).glob("mp_rank_*")) else [Path(folder)]
+    found = [place for place in (*places, *([Path(beside)] if beside else [])) if (place / "config.json").exists()]
+    return found[0] if found else None if megatron.is_checkpoint(Path(folder)) else Path(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A folder to be: what each of its files holds."""
+
+    format: str  # in FORMATS
+    tilings: dict[str, list[Tile]]  # file -> tiles of its tensors
+    tp: int = 1
+    pp: int = 1
+    vocab: int = 0  # rows of the vocabulary, with what pads it
+    iteration: int = 1
+
+    def begin(self, folder: Path, title: str, arch: Architecture, dtype: torch.dtype) -> dict[str, Entry]:
+        """Make one file with room for its tensors; where they go."""
+        shapes, path = names.shapes(self.tilings[title]), folder / title
+        if self.format == "hf":
+            return hf.begin(path, shapes, dtype)
+        layout = FORMATS[self.format]
+        args = megatron.describe(arch, layout, self.tp, self.pp, self.vocab, dtype, self.iteration)
+        return megatron.begin(path, layout, shapes, dtype, args)
+
+    def finish(self, folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """The small files beside the weights. What makes the folder complete comes last."""
+        key = "dtype" if "dtype" in config else "torch_dtype"  # transformers renamed it; it reads both
+        config = {**config, key: DTYPES[kind(dtype)]}
+        if self.format == "hf":
+            held = {title: list(names.shapes(tiling)) for title, tiling in self.tilings.items()}
+            size = sum(prod(shape) for tiling in self.tilings.values() for shape in names.shapes(tiling).values())
+            hf.index(folder, held, size * dtype.itemsize)
+        hf.save_json(folder / "config.json", config)
+        if self.format != "hf":
+            megatron.track(folder, self.iteration)
+
+
+def target(
+    arch: Architecture,
+    format: str,
+    dtype: torch.dtype,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    iteration: int = 1,
+    divisor: int = 0,
+    shard: int = 4 << 30,
+) -> Target:
+    """Lay out a folder in one of FORMATS.
+
+    divisor   of the rows of the vocabulary, times tp, as Megatron-LM's make_vocab_size_divisible_by; 0: no padding where tp divides
+              the vocabulary, else 128 as there
+    shard     bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
     """
-    import torch
-
-    found = entries(Path(folder))
-    whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
-    with torch.no_grad():
-        for tile in tiling:
-            target = view(parameters[tile.local], tile, tile.box)
-            if tile.name == names.SCORE and tile.name not in found:
-                target.zero_()
-            else:
-                target.copy_(view(_map(found[tile.name]), whole[tile.name], tile.box))
+    if format == "hf":
+        whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
+        sizes = {name: prod(shape) * dtype.itemsize for name, shape in names.hf_shapes(arch).items()}
+        return Target("hf", {title: [whole[name] for name in held] for title, held in hf.titles(sizes, shard).items()})
+    unit = tp * (divisor or (1 if arch.vocab % tp == 0 else 128))
+    vocab = -(-arch.vocab // unit) * unit
+    tilings = {
+        megatron.title(iteration, t, p, pp): names.tiles(arch, FORMATS[format], (t, tp), (p, pp), rows=vocab, pad=True)
+        for p in range(pp)
+        for t in range(tp)
+    }
+    return Target(format, tilings, tp, pp, vocab, iteration)
 
 
 def write(
@@ -104,116 +198,91 @@ def write(
     dtype: torch.dtype,
     shard: int = 4 << 30,
     bucket: int = 512 << 20,
+    format: str = "hf",
+    tp: int = 1,
+    pp: int = 1,
 ) -> None:
-    """Write a model that lives on many ranks as a Hugging Face folder; every rank calls it.
+    """Write a model that lives on many ranks as a folder; every rank calls it.
 
-    folder      new or empty, on storage that all ranks share
+    folder      new or empty, on storage that all ranks share; what interrupts this leaves a folder without config.json or tracker file
     config      what config.json will say, but for the dtype
     sources     the tiles of every rank; parameters are this rank's, by local name
     nodes       the node of every rank
     dtype       of the files
-    shard       bytes of tensors per file, at most (a larger tensor gets a file of its own)
+    shard       bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
     bucket      bytes of tensors that a rank assembles at a time, at most (or one tensor)
+    format      in FORMATS, with tp and pp the layout of Megatron's
+    """
+    from rlhf.weights.publish import Publisher
 
-    Files are shared out over the ranks, and each is streamed in the order of its header. They bear temporary names until
-    all are complete, and config.json comes last: a folder without it was never finished.
+    device = next(iter(parameters.values())).device
+
+    def fill(targets: list[list[Tile]], tensors: dict[str, torch.Tensor]) -> None:
+        Publisher(plan(sources, targets, nodes), rank, dtype, bucket).publish(parameters, tensors)
+
+    to = target(arch, format, dtype, tp=tp, pp=pp, shard=shard)
+    for _ in carry(Path(folder), arch, to, fill, dtype, rank=rank, world=len(sources), bucket=bucket, device=device):
+        pass
+    if rank == 0:
+        to.finish(Path(folder), config, dtype)
+    _barrier(len(sources))
+
+
+def carry(
+    folder: Path, arch: Architecture, to: Target, fill: Fill, dtype: torch.dtype, *, rank: int, world: int, bucket: int, device: Any = "cpu"
+) -> Iterator[int]:
+    """Write a target's files, which are shared out over the ranks; yields the bytes written by this rank after each batch.
+
+    Tensors are assembled in batches of at most bucket bytes (or one tensor), the same number on every rank.
     """
     import torch
 
-    from rlhf.weights.publish import Publisher
-
-    folder = Path(folder)
+    owned = [[title for i, title in enumerate(to.tilings) if i * world // len(to.tilings) == r] for r in range(world)]
     folder.mkdir(parents=True, exist_ok=True)
-    assert not list(folder.glob("*.safetensors")), f"{folder} already holds weights"
-    shapes, world = names.hf_shapes(arch), len(sources)
-    sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards = _shards(sizes, shard)
-    owners = {title: i * world // len(shards) for i, title in enumerate(shards)}
-    stored: dict[str, Entry] = {}  # what this rank will write, and where
-    for title in (title for title in shards if owners[title] == rank):
-        stored |= _begin(folder / f"{title}.partial", {name: shapes[name] for name in shards[title]}, dtype)
-
-    owned = [{name: sizes[name] for title in shards if owners[title] == r for name in shards[title]} for r in range(world)]
-    batches = [_groups(of_rank, bucket) for of_rank in owned]
-    whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
-    device = next(iter(parameters.values())).device
-    for batch in zip_longest(*batches, fillvalue=()):  # one for every rank
-        targets = [[whole[name] for name in of_rank] for of_rank in batch]
-        tensors = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in batch[rank]}
-        Publisher(plan(sources, targets, nodes), rank, dtype, bucket).publish(parameters, tensors)
-        for name, tensor in tensors.items():
-            _store(stored[name], tensor)
-
-    _barrier(world)
-    for path in {entry.path for entry in stored.values()}:
-        path.rename(path.with_suffix(""))  # without .partial
-    _barrier(world)
-    if rank == 0:
-        key = "dtype" if "dtype" in config else "torch_dtype"  # transformers renamed it; it reads both
-        _describe(folder, {**config, key: DTYPES[_kind(dtype)]}, shards, sum(sizes.values()))
+    assert not any((folder / title).exists() for title in owned[rank]), f"{folder} already holds weights"
+    stored = {title: to.begin(folder, title, arch, dtype) for title in owned[rank]}
+    shapes = {title: names.shapes(tiling) for title, tiling in to.tilings.items()}
+    tiling = {title: _by_local(tiles) for title, tiles in to.tilings.items()}
+    batches = [[(title, group) for title in titles for group in _batches(shapes[title], dtype, bucket)] for titles in owned]
+    for batch in zip_longest(*batches):  # one for every rank, None where one is done
+        wanted = [[tile for local in one[1] for tile in tiling[one[0]][local]] if one else [] for one in batch]
+        title, group = batch[rank] or ("", [])
+        tensors = {local: torch.empty(shapes[title][local], dtype=dtype, device=device) for local in group}
+        fill(wanted, tensors)
+        for local, tensor in tensors.items():
+            store(stored[title][local], tensor)
+        yield sum(tensor.nbytes for tensor in tensors.values())
     _barrier(world)
 
 
-def _store(entry: Entry, tensor: torch.Tensor) -> None:
-    import torch
-
-    with entry.path.open("r+b") as file:
-        file.seek(entry.start)
-        file.write(tensor.cpu().view(torch.uint8).numpy().data)
+def _batches(shapes: Mapping[str, Shape], dtype: torch.dtype, bucket: int) -> list[list[str]]:
+    return groups({local: prod(shape) * dtype.itemsize for local, shape in shapes.items()}, bucket)
 
 
-def _describe(folder: Path, config: Mapping[str, Any], shards: Mapping[str, list[str]], size: int) -> None:
-    """The files beside the weights: an index of several shards, and config.json last."""
-    if len(shards) > 1:
-        where = {name: title for title, group in shards.items() for name in group}
-        _save_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-    _save_json(folder / "config.json", config)
+def _by_local(tiling: Sequence[Tile]) -> dict[str, list[Tile]]:
+    found: dict[str, list[Tile]] = {}
+    for tile in tiling:
+        found.setdefault(tile.local, []).append(tile)
+    return found
 
 
-def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """File -> its tensors."""
-    groups = _groups(sizes, limit)
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return next(kind for kind, name in DTYPES.items() if str(dtype) == f"torch.{name}")
-
-
-def _begin(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Entry]:
-    """Write the header of a new file; where its tensors will go."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stop = 0
-    for name, shape in shapes.items():
-        start, stop = stop, stop + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _kind(dtype), "shape": shape, "data_offsets": (start, stop)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + stop)
-    return _header(path)
-
-
-def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in groups of at most limit bytes; a larger tensor is a group of its own."""
-    groups: list[list[str]] = []
-    filled = 0
-    for name, size in sizes.items():
-        if not groups or filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    return groups
-
-
-def _save_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.rename(path)
+def _check(folder: Path, arch: Architecture, layout: str, wanted: Mapping[str, Shape], found: Mapping[str, Entry]) -> None:
+    """Whether one shard has what it should."""
+    for name, shape in wanted.items():
+        if name not in found and name == names.SCORE:
+            continue
+        if name not in found:
+            raise UserError(f"{folder}: tensor {name} is missing; config.json asks for it, so download the weights that belong to it")
+        entry = found[name]
+        if entry.shape != shape:
+            raise UserError(f"{entry.path}: {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}")
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{entry.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
+    form = names.LAYOUTS[layout]
+    ignored = {form.local("lm_head.weight"), form.tied} if arch.tied or not arch.lm else set()
+    extra = [name for name in found if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        raise UserError(f"{found[extra[0]].path}: tensors {some(extra)} are not part of a {arch.family} model of config.json's shape")
 
 
 def _barrier(world: int) -> None:
@@ -221,57 +290,3 @@ def _barrier(world: int) -> None:
 
     if world > 1:
         dist.barrier()
-
-
-def _paths(folder: Path) -> list[Path]:
-    """The files that hold the weights: those of the index, or model.safetensors, or whatever safetensors there are."""
-    index, single = folder / INDEX, folder / "model.safetensors"
-    if index.exists():
-        try:
-            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError):
-            raise UserError(f"{index}: not an index of safetensors files; download it again") from None
-        paths = [folder / name for name in listed]
-    else:
-        paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{folder}: no *.safetensors file; save the model in that format first")
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: missing, though {INDEX} lists it; download it again")
-    return paths
-
-
-def _header(path: Path) -> dict[str, Entry]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > 100 << 20:  # the format's own limit; a text file's first letters make a far larger number
-            raise UserError(f"{path}: not a safetensors file, or cut short at {size} bytes; download it again")
-        text = file.read(length)
-    if len(text) < length:
-        raise UserError(f"{path}: cut short at {size} bytes, its header alone has {8 + length}; download it again")
-    try:
-        header = json.loads(text)
-    except ValueError:
-        raise UserError(f"{path}: not a safetensors file: its header is not JSON; download it again") from None
-    header.pop("__metadata__", None)
-    data = 8 + length
-    found = {
-        name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"])) for name, at in header.items()
-    }
-    end = max((entry.stop for entry in found.values()), default=data)
-    if size < end:
-        raise UserError(f"{path}: cut short at {size} of {end} bytes; download it again")
-    return found
-
-
-def _map(entry: Entry) -> torch.Tensor:
-    """The stored tensor as a mapping of its file: pages are read when they are touched, and given back with the tensor."""
-    import torch
-
-    base = entry.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    with entry.path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), entry.stop - base, access=mmap.ACCESS_COPY, offset=base)
-    dtype = getattr(torch, DTYPES[entry.dtype])
-    return torch.frombuffer(pages, dtype=dtype, count=prod(entry.shape), offset=entry.start - base).view(entry.shape)

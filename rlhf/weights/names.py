@@ -1,7 +1,7 @@
 """Layouts: which box of which Hugging Face tensor a rank holds, and under what name. A new format is one entry of LAYOUTS."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,47 +26,66 @@ class Layout:
     layer: str = "model.layers.{}."  # prefix of a layer's tensors; {} is its number within the pipeline stage
     names: Mapping[str, str] = field(default_factory=dict)  # without the prefix, for tensors of a layer
     grouped_qkv: bool = False
+    tied: str = ""  # where a last stage without the embedding holds its copy of a tied one; empty: where an output layer would be
 
     def local(self, name: str) -> str:
         return self.names.get(name, name)
 
 
+QKV = [f"self_attn.{x}_proj.{kind}" for kind in ("weight", "bias") for x in "qkv"]
+MCORE = {
+    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+    "model.norm.weight": "decoder.final_layernorm.weight",
+    "lm_head.weight": "output_layer.weight",
+    **{name: f"self_attention.linear_qkv.{name.split('.')[-1]}" for name in QKV},
+    "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+    "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+    "mlp.gate_proj.weight": "mlp.linear_fc1.weight",
+    "mlp.up_proj.weight": "mlp.linear_fc1.weight",
+    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
+}
 LAYOUTS = {
     "hf": Layout(),  # the tensors of a Hugging Face folder, each under its own name
     "vllm": Layout(  # the parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them
         names={
-            "self_attn.q_proj.weight": "self_attn.qkv_proj.weight",
-            "self_attn.k_proj.weight": "self_attn.qkv_proj.weight",
-            "self_attn.v_proj.weight": "self_attn.qkv_proj.weight",
-            "self_attn.q_proj.bias": "self_attn.qkv_proj.bias",
-            "self_attn.k_proj.bias": "self_attn.qkv_proj.bias",
-            "self_attn.v_proj.bias": "self_attn.qkv_proj.bias",
+            **{name: f"self_attn.qkv_proj.{name.split('.')[-1]}" for name in QKV},
             "mlp.gate_proj.weight": "mlp.gate_up_proj.weight",
             "mlp.up_proj.weight": "mlp.gate_up_proj.weight",
         },
     ),
-    "mcore": Layout(  # the parameters of a live megatron-core GPTModel built without Transformer Engine
+    "mcore": Layout(  # a megatron-core GPTModel built without Transformer Engine: live, and its checkpoints
+        layer="decoder.layers.{}.",
+        names={**MCORE, "post_attention_layernorm.weight": "pre_mlp_layernorm.weight"},
+        grouped_qkv=True,
+    ),
+    "mcore-te": Layout(  # checkpoints of a GPTModel built with Transformer Engine, whose linear layers hold the norms before them
         layer="decoder.layers.{}.",
         names={
-            "model.embed_tokens.weight": "embedding.word_embeddings.weight",
-            "model.norm.weight": "decoder.final_layernorm.weight",
-            "lm_head.weight": "output_layer.weight",
-            "input_layernorm.weight": "input_layernorm.weight",
-            "self_attn.q_proj.weight": "self_attention.linear_qkv.weight",
-            "self_attn.k_proj.weight": "self_attention.linear_qkv.weight",
-            "self_attn.v_proj.weight": "self_attention.linear_qkv.weight",
-            "self_attn.q_proj.bias": "self_attention.linear_qkv.bias",
-            "self_attn.k_proj.bias": "self_attention.linear_qkv.bias",
-            "self_attn.v_proj.bias": "self_attention.linear_qkv.bias",
-            "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
-            "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
-            "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
-            "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-            "mlp.gate_proj.weight": "mlp.linear_fc1.weight",
-            "mlp.up_proj.weight": "mlp.linear_fc1.weight",
-            "mlp.down_proj.weight": "mlp.linear_fc2.weight",
+            **MCORE,
+            "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+            "post_attention_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
         },
         grouped_qkv=True,
+    ),
+    "legacy": Layout(  # checkpoints of Megatron-LM's models before megatron-core
+        layer="language_model.encoder.layers.{}.",
+        names={
+            "model.embed_tokens.weight": "language_model.embedding.word_embeddings.weight",
+            "model.norm.weight": "language_model.encoder.final_norm.weight",
+            "lm_head.weight": "language_model.output_layer.weight",
+            "input_layernorm.weight": "input_norm.weight",
+            **{name: f"self_attention.query_key_value.{name.split('.')[-1]}" for name in QKV},
+            "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+            "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+            "self_attn.o_proj.weight": "self_attention.dense.weight",
+            "post_attention_layernorm.weight": "post_attention_norm.weight",
+            "mlp.gate_proj.weight": "mlp.dense_h_to_4h.weight",
+            "mlp.up_proj.weight": "mlp.dense_h_to_4h.weight",
+            "mlp.down_proj.weight": "mlp.dense_4h_to_h.weight",
+        },
+        grouped_qkv=True,
+        tied="word_embeddings_for_head.weight",
     ),
 }
 
@@ -98,10 +117,11 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     return shapes
 
 
-def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1)) -> list[Tile]:
+def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1), rows: int = 0, pad: bool = False) -> list[Tile]:
     """What one rank holds. tp and pp are (rank, size); layers are divided evenly over the pipeline stages.
 
-    Rows that pad the vocabulary are covered by no tile.
+    The vocabulary has `rows` rows over all ranks (0: as live models pad it). Rows that pad it are covered by no tile, or with pad
+    each by one of the last real row, as Megatron-LM fills them.
     """
     form, (stage, stages) = LAYOUTS[layout], pp
     assert arch.layers % stages == 0, f"{arch.layers} layers do not divide over {stages} pipeline stages"
@@ -117,9 +137,12 @@ def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1))
         held.append(("model.norm.weight", form.local("model.norm.weight"), (arch.hidden,)))
     if last and arch.scalar:
         held.append((SCORE, SCORE, (1, arch.hidden)))
-    if last and arch.lm and not (arch.tied and stage == 0):  # where the embedding is on another stage, a tied output layer is a copy of it
-        held.append((embedding if arch.tied else "lm_head.weight", form.local("lm_head.weight"), table))
-    return _place(arch, form, tp, held)
+    if last and arch.lm and not arch.tied:
+        held.append(("lm_head.weight", form.local("lm_head.weight"), table))
+    if last and arch.lm and arch.tied and stage > 0:  # where the embedding is on another stage, a tied output layer is a copy of it
+        held.append((embedding, form.tied or form.local("lm_head.weight"), table))
+    rows = rows or arch.padded_vocab(tp[1])
+    return _place(arch, form, tp, held, rows) + (_padding(arch, tp, held, rows) if pad else [])
 
 
 def tilings(arch: Architecture, layout: str, world: int, tp: int, pp: int = 1) -> list[list[Tile]]:
@@ -150,17 +173,40 @@ def _layer_shapes(arch: Architecture) -> dict[str, Shape]:
     }
 
 
-def _place(arch: Architecture, form: Layout, tp: Part, held: list[tuple[str, str, Shape]]) -> list[Tile]:
+def shapes(tiling: Sequence[Tile]) -> dict[str, Shape]:
+    """Local name -> shape of the local tensors that the tiles cover, in their order."""
+    found: dict[str, Shape] = {}
+    for tile in tiling:
+        fused = SPLITS.get(_module(tile.name)) == "qkv"
+        rows = max(tile.start + tile.rows, found.get(tile.local, (0,))[0])
+        found[tile.local] = (rows, *tile.shape[1 + fused :])
+    return found
+
+
+def _module(name: str) -> str:
+    return name.split(".")[-2]
+
+
+def _padding(arch: Architecture, tp: Part, held: list[tuple[str, str, Shape]], rows: int) -> list[Tile]:
+    """One tile for each row of this rank's share of the vocabulary tables that is no token's."""
+    low, high = _chunk(rows, tp)
+    real = max(0, min(high, arch.vocab) - low)
+    tables = [(name, local) for name, local, _ in held if SPLITS.get(_module(name)) == "vocab"]
+    last: Box = ((arch.vocab - 1, arch.vocab), (0, arch.hidden))
+    return [Tile(name, last, local, row, 1, (1, arch.hidden), (0, 0)) for name, local in tables for row in range(real, high - low)]
+
+
+def _place(arch: Architecture, form: Layout, tp: Part, held: list[tuple[str, str, Shape]], vocab: int) -> list[Tile]:
     """Tiles of whole tensors cut over tp; tensors that share a local name follow one another in its rows."""
     filled: dict[str, int] = defaultdict(int)
     placed = []
     for name, local, shape in held:
-        module = name.split(".")[-2]
+        module = _module(name)
         split = SPLITS.get(module, "whole")
         if split == "qkv":
             box, view, at = _cut_qkv(arch, module[0], shape[1:], tp, form.grouped_qkv)
         else:
-            box = _cut(arch, shape, split, tp)
+            box = _cut(arch, shape, split, tp, vocab)
             view, at = tuple(high - low for low, high in box), (0,) * len(box)
         rows = view[0] * view[1] if split == "qkv" else view[0]
         if all(low < high for low, high in box):
@@ -176,7 +222,7 @@ def _chunk(length: int, part: Part) -> tuple[int, int]:
     return length // size * rank, length // size * (rank + 1)
 
 
-def _cut(arch: Architecture, shape: Shape, split: Split, tp: Part) -> Box:
+def _cut(arch: Architecture, shape: Shape, split: Split, tp: Part, vocab: int) -> Box:
     whole = tuple((0, n) for n in shape)
     match split:
         case "rows":
@@ -184,7 +230,7 @@ def _cut(arch: Architecture, shape: Shape, split: Split, tp: Part) -> Box:
         case "columns":
             return (whole[0], _chunk(shape[1], tp))
         case "vocab":
-            low, high = _chunk(arch.padded_vocab(tp[1]), tp)
+            low, high = _chunk(vocab, tp)
             return ((min(low, arch.vocab), min(high, arch.vocab)), *whole[1:])
     return whole
 

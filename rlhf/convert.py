@@ -1,0 +1,199 @@
+"""Conversion of weights on the command line: any format to any other, any layout to any other, without a temporary copy.
+
+./launch.sh convert --from DIR --to DIR --format FORMAT [--tp N] [--pp N] [--dtype bf16|fp16|fp32] [--verify]
+LOAD_PATH=... SAVE_PATH=... TP=2 ./launch.sh convert_hf_to_megatron
+LOAD_PATH=... SAVE_PATH=... VOCAB_PATH=... ./launch.sh convert_megatron_to_hf
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.contracts import UserError
+from rlhf.model.architecture import Architecture
+from rlhf.weights import files, hf, names
+from rlhf.weights.entries import mapped
+from rlhf.weights.tiles import Tile
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+TUTORIAL = ("convert_hf_to_megatron", "convert_megatron_to_hf")
+BUCKET = 256 << 20  # bytes of tensors in memory at a time, at most (or one tensor)
+# The files of a Hugging Face folder that are no weights, copied along.
+BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "generation_config.json",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What --help prints."""
+    p = argparse.ArgumentParser(prog="./launch.sh convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder of any format")
+    p.add_argument("--to", required=True, metavar="DIR", help="folder to make; it must not exist")
+    p.add_argument(
+        "--format",
+        required=True,
+        choices=files.FORMATS,
+        help="hf: safetensors; mcore: Megatron core with Transformer Engine's names, mcore-local without; legacy: before Megatron core",
+    )
+    p.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the new folder")
+    p.add_argument("--pp", type=int, default=1, help="pipeline stages of the new folder")
+    p.add_argument("--dtype", choices=DTYPES, help="of the new weights; default: as they are")
+    p.add_argument("--iteration", type=int, help="of a Megatron checkpoint to read (default: the tracker file's), and to write (default 1)")
+    p.add_argument("--config", default="", metavar="DIR", help="folder with config.json and tokenizer, where --from has none")
+    p.add_argument("--vocab-divisor", type=int, default=0, metavar="N", help="pad the vocabulary to a multiple of N x tp, as Megatron's")
+    p.add_argument("--verify", action="store_true", help="read the new folder again and compare every byte")
+    return p
+
+
+def tutorial(command: str, environment: Mapping[str, str]) -> list[str]:
+    """The arguments that the tutorial's variables stand for. Raises UserError where one is missing or wrong."""
+    to_hf = command == "convert_megatron_to_hf"
+    missing = [name for name in ("LOAD_PATH", "SAVE_PATH") if not environment.get(name)]
+    if missing:
+        raise UserError(f"{command}: set {' and '.join(missing)}: the folder to read, and the folder to make")
+    legacy = _flag(environment, "USE_LEGACY_MODELS")
+    arguments = ["--from", environment["LOAD_PATH"], "--to", environment["SAVE_PATH"]]
+    arguments += ["--format", "hf" if to_hf else "legacy" if legacy else "mcore"]
+    beside = environment.get("VOCAB_PATH") or environment.get("TOKENIZER_MODEL") or ""
+    if beside:
+        arguments += ["--config", str(Path(beside).parent if Path(beside).is_file() else beside)]
+    if not to_hf:
+        arguments += [f"--{name.lower()}={environment[name]}" for name in ("TP", "PP") if environment.get(name)]
+    dtype = environment.get("target_params_dtype")
+    if dtype and dtype not in (*DTYPES, *DTYPES.values()):
+        raise UserError(f"{command}: target_params_dtype={dtype}: set {', '.join(DTYPES)}")
+    return arguments + (["--dtype", next(short for short, name in DTYPES.items() if dtype in (short, name))] if dtype else [])
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name, "True")
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise UserError(f"{name}={text}: set True or False")
+    return text.lower() in ("true", "1")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Convert as the command line says. Raises UserError for the first mistake, and then nothing was written."""
+    a = parser().parse_args(arguments)
+    arch = files.model(a.source, a.config)
+    source = files.open_folder(a.source, arch, a.iteration)
+    _check(a, arch)
+    import torch
+
+    stored = {entry.dtype for shard in source.shards for entry in shard.values()}
+    name = DTYPES[a.dtype] if a.dtype else files.DTYPES[stored.pop()] if len(stored) == 1 else ""
+    if not name:
+        raise UserError(f"{a.source}: its tensors have several dtypes, {', '.join(sorted(stored))}: choose one with --dtype")
+    dtype = getattr(torch, name)
+    iteration = a.iteration or (source.checkpoint.iteration if source.checkpoint else 0) or 1
+    to = files.target(arch, a.format, dtype, tp=a.tp, pp=a.pp, iteration=iteration, divisor=a.vocab_divisor)
+    for remark in _remarks(source, arch, a.config):
+        print(f"convert: {remark}", file=sys.stderr)
+    where = files.described(a.source, a.config)
+    final = Path(a.to)
+    partial = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    convert(source, arch, to, partial, dtype)
+    to.finish(partial, hf.read_config(where) if where else hf.description(arch), dtype)
+    for path in (path for pattern in BESIDE for path in (where.glob(pattern) if where else ())):
+        shutil.copy(path, partial / path.name)
+    if a.verify:
+        verify(source, arch, partial)
+    partial.rename(final)
+    print(
+        f"convert: {a.source} ({source.layout}) -> {a.to} ({a.format}, tp {a.tp}, pp {a.pp}, {name})" + (", verified" if a.verify else "")
+    )
+
+
+def convert(source: files.Source, arch: Architecture, to: files.Target, folder: Path, dtype: torch.dtype) -> None:
+    """Write a target from an opened folder, with a progress bar."""
+    total = sum(prod(shape) for tiling in to.tilings.values() for shape in names.shapes(tiling).values()) * dtype.itemsize
+    progress = Progress(total)
+
+    def fill(targets: list[list[Tile]], tensors: dict[str, torch.Tensor]) -> None:
+        source.read(targets[0], tensors)
+
+    for written in files.carry(folder, arch, to, fill, dtype, rank=0, world=1, bucket=BUCKET):
+        progress.add(written)
+    progress.close()
+
+
+def verify(source: files.Source, arch: Architecture, folder: Path) -> None:
+    """Open what was written as any reader would, make every tensor again and compare all bytes. Raises RuntimeError where one differs."""
+    import torch
+
+    written = files.open_folder(folder, arch)
+    tilings = written.checkpoint.tilings(arch, pad=True) if written.checkpoint else written.tilings
+    for tiling, shard in zip(tilings, written.shards, strict=True):
+        for local, shape in names.shapes(tiling).items():
+            stored = mapped(shard[local])
+            wanted = torch.empty(shape, dtype=stored.dtype)
+            source.read([tile for tile in tiling if tile.local == local], {local: wanted})
+            if not torch.equal(stored.view(torch.uint8), wanted.view(torch.uint8)):
+                raise RuntimeError(f"{shard[local].path}: {local} is not what was written: the storage is faulty")
+
+
+class Progress:
+    """A line on a terminal: share, bytes per second."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.start, self.shown = total, 0, time.monotonic(), 0.0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self.shown > 0.2:
+            self.shown, rate = now, self.done / max(1e-9, now - self.start)
+            bar = "#" * (40 * self.done // self.total)
+            print(f"\r[{bar:40}] {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s", end="", file=sys.stderr)
+
+    def close(self) -> None:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def _check(a: argparse.Namespace, arch: Architecture) -> None:
+    """Everything that the layout needs, before anything is written."""
+    if Path(a.to).exists():
+        raise UserError(f"--to {a.to} exists: give a new folder, or delete it")
+    if a.format == "hf" and (a.tp, a.pp) != (1, 1):
+        raise UserError(f"--tp {a.tp} --pp {a.pp}: a Hugging Face folder is not split over ranks; leave them out")
+    if min(a.tp, a.pp) < 1 or (a.iteration or 0) < 0 or a.vocab_divisor < 0:
+        raise UserError("--tp and --pp must be at least 1, --iteration and --vocab-divisor not negative")
+    for size, what in ((arch.heads, "attention heads"), (arch.ffn, "intermediate size")):
+        if size % a.tp:
+            raise UserError(f"--tp {a.tp} does not divide the {what} {size}")
+    if arch.kv_heads % a.tp and a.tp % arch.kv_heads:
+        raise UserError(f"--tp {a.tp} and the {arch.kv_heads} key/value heads do not divide one another")
+    if arch.layers % a.pp:
+        raise UserError(f"--pp {a.pp} does not divide the {arch.layers} layers")
+
+
+def _remarks(source: files.Source, arch: Architecture, config: str) -> list[str]:
+    """Where a checkpoint's args and the config.json that wins over them disagree."""
+    checkpoint = source.checkpoint
+    if not checkpoint:
+        return []
+    where = files.described(source.path, config)
+    base = checkpoint.args.get("rotary_base")
+    if where is None:
+        return [f"{source.path} has no config.json: rotary_base {base}, and all else, is what its args say; --config gives a better one"]
+    if base is not None and float(base) != arch.rope_theta:
+        return [f"{source.path}: its args say rotary_base {base}, {where}/config.json {arch.rope_theta:g}: config.json is right"]
+    return []

@@ -1,0 +1,140 @@
+"""Hugging Face folders of safetensors: found, described by their headers, and begun.
+
+The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, data_offsets), the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.contracts import UserError
+from rlhf.model.architecture import Architecture
+from rlhf.weights.entries import Entry, Shape, groups, kind
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+HEADS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # family -> class name's start
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder, from the headers alone. Raises UserError where a file is missing, cut short or not safetensors."""
+    found: dict[str, Entry] = {}
+    for path in _paths(folder):
+        found |= _header(path)
+    return found
+
+
+def titles(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File -> its tensors, of at most limit bytes together."""
+    shares = groups(sizes, limit)
+    if len(shares) == 1:
+        return {"model.safetensors": shares[0]}
+    return {f"model-{i:05}-of-{len(shares):05}.safetensors": share for i, share in enumerate(shares, 1)}
+
+
+def begin(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Entry]:
+    """Write the header of a new file; where its tensors will go."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, shape in shapes.items():
+        start, stop = stop, stop + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kind(dtype), "shape": shape, "data_offsets": (start, stop)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + stop)
+    return _header(path)
+
+
+def index(folder: Path, files: Mapping[str, list[str]], size: int) -> None:
+    """Write what lists the tensors of several files."""
+    if len(files) > 1:
+        where = {name: title for title, group in files.items() for name in group}
+        save_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def description(arch: Architecture) -> dict[str, Any]:
+    """The config.json of a model that came without one."""
+    rope: dict[str, Any] = {"rope_theta": arch.rope_theta}
+    if arch.rope_scaling:
+        rope["rope_scaling"] = {"rope_type": "llama3", **arch.rope_scaling}
+    return {
+        "architectures": [HEADS[arch.family] + ("ForCausalLM" if arch.lm else "ForSequenceClassification")],
+        "model_type": arch.family,
+        "hidden_act": "silu",
+        "hidden_size": arch.hidden,
+        "intermediate_size": arch.ffn,
+        "num_hidden_layers": arch.layers,
+        "num_attention_heads": arch.heads,
+        "num_key_value_heads": arch.kv_heads,
+        "head_dim": arch.head_dim,
+        "vocab_size": arch.vocab,
+        "max_position_embeddings": arch.context,
+        "rms_norm_eps": arch.eps,
+        "tie_word_embeddings": arch.tied,
+        **rope,
+        **({} if arch.lm else {"num_labels": 1, "id2label": {"0": "LABEL_0"}}),
+        **({"sliding_window": None} if arch.family == "mistral" else {}),
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, which architecture.read() has accepted."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is either whole or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The files that hold the weights: those of the index, or model.safetensors, or whatever safetensors there are."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists():
+        try:
+            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError):
+            raise UserError(f"{index}: not an index of safetensors files; download it again") from None
+        paths = [folder / name for name in listed]
+    else:
+        paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder}: no *.safetensors file; save the model in that format first")
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: missing, though {INDEX} lists it; download it again")
+    return paths
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > 100 << 20:  # the format's own limit; a text file's first letters make a far larger number
+            raise UserError(f"{path}: not a safetensors file, or cut short at {size} bytes; download it again")
+        text = file.read(length)
+    if len(text) < length:
+        raise UserError(f"{path}: cut short at {size} bytes, its header alone has {8 + length}; download it again")
+    try:
+        header = json.loads(text)
+    except ValueError:
+        raise UserError(f"{path}: not a safetensors file: its header is not JSON; download it again") from None
+    header.pop("__metadata__", None)
+    data = 8 + length
+    found = {
+        name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"])) for name, at in header.items()
+    }
+    end = max((entry.stop for entry in found.values()), default=data)
+    if size < end:
+        raise UserError(f"{path}: cut short at {size} of {end} bytes; download it again")
+    return found
