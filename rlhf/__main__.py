@@ -12,7 +12,7 @@ import sys
 import time
 from types import TracebackType
 
-from rlhf import cluster, configuration, launcher, variables
+from rlhf import cluster, configuration, convert, launcher, variables
 from rlhf.config import MODES, Config
 from rlhf.contracts import UserError
 
@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> int:
         return 0
     mode, rest = ALIASES.get(arguments[0], arguments[0]), arguments[1:]
     try:
+        if mode == "convert" or mode in convert.TUTORIAL:
+            convert.main(rest if mode == "convert" else [*convert.tutorial(mode, os.environ), *rest])
+            return 0
         if mode not in MODES:
             raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
         if "-h" in rest or "--help" in rest:
@@ -50,7 +53,8 @@ def usage() -> str:
     modes = "\n".join(f"  {mode:10} {meaning}" for mode, meaning in MODES.items())
     return (
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
-        f"{modes}\n  {'demo':10} the whole way on a small task, from nothing to an aligned model\n  {'test':10} lint and tests\n\n"
+        f"{modes}\n  {'convert':10} weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
+        f"  {'demo':10} the whole way on a small task, from nothing to an aligned model\n  {'test':10} lint and tests\n\n"
         f"./launch.sh MODE --help lists every key.\n\nShell variables (they win over files and lose to key=value):\n{variables.manual()}"
     )
 

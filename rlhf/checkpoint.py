@@ -4,9 +4,9 @@
                     model_*.pt          the weights of one (tp, pp) shard, per trained role
                     optimizer_*.pt      the optimizer shard of one rank, per trained role
                     random_*.pt         the random state of one rank
-                    hf/                 the policy (or reward model) as a Hugging Face folder (checkpoint.export)
+                    hf/, mcore/, ...    the policy (or reward model) as folders of weights (checkpoint.export, checkpoint.format)
     out/latest                          name of the newest complete folder
-    out/hf                              link to the newest hf/
+    out/hf, out/mcore, ...              links to the newest of these folders
 
 A folder is written under a temporary name and renamed when all ranks are done; `latest` is replaced last.
 """
@@ -33,7 +33,7 @@ class Checkpoints:
     """The checkpoints of one run, on storage that all ranks share."""
 
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype):
-        self.keep, self.mesh = config.checkpoint.keep, mesh
+        self.keep, self.formats, self.mesh = config.checkpoint.keep, config.checkpoint.format, mesh
         self.out = Path(config.out)
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
 
@@ -82,14 +82,15 @@ class Checkpoints:
             random["cuda"] = torch.cuda.get_rng_state()
         self._save(random, partial / f"random_rank{self.mesh.rank}.pt")
         if export:
-            export(partial / "hf")
+            for name in self.formats:
+                export(partial / name)
         self.mesh.barrier()
         if self.mesh.rank == 0:
             (partial / "meta.json").write_text(json.dumps({"step": step, "state": state, **self.meta}))
             partial.rename(folder)
             _replace(self.out / "latest", folder.name)
-            if export:
-                _link(self.out / "hf", Path(folder.name) / "hf")
+            for name in self.formats if export else ():
+                _link(self.out / name, Path(folder.name) / name)
             for old in sorted(self.out.glob("step_??????"))[: -self.keep]:
                 shutil.rmtree(old)
         self.mesh.barrier()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.contracts import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights import files, hf, names
+from rlhf.weights import files, names
 from rlhf.weights.entries import mapped
 from rlhf.weights.tiles import Tile
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     convert(source, arch, to, partial, dtype)
-    to.finish(partial, hf.read_config(where) if where else hf.description(arch), dtype)
+    to.finish(partial, files.config(a.source, a.config), dtype)
     for path in (path for pattern in BESIDE for path in (where.glob(pattern) if where else ())):
         shutil.copy(path, partial / path.name)
     if a.verify:

@@ -174,8 +174,8 @@ class Run:
             self.metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
 
     def export(self, folder: Path) -> None:
-        """Write what the run is for as a Hugging Face folder. Every rank calls it."""
-        self.roles.export(self.subject, folder)
+        """Write what the run is for as a folder in the format that it is named after. Every rank calls it."""
+        self.roles.export(self.subject, folder, folder.name)
         if self.mesh.rank == 0:
             self.given.tokenizer.save(folder)
 
@@ -224,11 +224,12 @@ def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:
 
 def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool = False) -> Engine:
     """The engine of this rank; with load it reads the policy's folder, otherwise its weights come by publish()."""
-    tp = config.rollout.tp
-    if config.rollout.engine == "kvcache":
+    tp, engine = config.rollout.tp, config.rollout.engine
+    built: Engine
+    if engine == "kvcache":
         from rlhf.rollout.kvcache import KVCache
 
-        engine = KVCache(
+        built = KVCache(
             given.arch,
             tp=tp,
             tp_rank=mesh.rank % tp,
@@ -237,22 +238,23 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
             device=mesh.device,
             max_len=config.data.max_tokens,
         )
-        if load:
-            files.read(config.policy.load, given.arch, names.tiles(given.arch, "vllm", (mesh.rank % tp, tp)), engine.parameters())
-        return engine
-    from rlhf.rollout.vllm import VLLM
+    else:
+        from rlhf.rollout.vllm import VLLM
 
-    return VLLM(
-        config.policy.load,
-        given.arch,
-        tp=tp,
-        dtype=str(dtype).removeprefix("torch."),
-        seed=config.seed,
-        max_len=config.data.max_tokens,
-        memory=config.rollout.memory,
-        cache=config.rollout.cache,
-        load=load,
-    )
+        built = VLLM(
+            str(files.described(config.policy.load, config.policy.tokenizer)),
+            given.arch,
+            tp=tp,
+            dtype=str(dtype).removeprefix("torch."),
+            seed=config.seed,
+            max_len=config.data.max_tokens,
+            memory=config.rollout.memory,
+            cache=config.rollout.cache,
+            load=load and not files.is_checkpoint(config.policy.load),
+        )
+    if load and (engine == "kvcache" or files.is_checkpoint(config.policy.load)):  # vLLM reads a Hugging Face folder by itself
+        files.read(config.policy.load, given.arch, names.tiles(given.arch, "vllm", (mesh.rank % tp, tp)), built.parameters())
+    return built
 
 
 def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -> None:

@@ -15,7 +15,6 @@ from rlhf.config import Config, Parallel
 from rlhf.contracts import UserError
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 from rlhf.weights import files
 
@@ -43,10 +42,10 @@ class Inputs:
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
     if not config.policy.load:
-        raise UserError("policy.load is not set: give the Hugging Face folder of the model")
+        raise UserError("policy.load is not set: give the folder of the model, Hugging Face's or Megatron's")
     if config.mode != "evaluate" and not config.resume and (Path(config.out) / "latest").exists():
         raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
-    arch = architecture.read(config.policy.load)
+    arch = files.model(config.policy.load, config.policy.tokenizer)
     models = roles(config)
     generates = config.mode == "evaluate" or ALGORITHMS[config.mode](config).online
     check_world(config.parallel, world)
@@ -61,16 +60,24 @@ def inputs(config: Config, world: int) -> Inputs:
         raise UserError(
             f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
         )
-    to_read = {role.folder: role.arch for role in models.values()} or {config.policy.load: arch}
-    for folder, held in to_read.items():
-        if config.policy.init == "load" or folder != config.policy.load:
-            files.check(folder, held)
+    _check_folders(config, models, arch)
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
     for function in _functions(config) if generates else ():
         rewards.check(function)
     return Inputs(arch, models, tokenizer, *_data(config, tokenizer, max_prompt, generates))
+
+
+def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> None:
+    """What is read and what will be written."""
+    to_read = {role.folder: role.arch for role in models.values()} or {config.policy.load: arch}
+    for folder, held in to_read.items():
+        if config.policy.init == "load" or folder != config.policy.load:
+            files.check(folder, held)
+    for name in config.checkpoint.format:
+        if name not in files.FORMATS:
+            raise UserError(f"checkpoint.format={name}: choose among {', '.join(files.FORMATS)}")
 
 
 def rule(config: Config) -> str:
@@ -118,7 +125,7 @@ def roles(config: Config) -> dict[str, Role]:
     }
     found = {name: Role(use, folders[name], _architecture(config, name, folders[name])) for name, use in models.items()}
     for name, role in found.items():
-        if role.arch.vocab != architecture.read(config.policy.load).vocab:
+        if role.arch.vocab != files.model(config.policy.load, config.policy.tokenizer).vocab:
             raise UserError(
                 f"{name}.load={role.folder} has a vocabulary of {role.arch.vocab}, policy.load={config.policy.load} has another: "
                 "all models of a run read the same tokens"
@@ -128,7 +135,7 @@ def roles(config: Config) -> dict[str, Role]:
 
 def _architecture(config: Config, name: str, folder: str) -> Architecture:
     """What the folder holds, with the head that the role needs."""
-    arch = architecture.read(folder)
+    arch = files.model(folder, config.policy.tokenizer)
     if name in ("critic", "reward"):
         return replace(arch, scalar=True, lm=config.mode == "reward" and config.rm.lm > 0)
     if not arch.lm:
@@ -159,6 +166,8 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError(f"rollout.tp={tp} does not divide the {world} ranks")
     if arch.heads % tp or (arch.kv_heads % tp and tp % arch.kv_heads):
         raise UserError(f"rollout.tp={tp} does not divide the {arch.heads} heads and {arch.kv_heads} key/value heads of {name}")
+    if config.rollout.engine == "vllm" and not files.described(config.policy.load, config.policy.tokenizer):
+        raise UserError(f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy the model's into it")
     if config.rollout.rounds > 1 and not rule(config):
         raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -79,19 +78,25 @@ class Roles:
         self.parking.enter("score", name)
         return self.learners[name].evaluate(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss)
 
-    def export(self, name: str, folder: Path) -> None:
-        """Write a role's model as a Hugging Face folder: a causal language model, or a classifier of one label. Every rank calls it."""
-        role = self.roles[name]
+    def export(self, name: str, folder: Path, format: str) -> None:
+        """Write a role's model as a folder in one of files.FORMATS: a causal language model, or a classifier of one label.
+
+        Every rank calls it.
+        """
+        role, layout = self.roles[name], self.mesh.layout
         self.parking.enter("score", name)
         files.write(
             folder,
             replace(role.arch, lm=not role.arch.scalar),  # the output layer that trained beside a scalar head stays behind
-            describe(json.loads((Path(role.folder) / "config.json").read_text()), role.arch),
+            describe(files.config(role.folder, self.config.policy.tokenizer), role.arch),
             self.tilings(role.arch),
             self.learners[name].parameters(),
             rank=self.mesh.rank,
             nodes=self.mesh.nodes(),
             dtype=self.dtype,
+            format=format,
+            tp=layout.tp,
+            pp=layout.pp,
         )
 
     def _learner(self, role: Role) -> Learner:

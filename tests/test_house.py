@@ -25,7 +25,7 @@ LAYERS = (
     ("configuration", "parallel", "metrics", "interrupt", "algorithms"),
     ("data", "model", "weights"),
     ("train", "rollout", "rewards", "checkpoint"),
-    ("prepare", "cluster", "launcher", "variables"),
+    ("prepare", "convert", "cluster", "launcher", "variables"),
     ("roles",),
     ("loop",),
     ("__main__",),

@@ -7,6 +7,7 @@ can be refused before anything else is loaded.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -99,6 +100,11 @@ def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = 
     return Source(folder, layout, held, shards, checkpoint)
 
 
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder is Megatron's, and not Hugging Face's."""
+    return megatron.is_checkpoint(Path(folder))
+
+
 def check(folder: str | Path, arch: Architecture) -> None:
     """Raise UserError, naming the file, unless the folder holds the tensors of arch, in any format. Reads headers only."""
     open_folder(folder, arch)
@@ -113,6 +119,12 @@ def model(folder: str | Path, beside: str | Path = "") -> Architecture:
     """The architecture of a folder: from its config.json, or the one `beside` it, or from a Megatron checkpoint's own args."""
     where = described(folder, beside)
     return architecture.read(where) if where else megatron.architecture(megatron.load(Path(folder)))
+
+
+def config(folder: str | Path, beside: str | Path = "") -> dict[str, Any]:
+    """What config.json says of the model in a folder, or would."""
+    where = described(folder, beside)
+    return json.loads((where / "config.json").read_text()) if where else hf.description(model(folder))
 
 
 def described(folder: str | Path, beside: str | Path = "") -> Path | None:

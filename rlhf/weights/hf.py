@@ -85,11 +85,6 @@ def description(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, which architecture.read() has accepted."""
-    return json.loads((folder / "config.json").read_text())
-
-
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that is either whole or not there."""
     partial = path.with_name(f"{path.name}.partial")
