@@ -93,7 +93,31 @@ EQUAL = [
     (r"\frac{1+\sqrt{5}}{2}", r"\frac12 + \frac{\sqrt5}{2}"),
     (r"2(1-\sqrt{3})", r"2-2\sqrt{3}"),
     (r"2\frac{\sqrt{3}}{4}", r"\sqrt{3}/2"),
+    ("sqrt(12)", "2*sqrt(3)"),
+    (r"\sqrt[3]{8}", "2"),
+    (r"\sqrt[3]{-\frac{27}{8}}", "-1.5"),
+    # pi
+    (r"2\pi", "2π"),
+    ("2pi", r"\frac{4\pi}{2}"),
+    (r"\frac{3\pi}{4}", r"\frac34 \pi"),
+    (r"\frac{\pi}{\sqrt{2}}", r"\frac{\sqrt2}{2}\pi"),
+    (r"4 + 2\pi \text{ square inches}", "2π+4"),
+    # more of units, currencies and fractions
+    ("USD 5", "US$5"),
+    ("Rs. 20", "20"),
+    ("18 dollars a day", "$18"),
+    ("3 bags of rice", "3"),
+    ("5 cm²", "5 sq ft"),
+    ("2½", "2.5"),
+    ("¾", "0.75"),
     # several values
+    (r"\pm 2", "2, -2"),
+    (r"x = 1 \pm \sqrt{2}", r"\{1-\sqrt2, 1+\sqrt2\}"),
+    (r"\{\pm1, 0\}", "-1, 0, 1"),
+    (r"x=1 \text{ or } x=2", "1, 2"),
+    ("x = 1, y = 2", "1,2"),
+    ("(x, y) = (1, 2)", "(1,2)"),
+    (r"\emptyset", r"\{ \}"),
     ("(1, 2)", r"\left( 1, \frac{4}{2} \right)"),
     ("[0.5, 1)", "[1/2,1)"),
     (r"(-\infty, 2]", "(-∞,2]"),
@@ -111,7 +135,9 @@ EQUAL = [
     ("(C)", "C"),
     ("$2x + 3$", "2x+3"),
     (r"x^{2}", "x^2"),
-    (r"2\pi", "2π"),
+    (r"\frac{x}{3}", "x/3"),
+    (r"\log_{2}3", r"\log_2 3"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     (r"\(18\)", "[18]"),
 ]
 
@@ -146,8 +172,15 @@ UNEQUAL = [
     ("(3)(6)", "18"),
     ("2^4", "16"),
     (r"\sqrt{2}", "1.41421356"),
-    (r"\sqrt[3]{8}", "2"),
+    (r"\sqrt[3]{8}", "-2"),
+    (r"\sqrt[3]{9}", "2"),
+    (r"\sqrt[4]{-16}", "2"),
     (r"\sqrt{-4}", "2"),
+    (r"2\pi", "2"),
+    (r"2\pi", "6.28"),
+    (r"\pi^2", r"2\pi"),
+    (r"\pm 2", "2"),
+    ("x = 1, y = 2", "1"),
     ("(1, 2)", "(2, 1)"),
     ("(1, 2)", "[1, 2]"),
     ("(1, 2)", "{1, 2}"),
@@ -177,6 +210,15 @@ HOSTILE = [
     "\\frac{1}{" * 30,
     "√" * 300,
     "√99999989" * 33,
+    "√(999983/2)" * 27,
+    "√[9]" * 75,
+    "√[3](999983)" * 25,
+    "π" * 300,
+    "±" * 300,
+    "±1," * 100,
+    "(±1" * 99,
+    "(x,y)=" * 50,
+    "\\frac{π}{" * 30,
     "\\sqrt{99999989}+" * 18,
     "(1+√2)(1+√3)(1+√5)(1+√7)(1+√11)(1+√13)(1+√17)(1+√19)(1+√23)(1+√29)",
     "5" + " km" * 99,
@@ -191,6 +233,9 @@ HOSTILE = [
     " " * 150 + "*" * 140,
     "__import__('os').system('exit')",
     "\x00\ud800\U0001f600",
+    "9" * 5_000_000,
+    "1e" + "9" * 1_000_000,
+    "{" * 1_000_000,
 ]
 
 
@@ -217,14 +262,16 @@ def test_time_is_bounded(answer):
     assert verify(f"#### {answer}", "18") == 0.0
     assert verify("\\boxed{" + answer, "18") == 0.0
     assert verify("answer: " * 1000 + answer, answer) in (0.0, 1.0)
-    assert time.process_time() - start < 0.2
+    assert time.process_time() - start < 0.2, "a few milliseconds, and some for a slow machine"
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 100_000, "#" * 1_000_000, "answer " * 100_000, "answer" + "*" * 1_000_000, "{" * 1_000_000])
-def test_time_is_linear_in_the_response(text):
+@pytest.mark.parametrize("text", ["\\boxed{", "#", "answer ", "answer" + "*" * 999, "{", "answer is ", "####\n"])
+def test_time_is_bounded_for_any_response(text):
+    """Megabytes: what stands far before the end is not read."""
     start = time.process_time()
-    assert verify(text, "18") == 0.0
-    assert time.process_time() - start < 1.0
+    assert verify(text * (5_000_000 // len(text)), "18") == 0.0
+    assert verify("#### 18" + text * (5_000_000 // len(text)), "18") == 0.0
+    assert time.process_time() - start < 0.3
 
 
 def test_verify_takes_bare_answers_and_solutions():
