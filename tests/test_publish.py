@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, model_ranks, random_hf
+from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
 from rlhf.weights import files
 from rlhf.weights.names import tilings
@@ -28,7 +28,7 @@ def on_rank(rank: int, folder: str) -> None:
     for arch in (FAMILIES["gqa"], FAMILIES["qkv bias, tied, one group"], FAMILIES["ranks with nothing but padding"]):
         for tp, pp, engine_tp in RESHARDS.values():
             check_publish(arch, tp, pp, engine_tp, rank)
-    parameters = mcore_rank(EXPORTED, random_hf(EXPORTED), (rank % 2, 2), (rank // 2, 2))
+    parameters = model_ranks(EXPORTED, random_hf(EXPORTED), "mcore", WORLD, 2, 2)[rank]
     files.write(
         f"{folder}/model", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "mcore", WORLD, 2, 2), parameters,
         rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, shard=20 << 10, bucket=SMALL,

@@ -117,10 +117,12 @@ def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
 
 def model_ranks(arch: Architecture, hf: Tensors, layout: str, world: int, tp: int, pp: int) -> list[Tensors]:
     if layout == "vllm":
-        return [vllm_rank(arch, hf, (rank % tp, tp)) for rank in range(world)]
-    if layout == "mcore":
-        return [mcore_rank(arch, hf, (rank % tp, tp), (rank // (world // pp), pp)) for rank in range(world)]
-    return [hf] * world
+        ranks = [vllm_rank(arch, hf, (rank % tp, tp)) for rank in range(world)]
+    elif layout == "mcore":
+        ranks = [mcore_rank(arch, hf, (rank % tp, tp), (rank // (world // pp), pp)) for rank in range(world)]
+    else:
+        ranks = [hf] * world
+    return [{name: tensor.contiguous() for name, tensor in mine.items()} for mine in ranks]
 
 
 def carry_out(moves: Plan, sources: list[Tensors], targets: list[Tensors]) -> None:

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.weights.tiles import Move, Plan, split, view
+from rlhf.weights.tiles import Geometry, Move, Plan, geometry, shaped, split, view
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A move as the executor needs it: from which place of which local tensor to which place of which other."""
+
+    source: str
+    out_of: Geometry
+    target: str
+    into: Geometry
+    numel: int
+
+    @classmethod
+    def of(cls, move: Move) -> Part:
+        a, b = move.source_tile, move.target_tile
+        return cls(a.local, geometry(a, move.box), b.local, geometry(b, move.box), move.numel)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one rank sends another in one round: the boxes of its moves, packed one after another."""
+    """What one rank sends another in one round: boxes packed one after another."""
 
     source: int
     target: int
-    moves: list[Move]
+    parts: list[Part]
 
     @property
     def numel(self) -> int:
-        return sum(move.numel for move in self.moves)
+        return sum(part.numel for part in self.parts)
+
+
+@dataclass(slots=True)
+class Flight:
+    """A round on its way."""
+
+    messages: list[Message]
+    packed: Sequence[Tensor]  # one for each message
+    works: list[dist.Work]
 
 
 class Publisher:
@@ -36,54 +61,90 @@ class Publisher:
     """
 
     def __init__(self, plan: Plan, rank: int, dtype: torch.dtype, bucket: int = 512 << 20):
-        self.rank, self.dtype = rank, dtype
-        self.local = [move for move in plan.moves if move.source == move.target == rank]
+        self.plan, self.rank, self.dtype = plan, rank, dtype
+        self.local = [Part.of(move) for move in plan.moves if move.source == move.target == rank]
         remote = [move for move in plan.moves if move.source != move.target]
-        self.rounds = [_messages(moves, rank) for moves in _rounds(remote, bucket // dtype.itemsize)]
+        # Half of a bucket is packed and sent while the other half is received and unpacked.
+        self.rounds = [_messages(moves, rank) for moves in _rounds(remote, bucket // 2 // dtype.itemsize)]
         if remote:
             dist.barrier()  # NCCL makes its communicator in the first call, which all ranks must join; some may send nothing
 
     @torch.no_grad()
     def publish(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         """Write every box this rank's target tiles need. Local names -> tensors, whose content alone may change between calls."""
-        for move in self.local:
-            _target(move, target).copy_(_source(move, source))
-        for messages in self.rounds:
-            if messages:
-                self._exchange(messages, source, target)
+        rounds = [messages for messages in self.rounds if messages]
+        flying = [self._send(messages, source) for messages in rounds[:1]]
+        for part in self.local:  # while the first round is on its way
+            shaped(target[part.target], part.into).copy_(shaped(source[part.source], part.out_of))
+        for messages in rounds[1:]:
+            flying.append(self._send(messages, source))
+            self._receive(flying.pop(0), target)
+        for flight in flying:
+            self._receive(flight, target)
 
-    def _exchange(self, messages: list[Message], source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    @torch.no_grad()
+    def verify(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        """After publish(): every box has the same checksum where it came from and where it went. Every rank calls it.
+
+        Raises RuntimeError on the rank whose parameter holds something else.
+        """
+        device = next(iter(source.values())).device
+        moves = self.plan.moves
+        sums = torch.zeros(len(moves), dtype=torch.int64, device=device)
+        for i, move in enumerate(moves):
+            if move.source == self.rank:
+                sums[i] = checksum(view(source[move.source_tile.local], move.source_tile, move.box).to(self.dtype))
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        wanted = sums.tolist()
+        for move, right in zip(moves, wanted, strict=True):
+            if move.target == self.rank:
+                held = view(target[move.target_tile.local], move.target_tile, move.box).to(self.dtype)
+                if checksum(held).item() != right:
+                    raise RuntimeError(
+                        f"after publishing, the engine's {move.target_tile.local} on rank {self.rank} differs from {move.target_tile.name}"
+                        f" {move.box} on rank {move.source}: the engine does not hold the weights that were trained"
+                    )
+
+    def _send(self, messages: list[Message], source: Mapping[str, Tensor]) -> Flight:
+        """Pack what leaves and start all transfers of a round."""
         sizes = [message.numel for message in messages]
         device = next(iter(source.values())).device
         packed = torch.empty(sum(sizes), dtype=self.dtype, device=device).split(sizes)
         calls = []
         for message, flat in zip(messages, packed, strict=True):
             if message.source == self.rank:
-                for move, piece in _pieces(message, flat):
-                    box = _source(move, source)
+                for part, piece in _pieces(message, flat):
+                    box = shaped(source[part.source], part.out_of)
                     piece.view(box.shape).copy_(box)
                 calls.append(dist.P2POp(dist.isend, flat, message.target))
             else:
                 calls.append(dist.P2POp(dist.irecv, flat, message.source))
-        for work in dist.batch_isend_irecv(calls):
+        return Flight(messages, packed, dist.batch_isend_irecv(calls))
+
+    def _receive(self, flight: Flight, target: Mapping[str, Tensor]) -> None:
+        """Wait for a round, and unpack what arrived."""
+        for work in flight.works:
             work.wait()
-        for message, flat in zip(messages, packed, strict=True):
+        for message, flat in zip(flight.messages, flight.packed, strict=True):
             if message.target == self.rank:
-                for move, piece in _pieces(message, flat):
-                    box = _target(move, target)
+                for part, piece in _pieces(message, flat):
+                    box = shaped(target[part.target], part.into)
                     box.copy_(piece.view(box.shape))
 
 
-def _source(move: Move, tensors: Mapping[str, Tensor]) -> Tensor:
-    return view(tensors[move.source_tile.local], move.source_tile, move.box)
+def checksum(x: Tensor) -> Tensor:
+    """A 64-bit integer that depends on every bit of x and on its place."""
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for i, piece in enumerate(x.contiguous().flatten().split(1 << 22)):
+        bits = piece.view({2: torch.int16, 4: torch.int32}[x.itemsize]).long()
+        places = torch.arange(1, len(bits) + 1, device=x.device) * (2 * i + 1)
+        total += (bits * (places * 0x9E3779B97F4A7C1 + 1)).sum()
+    return total
 
 
-def _target(move: Move, tensors: Mapping[str, Tensor]) -> Tensor:
-    return view(tensors[move.target_tile.local], move.target_tile, move.box)
-
-
-def _pieces(message: Message, flat: Tensor) -> Iterable[tuple[Move, Tensor]]:
-    return zip(message.moves, flat.split([move.numel for move in message.moves]), strict=True)
+def _pieces(message: Message, flat: Tensor) -> Iterable[tuple[Part, Tensor]]:
+    return zip(message.parts, flat.split([part.numel for part in message.parts]), strict=True)
 
 
 def _rounds(moves: list[Move], limit: int) -> list[list[Move]]:
@@ -113,8 +174,8 @@ def _rounds(moves: list[Move], limit: int) -> list[list[Move]]:
 
 def _messages(moves: list[Move], rank: int) -> list[Message]:
     """The messages of one round that this rank sends or receives, one per pair and direction."""
-    pairs: dict[tuple[int, int], list[Move]] = defaultdict(list)
+    pairs: dict[tuple[int, int], list[Part]] = defaultdict(list)
     for move in moves:
         if rank in (move.source, move.target):
-            pairs[move.source, move.target].append(move)
+            pairs[move.source, move.target].append(Part.of(move))
     return [Message(source, target, pairs[source, target]) for source, target in sorted(pairs)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Box = tuple[tuple[int, int], ...]  # (low, high) per dimension of the canonical view
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # (size, strides, offset) of a part of a contiguous tensor, in elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,17 @@ class Plan:
         local = sum(move.numel for move in self.moves if move.source == move.target)
         return local, sum(move.numel for move in self.moves) - local
 
+    def seconds(self, nodes: Sequence[int], itemsize: int, within: float, between: float) -> float:
+        """How long the transfers take at least: those of the busiest rank, at the rates (bytes/s, each way) of one rank's links within
+        its node and between nodes, which work at the same time. nodes[r] is the node of rank r, itemsize the bytes of an element."""
+        sent: dict[tuple[int, bool, bool], int] = defaultdict(int)  # (rank, out, between nodes) -> elements
+        for move in self.moves:
+            if move.source != move.target:
+                far = nodes[move.source] != nodes[move.target]
+                sent[move.source, True, far] += move.numel
+                sent[move.target, False, far] += move.numel
+        return max((count * itemsize / (between if far else within) for (_, _, far), count in sent.items()), default=0.0)
+
 
 def numel(box: Box) -> int:
     return prod(high - low for low, high in box)
@@ -91,11 +103,29 @@ def split(box: Box, limit: int) -> list[Box]:
     return [piece for half in halves for piece in split(half, limit)]
 
 
+def geometry(tile: Tile, box: Box) -> Geometry:
+    """Where box, a part of tile.box, lies in the local tensor, whose elements are contiguous."""
+    stride, strides = 1, []
+    for size in reversed(tile.shape):
+        strides.append(stride)
+        stride *= size
+    strides.reverse()
+    offset = tile.start * (stride // tile.rows)
+    for step, at, (origin, _), (low, _) in zip(strides, tile.at, tile.box, box, strict=True):
+        offset += step * (at + low - origin)
+    return tuple(high - low for low, high in box), tuple(strides), offset
+
+
 def view(tensor: Tensor, tile: Tile, box: Box) -> Tensor:
     """The part of the local tensor that holds box, a part of tile.box: strided, never a copy."""
-    rows = tensor[tile.start : tile.start + tile.rows].view(tile.shape)
-    ranges = zip(tile.at, tile.box, box, strict=True)
-    return rows[tuple(slice(at + low - origin, at + high - origin) for at, (origin, _), (low, high) in ranges)]
+    return shaped(tensor, geometry(tile, box))
+
+
+def shaped(tensor: Tensor, place: Geometry) -> Tensor:
+    """The part of a contiguous tensor at some place of it."""
+    assert tensor.is_contiguous(), f"a local tensor of shape {tuple(tensor.shape)} is not contiguous"
+    size, strides, offset = place
+    return tensor.as_strided(size, strides, tensor.storage_offset() + offset)
 
 
 def plan(sources: Sequence[Sequence[Tile]], targets: Sequence[Sequence[Tile]], nodes: Sequence[int]) -> Plan:
