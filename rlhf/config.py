@@ -106,7 +106,8 @@ class Rollout:
     memory: float = 0.5  # share of the device's memory for the engine (GPU)
     cache: float = 0.25  # GiB of KV cache (CPU)
     rounds: int = 1  # sampling rounds per step, at most, until batch.prompts groups have unequal rewards (DAPO)
-    check: bool = False  # compare log-probs of engine and learner after every publish; the first two are always compared
+    bucket: int = 512  # MB of extra memory, at most, for weights that cross ranks in a publish
+    check: bool = False  # after every publish compare checksums of all weights, and log-probs with the learner's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ LEAST = dict.fromkeys(
         "rollout.group",
         "rollout.rounds",
         "rollout.max_tokens",
+        "rollout.bucket",
         "data.max_tokens",
         "reward.workers",
         "checkpoint.keep",

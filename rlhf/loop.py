@@ -64,7 +64,7 @@ class Run:
             engine.sleep()
             training = names.tilings(given.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
             engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
-            publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, self.dtype)
+            publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, self.dtype, config.rollout.bucket << 20)
             self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.records)
         temperature = config.rollout.temperature if self.algorithm.online else 1.0
         self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking((), mesh.device))
@@ -207,6 +207,9 @@ class Run:
         counts = self.given.records.counts
         dropped = f"{counts.truncated} truncated, {counts.dropped} dropped"
         say(f"{len(self.given.records)} records ({dropped}) of {config.data.train}; out: {config.out}")
+        if self.sampler and self.sampler.publisher:
+            stay, cross = (count * self.dtype.itemsize / 1e9 for count in self.sampler.publisher.plan.volume())
+            say(f"publish: {stay:.3g} GB of weights stay on their ranks, {cross:.3g} GB cross")
         if start:
             say(f"resumed after step {start}")
 

@@ -47,6 +47,16 @@ def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
         publisher.publish(model_ranks(arch, hf, "mcore", WORLD, tp, pp)[rank], target)
         for name in target:
             assert torch.equal(target[name], wanted[name].bfloat16()), f"rank {rank}: {name} after TP{tp} PP{pp} -> TP{engine_tp}"
+        sources = model_ranks(arch, hf, "mcore", WORLD, tp, pp)[rank]
+        publisher.verify(sources, target)
+    norm = target["model.norm.weight"]
+    norm[3:5] = norm[3:5].flip(0)  # the same bits at other places
+    if rank == 2:
+        with pytest.raises(RuntimeError, match=r"the engine's model.norm.weight on rank 2 differs from model.norm.weight"):
+            publisher.verify(sources, target)
+    else:
+        norm[3:5] = norm[3:5].flip(0)
+        publisher.verify(sources, target)
 
 
 def test_four_ranks(tmp_path: Path):

@@ -54,6 +54,8 @@ class Sampler:
         assert self.publisher, "an engine that loaded its own weights is never published to"
         self.engine.wake_weights()
         self.publisher.publish(parameters, self.engine.parameters())
+        if self.config.rollout.check:
+            self.publisher.verify(parameters, self.engine.parameters())
 
     def sampling(self) -> Sampling:
         """How the configuration says to sample. A stop string that is a single token ends generation at once."""
