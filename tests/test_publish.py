@@ -1,6 +1,9 @@
 """The real executor, on four ranks: every reshaping of training shards into engine shards, and a folder written from them."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from rlhf.weights.names import tilings
 from rlhf.weights.publish import Publisher, _rounds
 from rlhf.weights.tiles import plan
 
+ROOT = Path(__file__).parents[1]
 WORLD = 4
 RESHARDS = {"TP2PP2 -> TP1": (2, 2, 1), "TP4 -> TP2": (4, 1, 2), "TP2 -> TP4": (2, 1, 4), "PP4 -> TP4": (1, 4, 4), "TP1 -> TP2": (1, 1, 2)}
 SMALL = 24 << 10  # bytes of a bucket, so that there are many rounds and tensors are cut
@@ -85,3 +89,16 @@ def test_rounds_carry_everything_within_the_limit(limit: int):
     for group in rounds:
         for rank in range(WORLD):
             assert sum(move.numel for move in group if rank in (move.source, move.target)) <= limit
+
+
+@pytest.mark.parametrize(("layout", "crossing"), [("--train-tp=2", 1 / 2), ("--train-pp=2 --engine-tp=2", 1 / 4)])
+def test_benchmark_runs(layout: str, crossing: float):
+    """On two ranks; of the model, each receives the half that it lacks, or the quarter."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "benchmarks/publish.py", "--model=toy"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "--repeat=1", *layout.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    whole = 2 * 1_059_968  # bytes: bfloat16 parameters of the toy model
+    assert result["bytes_crossing_per_rank"] == pytest.approx(whole * crossing, rel=0.1)  # norms are everywhere, tables at one end
+    assert result["seconds"] > 0

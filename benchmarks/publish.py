@@ -1,0 +1,176 @@
+"""How long it takes to give an engine the trained weights: megatron-core shards -> vLLM's fused parameters, on one or more ranks.
+
+    python benchmarks/publish.py                                                        one rank
+    torchrun --nproc-per-node 2 benchmarks/publish.py --train-tp 2 --engine-tp 1        TP2 -> two engines of TP1
+    torchrun --nproc-per-node 2 benchmarks/publish.py --train-pp 2 --engine-tp 2        PP2 -> TP2
+
+Random weights at Llama-2-7B's shapes in bfloat16; --engine vllm writes into a real engine, which sleeps (weights dropped) and wakes between
+publishes. The last line is JSON. The floor is what the same bytes take in the same run: on one rank as a plain copy on the device, on
+more as isend and irecv to and from a neighbour at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rlhf.model.architecture import Architecture
+from rlhf.rollout import kvcache
+from rlhf.weights import hf, names
+from rlhf.weights.publish import Publisher
+from rlhf.weights.tiles import plan
+
+SHAPES = {"family": "llama", "context": 4096, "eps": 1e-5, "tied": False, "qkv_bias": False, "qk_norm": False, "rope_theta": 1e4}
+MODELS = {
+    "7b": Architecture(layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, **SHAPES),
+    "8b": Architecture(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, **SHAPES),
+    "toy": Architecture(layers=4, hidden=128, ffn=352, heads=4, kv_heads=4, head_dim=32, vocab=1000, **SHAPES),
+}
+CHUNK = 512 << 20  # bytes of one plain copy or message when floors are measured
+
+
+class Ranks:
+    """This rank among all."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.on_gpu else torch.device("cpu")
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.on_gpu else "gloo")
+
+    def wait(self) -> None:
+        """Everything done, on every rank."""
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """How long the slowest rank takes."""
+        self.wait()
+        start = time.perf_counter()
+        work()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        taken = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(taken, dist.ReduceOp.MAX)
+        return taken.item()
+
+    def copy_rate(self, size: int) -> float:
+        """Bytes of a tensor over the seconds of copying it on the device."""
+        source = torch.ones(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return size / min(self.seconds(lambda: target.copy_(source)) for _ in range(8))
+
+    def link_rate(self, size: int) -> float:
+        """Bytes over seconds, each way, with the next and the previous rank, all ranks at once."""
+        out, into = torch.ones(size, dtype=torch.uint8, device=self.device), torch.empty(size, dtype=torch.uint8, device=self.device)
+
+        def exchange() -> None:
+            to, of = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, out, to), dist.P2POp(dist.irecv, into, of)]):
+                work.wait()
+
+        return size / min(self.seconds(exchange) for _ in range(8))
+
+
+def vllm_engine(arch: Architecture, tp: int, dtype: torch.dtype, memory: float) -> Any:
+    """A vLLM engine whose weights await a publish."""
+    os.environ |= {"RANK": os.environ.get("RANK", "0"), "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
+    os.environ |= {"WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}
+    os.environ |= {"MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"), "MASTER_PORT": os.environ.get("MASTER_PORT", "29531")}
+    from rlhf.rollout.vllm import VLLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_json(Path(folder) / "config.json", hf.description(arch))
+        name = str(dtype).removeprefix("torch.")
+        return VLLM(folder, arch, tp=tp, dtype=name, seed=1, max_len=256, memory=memory, cache=0.1)
+
+
+def main(arguments: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=MODELS, default="7b")
+    p.add_argument("--train-tp", type=int, default=1)
+    p.add_argument("--train-pp", type=int, default=1)
+    p.add_argument("--engine-tp", type=int, default=1)
+    p.add_argument(
+        "--engine", choices=("parameters", "vllm"), default="parameters", help="plain tensors of vLLM's shapes, or a real engine"
+    )
+    p.add_argument("--memory", type=float, default=0.4, help="share of the device's memory for the real engine")
+    p.add_argument("--bucket", type=int, default=512, help="MB, as rollout.bucket")
+    p.add_argument("--repeat", type=int, default=10)
+    a = p.parse_args(arguments)
+    ranks, arch, dtype = Ranks(), MODELS[a.model], torch.bfloat16
+    engine = vllm_engine(arch, a.engine_tp, dtype, a.memory) if a.engine == "vllm" else None
+
+    training = names.tilings(arch, "mcore", ranks.world, a.train_tp, a.train_pp)
+    engines = names.tilings(arch, "vllm", ranks.world, a.engine_tp)
+    moves = plan(training, engines, [0] * ranks.world)
+    publisher = Publisher(moves, ranks.rank, dtype, a.bucket << 20)
+    source = {name: torch.randn(shape, dtype=dtype, device=ranks.device) for name, shape in names.shapes(training[ranks.rank]).items()}
+    plain = {} if engine else kvcache.shapes(arch, a.engine_tp)
+    target = {name: torch.zeros(shape, dtype=dtype, device=ranks.device) for name, shape in plain.items()}
+
+    def publish() -> None:
+        publisher.publish(source, engine.parameters() if engine else target)
+
+    waking, taken = [0.0], []
+    for _ in range(2 + a.repeat):
+        if engine:
+            engine.sleep()
+            waking.append(ranks.seconds(engine.wake_weights))
+        taken.append(ranks.seconds(publish))
+    publisher.verify(source, engine.parameters() if engine else target)
+
+    seconds = statistics.median(taken[2:])  # kernels are loaded and buffers found in the first two
+    received = [sum(m.numel for m in moves.moves if m.target == r and m.source != r) * dtype.itemsize for r in range(ranks.world)]
+    sent = [sum(m.numel for m in moves.moves if m.source == r and m.target != r) * dtype.itemsize for r in range(ranks.world)]
+    held = max(sum(m.numel for m in moves.moves if m.target == r) for r in range(ranks.world)) * dtype.itemsize
+    crossing, chunk = max(received + sent), min(CHUNK, held)
+    copy_rate, link_rate = ranks.copy_rate(chunk), ranks.link_rate(chunk) if ranks.world > 1 else 0.0
+    floor = crossing / link_rate if crossing else held / copy_rate
+    result = {
+        "benchmark": "publish",
+        "device": torch.cuda.get_device_name() if ranks.on_gpu else "cpu",
+        "command": f"benchmarks/publish.py {' '.join(arguments)}".strip(),
+        "ranks": ranks.world,
+        "torch": torch.__version__,
+        "bytes_per_engine_rank": held,
+        "bytes_crossing_per_rank": crossing,
+        "seconds": round(seconds, 5),
+        "seconds_best": round(min(taken[2:]), 5),
+        "seconds_first": round(taken[0], 5),
+        "seconds_waking": round(statistics.median(waking), 5),
+        "copy_gb_per_s": round(copy_rate / 1e9, 1),
+        "link_gb_per_s": round(link_rate / 1e9, 1),
+        "floor_seconds": round(floor, 5),
+        "ratio": round(seconds / floor, 2),
+    }
+    if ranks.rank == 0:
+        print(
+            f"{held / 1e9:.3g} GB for each engine rank, {crossing / 1e9:.3g} GB cross: {seconds * 1e3:.1f} ms, floor {floor * 1e3:.1f} ms"
+        )
+        print(json.dumps(result), flush=True)
+    ranks.wait()
+    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
