@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from rlhf.model.architecture import Architecture
 from rlhf.rollout import kvcache
 from rlhf.weights import hf, names
 from rlhf.weights.publish import Publisher
-from rlhf.weights.tiles import plan
+from rlhf.weights.tiles import Plan, plan
 
 SHAPES = {"family": "llama", "context": 4096, "eps": 1e-5, "tied": False, "qkv_bias": False, "qk_norm": False, "rope_theta": 1e4}
 MODELS = {
@@ -104,7 +105,7 @@ def vllm_engine(arch: Architecture, tp: int, dtype: torch.dtype, memory: float) 
         return VLLM(folder, arch, tp=tp, dtype=name, seed=1, max_len=256, memory=memory, cache=0.1)
 
 
-def main(arguments: list[str]) -> None:
+def options(arguments: list[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=MODELS, default="7b")
     p.add_argument("--train-tp", type=int, default=1)
@@ -116,60 +117,65 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--memory", type=float, default=0.4, help="share of the device's memory for the real engine")
     p.add_argument("--bucket", type=int, default=512, help="MB, as rollout.bucket")
     p.add_argument("--repeat", type=int, default=10)
-    a = p.parse_args(arguments)
-    ranks, arch, dtype = Ranks(), MODELS[a.model], torch.bfloat16
-    engine = vllm_engine(arch, a.engine_tp, dtype, a.memory) if a.engine == "vllm" else None
+    return p.parse_args(arguments)
 
+
+def main(arguments: list[str]) -> None:
+    a, ranks, dtype = options(arguments), Ranks(), torch.bfloat16
+    arch = MODELS[a.model]
+    engine = vllm_engine(arch, a.engine_tp, dtype, a.memory) if a.engine == "vllm" else None
     training = names.tilings(arch, "mcore", ranks.world, a.train_tp, a.train_pp)
-    engines = names.tilings(arch, "vllm", ranks.world, a.engine_tp)
-    moves = plan(training, engines, [0] * ranks.world)
+    moves = plan(training, names.tilings(arch, "vllm", ranks.world, a.engine_tp), [0] * ranks.world)
     publisher = Publisher(moves, ranks.rank, dtype, a.bucket << 20)
     source = {name: torch.randn(shape, dtype=dtype, device=ranks.device) for name, shape in names.shapes(training[ranks.rank]).items()}
     plain = {} if engine else kvcache.shapes(arch, a.engine_tp)
     target = {name: torch.zeros(shape, dtype=dtype, device=ranks.device) for name, shape in plain.items()}
 
-    def publish() -> None:
-        publisher.publish(source, engine.parameters() if engine else target)
+    def parameters() -> dict[str, torch.Tensor]:
+        return engine.parameters() if engine else target
 
     waking, taken = [0.0], []
     for _ in range(2 + a.repeat):
         if engine:
             engine.sleep()
             waking.append(ranks.seconds(engine.wake_weights))
-        taken.append(ranks.seconds(publish))
-    publisher.verify(source, engine.parameters() if engine else target)
+        taken.append(ranks.seconds(lambda: publisher.publish(source, parameters())))
+    publisher.verify(source, parameters())
+    result = summary(ranks, moves, dtype, taken) | {"seconds_waking": round(statistics.median(waking), 5)}
+    if ranks.rank == 0:
+        print(json.dumps({"benchmark": "publish", "command": f"benchmarks/publish.py {' '.join(arguments)}".strip(), **result}), flush=True)
+    ranks.wait()
+    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
 
+
+def summary(ranks: Ranks, moves: Plan, dtype: torch.dtype, taken: list[float]) -> dict[str, Any]:
+    """Bytes, seconds, and what the same bytes take at least."""
     seconds = statistics.median(taken[2:])  # kernels are loaded and buffers found in the first two
-    received = [sum(m.numel for m in moves.moves if m.target == r and m.source != r) * dtype.itemsize for r in range(ranks.world)]
-    sent = [sum(m.numel for m in moves.moves if m.source == r and m.target != r) * dtype.itemsize for r in range(ranks.world)]
-    held = max(sum(m.numel for m in moves.moves if m.target == r) for r in range(ranks.world)) * dtype.itemsize
-    crossing, chunk = max(received + sent), min(CHUNK, held)
+    busy: dict[tuple[str, int], int] = defaultdict(int)  # (what, rank) -> bytes
+    for move in moves.moves:
+        busy["held", move.target] += move.numel * dtype.itemsize
+        if move.source != move.target:
+            busy["sent", move.source] += move.numel * dtype.itemsize
+            busy["received", move.target] += move.numel * dtype.itemsize
+    held = max(size for (what, _), size in busy.items() if what == "held")
+    crossing = max((size for (what, _), size in busy.items() if what != "held"), default=0)
+    chunk = min(CHUNK, held)
     copy_rate, link_rate = ranks.copy_rate(chunk), ranks.link_rate(chunk) if ranks.world > 1 else 0.0
     floor = crossing / link_rate if crossing else held / copy_rate
-    result = {
-        "benchmark": "publish",
+    return {
         "device": torch.cuda.get_device_name() if ranks.on_gpu else "cpu",
-        "command": f"benchmarks/publish.py {' '.join(arguments)}".strip(),
-        "ranks": ranks.world,
         "torch": torch.__version__,
+        "ranks": ranks.world,
         "bytes_per_engine_rank": held,
         "bytes_crossing_per_rank": crossing,
         "seconds": round(seconds, 5),
         "seconds_best": round(min(taken[2:]), 5),
         "seconds_first": round(taken[0], 5),
-        "seconds_waking": round(statistics.median(waking), 5),
         "copy_gb_per_s": round(copy_rate / 1e9, 1),
         "link_gb_per_s": round(link_rate / 1e9, 1),
         "floor_seconds": round(floor, 5),
         "ratio": round(seconds / floor, 2),
     }
-    if ranks.rank == 0:
-        print(
-            f"{held / 1e9:.3g} GB for each engine rank, {crossing / 1e9:.3g} GB cross: {seconds * 1e3:.1f} ms, floor {floor * 1e3:.1f} ms"
-        )
-        print(json.dumps(result), flush=True)
-    ranks.wait()
-    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
 
 
 if __name__ == "__main__":
