@@ -60,13 +60,8 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
         return Stage(mode, [mode, *files, *keys, f"out={run}/{mode}", f"seed={seed}", *more], after)
 
     def evaluate(mode: str, folder: Path, after: str) -> Stage:
-        keys = [
-            "evaluate.prompts=0",
-            "evaluate.temperature=1",
-            "data.max_tokens=96",
-            "rollout.max_tokens=64",
-            "reward.function=tools/tutorial_task.py:gold",
-        ]
+        keys = ["evaluate.prompts=0", "evaluate.temperature=1", "evaluate.function=tools/tutorial_task.py:gold"]
+        keys += ["data.max_tokens=96", "rollout.max_tokens=64"]
         where = [f"policy.load={folder}", f"data.eval={data}/dev_prompts.jsonl", f"out={run}/evaluate-{mode}"]
         return Stage(f"evaluate-{mode}", ["evaluate", *keys, *where, f"seed={seed}"], (after,))
 

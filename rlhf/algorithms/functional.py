@@ -93,7 +93,7 @@ def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> 
     """
     error = (values - returns) ** 2
     held = (old + (values - old).clamp(-clip, clip) - returns) ** 2 if clip else error
-    return 0.5 * torch.maximum(error, held), (held > error).float()
+    return 0.5 * torch.maximum(error, held), ((held > error) & ((values - old).abs() > clip)).float()
 
 
 def kl_estimate(kind: str, logp: Tensor, ref_logp: Tensor) -> Tensor:

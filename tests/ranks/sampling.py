@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from rlhf import configuration
-from rlhf.contracts import Sample
+from rlhf.config import Parallel
+from rlhf.contracts import Sample, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.model import architecture
@@ -40,7 +41,7 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> Sampler:
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
     """And every rank knows all samples alike."""
     sampler = build(folder, mesh)
-    first, again, later = sampler.draw(3), sampler.draw(3), sampler.draw(4)
+    first, again, later = (sampler.draw(step)[0] for step in (3, 3, 4))
     assert [s.tokens.tolist() for s in first] == [s.tokens.tolist() for s in again]
     assert [s.tokens.tolist() for s in first] != [s.tokens.tolist() for s in later]
     assert [s.group for s in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -52,7 +53,7 @@ def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
 def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
     """The mask covers the response alone, log-probs stand on their labels, and a response without a stop token is truncated."""
     sampler = build(folder, mesh)
-    for s in sampler.draw(0):
+    for s in sampler.draw(0)[0]:
         prompt = len(s.tokens) - int(s.mask.sum())
         assert s.mask.tolist() == [t >= prompt - 1 for t in range(len(s.tokens) - 1)]
         assert (s.sampler_logp[s.mask] < 0).all()
@@ -65,9 +66,9 @@ def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
 
 def check_stop_string_cuts_tokens(folder: Path, mesh: Mesh) -> None:
     """With a stop string every response is the unstopped one up to and with that string, in the same tokens."""
-    free = build(folder, mesh).draw(0)
+    free, _ = build(folder, mesh).draw(0)
     letter = next(c for s in free for c in s.meta["response"][2:] if c.isalpha())
-    stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").draw(0)
+    stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").draw(0)[0]
     for a, b in zip(free, stopped, strict=True):
         assert b.tokens.tolist() == a.tokens[: len(b.tokens)].tolist()
         if letter in a.meta["response"]:
@@ -86,20 +87,43 @@ def sampler_text_without_last(folder: Path, sample: Sample) -> str:
 def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
     sampler = build(folder, mesh)
     prompts = sampler.records.head(5)
-    samples = sampler.answer(prompts)
-    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.answer(prompts)]
+    samples = sampler.answer(prompts, sampler.reward)
+    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.answer(prompts, sampler.reward)]
     sums = summary(samples)
     assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
     assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
 
 
+def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
+    """Groups of equal rewards are left out and others drawn; a step has batch.prompts groups where the rounds suffice."""
+    sampler = build(folder, mesh, "rollout.rounds=5", "batch.prompts=4")
+
+    def parity(samples: list[Sample]) -> None:
+        for sample in samples:
+            sample.reward, sample.meta["failed"] = float(len(sample.meta["response"]) % 2), False
+
+    sampler.reward = parity
+    samples, sums = sampler.draw(0)
+    kept = groups(samples)
+    assert len(kept) == 4
+    assert all(len({s.reward for s in group}) == 2 and len(group) == 3 for group in kept)
+    rounds, found = sums["rounds"][0], sums["groups_kept"]
+    assert 1 < rounds <= 5, "the case needs more than one round"
+    assert 4 <= found[0] <= found[1] == 4 * rounds
+    sampler.reward = lambda samples: [s.meta.update(failed=False) for s in samples] and None  # everything is worth 0
+    samples, sums = sampler.draw(0)
+    assert len(groups(samples)) == 4, "the last round's groups, where none has unequal rewards"
+    assert sums["groups_kept"] == (0.0, 20.0)
+
+
 def main() -> None:
-    folder, mesh = Path(sys.argv[1]), Mesh(configuration.Parallel(), seed=1)
+    folder, mesh = Path(sys.argv[1]), Mesh(Parallel(), seed=1)
     check_draw_is_a_function_of_seed_and_step(folder, mesh)
     check_samples_are_aligned(folder, mesh)
     check_stop_string_cuts_tokens(folder, mesh)
     check_greedy_and_summary(folder, mesh)
-    drawn = [s.tokens.tolist() for s in build(folder, mesh).draw(0)]
+    check_dynamic_sampling(folder, mesh)
+    drawn = [s.tokens.tolist() for s in build(folder, mesh).draw(0)[0]]
     if mesh.rank == 0:  # all ranks have been checked to know the same
         print("drawn", drawn, flush=True)
     mesh.barrier()
