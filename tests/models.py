@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,9 @@ def reference_logp(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
     """Log-probs of the labels [L]."""
     labels = torch.from_numpy(sample.tokens[1:].astype(np.int64))
     return reference_logits(model, sample).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def layout_keys(layout: str) -> list[str]:
+    """tp2-recomputefull -> parallel.tp=2 parallel.recompute=full"""
+    pairs = (re.match(r"([a-z]+?)(\d+|none|full|selective)$", part).groups() for part in layout.split("-"))
+    return [f"parallel.{key}={('false', 'true')[int(value)] if key in ('sp', 'zero') else value}" for key, value in pairs]

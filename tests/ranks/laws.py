@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import FAMILIES, reference_logits, reference_logp, samples
+from models import FAMILIES, layout_keys, reference_logits, reference_logp, samples
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
@@ -34,12 +33,6 @@ from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan, view
 
 LR = 0.1
-
-
-def parse(layout: str) -> list[str]:
-    """tp2-recomputefull -> parallel.tp=2 parallel.recompute=full"""
-    pairs = (re.match(r"([a-z]+?)(\d+|none|full|selective)$", part).groups() for part in layout.split("-"))
-    return [f"parallel.{key}={('false', 'true')[int(value)] if key in ('sp', 'zero') else value}" for key, value in pairs]
 
 
 def expected_update(model: torch.nn.Module, mode: str, made: list) -> dict[str, torch.Tensor]:
@@ -70,7 +63,7 @@ class Case:
     """One family at one layout."""
 
     def __init__(self, folder: Path, layout: str):
-        overrides = [*parse(layout), f"policy.load={folder}", f"optim.lr={LR}", "optim.eps=1", "optim.clip=0"]
+        overrides = [*layout_keys(layout), f"policy.load={folder}", f"optim.lr={LR}", "optim.eps=1", "optim.clip=0"]
         self.folder, self.what = folder, f"{folder.name} {layout}"
         self.config = configuration.load("grpo", overrides)
         self.mesh = Mesh(self.config.parallel, 1)

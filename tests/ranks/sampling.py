@@ -96,17 +96,17 @@ def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
 
 def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
     """Groups of equal rewards are left out and others drawn; a step has batch.prompts groups where the rounds suffice."""
-    sampler = build(folder, mesh, "rollout.rounds=5", "batch.prompts=4")
+    sampler = build(folder, mesh, "rollout.rounds=5", "rollout.group=2")
 
     def parity(samples: list[Sample]) -> None:
         for sample in samples:
-            sample.reward, sample.meta["failed"] = float(len(sample.meta["response"]) % 2), False
+            sample.reward, sample.meta["failed"] = float(len(sample.meta["response"]) % 3 == 0), False
 
     sampler.reward = parity
     samples, sums = sampler.draw(0)
     kept = groups(samples)
     assert len(kept) == 4
-    assert all(len({s.reward for s in group}) == 2 and len(group) == 3 for group in kept)
+    assert all(len({s.reward for s in group}) == 2 and len(group) == 2 for group in kept)
     rounds, found = sums["rounds"][0], sums["groups_kept"]
     assert 1 < rounds <= 5, "the case needs more than one round"
     assert 4 <= found[0] <= found[1] == 4 * rounds

@@ -1,0 +1,53 @@
+"""The laws of every mode, by the loop itself: step zero, the same metrics at every layout, and a bitwise resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import demo_task  # noqa: E402
+import tutorial_task  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of every mode, random weights to begin with, other ones as the SFT model, and a reward model with a head that is not 0."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    root = tmp_path_factory.mktemp("modes")
+    tutorial_task.write(root / "data", num=256, num_heldout=8)
+    demo_task.make_model(root / "model", root / "data", {"vocab_size": 320, "hidden_size": 64}, pieces=320)
+    demo_task.make_weights(root / "model")
+    config = json.loads((root / "model/config.json").read_text())
+    for name, seed in (("sft", 1), ("reward", 2)):
+        (root / name).mkdir()
+        for file in ("tokenizer.model", "config.json"):
+            (root / name / file).write_bytes((root / "model" / file).read_bytes())
+        demo_task.make_weights(root / name, seed)
+    tensors = load_file(root / "reward/model.safetensors")
+    tensors["score.weight"] = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)) * 0.1
+    del tensors["lm_head.weight"]
+    save_file(tensors, root / "reward/model.safetensors", metadata={"format": "pt"})
+    classifier = {**config, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (root / "reward/config.json").write_text(json.dumps(classifier))
+    return root
+
+
+@pytest.mark.parametrize(("ranks", "layouts"), [(1, ["tp1"]), (2, ["tp2", "pp2", "cp2", "dp2"])], ids=["one", "two"])
+def test_modes(folder: Path, ranks: int, layouts: list[str]) -> None:
+    """See tests/ranks/modes.py; the second case compares with the metrics of the first."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, str(ROOT / "tests/ranks/modes.py"), str(folder), *layouts]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "modes agree" in done.stdout
