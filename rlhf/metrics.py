@@ -12,8 +12,10 @@ from pathlib import Path
 from rlhf.config import Config
 from rlhf.parallel.mesh import Mesh
 
-LINE = ("loss", "accuracy", "reward", "eval_reward", "eval_loss", "eval_accuracy", "kl", "clipped", "entropy", "critic_loss", "mismatch")
-LINE += ("response_tokens", "tokens_per_second")
+LINE = (
+    *("loss", "accuracy", "reward", "eval_reward", "eval_loss", "eval_accuracy", "kl", "clipped", "entropy", "critic_loss"),
+    *("mismatch", "response_tokens", "tokens_per_second"),
+)
 
 
 class Metrics:

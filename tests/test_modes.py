@@ -51,3 +51,25 @@ def test_modes(folder: Path, ranks: int, layouts: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "modes agree" in done.stdout
+
+
+def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
+    """The exported folder gives every text the score, to the last token, by which the run measured its held-out loss."""
+    import torch
+    import transformers
+
+    from rlhf.config import Data
+    from rlhf.data.records import Records
+    from rlhf.data.tokenizer import Tokenizer
+
+    out = folder / "tp2" / "reward"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out / "hf", dtype=torch.float32)
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+    samples = Records.load(folder / "data/dev_reward.jsonl", "reward", Tokenizer.load(out / "hf"), Data()).head(0)
+    with torch.no_grad():
+        scores = [model(torch.from_numpy(s.tokens[None].astype("int64"))).logits.item() for s in samples]
+    pairs = [(i, j) for i, a in enumerate(samples) for j, b in enumerate(samples) if a.group == b.group and a.reward > b.reward]
+    loss = torch.tensor([scores[j] - scores[i] for i, j in pairs]).exp().log1p().mean().item()
+    said = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert abs(said["eval_loss"] - 0.6931) > 1e-3, "the model has learned nothing that could be compared"
+    assert loss == pytest.approx(said["eval_loss"], abs=1e-5)
