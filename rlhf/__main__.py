@@ -35,7 +35,11 @@ def main(arguments: list[str]) -> int:
         if "-h" in rest or "--help" in rest:
             print(f"{mode}: {MODES[mode]}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
             return 0
+        dry = "--dry-run" in rest
+        rest = [argument for argument in rest if argument != "--dry-run"]
         config = configuration.load(mode, variables.arguments(mode, rest, os.environ))
+        if dry:
+            return explain(config)
         if cluster.in_allocation(os.environ):
             return cluster.step([*COMMAND, *arguments], os.environ)
         os.environ.update(task := cluster.task(os.environ))
@@ -55,8 +59,18 @@ def usage() -> str:
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
         f"{modes}\n  {'convert':10} weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
         f"  {'demo':10} the whole way on a small task, from nothing to an aligned model\n  {'test':10} lint and tests\n\n"
-        f"./launch.sh MODE --help lists every key.\n\nShell variables (they win over files and lose to key=value):\n{variables.manual()}"
+        "./launch.sh MODE --help lists every key; with --dry-run a run is not started, but explained: its batch, its memory.\n\n"
+        f"Shell variables (they win over files and lose to key=value):\n{variables.manual()}"
     )
+
+
+def explain(config: Config) -> int:
+    """Show what a run would be, on the nodes that the environment tells of."""
+    from rlhf import dryrun
+
+    nodes = int(os.environ.get("WORLD_SIZE", "1"))
+    dryrun.show(config, nodes * ranks_per_node(config, nodes))
+    return 0
 
 
 def launch(config: Config, arguments: list[str]) -> int:

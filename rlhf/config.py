@@ -111,6 +111,14 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What stays on the device. --dry-run prints the ledger: every tenant in every phase."""
+
+    device: float = 0.0  # GiB of one device; 0: what it says itself (--dry-run: 80)
+    offload: Literal["auto", "none", "all"] = "auto"  # to host memory between phases; auto: what must go so that each phase fits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """What a response is worth."""
 
@@ -227,6 +235,7 @@ class Config:
     batch: Batch = field(default_factory=Batch)
     optim: Optim = field(default_factory=Optim)
     rollout: Rollout = field(default_factory=Rollout)
+    memory: Memory = field(default_factory=Memory)
     reward: Reward = field(default_factory=Reward)
     rm: RM = field(default_factory=RM)
     ppo: PPO = field(default_factory=PPO)

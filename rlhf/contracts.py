@@ -66,6 +66,14 @@ def scored(sample: Sample) -> Sample:
     return replace(sample, tokens=tokens, mask=mask, **dict.fromkeys(STREAMS, ABSENT))
 
 
+# Phase of a step -> the tenants of its role (ROLE.KIND) that must be on the device. In a rollout the engine alone works.
+USES = {
+    "rollout": (),
+    "publish": ("weights",),
+    "score": ("weights",),
+    "learn": ("weights", "gradients", "optimizer"),
+    "save": ("weights", "optimizer"),
+}
 STREAMS = ("sampler_logp", "old_logp", "ref_logp", "values", "advantages", "returns")
 
 

@@ -41,32 +41,37 @@ class Inputs:
 
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
-    if not config.policy.load:
-        raise UserError("policy.load is not set: give the folder of the model, Hugging Face's or Megatron's")
+    arch, models = shapes(config, world)
     if config.mode != "evaluate" and not config.resume and (Path(config.out) / "latest").exists():
         raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
-    arch = files.model(config.policy.load, config.policy.tokenizer)
-    models = roles(config)
-    generates = config.mode == "evaluate" or ALGORITHMS[config.mode](config).online
-    check_world(config.parallel, world)
-    for role in models.values():
-        _check_training(config, role)
-    if generates:
-        _check_sampling(config, arch, world)
-    if config.data.max_tokens > arch.context:
-        raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the model's context of {arch.context}: lower it")
-    max_prompt = config.data.max_tokens - config.rollout.max_tokens if generates else None
-    if max_prompt is not None and max_prompt < 1:
-        raise UserError(
-            f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
-        )
     _check_folders(config, models, arch)
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
-    for function in _functions(config) if generates else ():
+    for function in _functions(config) if generates(config) else ():
         rewards.check(function)
-    return Inputs(arch, models, tokenizer, *_data(config, tokenizer, max_prompt, generates))
+    return Inputs(arch, models, tokenizer, *_data(config, tokenizer))
+
+
+def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
+    """The policy's architecture and the roles, checked against the layout: whatever needs no more of a model than its config.json."""
+    if not config.policy.load:
+        raise UserError("policy.load is not set: give the folder of the model, Hugging Face's or Megatron's")
+    arch = files.model(config.policy.load, config.policy.tokenizer)
+    models = roles(config)
+    check_world(config.parallel, world)
+    for role in models.values():
+        _check_training(config, role)
+    if config.data.max_tokens > arch.context:
+        raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the model's context of {arch.context}: lower it")
+    if generates(config):
+        _check_sampling(config, arch, world)
+    return arch, models
+
+
+def generates(config: Config) -> bool:
+    """Whether an engine samples."""
+    return config.mode == "evaluate" or ALGORITHMS[config.mode](config).online
 
 
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> None:
@@ -91,9 +96,11 @@ def _functions(config: Config) -> list[str]:
     return [name for name in (*rules, config.evaluate.function) if name]
 
 
-def _data(config: Config, tokenizer: Tokenizer, max_prompt: int | None, generates: bool) -> tuple[Records, Records | None]:
+def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
     """What the mode goes through, and what is held out."""
-    required = ("answer",) if generates and "math" in _functions(config) else ()
+    samples = generates(config)
+    required = ("answer",) if samples and "math" in _functions(config) else ()
+    max_prompt = config.data.max_tokens - config.rollout.max_tokens if samples else None
 
     def read(path: str) -> Records:
         cache = Path(config.out) / "records"
@@ -166,6 +173,10 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError(f"rollout.tp={tp} does not divide the {world} ranks")
     if arch.heads % tp or (arch.kv_heads % tp and tp % arch.kv_heads):
         raise UserError(f"rollout.tp={tp} does not divide the {arch.heads} heads and {arch.kv_heads} key/value heads of {name}")
+    if config.rollout.max_tokens >= config.data.max_tokens:
+        raise UserError(
+            f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
+        )
     if config.rollout.engine == "vllm" and not files.described(config.policy.load, config.policy.tokenizer):
         raise UserError(f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy the model's into it")
     if config.rollout.rounds > 1 and not rule(config):

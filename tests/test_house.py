@@ -26,8 +26,8 @@ LAYERS = (
     ("data", "model", "weights"),
     ("train", "rollout", "rewards", "checkpoint"),
     ("prepare", "convert", "cluster", "launcher", "variables"),
-    ("roles",),
-    ("loop",),
+    ("roles", "ledger"),
+    ("loop", "dryrun"),
     ("__main__",),
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}

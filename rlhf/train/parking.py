@@ -13,14 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# phase -> what it uses of its role. In a rollout the engine alone works; whatever else is on the device is only kept there.
-USES = {
-    "rollout": (),
-    "publish": ("weights",),
-    "score": ("weights",),
-    "learn": ("weights", "gradients", "optimizer"),
-    "save": ("weights", "optimizer"),
-}
+from rlhf.contracts import USES
+
 WRITES = ("learn",)  # elsewhere the copy in host memory stays true, and need not be made again
 DROPPED = "gradients"  # zeroed before they are used, so nothing of them is worth a copy
 ALIGNMENT = 512  # bytes, of every storage within host memory
@@ -140,6 +134,11 @@ class HostMemory:
         for _, size in held:
             starts.append(starts[-1] + _aligned(size))
         return [self.bytes[start : start + size] for start, (_, size) in zip(starts, held, strict=False)]
+
+
+def capacity(device: torch.device) -> float:
+    """GiB of a device; infinite on a CPU, where nothing has to make room."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else float("inf")
 
 
 def _aligned(size: int) -> int:

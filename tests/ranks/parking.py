@@ -19,11 +19,15 @@ from models import samples
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
+from rlhf.contracts import USES
 from rlhf.data.packing import microbatches, shares
+from rlhf.ledger import GIB, LOGITS, Ledger
 from rlhf.model import architecture
+from rlhf.model.logp import CHUNK_ELEMENTS
 from rlhf.parallel.mesh import Mesh
+from rlhf.prepare import shapes
 from rlhf.train.learner import Learner
-from rlhf.train.parking import USES, Parking
+from rlhf.train.parking import Parking
 from rlhf.weights import files, names
 
 ALL = {f"{role}.{kind}" for role in ("policy", "reference") for kind in USES["learn"]} - {"reference.gradients", "reference.optimizer"}
@@ -33,7 +37,7 @@ class Pair:
     """A learning policy and a frozen reference at one layout, and the parking lot that both use."""
 
     def __init__(self, folder: Path, layout: str, dtype: torch.dtype):
-        self.config = configuration.load("grpo", [*parse(layout), f"policy.load={folder}", "optim.lr=0.01"])
+        self.config = configuration.load("grpo", [*parse(layout), f"policy.load={folder}", "data.max_tokens=128", "rollout.max_tokens=64"])
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch, self.dtype = architecture.read(folder), dtype
         tiles = names.tilings(self.arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)[self.mesh.rank]
@@ -69,6 +73,18 @@ class Pair:
         parking.enter("save")
         return said + [t.float().clone() for t in learners["policy"].optimizer.tensors()]
 
+    def check_ledger(self) -> None:
+        """The ledger says to a few bytes what a learner holds; buffers of a distributed optimizer are padded."""
+        arch, roles = shapes(self.config, self.mesh.world)
+        ledger = Ledger(self.config, arch, roles, self.mesh.world, float("inf"), self.dtype.itemsize)
+        learner, seen = self.learner(train=True), set()
+        learner.learn(self.cut, self.loss, 0.01)
+        for kind, tensors in learner.tenants().items():
+            storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors) if s._cdata not in seen}
+            seen |= storages.keys()
+            predicted = ledger.tenants[self.mesh.pp_rank][f"policy.{kind}"] * GIB
+            assert abs(sum(storages.values()) - predicted) < 8192, f"{kind}: {sum(storages.values())} bytes, predicted {predicted}"
+
 
 def check_away(learners: dict[str, Learner], away: set[str]) -> None:
     """Exactly the tenants `away` take no memory. Without a distributed optimizer, main parameters in float32 are the weights themselves."""
@@ -86,9 +102,11 @@ def check_away(learners: dict[str, Learner], away: set[str]) -> None:
 
 def main() -> None:
     folder, layouts = Path(sys.argv[1]), sys.argv[2:]
+    assert LOGITS == CHUNK_ELEMENTS
     for layout in layouts:
         for dtype in (torch.float32, torch.bfloat16):
             pair = Pair(folder, layout, dtype)
+            pair.check_ledger()
             kept, parked = pair.train(set()), pair.train(ALL)
             assert all(torch.equal(a, b) for a, b in zip(kept, parked, strict=True)), f"{layout} {dtype}"
             assert all(a.isfinite().all() for a in kept)

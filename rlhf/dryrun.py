@@ -1,0 +1,52 @@
+"""--dry-run: what a run would be. Needs the models' config.json, and neither weights, data nor a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rlhf import configuration
+from rlhf.config import Config
+from rlhf.ledger import Ledger
+from rlhf.prepare import generates, shapes
+
+DEVICE = 80.0  # GiB, where memory.device does not say
+
+
+def show(config: Config, world: int) -> None:
+    """Print the configuration, the batch arithmetic and the memory ledger. Raises UserError where the run would."""
+    print(f"# {config.mode}: what differs from the defaults\n{configuration.to_toml(config, changed=True)}")
+    if config.mode in ("rlhf", "online-dpo") and not (config.reward.load or config.reward.function or config.critic.load):
+        print("reward.load is not set: a reward model of the policy's size is assumed\n")
+        config = replace(config, reward=replace(config.reward, load=config.policy.load))
+    arch, roles = shapes(config, world)
+    for name, role in roles.items():
+        print(f"{name}: {role.arch.family} of {role.arch.num_parameters() / 1e9:.2f}B parameters, {role.use}")
+    print(f"\n{batch(config, world)}\n")
+    ledger = Ledger(config, arch, roles, world, config.memory.device or DEVICE, 4 if config.dtype == "float32" else 2)
+    print(ledger.table())
+    if ledger.engine and config.rollout.engine == "vllm":
+        print(f"The engine's cache holds {int(ledger.sequences())} sequences of {config.data.max_tokens} tokens at a time.")
+    ledger.check()
+
+
+def batch(config: Config, world: int) -> str:
+    """How a step is cut, in words."""
+    p, b, longest = config.parallel, config.batch, config.data.max_tokens
+    dp = world // (p.tp * p.pp * p.cp)
+    updates = b.epochs * b.minibatches
+    group = config.rollout.group if generates(config) else {"dpo": 2, "reward": 2}.get(config.mode, 1)
+    samples = b.prompts * group
+    share = samples / b.minibatches / dp
+    responses = f"{group} response{'s' * (group > 1)}{' or more' * (config.mode == 'reward')}"
+    lines = [f"{world} ranks: tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"]
+    if generates(config):
+        lines[0] += f"; {world // config.rollout.tp} engines of {config.rollout.tp}"
+    lines.append(
+        f"step: {b.prompts} prompts x {responses} = {samples} samples, at most {longest} tokens each, {samples * longest:,} in all"
+    )
+    if config.mode != "evaluate":
+        many = f"{updates} a step, {updates * config.steps} in {config.steps} steps"
+        lines.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
+        most = -(-int(share * longest) // b.tokens)
+        lines.append(f"each update: {share:g} samples per data-parallel rank, in at most about {most} micro-batches of {b.tokens} tokens")
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""What a run needs of each device's memory, by tenant and phase, and what must be offloaded so that every phase fits.
+
+Arithmetic on shapes alone, without torch: ranks decide alike, and a laptop can say what a cluster will hold. Tenants and phases are those
+of rlhf.train.parking. All sizes are GiB on one rank; pipeline stages differ (embeddings, micro-batches in flight), and the fullest decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+from rlhf.config import Config
+from rlhf.contracts import USES, UserError
+from rlhf.model.architecture import Architecture
+from rlhf.prepare import Role, generates
+
+GIB = 2**30
+CONTEXT = 1.0  # CUDA context, NCCL's communicators, cuBLAS' workspaces
+ASLEEP = {False: 0.75, True: 1.3}  # what vLLM keeps at sleep level 2, mostly CUDA graphs: one rank per engine, or several (on H200)
+ENGINE_TOKENS = 8192  # vLLM's largest batch of prompt tokens
+LOGITS = 2**25  # elements of a chunk of logits (rlhf.model.logp)
+MARGIN = 0.05  # share of the device that is left to the allocator's fragments
+KINDS = {"train": ("weights", "gradients", "optimizer"), "frozen": ("weights",)}
+
+
+class Ledger:
+    """The memory of one run on one layout.
+
+    device   GiB of a device; infinite on a CPU, where nothing has to fit
+    size     bytes of an element of weights and activations: 2 for bfloat16, 4 for float32
+    """
+
+    def __init__(self, config: Config, arch: Architecture, roles: Mapping[str, Role], world: int, device: float, size: int):
+        """arch is the policy's, which the engine has too."""
+        self.config, self.arch, self.roles, self.world, self.device, self.size = config, arch, roles, world, device, size
+        p = config.parallel
+        self.engine = generates(config)
+        self.shards = world // (p.tp * p.pp) if p.zero else 1  # of an optimizer's state
+        self.tenants = [dict(self._tenants(stage)) for stage in range(p.pp)]  # per stage: ROLE.KIND -> GiB
+        self.phases = [*(["rollout"] if self.engine else []), *(["publish"] if self.engine and "policy" in roles else [])]
+        self.phases += [f"score/{name}" for name in roles] + [f"learn/{name}" for name, role in roles.items() if role.use == "train"]
+        self.offload = self._choose()
+
+    @property
+    def room(self) -> float:
+        """GiB that may be used."""
+        return self.device * (1 - MARGIN)
+
+    def rows(self, phase: str, stage: int, offload: Collection[str] | None = None) -> dict[str, float]:
+        """Everything on the device in a phase, by name."""
+        away = self.offload if offload is None else offload
+        used = uses(phase)
+        rows = {"context": CONTEXT if math.isfinite(self.device) else 0.0}
+        if self.engine:
+            rows |= self._engine(phase)
+        rows |= {name: gib for name, gib in self.tenants[stage].items() if name in used or name not in away}
+        kind, _, role = phase.partition("/")
+        rows["work"] = self._work(kind, self.roles[role].arch, stage) if role else 0.0
+        return rows
+
+    def need(self, phase: str, offload: Collection[str] | None = None) -> float:
+        """GiB of a phase, on the fullest stage."""
+        return max(sum(self.rows(phase, stage, offload).values()) for stage in range(len(self.tenants)))
+
+    def check(self) -> None:
+        """Raise UserError unless every phase fits and the engine's cache holds at least one sequence."""
+        fault = self._fault()
+        if fault:
+            remedies = (text for text, config in _remedies(self.config) if self._fits(config))
+            raise UserError(f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}")
+
+    def table(self, peaks: Mapping[str, float] | None = None, stage: int | None = None) -> str:
+        """GiB by tenant and phase, of a stage or the fullest; with the peaks that parking measured beside what was predicted."""
+        if stage is None:
+            stage = max(range(len(self.tenants)), key=lambda s: max(sum(self.rows(phase, s).values()) for phase in self.phases))
+        columns = [self.rows(phase, stage) for phase in self.phases]
+        others = dict.fromkeys(name for column in columns for name in column if name not in self.tenants[0] and name != "work")
+        names = [*others, *self.tenants[0], "work"]
+        lines = [["GiB per rank", *self.phases]]
+        lines += [[name + " *" * (name in self.offload), *(f"{c[name]:.1f}" if c.get(name) else "-" for c in columns)] for name in names]
+        lines.append(["predicted", *(f"{sum(column.values()):.1f}" for column in columns)])
+        if peaks is not None:
+            lines.append(["measured", *(f"{peaks[phase]:.1f}" if phase in peaks else "-" for phase in self.phases)])
+        first = max(len(line[0]) for line in lines)
+        widths = [max(len(phase), 6) for phase in self.phases]
+        text = [line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths, strict=True)) for line in lines]
+        room = f"{self.room:.1f} of {self.device:g} GiB may be used" if math.isfinite(self.device) else "host memory"
+        away = "; * offloaded: on the device only in the phases that use it" if self.offload else "; nothing is offloaded"
+        return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}{away})"])
+
+    def _tenants(self, stage: int) -> Iterator[tuple[str, float]]:
+        p = self.config.parallel
+        for name, role in self.roles.items():
+            count = shard_parameters(role.arch, p.tp, p.pp, stage)
+            # Main parameters and two moments in float32; float32 weights are their own main parameters.
+            state = {"weights": self.size * count, "gradients": 4 * count, "optimizer": (12 if self.size == 2 else 8) * count / self.shards}
+            yield from ((f"{name}.{kind}", state[kind] / GIB) for kind in KINDS[role.use])
+
+    def _choose(self) -> frozenset[str]:
+        """What leaves the device: only what must, cheapest first. Gradients cost nothing, frozen weights a copy one way, the rest two."""
+        cost = {"gradients": 0, "weights": 3, "optimizer": 2}
+        movable = sorted(self.tenants[0], key=lambda name: 1 if self._frozen(name) else cost[name.split(".")[1]])
+        if self.config.memory.offload != "auto":
+            return frozenset(movable if self.config.memory.offload == "all" else ())
+        chosen: list[str] = []
+        for phase in self.phases:
+            for name in movable:
+                if self.need(phase, chosen) > self.room and name not in chosen and name not in uses(phase):
+                    chosen.append(name)
+        for name in reversed(chosen):  # what others made superfluous stays after all
+            fewer = [other for other in chosen if other != name]
+            if all(self.need(phase, fewer) <= max(self.room, self.need(phase, chosen)) for phase in self.phases):
+                chosen = fewer
+        return frozenset(chosen)
+
+    def _frozen(self, tenant: str) -> bool:
+        return self.roles[tenant.split(".")[0]].use == "frozen"
+
+    def _engine(self, phase: str) -> dict[str, float]:
+        """What the engine holds: its weights while they are published, and when the learner's are away, its cache."""
+        r, real = self.config.rollout, self.config.rollout.engine == "vllm" and math.isfinite(self.device)
+        rows = {"engine graphs": ASLEEP[r.tp > 1] if real else 0.0}
+        if phase in ("publish", "rollout"):
+            rows["engine weights"] = self.size * engine_parameters(self.arch, r.tp) / GIB
+        if phase == "publish":
+            rows["messages"] = r.bucket / 1024 if self.world > 1 else 0.0
+        if phase == "rollout":
+            rows["engine cache"] = self.cache() if real else r.cache
+            rows["engine work"] = _engine_work(self.arch, r.tp, self.size) if real else 0.0
+        return rows
+
+    def cache(self) -> float:
+        """GiB that vLLM's key/value cache gets of the engine's share, rollout.memory, which counts the context in."""
+        r, arch = self.config.rollout, self.arch
+        weights = self.size * engine_parameters(arch, r.tp) / GIB
+        return max(0.0, r.memory * self.device - CONTEXT - weights - _engine_work(arch, r.tp, self.size))
+
+    def sequences(self) -> float:
+        """Sequences of data.max_tokens that the engine's cache holds at a time."""
+        arch, tp = self.arch, self.config.rollout.tp
+        each = 2 * arch.layers * max(1, arch.kv_heads // tp) * arch.head_dim * self.size * self.config.data.max_tokens
+        return self.cache() * GIB / each
+
+    def _work(self, kind: str, arch: Architecture, stage: int) -> float:
+        p, t = self.config.parallel, self._tokens()
+        last = stage == p.pp - 1
+        if kind == "score":
+            return self.size * t * (5 * arch.hidden + 3 * arch.ffn / p.tp) / GIB + (self._logits(arch, t, train=False) if last else 0)
+        split = p.tp if p.sp else 1  # of what is not split by heads or columns
+        q, kv = arch.heads * arch.head_dim / p.tp, arch.kv_heads * arch.head_dim / p.tp
+        # Saved for backward: both norms' inputs and outputs, qkv before and after rotation, attention's output, and swiglu's ins and out.
+        layer = 4 * arch.hidden / split + (q + 2 * kv) + (q + kv) + q + 3 * arch.ffn / p.tp
+        kept = {"none": layer, "selective": layer - (q + kv), "full": arch.hidden / split}[p.recompute]
+        flying = p.pp - stage  # micro-batches whose backward is still to come (1F1B)
+        saved = self.size * t * (kept * arch.layers / p.pp * flying + (layer if p.recompute == "full" else 0))
+        backward = self.size * t * (3 * arch.ffn / p.tp + 3 * arch.hidden) / GIB
+        step = 4 * shard_parameters(arch, p.tp, p.pp, stage) / self.shards / GIB  # the square root of the second moments
+        return max(saved / GIB + max(backward, self._logits(arch, t, train=True) if last else 0), step)
+
+    def _tokens(self) -> float:
+        """Of the largest micro-batch, on one context-parallel rank. A pair is never cut."""
+        whole = 2 if self.config.mode in ("reward", "dpo", "online-dpo") else 1
+        return max(self.config.batch.tokens, whole * self.config.data.max_tokens) / self.config.parallel.cp
+
+    def _logits(self, arch: Architecture, t: float, train: bool) -> float:
+        """The head's work for t tokens: a chunk of logits, hidden states, and in backward the gradients of both."""
+        if not arch.lm:
+            return 0.0
+        rows = arch.padded_vocab(self.config.parallel.tp) / self.config.parallel.tp
+        chunk, hidden = min(LOGITS, t * rows), self.size * t * arch.hidden
+        forward = 8 * chunk + hidden
+        return max(forward, (4 + self.size) * chunk + (4 + self.size) * rows * arch.hidden + 2 * hidden if train else 0) / GIB
+
+    def _fault(self) -> str:
+        """The first phase that does not fit, in words; empty: all do."""
+        for phase in self.phases if math.isfinite(self.device) else ():
+            if phase == "rollout" and self.config.rollout.engine == "vllm" and self.sequences() < 1:
+                r = self.config.rollout
+                share = f"rollout.memory={r.memory:g} of {self.device:g} GiB"
+                return f"the engine's share ({share}) leaves {self.cache():.1f} GiB of cache, less than one sequence takes"
+            if self.need(phase) > self.room:
+                return (
+                    f"phase {phase} needs {self.need(phase):.1f} GiB of a device with {self.device:g}, of which {self.room:.1f} may be used"
+                )
+        return ""
+
+    def _fits(self, config: Config) -> bool:
+        return not Ledger(config, self.arch, self.roles, self.world, self.device, self.size)._fault()
+
+
+def uses(phase: str) -> set[str]:
+    """The tenants that a phase cannot do without."""
+    kind, _, role = phase.partition("/")
+    return {f"{role or 'policy'}.{used}" for used in USES[kind]}
+
+
+def shard_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
+    """Parameters of one rank of a training layout, padding of the vocabulary included."""
+    qkv = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+    split = qkv * (arch.hidden + arch.qkv_bias) + arch.heads * arch.head_dim * arch.hidden + 3 * arch.hidden * arch.ffn
+    count = arch.layers // pp * (split // tp + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm)
+    embedding = arch.padded_vocab(tp) // tp * arch.hidden
+    if stage == 0:
+        count += embedding
+    if stage == pp - 1:
+        count += arch.hidden * (1 + arch.scalar) + embedding * (arch.lm and not (arch.tied and pp == 1))
+    return count
+
+
+def engine_parameters(arch: Architecture, tp: int) -> int:
+    """Parameters of one rank of an engine: where ranks outnumber key/value heads, each has a whole one."""
+    heads, kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
+    layer = (heads + 2 * kv_heads) * arch.head_dim * (arch.hidden + arch.qkv_bias) + heads * arch.head_dim * arch.hidden
+    layer += 3 * arch.hidden * arch.ffn // tp + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm
+    return arch.layers * layer + arch.hidden * (1 + arch.padded_vocab(tp) // tp * (2 - arch.tied))
+
+
+def _engine_work(arch: Architecture, tp: int, size: int) -> float:
+    return size * ENGINE_TOKENS * (4 * arch.hidden + 3 * arch.ffn // tp) / GIB
+
+
+def _remedies(config: Config) -> Iterator[tuple[str, Config]]:
+    """Single changes that need less memory, the cheapest first."""
+    p, r, b = config.parallel, config.rollout, config.batch
+    if config.memory.offload != "auto":
+        yield "set memory.offload=auto", replace(config, memory=replace(config.memory, offload="auto"))
+    for share in sorted((0.05 * i for i in range(2, 19)), key=lambda share: abs(share - r.memory)):  # the nearest that fits
+        yield f"set rollout.memory={share:.2g}", replace(config, rollout=replace(r, memory=share))
+    if not p.zero:
+        yield "set parallel.zero=true", replace(config, parallel=replace(p, zero=True))
+    for recompute in ("selective", "full"):
+        yield f"set parallel.recompute={recompute}", replace(config, parallel=replace(p, recompute=recompute))
+    for tokens in (b.tokens // 2, b.tokens // 4):
+        yield f"set batch.tokens={tokens}", replace(config, batch=replace(b, tokens=tokens))
+    for tp in (2 * r.tp, 4 * r.tp):
+        yield f"set rollout.tp={tp}", replace(config, rollout=replace(r, tp=tp))

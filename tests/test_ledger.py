@@ -1,0 +1,154 @@
+"""The memory ledger: numbers by hand, live tensors' shapes, and what it decides for every shipped configuration."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlhf import configuration, prepare
+from rlhf.config import Config
+from rlhf.contracts import UserError
+from rlhf.ledger import GIB, Ledger, engine_parameters, shard_parameters
+from rlhf.model import architecture
+from rlhf.weights import names
+
+ROOT = Path(__file__).parents[1]
+MODES = ("sft", "reward", "rlhf", "dpo", "online-dpo", "grpo")
+SIZES = {"7B": (8, 6_738_415_616), "13B": (16, 13_015_864_320), "70B": (32, 68_976_648_192)}  # GPUs of the tutorial, parameters
+
+
+def ledger(mode: str, size: str, *overrides: str, device: float = 80.0) -> Ledger:
+    """Of a mode and a size as they are shipped, with a reward model of the policy's size where one is needed."""
+    folder = f"{ROOT}/configs/models/llama2-{size}"
+    needed = [f"reward.load={folder}"] if mode in ("rlhf", "online-dpo") else []
+    files = [f"{ROOT}/configs/{mode}.toml", f"{ROOT}/configs/llama2-{size}.toml"]
+    config = configuration.load(mode, [*files, f"policy.load={folder}", *needed, *overrides])
+    return made(config, SIZES[size][0], device)
+
+
+def made(config: Config, world: int, device: float) -> Ledger:
+    arch, roles = prepare.shapes(config, world)
+    return Ledger(config, arch, roles, world, device, 2)
+
+
+def test_7b_by_hand() -> None:
+    """6.74e9 parameters over tp 4: 2 bytes of weights, 4 of gradients, 12 of optimizer over dp 2; norms are whole on every rank."""
+    count = (SIZES["7B"][1] - 65 * 4096) // 4 + 65 * 4096
+    tenants = ledger("sft", "7B").tenants[0]
+    assert tenants["policy.weights"] * GIB == 2 * count == pytest.approx(3.37e9, rel=1e-3)
+    assert tenants["policy.gradients"] * GIB == 4 * count
+    assert tenants["policy.optimizer"] * GIB == 12 * count / 2
+    assert ledger("sft", "7B", "parallel.zero=false").tenants[0]["policy.optimizer"] * GIB == 12 * count
+    rollout = ledger("grpo", "7B").rows("rollout", 0)
+    assert rollout["engine weights"] * GIB == 2 * SIZES["7B"][1]
+    assert sum(rollout[name] for name in ("context", "engine weights", "engine cache", "engine work")) == pytest.approx(0.7 * 80)
+    # One token's keys and values: 2 x 32 layers x 4096 x 2 bytes = 512 KiB.
+    assert ledger("grpo", "7B").sequences() == pytest.approx(rollout["engine cache"] * 2**30 / (1024 * 512 * 2**10))
+
+
+def test_activations_by_hand() -> None:
+    """7B on one rank keeps, per token and layer, 4 x 4096 around norms, 6 x 4096 of attention and 3 x 11008 of the MLP, 2 bytes each."""
+    shape = ("parallel.tp=1", "parallel.dp=8", "batch.tokens=8192")
+    works = [ledger("sft", "7B", *shape, f"parallel.recompute={r}").rows("learn/policy", 0)["work"] for r in ("none", "selective", "full")]
+    token = 2 * (10 * 4096 + 3 * 11008)
+    assert (works[0] - works[1]) * GIB == pytest.approx(32 * 8192 * 2 * 2 * 4096)  # rotated queries and keys are made again
+    assert (works[0] - works[2]) * GIB == pytest.approx(8192 * (32 * token - 32 * 2 * 4096 - token))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (8, 4)])
+def test_shards_hold_what_their_tiles_cover(size: str, tp: int, pp: int) -> None:
+    arch = architecture.read(ROOT / f"configs/models/llama2-{size}")
+    assert arch.num_parameters() == SIZES[size][1]
+
+    def covered(tiles: list) -> int:
+        return sum(math.prod(high - low for low, high in tile.box) for tile in tiles)
+
+    for stage in range(pp):
+        assert shard_parameters(arch, tp, pp, stage) == covered(names.tiles(arch, "mcore", (tp - 1, tp), (stage, pp)))
+    assert engine_parameters(arch, tp) == covered(names.tiles(arch, "vllm", (tp - 1, tp)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", MODES)
+def test_shipped_configurations_fit(mode: str, size: str) -> None:
+    """Every mode at every size on the tutorial's machine; what is offloaded is needed for that, and nothing else is."""
+    shipped = ledger(mode, size)
+    shipped.check()
+    for tenant in shipped.offload:
+        kept = shipped.offload - {tenant}
+        assert any(shipped.need(phase, kept) > shipped.room for phase in shipped.phases), f"{tenant} could have stayed"
+    assert (ROOT / f"configs/{mode}.toml").read_text().startswith("#")
+
+
+def test_70b_ppo_offloads_its_optimizers() -> None:
+    assert {"policy.optimizer", "critic.optimizer"} <= ledger("rlhf", "70B").offload
+
+
+def test_what_is_offloaded() -> None:
+    """Nothing where there is room, everything on demand, and the cheapest first."""
+    assert not ledger("rlhf", "7B", device=1000.0).offload
+    assert not ledger("rlhf", "7B", "memory.offload=none").offload
+    everything = ledger("rlhf", "7B", "memory.offload=all")
+    assert everything.offload == everything.tenants[0].keys()
+    assert len(everything.offload) == 8  # two trained roles with three kinds, two frozen ones with one
+    assert ledger("grpo", "7B").offload == {"policy.gradients"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "overrides", "said"),
+    [
+        ("rlhf", "7B", ["memory.offload=none"], "phase rollout needs 100.3 .* set memory.offload=auto"),
+        ("grpo", "7B", ["rollout.memory=0.98"], "phase rollout needs .* set rollout.memory=0.9"),
+        ("grpo", "70B", ["rollout.memory=0.15"], "leaves 0.0 GiB of cache.* set rollout.memory=0.25"),
+        ("sft", "7B", ["batch.tokens=131072"], "phase learn/policy needs .* set parallel.recompute=full"),
+        ("sft", "13B", ["parallel.tp=2", "parallel.dp=8", "parallel.zero=false"], "phase learn/policy needs .* set parallel.zero=true"),
+        ("sft", "70B", ["parallel.pp=1", "parallel.tp=2", "parallel.dp=16"], "split it over more ranks"),
+    ],
+)
+def test_refusals_name_the_phase_and_the_knob(mode: str, size: str, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ledger(mode, size, *overrides).check()
+
+
+def test_on_a_cpu_nothing_has_to_fit() -> None:
+    anywhere = ledger("rlhf", "70B", device=math.inf)
+    anywhere.check()
+    assert not anywhere.offload
+
+
+def test_measured_stands_beside_predicted() -> None:
+    table = ledger("sft", "7B").table(peaks={"learn/policy": 28.04})
+    assert table.splitlines()[-2].split() == ["measured", "-", "28.0"]
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rlhf", *arguments, "--dry-run"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_dry_run_of_a_fresh_clone(tmp_path: Path) -> None:
+    """Without GPU, weights or data; what it prints as configuration loads to what it was."""
+    done = dry_run("rlhf", "configs/rlhf.toml", "configs/llama2-70B.toml", "optim.clip=0.7")
+    assert done.returncode == 0, done.stderr
+    assert "32 ranks: tp 8 x pp 4 x cp 1 x dp 1; 4 engines of 8" in done.stdout
+    assert "1024 prompts x 1 response = 1024 samples" in done.stdout
+    assert "8 mini-batches = 8 a step, 1600 in 200 steps" in done.stdout
+    assert "policy.optimizer *" in done.stdout
+    (tmp_path / "printed.toml").write_text(done.stdout.partition("\nreward.load is not set")[0])
+    asked = configuration.load("rlhf", [f"{ROOT}/configs/rlhf.toml", f"{ROOT}/configs/llama2-70B.toml", "optim.clip=0.7"])
+    assert configuration.load("rlhf", [str(tmp_path / "printed.toml")]) == asked
+    assert replace(asked, optim=replace(asked.optim, clip=0.5)) != asked
+
+
+def test_dry_run_refuses_what_cannot_fit() -> None:
+    done = dry_run("rlhf", "configs/rlhf.toml", "configs/llama2-7B.toml", "memory.device=30")
+    assert done.returncode == 2
+    assert "predicted" in done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert "of a device with 30" in done.stderr
