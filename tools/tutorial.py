@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -38,6 +38,10 @@ SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task
 }
 
 
+RECORDS = {"mini": 8192, "large": 32768}  # of each training file
+Slot = tuple[int, str]  # its number, and the GPU that it runs on (empty: wherever)
+
+
 @dataclass
 class Stage:
     """One command, and the stages whose folders it needs."""
@@ -46,7 +50,6 @@ class Stage:
     arguments: list[str]  # of launch.sh
     after: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 def stages(out: Path, size: str, seed: int) -> list[Stage]:
@@ -61,15 +64,15 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
 
     def evaluate(mode: str, folder: Path, after: str) -> Stage:
         keys = ["evaluate.prompts=0", "evaluate.temperature=1", "evaluate.function=tools/tutorial_task.py:gold"]
-        keys += ["data.max_tokens=96", "rollout.max_tokens=64"]
+        keys += ["data.max_tokens=96", "rollout.max_tokens=64", "rollout.memory=0.15"]
         where = [f"policy.load={folder}", f"data.eval={data}/dev_prompts.jsonl", f"out={run}/evaluate-{mode}"]
         return Stage(f"evaluate-{mode}", ["evaluate", *keys, *where, f"seed={seed}"], (after,))
 
     sft = run / "sft/hf"
     aligned = [train(mode, sft, ("sft", "reward"), reward) for mode in ("rlhf", "online-dpo", "grpo")]
-    aligned[0].arguments.append("checkpoint.format=[hf, legacy]")
+    aligned[0].arguments.append('checkpoint.format=["hf", "legacy"]')
     back = {"LOAD_PATH": f"{run}/rlhf/legacy", "SAVE_PATH": f"{run}/rlhf/converted", "TOKENIZER_MODEL": str(out / "model")}
-    return [
+    found = [
         train("sft", out / "megatron", ()),
         train("reward", sft, ("sft",)),
         *aligned,
@@ -78,13 +81,13 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
         evaluate("rlhf", run / "rlhf/converted", "convert"),
         *[evaluate(mode, run / mode / "hf", mode) for mode in MODELS if mode != "rlhf"],
     ]
+    return [replace(stage, name=f"{run.name}/{stage.name}", after=tuple(f"{run.name}/{name}" for name in stage.after)) for stage in found]
 
 
-def carry_out(todo: list[Stage], logs: Path, slots: list[str]) -> None:
-    """Run the stages, each as soon as those before it are done and a slot (a core, or the number of a GPU) is free."""
-    logs.mkdir(parents=True, exist_ok=True)
+def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
+    """Run the stages, each as soon as those before it are done and a slot is free."""
     done: set[str] = set()
-    running: dict[str, tuple[Stage, subprocess.Popen, float]] = {}
+    running: dict[Slot, tuple[Stage, subprocess.Popen, float]] = {}
     waiting = list(todo)
     while waiting or running:
         for slot in [slot for slot in slots if slot not in running]:
@@ -99,21 +102,21 @@ def carry_out(todo: list[Stage], logs: Path, slots: list[str]) -> None:
             if process.returncode:
                 for _, other, _ in running.values():
                     other.terminate()
-                log = (logs / f"{stage.name}.log").read_text()
-                sys.exit(f"{log[-3000:]}\n{stage.name} ended with exit code {process.returncode}; its output is in {logs}/{stage.name}.log")
+                log = logs / f"{stage.name}.log"
+                sys.exit(f"{log.read_text()[-3000:]}\n{stage.name} ended with exit code {process.returncode}; its output is in {log}")
             done.add(stage.name)
-            stage.seconds = time.time() - began
-            print(f"   {logs.parent.name}/{stage.name}: {stage.seconds:.0f} s", flush=True)
+            print(f"   {stage.name}: {time.time() - began:.0f} s", flush=True)
         time.sleep(0.1)
 
 
-def start(stage: Stage, logs: Path, slot: str) -> subprocess.Popen:
+def start(stage: Stage, logs: Path, slot: Slot) -> subprocess.Popen:
     """One command as a person would type it."""
     shown = [f"{name}={value}" for name, value in stage.environment.items()]
     print(f"== {' '.join([*shown, './launch.sh', *stage.arguments])}", flush=True)
     environment = {**os.environ, **stage.environment, "RLHF_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    if slot.isdigit():
-        environment["CUDA_VISIBLE_DEVICES"] = slot
+    if slot[1]:
+        environment["CUDA_VISIBLE_DEVICES"] = slot[1]
+    (logs / stage.name).parent.mkdir(parents=True, exist_ok=True)
     with (logs / f"{stage.name}.log").open("w") as log:
         return subprocess.Popen([ROOT / "launch.sh", *stage.arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -121,11 +124,11 @@ def start(stage: Stage, logs: Path, slot: str) -> subprocess.Popen:
 def prepare(out: Path, size: str) -> None:
     """Data, tokenizer and a Hugging Face folder of random weights: what a person brings."""
     shutil.rmtree(out, ignore_errors=True)
-    tutorial_task.write(out / "data")
+    tutorial_task.write(out / "data", num=RECORDS[size])
     demo_task.make_model(out / "model", out / "data", SIZES[size], pieces=SIZES[size]["vocab_size"])
     demo_task.make_weights(out / "model")
     convert = {"LOAD_PATH": f"{out}/model", "SAVE_PATH": f"{out}/megatron", "TP": "1", "PP": "1"}
-    carry_out([Stage("convert", ["convert_hf_to_megatron"], (), convert)], out / "logs", ["core 0"])
+    carry_out([Stage("convert", ["convert_hf_to_megatron"], (), convert)], out / "logs", [(0, "")])
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -153,14 +156,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how often everything is done (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/tutorial", help="folder (default: runs/tutorial)")
     parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="stages side by side (default: one per core)")
-    parser.add_argument("--gpus", default="", help="numbers of the GPUs to use, such as 0,1; one stage runs on each")
+    parser.add_argument("--gpus", default="", help="numbers of the GPUs that the slots are dealt over, such as 0,1")
     chosen = parser.parse_args(arguments)
     began, out = time.time(), chosen.out.resolve()
-    slots = chosen.gpus.split(",") if chosen.gpus else [f"core {i}" for i in range(chosen.slots)]
+    gpus = chosen.gpus.split(",")
+    slots = [(i, gpus[i % len(gpus)]) for i in range(chosen.slots)]
     prepare(out, chosen.size)
     seeds = range(1, chosen.seeds + 1)
-    for seed in seeds:
-        carry_out(stages(out, chosen.size, seed), out / f"seed{seed}" / "logs", slots)
+    carry_out([stage for seed in seeds for stage in stages(out, chosen.size, seed)], out / "logs", slots)
     text = report(out, seeds, time.time() - began)
     (out / "table.txt").write_text(text)
     curves.draw(
