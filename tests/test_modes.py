@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("modes")
     tutorial_task.write(root / "data", num=256, num_heldout=8)
-    demo_task.make_model(root / "model", root / "data", {"vocab_size": 320, "hidden_size": 64}, pieces=320)
+    demo_task.make_model(root / "model", root / "data", {"vocab_size": 320, "hidden_size": 64, "max_position_embeddings": 512}, pieces=320)
     demo_task.make_weights(root / "model")
     config = json.loads((root / "model/config.json").read_text())
     for name, seed in (("sft", 1), ("reward", 2)):
@@ -73,3 +73,31 @@ def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
     said = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert abs(said["eval_loss"] - 0.6931) > 1e-3, "the model has learned nothing that could be compared"
     assert loss == pytest.approx(said["eval_loss"], abs=1e-5)
+
+
+# file of the public data -> the task that prepares it -> what each kind of its lines is for
+PUBLIC = {
+    "hh_harmless_test.jsonl.gz": ("hh", {"sft": ["sft"], "reward": ["reward"], "dpo": ["dpo"], "alignment": ["rlhf", "online-dpo"]}),
+    "gsm8k_test.jsonl.gz": ("gsm8k", {"math": ["grpo"]}),
+    "gsm8k_train_2000.jsonl.gz": ("gsm8k", {"sft": ["sft"], "math": ["grpo"]}),
+    "mt_bench_question.jsonl": ("mtbench", {"alignment": ["online-dpo"]}),
+}
+
+
+def test_a_step_on_every_public_file(folder: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Through tools/prepare_data.py, and one update of each mode that the files are for."""
+    import prepare_data
+
+    assert {path.name for path in shared_data.iterdir()} == PUBLIC.keys()
+    jobs = []
+    for name, (task, kinds) in PUBLIC.items():
+        assert prepare_data.main([task, "--from", str(shared_data / name), "--to", str(tmp_path / name)]) == 0
+        for kind, modes in kinds.items():
+            (file,) = (path for path in (tmp_path / name / kind).iterdir() if path.stat().st_size)  # train or dev, by its name
+            jobs += [f"{mode}={file}" for mode in modes]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(ROOT / "tests/ranks/steps.py"), str(folder), *jobs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("stepped") == len(jobs) == 9
