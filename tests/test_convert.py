@@ -1,7 +1,11 @@
-"""Conversion: any format and layout to any other is bitwise, files are as Megatron-LM writes them, and nothing foreign runs."""
+"""Conversion: any format and layout to any other is bitwise, in bounded memory, and never half done."""
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_tiles import FAMILIES, LLAMA, random_hf
 
 from rlhf import convert
+from rlhf.contracts import UserError
 from rlhf.model import architecture
-from rlhf.weights import hf
+from rlhf.weights import files, hf, megatron
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -61,3 +66,111 @@ def test_hf_mcore_legacy_hf_is_bitwise(tmp_path: Path, arch):
         assert all(torch.equal(got[name], wanted[name]) for name in wanted), (tp, pp)
         assert architecture.read(step / "hf") == arch
         assert (step / "hf/tokenizer.json").exists()
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path):
+    hf_folder(tmp_path / "hf", LLAMA)
+    arguments = ["--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy", "--tp", 2]
+    script = f"""
+import os, signal
+from rlhf import convert
+from rlhf.weights import files
+convert.BUCKET, store, count = 1, files.store, []
+def killing(entry, tensor):
+    count.append(store(entry, tensor))
+    if len(count) == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+files.store = killing
+convert.main({[str(a) for a in arguments]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "old").exists()
+    (left,) = (path for path in tmp_path.iterdir() if path.name != "hf")
+    with pytest.raises(UserError, match="may be incomplete"):
+        files.check(left, LLAMA)
+    run(*arguments, "--verify")
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("format", ["hf", "mcore", "legacy"])
+def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
+    hf_folder(tmp_path / "hf", LLAMA)
+    run("--from", tmp_path / "hf", "--to", tmp_path / "new", "--format", format)
+    source, written = (files.open_folder(tmp_path / name, LLAMA) for name in ("hf", "new"))
+    convert.verify(source, LLAMA, tmp_path / "new")
+    local, entry = next((local, entry) for local, entry in written.shards[0].items() if "layers.2" in local)
+    with entry.path.open("r+b") as file:
+        file.seek(entry.stop - 1)
+        byte = file.read(1)[0]
+        file.seek(entry.stop - 1)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(RuntimeError, match=f"{local} is not what was written"):
+        convert.verify(source, LLAMA, tmp_path / "new")
+
+
+def test_memory_is_bounded_by_the_bucket(tmp_path: Path):
+    """200 MB of weights in 10 MB of memory: one file of an output shard is never held, and what was read is given back."""
+    arch = replace(LLAMA, hidden=1024, ffn=2048, vocab=2000, layers=12, heads=16, kv_heads=16, head_dim=64)
+    hf_folder(tmp_path / "hf", arch)
+    assert (tmp_path / "hf/model.safetensors").stat().st_size > 200e6
+    script = f"""
+import torch, resource
+from rlhf import convert
+convert.BUCKET = 1 << 20
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+run = lambda *a: convert.main(["--from", {str(tmp_path)!r} + a[0], "--to", {str(tmp_path)!r} + a[1], "--format", *a[2:]])
+(torch.ones(1 << 20) * 2).sum()
+start = peak()
+run("/hf", "/old", "legacy")
+run("/old", "/core", "mcore", "--tp", "2")
+run("/core", "/again", "hf")
+assert peak() - start < 40, f"{{start}} -> {{peak()}} MB"
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_tutorials_variables(tmp_path: Path):
+    hf_folder(tmp_path / "hf", LLAMA)
+    there = {"LOAD_PATH": str(tmp_path / "hf"), "SAVE_PATH": str(tmp_path / "old"), "TP": "2", "PP": "2", "TOKENIZER_MODEL": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **there, "target_params_dtype": "fp32"}
+    subprocess.run([sys.executable, "-m", "rlhf", "convert_hf_to_megatron"], env=environment, check=True)
+    checkpoint = megatron.load(tmp_path / "old")
+    assert (checkpoint.layout, checkpoint.tp, checkpoint.pp, checkpoint.args["params_dtype"]) == ("legacy", 2, 2, torch.float32)
+    assert convert.tutorial("convert_hf_to_megatron", {**there, "USE_LEGACY_MODELS": "False"})[5] == "mcore"
+    (tmp_path / "old/config.json").unlink()  # as in Megatron-LM's own folders
+    back = {
+        "LOAD_PATH": str(tmp_path / "old"),
+        "SAVE_PATH": str(tmp_path / "back"),
+        "VOCAB_PATH": str(tmp_path / "hf"),
+        "TP": "2",
+        "PP": "2",
+    }
+    run(*convert.tutorial("convert_megatron_to_hf", {**back, "target_params_dtype": "bf16"}))
+    assert all(torch.equal(tensor, random_hf(LLAMA)[name].bfloat16()) for name, tensor in tensors_of(tmp_path / "back").items())
+    for variables, message in (
+        ({"LOAD_PATH": "x"}, "set SAVE_PATH"),
+        ({**there, "USE_LEGACY_MODELS": "maybe"}, "USE_LEGACY_MODELS=maybe"),
+        ({**there, "target_params_dtype": "int8"}, "target_params_dtype=int8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.tutorial("convert_hf_to_megatron", variables)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "hf", "--format", "legacy"], "exists: give a new folder"),
+        (["--to", "x", "--format", "hf", "--tp", "2"], "a Hugging Face folder is not split"),
+        (["--to", "x", "--format", "mcore", "--tp", "3"], "--tp 3 does not divide the attention heads 8"),
+        (["--to", "x", "--format", "mcore", "--pp", "3"], "--pp 3 does not divide the 4 layers"),
+        (["--to", "x", "--format", "mcore", "--tp", "0"], "must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str):
+    hf_folder(tmp_path / "hf", LLAMA)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run("--from", "hf", *arguments)

@@ -1,0 +1,206 @@
+"""Megatron's checkpoint files: written as Megatron-LM writes them, read as it wrote them, and nothing in them is executed."""
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_convert import ROOT, hf_folder, load, run, tensors_of
+from test_tiles import FAMILIES, LLAMA, mcore_rank, random_hf
+
+from rlhf.contracts import UserError
+from rlhf.model import architecture
+from rlhf.weights import files, hf, megatron, names
+
+
+def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):
+    arch = replace(LLAMA, kv_heads=2, qkv_bias=True, family="qwen2", rope_theta=1e6)
+    wanted = hf_folder(tmp_path / "hf", arch)
+    run(
+        "--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy", "--tp", 2, "--pp", 2, "--iteration", 7, "--dtype", "fp16"
+    )
+    assert (tmp_path / "old" / megatron.TRACKER).read_text() == "7"
+    folders = sorted(path.name for path in (tmp_path / "old/iter_0000007").iterdir())
+    assert folders == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
+    tree = load(tmp_path / "old/iter_0000007/mp_rank_01_001/model_optim_rng.pt")
+    assert (tree["checkpoint_version"], tree["iteration"]) == (3.0, 7)
+    model = tree["model"]["language_model"]
+    assert model.keys() == {"encoder", "output_layer"}
+    assert model["output_layer"]["_extra_state"] is None
+    layer = {name.removeprefix("layers.1."): value for name, value in model["encoder"].items() if name.startswith("layers.1.")}
+    linears = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    tensors = {"input_norm.weight", "post_attention_norm.weight", "self_attention.query_key_value.bias", *(f"{x}.weight" for x in linears)}
+    assert layer.keys() == tensors | {f"{linear}._extra_state" for linear in linears}
+    prefix = "model.layers.3."  # the second of the second stage
+    gate, up = (wanted[f"{prefix}mlp.{x}_proj.weight"].half().chunk(2)[1] for x in ("gate", "up"))
+    assert torch.equal(layer["mlp.dense_h_to_4h.weight"], torch.cat([gate, up]))
+    assert torch.equal(model["encoder"]["final_norm.weight"], wanted["model.norm.weight"].half())
+    head = wanted["lm_head.weight"].half()
+    rows = head[-1:].expand(256 - 101, -1)  # 101 rows do not divide by 2: padded to 128 x 2 by copies of the last
+    assert torch.equal(model["output_layer"]["weight"], torch.cat([head, rows])[128:])
+    args = tree["args"]
+    assert (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads) == (4, 32, 48, 8)
+    assert (args.group_query_attention, args.num_query_groups, args.kv_channels, args.add_qkv_bias) == (True, 2, 8, True)
+    assert (args.rotary_base, args.norm_epsilon, args.normalization, args.swiglu) == (1000000, 1e-5, "RMSNorm", True)
+    assert (args.padded_vocab_size, args.make_vocab_size_divisible_by, args.untie_embeddings_and_output_weights) == (256, 128, True)
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
+    assert (args.params_dtype, args.fp16, args.bf16) == (torch.float16, True, False)
+
+
+def test_a_tied_table_is_copied_to_the_last_stage(tmp_path: Path):
+    wanted = hf_folder(tmp_path / "hf", replace(LLAMA, tied=True, vocab=128))["model.embed_tokens.weight"]
+    for format, key in (("legacy", "word_embeddings_for_head.weight"), ("mcore", "output_layer.weight")):
+        run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--pp", 2)
+        first, last = megatron.load(tmp_path / format).shards
+        assert key in last
+        assert key not in first
+        tree = load(tmp_path / format / "iter_0000001/mp_rank_00_001/model_optim_rng.pt")["model"]
+        held = tree["word_embeddings_for_head"]["weight"] if format == "legacy" else tree[key]
+        assert torch.equal(held, wanted)
+
+
+def test_a_core_checkpoint_is_the_state_of_a_gpt_model(tmp_path: Path):
+    """With local names, strictly: what a megatron-core model without Transformer Engine would save and load."""
+    script = """
+import os, sys, torch
+from rlhf.config import Parallel
+from rlhf.parallel.mesh import Mesh
+from rlhf.model import architecture
+from rlhf.model.build import Decoder
+mesh = Mesh(Parallel(), 1)
+for folder in sys.argv[1:]:
+    model = Decoder(architecture.read(folder), Parallel(), mesh, torch.float32)
+    state = torch.load(folder + "/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
+    assert not any(model.load_state_dict(state, strict=True))
+os._exit(0)
+"""
+    folders = []
+    for family in ("gqa", "tied, head_dim apart", "qk norm"):
+        arch = replace(FAMILIES[family], vocab=128)
+        folders.append(tmp_path / f"core {family}")
+        hf_folder(tmp_path / family, arch, torch.float32)
+        run("--from", tmp_path / family, "--to", folders[-1], "--format", "mcore-local")
+        state = load(folders[-1] / "iter_0000001/mp_rank_00/model_optim_rng.pt")["model"]
+        wanted = mcore_rank(arch, load_file(tmp_path / family / "model.safetensors"), (0, 1), (0, 1))
+        held = {name: value for name, value in state.items() if value is not None}
+        assert held.keys() == wanted.keys()
+        assert all(torch.equal(held[name], wanted[name]) for name in held)
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *map(str, folders)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def foreign(monkeypatch: pytest.MonkeyPatch, name: str) -> Enum:
+    """A member of an enum that pickles as megatron-core's, which is not imported."""
+    module, _, title = name.rpartition(".")
+    enum = Enum(title, ["first", "second"], module=module)
+    for parent in ("megatron", "megatron.core", module):
+        if parent not in sys.modules:
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setattr(sys.modules[module], title, enum, raising=False)
+    return enum["second"]
+
+
+def save_as_megatron_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arch: architecture.Architecture, rows: int, **changes: object
+) -> None:
+    """A trained TP2 checkpoint: parameters are views into one buffer, optimizer and random states lie beside, and args know enums."""
+    hf_tensors = random_hf(arch)
+    args = megatron.describe(arch, "mcore", 2, 1, rows, torch.float32, 3) | {"rotary_base": 10000}
+    args |= {"model_type": foreign(monkeypatch, megatron.ENUMS[0]), "attention_backend": foreign(monkeypatch, megatron.ENUMS[4]), **changes}
+    for rank in range(2):
+        held = mcore_rank(arch, hf_tensors, (rank, 2), (0, 1))
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            table = hf_tensors["lm_head.weight" if "output" in name else "model.embed_tokens.weight"]
+            held[name] = torch.cat([table, torch.full((rows - arch.vocab, arch.hidden), 7.0)]).chunk(2)[rank]
+        buffer, model, at = torch.empty(sum(t.numel() for t in held.values()) + 100), {}, 100
+        for name, tensor in held.items():
+            model[name] = buffer[at : at + tensor.numel()].view(tensor.shape).copy_(tensor)
+            at += tensor.numel()
+        random = {"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}
+        tree = {
+            "args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 3, "model": model,
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}}, "rng_state": [random], "opt_param_scheduler": {"max_lr": 1e-5},
+        }  # fmt: skip
+        path = folder / f"iter_0000003/mp_rank_{rank:02}/model_optim_rng.pt"
+        path.parent.mkdir(parents=True)
+        torch.save(tree, path)
+    (folder / megatron.TRACKER).write_text("3\n")
+
+
+def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Any padding of the vocabulary; config.json wins over args, which are reported; without it the args say what the model is."""
+    arch, wanted = replace(LLAMA, rope_theta=5e5), random_hf(LLAMA)
+    folder = tmp_path / "core"
+    save_as_megatron_does(folder, monkeypatch, arch, rows=160)
+    assert files.model(folder) == replace(arch, rope_theta=10000.0)
+    assert not files.described(folder)
+    (folder / "config.json").write_text(json.dumps(hf.description(arch)))
+    run("--from", folder, "--to", tmp_path / "hf", "--format", "hf")
+    assert "rotary_base 10000" in capsys.readouterr().err
+    got = tensors_of(tmp_path / "hf")
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert architecture.read(tmp_path / "hf") == arch
+    for rank, tiling in enumerate(names.tilings(arch, "vllm", 2, 2)):  # straight into a live engine
+        held = {name: torch.zeros(shape) for name, shape in names.shapes(tiling).items()}
+        files.read(folder, arch, tiling, held)
+        assert torch.equal(held["model.layers.2.mlp.down_proj.weight"], wanted["model.layers.2.mlp.down_proj.weight"].chunk(2, dim=1)[rank])
+
+
+class Malice:
+    def __init__(self, call: object, *arguments: object):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize(("call", "named"), [(os.system, "posix.system"), (eval, "builtins.eval"), (pickle.loads, "pickle.loads")])
+def test_a_file_that_asks_for_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: object, named: str):
+    mark = tmp_path / "executed"
+    harm = {os.system: f"touch {mark}", eval: f"open({str(mark)!r}, 'w')", pickle.loads: pickle.dumps(Malice(os.system, f"touch {mark}"))}[
+        call
+    ]
+    save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, exit_hook=Malice(call, harm))
+    with pytest.raises(UserError, match=f"model_optim_rng.pt: it asks for {named}, and only weights and numbers are read"):
+        files.check(tmp_path / "core", LLAMA)
+    assert not mark.exists()
+
+
+def drop_rank(folder: Path) -> None:
+    (folder / "iter_0000003/mp_rank_01/model_optim_rng.pt").unlink()
+    (folder / "iter_0000003/mp_rank_01").rmdir()
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "iter_0000003/mp_rank_01/model_optim_rng.pt"
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+WRONG = {
+    "a rank missing": (drop_rank, "iter_0000003: mp_rank_01 is missing of 2 x 1 ranks"),
+    "cut short": (cut_short, "not a file of torch.save, or cut short at"),
+    "no such iteration": (lambda folder: (folder / megatron.TRACKER).write_text("8"), "no folder iter_0000008; there are iter_0000003"),
+    "no tracker": (lambda folder: (folder / megatron.TRACKER).unlink(), "no latest_checkpointed_iteration.txt, so iter_0000003 may be"),
+    "an odd tracker": (lambda folder: (folder / megatron.TRACKER).write_text("?"), r"'\?' is neither a number nor release"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
+def test_incomplete_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil, message: str):
+    save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102)
+    files.check(tmp_path / "core", LLAMA)
+    spoil(tmp_path / "core")
+    with pytest.raises(UserError, match=message):
+        files.check(tmp_path / "core", LLAMA)
