@@ -101,6 +101,10 @@ case ${1-} in
     choose_python
     exec "$python" "$root/tools/demo.py" "${@:2}"
     ;;
+  prepare_data)
+    choose_python
+    exec "$python" "$root/tools/prepare_data.py" "${@:2}"
+    ;;
 esac
 if asks_for_help "$@" && [[ -z ${RLHF_PYTHON-} && ! -x $venv/bin/python ]]; then
   python=$(find_python) # help needs nothing but Python, and should not wait for an installation

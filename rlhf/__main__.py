@@ -58,6 +58,7 @@ def usage() -> str:
     return (
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
         f"{modes}\n  {'convert':10} weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
+        f"  {'prepare_data'} public data sets, as they are downloaded, to the files that the modes read\n"
         f"  {'demo':10} the whole way on a small task, from nothing to an aligned model\n  {'test':10} lint and tests\n\n"
         "./launch.sh MODE --help lists every key; with --dry-run a run is not started, but explained: its batch, its memory.\n\n"
         f"Shell variables (they win over files and lose to key=value):\n{variables.manual()}"

@@ -1,4 +1,4 @@
-"""Public data sets, as they are downloaded, to the files that the modes read: python tools/prepare_data.py TASK --from PATH --to FOLDER.
+"""Public data sets, as they are downloaded, to the files that the modes read: ./launch.sh prepare_data TASK --from PATH --to FOLDER.
 
 Every task writes FOLDER/KIND/train.jsonl and dev.jsonl, where KIND is what the files are for:
 
