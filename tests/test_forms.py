@@ -309,3 +309,9 @@ def test_required_keys(tmp_path, tokenizer):
     assert len(Records.load(file, "grpo", tokenizer, Data())) == 2
     with pytest.raises(UserError, match=re.escape(f"{file}:2: no 'answer', which the reward needs; add it")):
         Records.load(file, "grpo", tokenizer, Data(), required=("answer",))
+    file = write(
+        tmp_path / "b.jsonl", {"eval_func": "math_rule", "prompt": "Q?", "answer": 4}, {"eval_func": "code", "prompt": "Q?", "answer": 4}
+    )
+    assert len(Records.load(file, "grpo", tokenizer, Data())) == 2
+    with pytest.raises(UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")):
+        Records.load(file, "grpo", tokenizer, Data(), required=("answer",))

@@ -33,6 +33,8 @@ def read(line: bytes, mode: str, required: Keys = ()) -> Told:
     for key in required:
         if row.get(key) is None:
             raise UserError(f"no {key!r}, which the reward needs; add it, or set another reward.function")
+    if "answer" in required and row.get("eval_func", "math_rule") != "math_rule":
+        raise UserError(f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function")
     return forms[keys](row, keys)
 
 
