@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
+#SBATCH --requeue --open-mode=append --signal=USR1@120
 # The one entry:  ./launch.sh MODE [CONFIG.toml ...] [key=value ...]     (./launch.sh --help lists the modes)
 #
 # The first call makes .venv and installs a complete lock into it: requirements/gpu.txt where there is an NVIDIA GPU, else
 # requirements/cpu.txt. Later calls only start Python, until that lock changes.
 #   RLHF_PYTHON=/path/to/python   use this interpreter and install nothing
 #   CUDA_VISIBLE_DEVICES=         (set, but empty) pretend that there is no GPU
+# On Slurm:  sbatch --nodes=N [--gpus-per-node=8] launch.sh MODE ...  starts it on every node; preempted, or two minutes before its time is
+# over (the #SBATCH line above), the run saves the step at hand, is requeued, and continues.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+if [[ ! -d $root/rlhf && -n ${SLURM_JOB_ID-} ]]; then # sbatch runs a copy of this file, somewhere else
+  root=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/launch\.sh.*|\1|p')
+fi
 venv=$root/.venv
 torch_cpu=https://download.pytorch.org/whl/cpu/torch/ # PyPI's torch is a CUDA build
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -97,9 +103,9 @@ case ${1-} in
     choose_python
     check "${@:2}"
     ;;
-  demo)
+  demo | tutorial)
     choose_python
-    exec "$python" "$root/tools/demo.py" "${@:2}"
+    exec "$python" "$root/tools/$1.py" "${@:2}"
     ;;
   prepare_data)
     choose_python

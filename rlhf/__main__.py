@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 import sys
 import time
 from types import TracebackType
@@ -21,7 +22,7 @@ COMMAND = [sys.executable, "-m", "rlhf"]
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0; 2 after a user's mistake, told in one line on stderr; 128 + signal after a signal."""
+    """Returns the exit code: 0; 2 after a user's mistake, told in one line on stderr; interrupt.SAVED after a signal to a training run."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -48,7 +49,9 @@ def main(arguments: list[str]) -> int:
         return run(config) if "LOCAL_RANK" in os.environ else launch(config, arguments)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
-            time.sleep(1)  # most mistakes are everybody's: the first one tells it, and the others are ended meanwhile
+            # Most mistakes are everybody's: the first one tells it, and its launcher, or srun, ends the others meanwhile.
+            signal.signal(signal.SIGTERM, lambda *_: end(2))
+            time.sleep(1)
         print(f"rlhf: {error}", file=sys.stderr)
         return 2
 
@@ -119,8 +122,7 @@ def run(config: Config) -> int:
     sys.excepthook = fail
     from rlhf import loop
 
-    signal = loop.run(config)
-    return 128 + signal if signal else 0
+    return loop.run(config)
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from rlhf.contracts import UserError
-from rlhf.interrupt import SIGNALS
+from rlhf.interrupt import SAVED, SIGNALS
 
-REQUEUE = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # exit codes of a run that was preempted
+REQUEUE = (SAVED, 128 + signal.SIGUSR1)  # exit codes of a run that was preempted: in its loop, or before
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 Environment = Mapping[str, str]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 
-from rlhf.interrupt import SIGNALS
+from rlhf.interrupt import SAVED, SIGNALS
 from rlhf.rewards.child import die_with_parent
 
 GRACE = 10.0  # seconds that ranks get to end by themselves after one of them failed
@@ -33,7 +33,7 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
         if failed and not code:
             index, status = failed[0]
             code, deadline = _exit_code(status), time.monotonic() + GRACE
-            if code not in (2, *(128 + number for number in SIGNALS)):  # a mistake, which it has told, or asked for
+            if code not in (2, SAVED) and not seen:  # a mistake, which it has told, or asked for
                 print(f"rlhf: rank {environments[index]['RANK']} ended with exit code {code}; ending the others", file=sys.stderr)
             _signal(running, signal.SIGTERM)
         if time.monotonic() > deadline:

@@ -16,8 +16,7 @@ from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, Optim
 from rlhf.contracts import Engine, Sample
 from rlhf.data.records import Records
-from rlhf.interrupt import Interrupt
-from rlhf.ledger import Ledger
+from rlhf.interrupt import SAVED, Interrupt
 from rlhf.metrics import Metrics, say
 from rlhf.parallel.mesh import Mesh
 from rlhf.prepare import Inputs, inputs, rule
@@ -25,7 +24,7 @@ from rlhf.rewards import Rewards
 from rlhf.roles import Roles
 from rlhf.rollout.sampler import Sampler, summary
 from rlhf.train.optimizer import learning_rate
-from rlhf.train.parking import Parking, capacity
+from rlhf.train.parking import Parking
 from rlhf.weights import files, names
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
@@ -35,7 +34,7 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner
 
 
 def run(config: Config) -> int:
-    """One rank's whole life. Every rank calls it alike. Returns the number of the signal that ended a training run early; 0: none did."""
+    """One rank's whole life. Every rank calls it alike. Returns the exit code: 0, or SAVED where a signal ended a training run early."""
     mesh = Mesh(config.parallel, config.seed)
     given = inputs(config, mesh.world)
     if mesh.rank == 0:
@@ -48,7 +47,7 @@ def run(config: Config) -> int:
         if config.mode == "evaluate":
             evaluate_folder(config, mesh, given, judge)
             return 0
-        return Run(config, mesh, given, rewards, judge).train()
+        return 0 if Run(config, mesh, given, rewards, judge).train() else SAVED
 
 
 class Run:
@@ -57,11 +56,9 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, judge: Rewards):
         """rewards says what samples are worth, judge what held-out responses are."""
         self.config, self.mesh, self.given, self.judge = config, mesh, given, judge
+        self.interrupt = Interrupt()
         self.dtype = dtype_of(config, mesh)
         self.algorithm = ALGORITHMS[config.mode](config)
-        device = config.memory.device or capacity(mesh.device)
-        self.ledger = Ledger(config, given.arch, given.roles, mesh.world, device, self.dtype.itemsize)
-        self.ledger.check()
         self.sampler: Sampler | None = None
         if self.algorithm.online:  # the engine first: it sizes its memory by what is free
             engine = build_engine(config, mesh, given, self.dtype)
@@ -71,13 +68,13 @@ class Run:
             publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, self.dtype, config.rollout.bucket << 20)
             self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.records)
         temperature = config.rollout.temperature if self.algorithm.online else 1.0
-        self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking(self.ledger.offload, mesh.device))
+        self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking((), mesh.device))
         self.subject = self.roles.trained[0]  # what the run is for
         self.checkpoints = Checkpoints(config, mesh, self.dtype)
 
-    def train(self) -> int:
-        """All steps from the newest checkpoint on, or from the first. After a signal the step at hand is the last. Returns it, or 0."""
-        config, held_out, interrupt, visit = self.config, self.given.held_out, Interrupt(), self.roles.visit
+    def train(self) -> bool:
+        """All steps from the newest checkpoint on, or from the first. False: a signal came before the last one was done."""
+        config, held_out, visit = self.config, self.given.held_out, self.roles.visit
         start = self.checkpoints.resume(visit("learn"), self.algorithm.state) if config.resume else 0
         self.metrics = metrics = Metrics(config, self.mesh, start)
         self._announce(start)
@@ -101,16 +98,14 @@ class Run:
             if held_out and due(done, config.evaluate.every, config.steps):
                 with metrics.time("evaluate"):
                     self.evaluate(held_out)
-            metrics.add({f"memory/{phase}": (gib, 1.0) for phase, gib in self.roles.parking.peaks.items()})  # mean over ranks
             metrics.write(done, tokens=sum(len(s.tokens) for s in samples))
-            stop = max(self.mesh.all_gather(interrupt.number))  # a signal to any rank stops all of them after the same step
+            stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
             if stop or due(done, config.checkpoint.every, config.steps):
                 export = self.export if config.checkpoint.export or done == config.steps else None
                 self.checkpoints.save(done, visit("save"), self.algorithm.state, export)
             if stop and done < config.steps:
-                return stop
-        self._settle_up()
-        return 0
+                return False
+        return True
 
     def draw(self, step: int) -> list[Sample]:
         """The step's samples, alike on every rank: from the engine, or straight from the data."""
@@ -158,7 +153,6 @@ class Run:
         self.sampler.publish(self.roles.learners["policy"].parameters())
         self.roles.parking.enter("rollout")  # first the weights go, then the cache comes
         self.sampler.engine.wake()
-        self.roles.parking.measure()
         if check:
             self._compare(self.sampler)
             self.publish(check=False)
@@ -219,14 +213,6 @@ class Run:
             say(f"publish: {stay:.3g} GB of weights stay on their ranks, {cross:.3g} GB cross")
         if start:
             say(f"resumed after step {start}")
-        if self.mesh.device.type == "cuda":
-            say(self.ledger.table())
-
-    def _settle_up(self) -> None:
-        """Show what the phases took of the first rank's device beside what was predicted."""
-        self.roles.parking.measure()
-        if self.mesh.rank == 0 and self.roles.parking.peaks:
-            say(self.ledger.table(self.roles.parking.peaks, self.mesh.pp_rank))
 
 
 def due(done: int, every: int, steps: int) -> bool:

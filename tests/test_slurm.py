@@ -1,0 +1,217 @@
+"""A real Slurm of two nodes on this machine: sbatch over both, preemption and requeue, a task per rank, and what is not requeued.
+
+Skipped where Slurm is not installed (on Debian and Ubuntu: apt install slurmctld slurmd slurm-client munge).
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import demo_task
+
+ROOT = Path(__file__).parents[1]
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PATH = f"{os.environ['PATH']}:/usr/sbin"
+NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve, as a cluster's do
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={folder}/munge/socket
+StateSaveLocation={folder}/slurmctld
+SlurmctldPidFile={folder}/slurmctld/pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/%n
+SlurmdPidFile={folder}/%n/pid
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SchedulerParameters=sched_interval=1,bf_interval=1
+ReturnToService=2
+NodeName={nodes[0]} NodeAddr={nodes[0]} NodeHostname={host} Port={ports[1]} CPUs=2
+NodeName={nodes[1]} NodeAddr={nodes[1]} NodeHostname={host} Port={ports[2]} CPUs=2
+PartitionName=all Nodes=ALL Default=YES OverSubscribe=NO
+"""
+
+pytestmark = pytest.mark.skipif(
+    not all(shutil.which(name, path=PATH) for name in (*DAEMONS, "sbatch")),
+    reason="no Slurm: apt install slurmctld slurmd slurm-client munge",
+)
+
+
+class Slurm:
+    """The cluster: its daemons, started in the foreground so that they can be ended, and the commands of its users."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.daemons = folder, []
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
+            "PATH": PATH,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "RLHF_PYTHON": sys.executable,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in ("munge", "slurmctld", *NODES):
+            (folder / name).mkdir()
+        (folder / "munge").chmod(0o711)
+        key = folder / "munge/key"
+        key.touch(0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        (folder / "slurm.conf").write_text(
+            CONFIGURATION.format(folder=folder, user=getpass.getuser(), host=socket.gethostname(), nodes=NODES, ports=free_ports(3))
+        )
+
+    def start(self) -> None:
+        munge = [f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
+        self.daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge/socket", "--num-threads=1", *munge)
+        wait(lambda: (self.folder / "munge/socket").exists(), 10, "munged did not start")
+        self.daemon("slurmctld", "-D")
+        for node in NODES:
+            self.daemon("slurmd", "-D", "-N", node)
+        wait(self.idle, 30, "the nodes did not come up")
+
+    def idle(self) -> bool:
+        return self.call("sinfo", "--noheader", "--format=%D %T") == "2 idle"
+
+    def daemon(self, *command: str) -> None:
+        log = (self.folder / f"{len(self.daemons)}.txt").open("w")
+        self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+
+    def stop(self) -> None:
+        self.call("scancel", f"--user={getpass.getuser()}", "--signal=KILL", "--full", check=False)
+        self.call("scancel", f"--user={getpass.getuser()}", check=False)
+        try:
+            wait(lambda: not self.call("squeue", "--noheader", check=False), 20, "jobs did not end")
+        finally:
+            for daemon in reversed(self.daemons):
+                daemon.terminate()
+                daemon.wait(timeout=20)
+
+    def call(self, *command: str, check: bool = True) -> str:
+        done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0 or not check, done
+        return done.stdout.strip()
+
+    def submit(self, *command: str) -> str:
+        """The id of a batch job over both nodes; what it says goes to ID.out."""
+        return self.call("sbatch", "--parsable", "--nodes=2", f"--output={self.folder}/%j.out", *command)
+
+    def state(self, job: str) -> dict[str, str]:
+        fields = self.call("scontrol", "show", "job", "--oneliner", job).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
+
+    def said(self, job: str) -> str:
+        path = self.folder / f"{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait_state(self, job: str, name: str, seconds: float = 300) -> dict[str, str]:
+        wait(lambda: self.state(job)["JobState"] == name, seconds, lambda: f"{self.state(job)}\n{self.said(job)}")
+        return self.state(job)
+
+    def requeued(self, job: str, restarts: int) -> None:
+        """Wait until it runs again, and spare it the two minutes that Slurm lets a requeued job rest."""
+
+        def restarts_now() -> bool:
+            state = self.state(job)
+            if state["Restarts"] == str(restarts) and state["JobState"] == "PENDING" and self.idle():
+                self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            return state["Restarts"] == str(restarts) and state["JobState"] == "RUNNING"
+
+        wait(restarts_now, 90, lambda: f"{self.state(job)}\n{self.said(job)}")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in sockets]
+    for probe in sockets:
+        probe.close()
+    return ports
+
+
+def wait(reached: Callable[[], bool], seconds: float, otherwise: str | Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, otherwise if isinstance(otherwise, str) else otherwise()
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        slurm.start()
+        yield slurm
+    finally:
+        slurm.stop()
+
+
+@pytest.fixture(scope="module")
+def sft(slurm: Slurm) -> list[str]:
+    """Arguments of a run on two data-parallel ranks, without out and steps. A step takes a good part of a second."""
+    demo_task.write(slurm.folder / "data", num_sft=200, num_rl=1, num_heldout=1)
+    demo_task.make_model(slurm.folder / "model", slurm.folder / "data")
+    keys = ("policy.init=random", "data.max_tokens=64", "batch.prompts=8", "batch.epochs=10", "checkpoint.every=0", "parallel.dp=2")
+    return ["sft", f"policy.load={slurm.folder}/model", f"data.train={slurm.folder}/data/train_sft.jsonl", *keys]
+
+
+def steps(out: Path) -> list[int]:
+    path = out / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_preempted_job_over_two_nodes_goes_on(slurm: Slurm, sft: list[str], tmp_path: Path):
+    """USR1 to the job, as sbatch --signal sends it: the step at hand is saved, launch.sh requeues, the job continues."""
+    job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", "steps=12")
+    wait(lambda: len(steps(tmp_path)) >= 2, 300, lambda: slurm.said(job))
+    slurm.call("scancel", "--signal=USR1", job)
+    slurm.requeued(job, 1)
+    first = steps(tmp_path)[-1]
+    assert 2 <= first < 12
+    assert (tmp_path / "latest").read_text() == f"step_{first:06}"
+    assert slurm.wait_state(job, "COMPLETED")["ExitCode"] == "0:0"
+    assert f"resumed after step {first}\n" in slurm.said(job)
+    assert steps(tmp_path) == list(range(1, 13))
+    assert "2 ranks on cpu in float32: tp 1 pp 1 cp 1 dp 2" in slurm.said(job)
+    assert (tmp_path / "hf/model.safetensors").exists()
+
+
+def test_a_task_per_rank(slurm: Slurm, sft: list[str], tmp_path: Path):
+    """srun python -m rlhf, without launch.sh: each task is a rank."""
+    slurm.call("srun", "--nodes=1", "--ntasks=2", sys.executable, "-m", "rlhf", *sft, f"out={tmp_path}", "steps=1")
+    assert steps(tmp_path) == [1]
+
+
+def test_a_cancelled_job_is_saved_but_not_requeued(slurm: Slurm, sft: list[str], tmp_path: Path):
+    """SIGTERM with Slurm's usual grace, as also where Slurm itself requeues what it preempts."""
+    job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", "steps=1000")
+    wait(lambda: len(steps(tmp_path)) >= 1, 300, lambda: slurm.said(job))
+    slurm.call("scancel", job)
+    assert slurm.wait_state(job, "CANCELLED", 40)["Restarts"] == "0"
+    assert (tmp_path / "latest").read_text() == f"step_{steps(tmp_path)[-1]:06}"
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(slurm: Slurm, sft: list[str], tmp_path: Path):
+    wrong = slurm.submit("launch.sh", *sft, "optim.lrr=1")
+    assert slurm.wait_state(wrong, "FAILED", 60)["ExitCode"] == "2:0"
+    assert slurm.said(wrong).splitlines() == ["rlhf: unknown key 'optim.lrr': did you mean 'optim.lr'?"]
+    on_the_nodes = slurm.submit("launch.sh", *sft, f"data.train={tmp_path}/none.jsonl")
+    assert slurm.wait_state(on_the_nodes, "FAILED", 60)["ExitCode"] == "2:0"
+    assert len([line for line in slurm.said(on_the_nodes).splitlines() if line.startswith("rlhf: ")]) == 1
