@@ -64,7 +64,8 @@ def usage() -> str:
         f"  {'prepare_data'} public data sets, as they are downloaded, to the files that the modes read\n"
         f"  {'demo':10} the whole way on a small task, from nothing to an aligned model\n  {'test':10} lint and tests\n\n"
         "./launch.sh MODE --help lists every key; with --dry-run a run is not started, but explained: its batch, its memory.\n\n"
-        f"Shell variables (they win over files and lose to key=value):\n{variables.manual()}"
+        "Shell variables (they win over files and lose to key=value):\n"
+        + "\n".join(f"  {name:22} {key:18} {meaning} [{modes}]" for name, key, modes, meaning in variables.rows())
     )
 
 

@@ -32,12 +32,16 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
     "CHECKPOINT_PATH": ("sft, reward", "out", "folder of the run"),
     "output_dir": (ALIGN, "out", "folder of runs: out is output_dir/exp_name"),
     "exp_name": (ALIGN, "out", "name of the run; without it model_size and mode, as llama2-7B-rlhf"),
-    "TP": (f"sft, reward, {ALIGN}", "parallel.tp", "tensor parallel size; convert_hf_to_megatron: of the folder it writes"),
-    "PP": (f"sft, reward, {ALIGN}", "parallel.pp", "pipeline parallel size; convert_hf_to_megatron: of the folder it writes"),
+    "TP": (
+        f"sft, reward, {ALIGN}",
+        "parallel.tp",
+        "tensor parallel size; parallel.dp is what is left. convert_hf_to_megatron: of the folder it writes",
+    ),
+    "PP": (f"sft, reward, {ALIGN}", "parallel.pp", "pipeline parallel size, in the same way"),
     "SAVE_PATH": ("convert*", "--to", "the folder to write"),
-    "VOCAB_PATH": ("convert_megatron_to_hf", "--tokenizer", "folder of the tokenizer that goes into the folder written"),
-    "USE_LEGACY_MODELS": ("convert*", "--format", "True (the default): Megatron's legacy format; False: megatron-core's"),
-    "target_params_dtype": ("convert_megatron_to_hf", "--dtype", "bf16 (the default), fp16 or fp32"),
+    "VOCAB_PATH": ("convert*", "--config", "folder of tokenizer and config.json, where LOAD_PATH has none; TOKENIZER_MODEL does the same"),
+    "USE_LEGACY_MODELS": ("convert_hf_to_megatron", "--format", "True (the default): Megatron's legacy format; False: megatron-core's"),
+    "target_params_dtype": ("convert*", "--dtype", "bf16, fp16 or fp32; without it as they are"),
 }
 
 
@@ -62,6 +66,8 @@ def settings(mode: str, env: Mapping[str, str]) -> dict[str, str]:
         for name, value in taken.items()
         if VARIABLES[name][1] in ("policy.tokenizer", "parallel.tp", "parallel.pp")
     }
+    if taken.keys() & {"TP", "PP"}:
+        keys["parallel.dp"] = "0"  # that of a file would be for another layout
     for name in ("LOAD_PATH", "POLICY_LOAD", "REWARD_LOAD"):
         if name in taken:
             iteration = taken.get("REWARD_LOAD_ITERATION", "") if name == "REWARD_LOAD" else ""
@@ -81,10 +87,9 @@ def settings(mode: str, env: Mapping[str, str]) -> dict[str, str]:
     return keys
 
 
-def manual() -> str:
-    """One line per variable: name, key and meaning."""
-    rows = (f"  {name:22} {key:18} {meaning} [{modes}]" for name, (modes, key, meaning) in VARIABLES.items())
-    return "\n".join(row.replace(f"[{ALL}]", "[all modes]") for row in rows)
+def rows() -> list[tuple[str, str, str, str]]:
+    """The table for people: name, key, modes and meaning."""
+    return [(name, key, {ALL: "all modes"}.get(modes, modes), meaning) for name, (modes, key, meaning) in VARIABLES.items()]
 
 
 def _taken(mode: str, env: Mapping[str, str]) -> dict[str, str]:

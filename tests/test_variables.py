@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf import configuration, variables
-from rlhf.config import MODES
+from rlhf.config import MODES, Config, Parallel
 from rlhf.contracts import UserError
 
+ROOT = Path(__file__).parents[1]
 ONE = {
     "LOAD_PATH": "/m/base",
     "POLICY_LOAD": "/m/sft",
@@ -26,7 +27,7 @@ ONE = {
 }
 
 
-def load(mode: str, env: dict[str, str], *given: str) -> object:
+def load(mode: str, env: dict[str, str], *given: str) -> Config:
     return configuration.load(mode, variables.arguments(mode, list(given), env))
 
 
@@ -94,3 +95,22 @@ def test_folders(tmp_path: Path):
 
 def test_values_are_texts_whatever_they_look_like():
     assert load("sft", {"LOAD_PATH": "7", "CHECKPOINT_PATH": "a = b"}).out == "a = b"
+
+
+def test_the_readme_has_the_table():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    table = [f"| `{name}` | `{key}` | {modes} | {meaning} |" for name, key, modes, meaning in variables.rows()]
+    first = lines.index(table[0])
+    assert lines[first : first + len(table) + 1] == [*table, ""]
+
+
+def test_a_layout_by_variables_leaves_data_parallel_open(tmp_path: Path):
+    file = tmp_path / "size.toml"
+    file.write_text("[parallel]\ntp = 4\ndp = 2\n")
+    assert load("sft", {"TP": "8"}, str(file)).parallel == Parallel(tp=8, dp=0)
+    assert load("sft", {"PP": "2"}, str(file), "parallel.dp=1").parallel == Parallel(tp=4, pp=2, dp=1)
+
+
+@pytest.mark.parametrize("size", ["llama2-7B", "llama2-13B", "llama2-70B"])
+def test_sizes_that_are_shipped(size: str):
+    assert load("rlhf", {"model_size": size}).parallel.tp >= 4
