@@ -86,8 +86,11 @@ class Ledger:
         widths = [max(len(phase), 6) for phase in self.phases]
         text = [line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths, strict=True)) for line in lines]
         room = f"{self.room:.1f} of {self.device:g} GiB may be used" if math.isfinite(self.device) else "host memory"
-        away = "; * offloaded: on the device only in the phases that use it" if self.offload else "; nothing is offloaded"
-        return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}{away})"])
+        held = sum(self.tenants[stage][name] for name in self.offload if not name.endswith("gradients"))
+        away = "nothing is offloaded"
+        if self.offload:
+            away = f"* offloaded: on the device only in the phases that use it, else in {held:.1f} GiB of host memory"
+        return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {away})"])
 
     def _tenants(self, stage: int) -> Iterator[tuple[str, float]]:
         p = self.config.parallel
@@ -151,7 +154,8 @@ class Ledger:
         q, kv = arch.heads * arch.head_dim / p.tp, arch.kv_heads * arch.head_dim / p.tp
         # Saved for backward: both norms' inputs and outputs, qkv before and after rotation, attention's output, and swiglu's ins and out.
         layer = 4 * arch.hidden / split + (q + 2 * kv) + (q + kv) + q + 3 * arch.ffn / p.tp
-        kept = {"none": layer, "selective": layer - (q + kv), "full": arch.hidden / split}[p.recompute]
+        again = kv if arch.heads > arch.kv_heads else q + kv  # grouped queries are a copy, which stays in place of the rotated one
+        kept = {"none": layer, "selective": layer - again, "full": arch.hidden / split}[p.recompute]
         flying = p.pp - stage  # micro-batches whose backward is still to come (1F1B)
         saved = self.size * t * (kept * arch.layers / p.pp * flying + (layer if p.recompute == "full" else 0))
         backward = self.size * t * (3 * arch.ffn / p.tp + 3 * arch.hidden) / GIB
