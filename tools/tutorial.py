@@ -28,7 +28,7 @@ MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "Onlin
 SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task.py has
     "mini": {"vocab_size": 320},
     "large": {
-        "vocab_size": 1024,
+        "vocab_size": 448,
         "hidden_size": 768,
         "intermediate_size": 2048,
         "num_hidden_layers": 12,
