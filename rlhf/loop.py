@@ -17,6 +17,7 @@ from rlhf.config import Config, Optim
 from rlhf.contracts import Engine, Sample
 from rlhf.data.records import Records
 from rlhf.interrupt import SAVED, Interrupt
+from rlhf.ledger import Ledger
 from rlhf.metrics import Metrics, say
 from rlhf.parallel.mesh import Mesh
 from rlhf.prepare import Inputs, inputs, rule
@@ -24,7 +25,7 @@ from rlhf.rewards import Rewards
 from rlhf.roles import Roles
 from rlhf.rollout.sampler import Sampler, summary
 from rlhf.train.optimizer import learning_rate
-from rlhf.train.parking import Parking
+from rlhf.train.parking import Parking, capacity
 from rlhf.weights import files, names
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
@@ -59,6 +60,9 @@ class Run:
         self.interrupt = Interrupt()
         self.dtype = dtype_of(config, mesh)
         self.algorithm = ALGORITHMS[config.mode](config)
+        device = config.memory.device or capacity(mesh.device)
+        self.ledger = Ledger(config, given.arch, given.roles, mesh.world, device, self.dtype.itemsize)
+        self.ledger.check()
         self.sampler: Sampler | None = None
         if self.algorithm.online:  # the engine first: it sizes its memory by what is free
             engine = build_engine(config, mesh, given, self.dtype)
@@ -68,7 +72,7 @@ class Run:
             publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, self.dtype, config.rollout.bucket << 20)
             self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.records)
         temperature = config.rollout.temperature if self.algorithm.online else 1.0
-        self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking((), mesh.device))
+        self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking(self.ledger.offload, mesh.device))
         self.subject = self.roles.trained[0]  # what the run is for
         self.checkpoints = Checkpoints(config, mesh, self.dtype)
 
@@ -98,6 +102,7 @@ class Run:
             if held_out and due(done, config.evaluate.every, config.steps):
                 with metrics.time("evaluate"):
                     self.evaluate(held_out)
+            metrics.add({f"memory/{phase}": (gib, 1.0) for phase, gib in self.roles.parking.peaks.items()})  # mean over ranks
             metrics.write(done, tokens=sum(len(s.tokens) for s in samples))
             stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
             if stop or due(done, config.checkpoint.every, config.steps):
@@ -105,6 +110,7 @@ class Run:
                 self.checkpoints.save(done, visit("save"), self.algorithm.state, export)
             if stop and done < config.steps:
                 return False
+        self._settle_up()
         return True
 
     def draw(self, step: int) -> list[Sample]:
@@ -153,6 +159,7 @@ class Run:
         self.sampler.publish(self.roles.learners["policy"].parameters())
         self.roles.parking.enter("rollout")  # first the weights go, then the cache comes
         self.sampler.engine.wake()
+        self.roles.parking.measure()
         if check:
             self._compare(self.sampler)
             self.publish(check=False)
@@ -213,6 +220,14 @@ class Run:
             say(f"publish: {stay:.3g} GB of weights stay on their ranks, {cross:.3g} GB cross")
         if start:
             say(f"resumed after step {start}")
+        if self.mesh.device.type == "cuda":
+            say(self.ledger.table())
+
+    def _settle_up(self) -> None:
+        """Show what the phases took of the first rank's device beside what was predicted."""
+        self.roles.parking.measure()
+        if self.mesh.rank == 0 and self.roles.parking.peaks:
+            say(self.ledger.table(self.roles.parking.peaks, self.mesh.pp_rank))
 
 
 def due(done: int, every: int, steps: int) -> bool:

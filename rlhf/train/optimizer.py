@@ -15,6 +15,8 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 
 from rlhf.config import Optim
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def learning_rate(optim: Optim, update: int, updates: int) -> float:
     """The learning rate of one update (counted from 0) of `updates`: linear warm-up from 0 to lr, then the schedule down to min_lr."""
@@ -75,13 +77,15 @@ class Optimizer:
         """Take over the state that the same rank of the same layout saved."""
         for inner, adam, main in zip(self._inner(), state["adam"], state["main"], strict=True):
             inner.load_state_dict(adam)
+            for moments in inner.state.values():  # of their own: memory that maps a file can be neither emptied nor filled again
+                moments.update({name: moments[name].clone() for name in MOMENTS if name in moments})
             for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
                 p.copy_(saved)
 
     def tensors(self) -> list[torch.Tensor]:
         """Main parameters and moments of this rank's shard; the moments exist from the first update on."""
         main = [p.data for inner in self._inner() for group in inner.param_groups for p in group["params"]]
-        return main + [state[moment] for inner in self._inner() for state in inner.state.values() for moment in ("exp_avg", "exp_avg_sq")]
+        return main + [state[name] for inner in self._inner() for state in inner.state.values() for name in MOMENTS if name in state]
 
     def _inner(self) -> list[torch.optim.Optimizer]:
         """The torch optimizers underneath; a rank without parameters to update has none."""

@@ -58,14 +58,16 @@ class Parking:
             self._copied -= needed
         self._phase = phase if phase in ("rollout", "publish") else f"{phase}/{role}"
         if self.device.type == "cuda":
+            if phase in ("publish", "rollout"):
+                torch.cuda.empty_cache()  # the engine, which wakes up next, allocates outside torch's cache
             torch.cuda.reset_peak_memory_stats(self.device)
             self._foreign = _foreign(self.device)
 
     def measure(self) -> None:
-        """Note the peak of the phase that is ending (enter() does it by itself; after the last phase, call it once more)."""
+        """Note the peak of the phase so far: at its end enter() does so by itself, and an engine that has just woken up must be seen."""
         if self._phase and self.device.type == "cuda":
-            # The engine may fall asleep or wake up within a phase: the larger of both ends counts.
-            used = torch.cuda.max_memory_allocated(self.device) + max(self._foreign, _foreign(self.device))
+            self._foreign = max(self._foreign, _foreign(self.device))
+            used = torch.cuda.max_memory_allocated(self.device) + self._foreign
             self.peaks[self._phase] = max(self.peaks.get(self._phase, 0.0), used / 2**30)
 
     def _settle(self, needed: set[str]) -> None:
@@ -79,8 +81,6 @@ class Parking:
             torch.cuda.current_stream(self.device).synchronize()  # memory may be given away when all copies are complete
         for storage, _ in (held for name in leaving for held in self._parked[name]):
             storage.resize_(0)
-        if leaving and self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the engine allocates outside torch's cache
         for name in [name for name in self._parked if name in needed]:
             held = self._parked.pop(name)
             for storage, size in held:

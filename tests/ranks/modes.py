@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import layout_keys
 
 from rlhf import configuration
-from rlhf.config import Config
+from rlhf.config import Config, Memory
 from rlhf.loop import Run
 from rlhf.parallel.mesh import Mesh
 from rlhf.prepare import inputs, rule
@@ -88,7 +89,7 @@ def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> 
 
 
 def check_resume(config: Config, mesh: Mesh, mode: str) -> None:
-    """A run that starts again from its next to last checkpoint ends bit by bit where it ended before."""
+    """A run that starts again from its next to last checkpoint, now with everything parked, ends bit by bit where it ended before."""
     out = Path(config.out)
     files = sorted(path.name for path in (out / f"step_{STEPS:06}").glob("*.pt") if not path.name.startswith("random"))
     before = {name: torch.load(out / f"step_{STEPS:06}" / name) for name in files}
@@ -97,7 +98,7 @@ def check_resume(config: Config, mesh: Mesh, mode: str) -> None:
     if mesh.rank == 0:
         (out / "latest").write_text(f"step_{CHECKPOINT:06}")
     mesh.barrier()
-    train(config, mesh)
+    train(replace(config, memory=Memory(offload="all")), mesh)
     assert metrics(out) == rows, f"{mode}: metrics differ after resuming"
     for name in files:
         after = torch.load(out / f"step_{STEPS:06}" / name)
