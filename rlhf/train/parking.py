@@ -115,7 +115,7 @@ class HostMemory:
         self.bytes = torch.empty(size, dtype=torch.uint8)
         self.pinned = pinned and size > 0
         if self.pinned:  # torch's own pinned memory would be rounded up to a power of two
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0)))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
 
     def __del__(self) -> None:
         if self.pinned:

@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[2]
 SHAPE = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
-    "num_hidden_layers": 24,
+    "num_hidden_layers": 12,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
 
 
 def test_parking_and_ledger(tmp_path: Path) -> None:
-    """Bitwise return from host memory, and every phase's peak within 10 % of the prediction."""
+    """Bitwise return from host memory, and every phase's peak within 10 % of the prediction (or half a GiB)."""
     config = json.loads((ROOT / "configs/models/llama2-7B/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | SHAPE))
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}

@@ -14,8 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from laws import parse
-from models import samples
+from models import layout_keys, samples
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
@@ -37,7 +36,9 @@ class Pair:
     """A learning policy and a frozen reference at one layout, and the parking lot that both use."""
 
     def __init__(self, folder: Path, layout: str, dtype: torch.dtype):
-        self.config = configuration.load("grpo", [*parse(layout), f"policy.load={folder}", "data.max_tokens=128", "rollout.max_tokens=64"])
+        self.config = configuration.load(
+            "grpo", [*layout_keys(layout), f"policy.load={folder}", "data.max_tokens=128", "rollout.max_tokens=64"]
+        )
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch, self.dtype = architecture.read(folder), dtype
         tiles = names.tilings(self.arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)[self.mesh.rank]
