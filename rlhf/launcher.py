@@ -44,7 +44,7 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
             if number in seen and number != signal.SIGUSR1:
                 code = code or 128 + number
                 _kill(running)
-            elif not seen:
+            elif not seen and environments[0]["RANK"] == "0":
                 print(f"rlhf: {number.name}: the run ends after the step at hand, which is saved; once more ends it now", file=sys.stderr)
             seen.add(number)
             _signal(running, number)

@@ -36,6 +36,11 @@ def test_help_of_a_mode_prints_every_key():
     assert manual(Config) in result.stdout
 
 
+@pytest.mark.parametrize(("name", "mode"), [("ppo", "rlhf"), ("online_dpo", "online-dpo")])
+def test_modes_by_another_name(name, mode):
+    assert launch(name, "--help").stdout.startswith(f"{mode}: {MODES[mode]}\n")
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("grpo", "--help")])
 def test_help_is_quick(arguments):
     """Under a second at the best of three, because it loads neither torch nor an engine."""
@@ -119,6 +124,19 @@ def test_installation(fresh):
     lock.write_text("# nothing, and nothing is broken\n")
     assert "installing" in launch("sft", root=root, env=env).stderr
     assert launch("sft", root=root, env=env).stderr == ""
+
+
+def test_sbatch_runs_a_copy(fresh, tmp_path):
+    """Slurm puts the batch script somewhere else; the checkout is where the job's command says, and that may have a space in it."""
+    root, env = fresh
+    checkout = tmp_path / "my checkout"
+    shutil.copytree(root / "rlhf", checkout / "rlhf")
+    shutil.copy(ROOT / "launch.sh", tmp_path / "slurm_script")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "show job 7" ] && echo "   Command={checkout}/launch.sh sft steps=1"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    env = {**env, "RLHF_PYTHON": sys.executable, "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{env['PATH']}"}
+    done = subprocess.run([tmp_path / "slurm_script", "sft", "steps=1"], cwd="/", env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{sys.prefix} sft steps=1\n", "")
 
 
 def test_locks_name_one_version_of_everything():
