@@ -7,10 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import models
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import transformers
 from safetensors.torch import load_file
 from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
@@ -102,3 +104,38 @@ def test_benchmark_runs(layout: str, crossing: float):
     whole = 2 * 1_059_968  # bytes: bfloat16 parameters of the toy model
     assert result["bytes_crossing_per_rank"] == pytest.approx(whole * crossing, rel=0.1)  # norms are everywhere, tables at one end
     assert result["seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of each of two families, and what transformers says after some prompts."""
+    root = tmp_path_factory.mktemp("greedy")
+    prompts, tokens = [[5, 9, 33], [7], [500, 0, 64, 65, 1, 2, 3]], {}
+    for family in ("llama3-tied", "qwen3"):
+        for seed, age in enumerate(("old", "new")):
+            name = f"{family}-{age}"
+            models.make(family, root / name, seed)
+            model = transformers.AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32)
+            tokens[name] = []
+            for prompt in prompts:
+                text = torch.tensor([prompt])
+                for _ in range(8):
+                    text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], dim=1)
+                tokens[name].append(text[0, len(prompt) :].tolist())
+    (root / "greedy.json").write_text(json.dumps({"prompts": prompts, "tokens": tokens}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("engine", "tp", "model", "layouts"),
+    [("kvcache", "4", "llama3-tied", "2x1 1x4"), ("vllm", "1", "qwen3", "2x2 1x4"), ("vllm", "2", "llama3-tied", "4x1 2x2")],
+    ids=lambda value: value.replace(" ", ","),
+)
+def test_engines_say_what_transformers_says(greedy: Path, engine: str, tp: str, model: str, layouts: str):
+    """After each publish to four ranks, from every training layout (TP x PP) in turn."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    command = [*torchrun, "tests/ranks/publishing.py", str(greedy), engine, tp, model, *layouts.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("engines agree") == WORLD

@@ -256,14 +256,18 @@ def carry(
     shapes = {title: names.shapes(tiling) for title, tiling in to.tilings.items()}
     tiling = {title: _by_local(tiles) for title, tiles in to.tilings.items()}
     batches = [[(title, group) for title in titles for group in _batches(shapes[title], dtype, bucket)] for titles in owned]
+    largest = max((sum(prod(shapes[title][local]) for local in group) for title, group in batches[rank]), default=0)
+    room = torch.empty(largest, dtype=dtype, device=device)  # for every batch in turn: fresh memory would cost more than the copies
     for batch in zip_longest(*batches):  # one for every rank, None where one is done
         wanted = [[tile for local in one[1] for tile in tiling[one[0]][local]] if one else [] for one in batch]
         title, group = batch[rank] or ("", [])
-        tensors = {local: torch.empty(shapes[title][local], dtype=dtype, device=device) for local in group}
+        sizes = [prod(shapes[title][local]) for local in group]
+        pieces = room[: sum(sizes)].split(sizes)
+        tensors = {local: piece.view(shapes[title][local]) for local, piece in zip(group, pieces, strict=True)}
         fill(wanted, tensors)
         for local, tensor in tensors.items():
             store(stored[title][local], tensor)
-        yield sum(tensor.nbytes for tensor in tensors.values())
+        yield sum(sizes) * dtype.itemsize
     _barrier(world)
 
 
