@@ -175,6 +175,14 @@ def test_plan_prefers_rank_then_node_then_the_idle():
     assert sorted(senders) == [0, 0, 1, 1]
 
 
+def test_the_busiest_link_says_how_long():
+    tile = Tile("w", ((0, 6),), "w", 0, 6, (6,), (0,))
+    moves = plan([[tile], [], []], [[], [tile], [tile]], [0, 0, 1])
+    assert moves.seconds([0, 0, 1], 2, within=3.0, between=1.0) == 12.0
+    assert moves.seconds([0, 0, 0], 2, within=3.0, between=1.0) == 8.0  # one rank sends both
+    assert moves.volume() == (0, 12)
+
+
 # ---- the layouts
 
 
@@ -248,7 +256,13 @@ def test_plan_of_70b_takes_seconds(world: int, tp: int, pp: int, engine_tp: int)
     moves = plan(train, engine, nodes)
     seconds = time.process_time() - start
     local, remote = moves.volume()
-    print(f"{world} ranks, TP{tp} PP{pp} -> TP{engine_tp}: {seconds:.1f} s; in bf16 {local / 5e8:.1f} GB stay, {remote / 5e8:.1f} GB cross")
+    links = moves.seconds(nodes, 2, within=300e9, between=40e9)  # NVLink; a network adapter of 400 Gbit/s for each GPU
+    print(
+        f"{world} ranks, TP{tp} PP{pp} -> TP{engine_tp}: planned in {seconds:.1f} s; in bf16 {local / 5e8:.1f} GB stay,"
+        f" {remote / 5e8:.1f} GB cross, in {links:.2f} s at 300 GB/s within nodes and 40 GB/s between them"
+    )
+    assert moves.seconds(nodes, 2, 150e9, 20e9) == pytest.approx(2 * links)
+    assert links >= remote * 2 / world / 300e9
     assert seconds < 20
     for rank in range(world):
         have = {tile.name: [] for tile in train[rank]}
