@@ -21,7 +21,7 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from rlhf.contracts import ABSENT, Batch, Spans
-from rlhf.model.rope import rotate
+from rlhf.model.operations import rotate
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from rlhf.parallel.mesh import Mesh
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import TransformerConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
+from megatron.core.transformer import TransformerConfig, mlp
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,9 +28,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from rlhf.contracts import Batch
+from rlhf.model import operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.attention import Attention, PackedRow
 from rlhf.model.rope import rope_frequencies
+
+# megatron-core's linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
+layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+    wgrad_gemm_accum_fp32=lambda inputs, gradients, total: operations.accumulate(total, gradients, inputs)
+)
+layers._grad_accum_fusion_available = True
+mlp.bias_swiglu_impl = lambda x, bias, *_: operations.swiglu(x)  # theirs is compiled anew for new numbers of tokens
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -43,7 +52,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any):
         super().__init__(hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
+        self.epsilon = config.layernorm_epsilon
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return operations.rms_norm(x, self.weight, self.epsilon)
 
 
 class DeferredHead(ColumnParallelLinear):
@@ -108,7 +121,7 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, though no expert exists
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=operations.fusing,
         bias_activation_fusion=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=True,  # without it weights lose the mark by which gradient norms count each TP shard once

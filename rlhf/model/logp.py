@@ -17,6 +17,8 @@ import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be import
 # isort: split
 from megatron.core import tensor_parallel
 
+from rlhf.model.operations import accumulate, fused, logp_slope, softmax_sums
+
 CHUNK_ELEMENTS = 2**25  # logits of one chunk on one rank: 128 MiB in float32
 
 
@@ -41,59 +43,49 @@ class _VocabParallelLogp(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, scale: float, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
-        first = group.rank() * len(weight)
-        real = max(0, min(len(weight), vocab - first))
-        logp, entropy, lse = (torch.empty(len(labels), dtype=torch.float32, device=hidden.device) for _ in range(3))
-        for part in _parts(len(labels), len(weight)):
-            logits = _logits(hidden[part], weight, real, scale)
-            top = logits.amax(-1) if real else logits.new_full((len(logits),), float("-inf"))
+        real = max(0, min(len(weight), vocab - group.rank() * len(weight)))
+        columns = labels - group.rank() * len(weight)
+        parts = _parts(len(labels), weight)
+        found = [softmax_sums(F.linear(hidden[part], weight), columns[part], real, scale) for part in parts]
+        own, total, weighted, label = (torch.cat(x) for x in zip(*found, strict=True))
+        top = own.clone()
+        if group.size() > 1:
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            mine, column = _owned(labels[part], first, len(weight))
-            label = torch.where(mine, logits.gather(1, column[:, None])[:, 0] - top, 0.0)
-            shifted = logits.sub_(top[:, None])
-            expected = shifted.exp()
-            total = expected.sum(-1)
-            expected.mul_(shifted.clamp_(min=-1e30))  # e^x x, without 0 times -inf in the padding
-            sums = torch.stack((total, label, expected.sum(-1)))
+            lower = torch.where(total > 0, own - top, 0.0)  # sums were taken relative to this rank's own maximum
+            weighted, total = (weighted + lower * total) * lower.exp(), total * lower.exp()
+            sums = torch.stack((total, weighted, label))  # each label is on one rank
             dist.all_reduce(sums, group=group)
-            lse[part] = top + sums[0].log()
-            logp[part] = sums[1] - sums[0].log()
-            entropy[part] = sums[0].log() - sums[2] / sums[0]
-        ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.first, ctx.real, ctx.scale = first, real, scale
+            total, weighted, label = sums
+        log_total = total.log()
+        ctx.save_for_backward(hidden, weight, columns, top + log_total)
+        ctx.real, ctx.scale = real, scale
+        entropy = log_total - weighted / total
         ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        return label - top - log_total, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, lse = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
-        for part in _parts(len(labels), len(weight)):
-            # d logp / d logits = onehot(label) - softmax
-            slope = _logits(hidden[part], weight, ctx.real, ctx.scale).sub_(lse[part][:, None]).exp_().neg_()
-            mine, column = _owned(labels[part], ctx.first, len(weight))
-            slope.scatter_add_(1, column[:, None], mine.float()[:, None])
-            slope = slope.mul_((grad[part] * ctx.scale)[:, None]).to(hidden.dtype)
+        hidden, weight, columns, lse = ctx.saved_tensors
+        grad_hidden, learns = torch.empty_like(hidden), ctx.needs_input_grad[1]
+        # With megatron-core's fused accumulation a weight owns the buffer that its gradient is summed into.
+        direct = learns and fused(weight) and hasattr(weight, "main_grad")
+        total: Tensor | None = None
+        if learns:
+            total = weight.main_grad if direct else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for part in _parts(len(columns), weight):
+            logits = F.linear(hidden[part], weight)
+            slope = logp_slope(logits, columns[part], lse[part], grad[part].contiguous(), ctx.real, ctx.scale)
             grad_hidden[part] = slope @ weight
-            if grad_weight is not None:
-                grad_weight += slope.T @ hidden[part]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+            if total is not None:
+                accumulate(total, slope, hidden[part])
+        if direct:
+            weight.grad_added_to_main_grad = True  # as megatron-core's own linear layers mark it
+            shared = getattr(weight, "zero_out_wgrad", False)  # with the embedding, whose gradient is still added to ours
+            total = (torch.zeros_like if shared else torch.empty_like)(weight)
+        return grad_hidden, None if total is None else total.to(weight.dtype), None, None, None, None
 
 
-def _parts(tokens: int, rows: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // rows)
+def _parts(tokens: int, weight: Tensor) -> list[slice]:
+    # The kernels work in place and in the weight's dtype: four times the tokens take the memory of plain torch's float32 copies.
+    size = max(1, CHUNK_ELEMENTS * (4 if fused(weight) else 1) // len(weight))
     return [slice(start, start + size) for start in range(0, tokens, size)]
-
-
-def _logits(hidden: Tensor, weight: Tensor, real: int, scale: float) -> Tensor:
-    logits = F.linear(hidden, weight).float().mul_(scale)
-    logits[:, real:] = float("-inf")
-    return logits
-
-
-def _owned(labels: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Whether this rank holds each label's row, and which row (0 where it does not)."""
-    column = labels - first
-    mine = (column >= 0) & (column < rows)
-    return mine, column * mine

@@ -1,0 +1,92 @@
+"""The memory-bound operations of a decoder: fused kernels on a GPU, plain torch elsewhere. This is the only place that chooses.
+
+Both compute the same to rounding: the kernels keep in float32 what plain torch rounds to the tensors' dtype in between.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.model import rope
+
+fusing = True  # benchmarks turn it off, before a model is built, to compare
+
+
+def fused(x: Tensor) -> bool:
+    return fusing and x.is_cuda
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rope.rotate of x [T, heads, d] by tables [T, 1, d / 2]."""
+    if fused(x):
+        from rlhf.model import kernels
+
+        return kernels.Rotate.apply(x, cos, sin)
+    return rope.rotate(x, cos, sin)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., h] over the root of its mean square, times weight [h] (1910.07467)."""
+    if fused(x):
+        from rlhf.model import kernels
+
+        return kernels.RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [..., 2 f] holds gate, then up -> silu(gate) up [..., f] (2002.05202)."""
+    if fused(x):
+        from rlhf.model import kernels
+
+        return kernels.SwiGLU.apply(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def softmax_sums(logits: Tensor, column: Tensor, real: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What log-probs and entropies are made of, for x = logits [T, V] scale over the first `real` columns.
+
+    m = max x, sum e^(x - m), sum e^(x - m) (x - m) and x[column] (0 where column is none of those), all [T] float32. Overwrites logits.
+    """
+    if fused(logits):
+        from rlhf.model import kernels
+
+        return kernels.softmax_sums(logits, column, real, scale)
+    held = (column >= 0) & (column < real)
+    x = logits.float().mul_(scale)
+    label = torch.where(held, x.gather(1, (column * held)[:, None])[:, 0], 0.0)
+    x = x[:, :real]
+    top = x.amax(-1) if real else x.new_full((len(x),), float("-inf"))
+    shifted = x.sub_(top[:, None])
+    e = shifted.exp()
+    total = e.sum(-1)
+    return top, total, e.mul_(shifted).sum(-1), label
+
+
+def logp_slope(logits: Tensor, column: Tensor, lse: Tensor, grad: Tensor, real: int, scale: float) -> Tensor:
+    """grad [T] times d log softmax(logits scale)[column] / d logits, in the dtype of logits [T, V], which are overwritten.
+
+    lse [T] is the log-sum-exp over all columns of all ranks; column may lie on another rank; columns from `real` on get 0.
+    """
+    if fused(logits):
+        from rlhf.model import kernels
+
+        return kernels.logp_slope(logits, column, lse, grad, real, scale)
+    held = (column >= 0) & (column < real)
+    slope = logits.float().mul_(scale).sub_(lse[:, None]).exp_().neg_()
+    slope[:, real:] = 0.0
+    slope.scatter_add_(1, (column * held)[:, None], held.float()[:, None])
+    return slope.mul_((grad * scale)[:, None]).to(logits.dtype)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [m, n] float32 += left [T, m].T @ right [T, n], in place; on a GPU within the matrix product itself."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    elif fused(total):
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left.t() @ right)
