@@ -11,11 +11,14 @@ import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be import
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 
 from rlhf.config import Optim
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Without Transformer Engine or Apex megatron-core takes the norm of each tensor to the host; this reads all of them once.
+clip_grads.l2_norm_impl = lambda _, __, lists, ___: (torch.nn.utils.get_total_norm(lists[0], foreach=True), None)
 
 
 def learning_rate(optim: Optim, update: int, updates: int) -> float:
@@ -31,7 +34,8 @@ class Optimizer:
     """megatron-core's (distributed) AdamW with float32 main parameters."""
 
     def __init__(self, optim: Optim, model: DistributedDataParallel, dtype: torch.dtype, zero: bool):
-        self.weight_decay = optim.weight_decay
+        self.weight_decay, self.clip = optim.weight_decay, optim.clip
+        self.device = next(model.parameters()).device
         self.megatron = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -40,7 +44,7 @@ class Optimizer:
                 adam_beta2=optim.beta2,
                 adam_eps=optim.eps,
                 weight_decay=optim.weight_decay,
-                clip_grad=optim.clip or 1e30,  # the norm is wanted in any case
+                clip_grad=0.0,  # step() clips
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=zero,
@@ -50,16 +54,22 @@ class Optimizer:
 
     def step(self, lr: float) -> float:
         """One update from the finished gradients; returns their global norm before clipping."""
+        self.megatron.prepare_grads()
+        norm = self.megatron.get_grad_norm()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: the model is spoilt, continue from the last checkpoint with a lower optim.lr"
+            )
+        shrink = self.clip / (norm + 1e-6) if self.clip else 1.0
         for inner in self._inner():
             for group in inner.param_groups:
                 group["lr"] = lr
                 # Megatron marks norms and biases by wd_mult 0 and leaves it to its own scheduler to apply that.
                 group["weight_decay"] = self.weight_decay * group["wd_mult"]
-        _, norm, _ = self.megatron.step()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm}: the model is spoilt, continue from the last checkpoint with a lower optim.lr"
-            )
+                group["fused"] = True  # one kernel reads and writes parameters and moments once
+            # It divides the gradients by grad_scale on the way, so that clipping costs no pass of its own.
+            inner.grad_scale = torch.full((), 1.0 / shrink, device=self.device) if shrink < 1.0 else None  # type: ignore[attr-defined]
+        self.megatron.step_with_ready_grads()
         return float(norm)
 
     def zero_grad(self) -> None:
