@@ -50,8 +50,12 @@ class Learner:
             self.decoder.requires_grad_(False)
             self.model: Any = self.decoder
             return
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.zero)
+        overlap = mesh.layout.dp * mesh.layout.cp > 1  # gradients are reduced while the last micro-batch's backward pass goes on
+        zero = config.parallel.zero
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero, overlap_grad_reduce=overlap)
         self.model = DistributedDataParallel(self.decoder.config, ddp, self.decoder)
+        if overlap:
+            self.decoder.config.no_sync_func = self.model.no_sync
         self.optimizer = Optimizer(config.optim, self.model, dtype, config.parallel.zero)
         self.decoder.config.finalize_model_grads_func = finalize_model_grads
         self.decoder.config.grad_scale_func = self.optimizer.megatron.scale_loss
