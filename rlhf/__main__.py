@@ -128,6 +128,7 @@ def run(config: Config) -> int:
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """End a rank at once, so that the others, which may be waiting for it, are ended too."""
+    sys.stderr = sys.__stderr__  # torch.distributed collects what a hook writes, to print it after the hook: that never comes
     sys.__excepthook__(kind, error, trace)
     end(1)
 

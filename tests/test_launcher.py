@@ -125,3 +125,18 @@ def test_nothing_survives_the_launcher():
 def test_it_loads_no_torch():
     code = "import sys, rlhf.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_rank_tells_why_it_ends():
+    """Its traceback is seen, although torch.distributed wraps the hook that prints it."""
+    program = """
+import sys
+from rlhf.__main__ import fail
+sys.excepthook = fail
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+raise ValueError("this must be seen")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ValueError: this must be seen" in done.stderr
