@@ -104,7 +104,7 @@ class Rollout:
     top_k: int = 0  # sample among the k likeliest; 0: off
     stop: tuple[str, ...] = ()  # strings that end a response, which is cut behind them
     memory: float = 0.5  # share of the device's memory for the engine (GPU)
-    cache: float = 0.25  # GiB of KV cache (CPU)
+    cache: float = 0.0  # GiB of KV cache; 0: what memory leaves (GPU), or 0.25 (CPU)
     rounds: int = 1  # sampling rounds per step, at most, until batch.prompts groups have unequal rewards (DAPO)
     bucket: int = 512  # MB of extra memory, at most, for weights that cross ranks in a publish
     check: bool = False  # after every publish compare checksums of all weights, and log-probs with the learner's

@@ -129,13 +129,15 @@ class Ledger:
         if phase == "publish":
             rows["messages"] = r.bucket / 1024 if self.world > 1 else 0.0
         if phase == "rollout":
-            rows["engine cache"] = self.cache() if real else r.cache
+            rows["engine cache"] = self.cache() if real else 0.0
             rows["engine work"] = _engine_work(self.arch, r.tp, self.size) if real else 0.0
         return rows
 
     def cache(self) -> float:
-        """GiB that vLLM's key/value cache gets of the engine's share, rollout.memory, which counts the context in."""
+        """GiB of vLLM's key/value cache: rollout.cache, or what the engine's share leaves, rollout.memory, which counts the context in."""
         r, arch = self.config.rollout, self.arch
+        if r.cache:
+            return r.cache
         weights = self.size * engine_parameters(arch, r.tp) / GIB
         return max(0.0, r.memory * self.device - CONTEXT - weights - _engine_work(arch, r.tp, self.size))
 

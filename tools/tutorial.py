@@ -64,7 +64,7 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
 
     def evaluate(mode: str, folder: Path, after: str) -> Stage:
         keys = ["evaluate.prompts=0", "evaluate.temperature=1", "evaluate.function=tools/tutorial_task.py:gold"]
-        keys += ["data.max_tokens=96", "rollout.max_tokens=64", "rollout.memory=0.15"]
+        keys += ["data.max_tokens=96", "rollout.max_tokens=64", "rollout.memory=0.15", "rollout.cache=0.5"]
         where = [f"policy.load={folder}", f"data.eval={data}/dev_prompts.jsonl", f"out={run}/evaluate-{mode}"]
         return Stage(f"evaluate-{mode}", ["evaluate", *keys, *where, f"seed={seed}"], (after,))
 

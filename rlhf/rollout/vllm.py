@@ -12,6 +12,8 @@ import torch.distributed as dist
 from rlhf.contracts import Completion, Sampling, UserError
 from rlhf.model.architecture import Architecture
 
+CPU_CACHE = 0.25  # GiB
+
 # vLLM reads these while it is imported; what the user has set wins.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler runs in this process: we write the weights in place
@@ -50,7 +52,7 @@ class VLLM:
         seed: int,
         max_len: int,  # prompt and response together, in tokens
         memory: float,  # share of the device's memory for weights and KV cache (GPU)
-        cache: float,  # GiB of KV cache (CPU)
+        cache: float,  # GiB of KV cache; 0: what memory leaves on a GPU, CPU_CACHE on a CPU
         load: bool = False,  # weights from the folder; otherwise parameters() awaits a publish
     ):
         self.max_len = max_len
@@ -59,7 +61,10 @@ class VLLM:
             device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         else:
             _adapt_to_cpu(folder, arch)
-            device = {"kv_cache_memory_bytes": int(cache * 2**30), "enforce_eager": True}
+            device = {"enforce_eager": True}
+            cache = cache or CPU_CACHE
+        if cache:  # given, so that vLLM need not find out by measuring, which fails where others use the device at the same time
+            device["kv_cache_memory_bytes"] = int(cache * 2**30)
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of names that vLLM touches in torch
             self.llm = LLM(
                 model=folder,
