@@ -21,7 +21,7 @@ WAITED = {*SIGNALS, signal.SIGCHLD}
 def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
     """Run command once per environment (with a RANK in it), each in a process group of its own, until all have ended.
 
-    SIGNALS are passed on; SIGTERM or SIGINT for the second time kills. After a failure the others get SIGTERM, and SIGKILL when GRACE is
+    SIGNALS are passed on; SIGINT for the second time kills. After a failure the others get SIGTERM, and SIGKILL when GRACE is
     over. Returns the exit code of the first that failed, 128 + signal if it was killed; 0 if none did.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)  # they are waited for, not handled, so none can come at a bad moment
@@ -41,11 +41,13 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
         came = signal.sigtimedwait(WAITED, 1.0)
         if came and came.si_signo in SIGNALS:
             number = signal.Signals(came.si_signo)
-            if number in seen and number != signal.SIGUSR1:
+            if number == signal.SIGINT and number in seen:  # not SIGTERM, of which Slurm sends two when it preempts
                 code = code or 128 + number
                 _kill(running)
             elif not seen and environments[0]["RANK"] == "0":
-                print(f"rlhf: {number.name}: the run ends after the step at hand, which is saved; once more ends it now", file=sys.stderr)
+                print(
+                    f"rlhf: {number.name}: training ends after the step at hand, which is saved; Ctrl-C twice ends it now", file=sys.stderr
+                )
             seen.add(number)
             _signal(running, number)
     _kill(ranks)  # what they may have left in their groups

@@ -94,9 +94,12 @@ def test_a_signal_reaches_every_rank(number: signal.Signals):
     assert gone(pids)
 
 
-def test_the_second_signal_ends_now():
-    process = start("signal.signal(signal.SIGINT, told)\nready()\nwhile True: time.sleep(1)")
+def test_the_second_sigint_ends_now_and_the_second_sigterm_does_not():
+    process = start("signal.signal(signal.SIGTERM, told)\nsignal.signal(signal.SIGINT, told)\nready()\nwhile True: time.sleep(1)")
     pids = ready(process)
+    for _ in range(2):  # Slurm sends two when it preempts
+        process.send_signal(signal.SIGTERM)
+        assert sorted(process.stdout.readline() for _ in range(3)) == [f"{rank} got 15\n" for rank in range(3)]
     process.send_signal(signal.SIGINT)
     assert sorted(process.stdout.readline() for _ in range(3)) == [f"{rank} got 2\n" for rank in range(3)]
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: sbatch over both, preemption and requeue, a task per rank, and what is not requeued.
+"""A real Slurm of two nodes on this machine: sbatch over both, requeue after a signal and after preemption, a task per rank, mistakes.
 
 Skipped where Slurm is not installed (on Debian and Ubuntu: apt install slurmctld slurmd slurm-client munge).
 """
@@ -47,7 +47,10 @@ SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=2
 NodeName={nodes[0]} NodeAddr={nodes[0]} NodeHostname={host} Port={ports[1]} CPUs=2
 NodeName={nodes[1]} NodeAddr={nodes[1]} NodeHostname={host} Port={ports[2]} CPUs=2
-PartitionName=all Nodes=ALL Default=YES OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 OverSubscribe=EXCLUSIVE
+PartitionName=high Nodes=ALL PriorityTier=2 OverSubscribe=EXCLUSIVE
 """
 
 pytestmark = pytest.mark.skipif(
@@ -172,7 +175,7 @@ def steps(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_preempted_job_over_two_nodes_goes_on(slurm: Slurm, sft: list[str], tmp_path: Path):
+def test_a_signalled_job_over_two_nodes_goes_on(slurm: Slurm, sft: list[str], tmp_path: Path):
     """USR1 to the job, as sbatch --signal sends it: the step at hand is saved, launch.sh requeues, the job continues."""
     job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", "steps=12")
     wait(lambda: len(steps(tmp_path)) >= 2, 300, lambda: slurm.said(job))
@@ -194,13 +197,15 @@ def test_a_task_per_rank(slurm: Slurm, sft: list[str], tmp_path: Path):
     assert steps(tmp_path) == [1]
 
 
-def test_a_cancelled_job_is_saved_but_not_requeued(slurm: Slurm, sft: list[str], tmp_path: Path):
-    """SIGTERM with Slurm's usual grace, as also where Slurm itself requeues what it preempts."""
+def test_a_job_that_slurm_preempts_is_saved_and_requeued_once(slurm: Slurm, sft: list[str], tmp_path: Path):
+    """SIGTERM, twice, with Slurm's usual grace before SIGKILL. The launcher must not requeue what Slurm has requeued."""
     job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", "steps=1000")
     wait(lambda: len(steps(tmp_path)) >= 1, 300, lambda: slurm.said(job))
-    slurm.call("scancel", job)
-    assert slurm.wait_state(job, "CANCELLED", 40)["Restarts"] == "0"
+    slurm.submit("--partition=high", "--wrap=sleep 1")
+    wait(lambda: slurm.state(job)["JobState"] == "PENDING" and slurm.idle(), 60, lambda: f"{slurm.state(job)}\n{slurm.said(job)}")
     assert (tmp_path / "latest").read_text() == f"step_{steps(tmp_path)[-1]:06}"
+    assert slurm.state(job)["Restarts"] == "1"
+    slurm.call("scancel", job)
 
 
 def test_a_mistake_is_one_line_and_not_requeued(slurm: Slurm, sft: list[str], tmp_path: Path):
