@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # rlhf, wherever a benchmark is started
 # A process that torchrun did not start is a world of one.
 for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29535"}.items():
     os.environ.setdefault(name, value)

@@ -1,0 +1,111 @@
+"""A whole step of GRPO or PPO by phase, from the run's own metrics.
+
+    python benchmarks/step.py OUT                                        GRPO, 16 layers of Llama-2-7B's shapes, 64 prompts x 8 responses
+    python benchmarks/step.py OUT --mode rlhf --model 1b                 PPO with four models of Llama-3.2-1B's dimensions
+    python benchmarks/step.py OUT --model toy --layers 2 --steps 2 batch.prompts=4 rollout.group=2 rollout.max_tokens=8
+                                                                         on a CPU
+
+Random weights and word problems: the arithmetic of a real run, and a coin for a reward. The run is the program itself (python -m rlhf, one
+rank per GPU) with any further key=value; it is killed after its last counted step, so that no checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import record
+from publish import MODELS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import demo_task
+
+from rlhf.model.architecture import Architecture
+from rlhf.weights import hf
+
+ROOT = Path(__file__).parents[1]
+LLAMA1B = Architecture(
+    family="llama",
+    layers=16,
+    hidden=2048,
+    ffn=8192,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    vocab=128256,
+    context=4096,
+    eps=1e-5,
+    tied=True,
+    qkv_bias=False,
+    qk_norm=False,
+    rope_theta=5e5,
+)
+SIZES = {**MODELS, "1b": LLAMA1B}
+KEYS = ["data.max_tokens=512", "batch.prompts=64", "batch.tokens=16384", "rollout.group=8", "rollout.max_tokens=400", "optim.lr=1e-6"]
+KEYS += ["rollout.memory=0.5", "checkpoint.every=0", "evaluate.every=0", "reward.function=tools/demo_task.py:noise"]
+MODES = {"grpo": [], "rlhf": ["ppo.kl=0.02"]}
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path)
+    p.add_argument("--mode", choices=MODES, default="grpo")
+    p.add_argument("--model", choices=SIZES, default="7b")
+    p.add_argument("--layers", type=int, default=16)
+    p.add_argument("--steps", type=int, default=2, help="that are counted")
+    p.add_argument("--warm", type=int, default=1, help="steps before them: kernels are chosen and memory is found in these")
+    p.add_argument("--limit", type=int, default=540, help="seconds for all")
+    p.add_argument("keys", nargs="*", help="key=value of the run's configuration")
+    return p.parse_intermixed_args()
+
+
+def run(a: argparse.Namespace, arch: Architecture) -> list[dict]:
+    """The metrics of all steps."""
+    shutil.rmtree(a.out, ignore_errors=True)
+    demo_task.write(a.out / "data")
+    demo_task.make_model(a.out / "model", a.out / "data", hf.description(arch))
+    model = a.out / "model"
+    roles = [f"policy.load={model}", "policy.init=random", *([f"reward.load={model}"] if a.mode == "rlhf" else [])]
+    keys = [*KEYS, *MODES[a.mode], *roles, f"data.train={a.out}/data/train_rl.jsonl", f"out={a.out}/run", f"steps={a.warm + a.steps + 1}"]
+    command = [sys.executable, "-m", "rlhf", a.mode, *keys, *a.keys]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    metrics, end = a.out / "run" / "metrics.jsonl", time.monotonic() + a.limit
+    while process.poll() is None and time.monotonic() < end and lines(metrics) < a.warm + a.steps:
+        time.sleep(0.1)
+    early = process.poll()
+    if early is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    assert len(rows) >= a.warm + a.steps, f"{len(rows)} steps in {a.limit} s; exit code {early}"
+    return rows
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def main() -> None:
+    a = options()
+    a.out = a.out.resolve()
+    arch = replace(SIZES[a.model], layers=a.layers)
+    rows = run(a, arch)[a.warm : a.warm + a.steps]
+    means = {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in sorted({name for row in rows for name in row})}
+    kept = {name: value for name, value in means.items() if name.startswith("time/") or name in ("tokens_per_second", "mismatch")}
+    kept |= {name: means[name] for name in ("response_tokens", "truncated") if name in means}
+    phases = sum(value for name, value in kept.items() if name.startswith("time/") and name != "time/step")
+    about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": len(rows)}
+    record.say("step", f"{a.mode} {a.model}", {**about, **kept, "time/between": kept["time/step"] - phases})
+
+
+if __name__ == "__main__":
+    main()

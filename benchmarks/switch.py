@@ -1,0 +1,99 @@
+"""What it costs that training and generation take turns: the engine's sleep and wake, and the learner's way to host memory and back.
+
+python benchmarks/switch.py                                                one GPU: Llama-2-7B sleeps; 4 of its layers are parked
+python benchmarks/switch.py --rollout                                      benchmarks/rollout.py before, with the same engine
+python benchmarks/switch.py --model toy --layers 2 --prompts 4 --new 8     on a CPU, where nothing can sleep
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import record
+import rollout
+import torch
+from publish import MODELS
+from train import LR, draw, fill
+
+from rlhf.algorithms import ALGORITHMS
+from rlhf.data.packing import microbatches
+from rlhf.rollout.sampler import Sampler
+from rlhf.train.learner import Learner
+from rlhf.train.parking import Parking
+
+KINDS = ("weights", "gradients", "optimizer")
+
+
+def timed(work: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and GiB of the device that it freed (taken: negative)."""
+    record.wait()
+    before, start = free(), time.perf_counter()
+    work()
+    record.wait()
+    return time.perf_counter() - start, free() - before
+
+
+def free() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def engine(sampler: Sampler, rounds: int) -> None:
+    found = defaultdict(list)
+    for _ in range(rounds):
+        for name in ("sleep", "wake_weights", "wake"):
+            found[name].append(timed(getattr(sampler.engine, name)))
+    result = {f"{name}_s": statistics.median(s for s, _ in pairs) for name, pairs in found.items()}
+    result |= {f"{name}_first_s": pairs[0][0] for name, pairs in found.items()}
+    record.say("switch", "engine", result | {f"{name}_gib": abs(pairs[-1][1]) for name, pairs in found.items()})
+
+
+def parking(a: argparse.Namespace, sampler: Sampler, rounds: int) -> None:
+    """One model that learns, with all it has parked between the phases."""
+    config, mesh, arch = sampler.config, sampler.mesh, replace(MODELS[a.model], layers=a.layers)
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    sampler.engine.sleep()
+    lot = Parking({f"policy.{kind}" for kind in KINDS}, mesh.device)
+    learner = Learner(arch, config, mesh, dtype, fill=fill, temperature=1.0, train=True)
+    lot.add("policy", learner)
+    loss = partial(ALGORITHMS["sft"](config).loss, "policy")
+    cut = microbatches([draw(1024, 128, arch.vocab, False)], 1024, False)[0]
+    found = defaultdict(list)
+    for _ in range(rounds):
+        found["unpark"].append(timed(partial(lot.enter, "learn"))[0])
+        learner.learn(cut, loss, LR)
+        found["park"].append(timed(partial(lot.enter, "rollout"))[0])
+    gib = {kind: sum(t.nbytes for t in learner.tenants()[kind]) / 2**30 for kind in KINDS}  # moments came with the first update
+    moved = gib["weights"] + gib["optimizer"]
+    result = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), **{f"{kind}_gib": gib[kind] for kind in KINDS}}
+    for name, taken in found.items():
+        result |= {f"{name}_first_s": taken[0], f"{name}_s": taken[-1], f"{name}_gib_per_s": moved / taken[-1]}
+    record.say("switch", "parking", result)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rollout.add_options(p)
+    p.add_argument("--layers", type=int, default=4, help="of the model that is parked")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rollout", action="store_true", help="measure the rollout first")
+    a = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sampler = rollout.build(a, Path(folder))
+        if a.rollout:
+            rollout.measure(a, sampler)
+        engine(sampler, a.rounds)
+        parking(a, sampler, a.rounds)
+    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Every benchmark runs, at toy size on the CPU, and says what it measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def lines(script: str, *arguments: str) -> list[dict]:
+    """The JSON lines that a benchmark prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"benchmark"')]
+    assert all(line["torch"] and line["command"].startswith(f"benchmarks/{script}.py ") for line in found)
+    return found
+
+
+def test_train() -> None:
+    found = lines("train", "--model=toy", "--layers=1", "--tokens=256", "--length=64", "--repeat=1", "--microbatches=2")
+    assert [line["case"] for line in found] == ["fixed, plain", "lognormal, plain", "fixed, fused", "lognormal, fused"]
+    for line in found:
+        rate = line["tokens_per_s_per_device"] * line["forward_backward_s"]
+        assert rate == pytest.approx(512, rel=0.05)  # the last of the lognormal lengths may stand over
+        assert 0 < line["share_of_matmul"] < 1
+        assert line["score_s"] < line["forward_backward_s"]
+
+
+def test_attention() -> None:
+    found = lines("attention", "--tokens=256", "--length=64", "--heads=2", "--width=32", "--repeat=1")
+    assert [line["case"] for line in found] == ["fixed, padded", "lognormal, padded"]
+    assert all(line[gap] < 1e-6 for line in found for gap in ("gap", "gap_q", "gap_k", "gap_v"))
+
+
+def test_rollout_and_switch() -> None:
+    found = lines("switch", "--rollout", "--model=toy", "--layers=1", "--prompts=4", "--new=8", "--length=16")
+    rollouts = [line for line in found if line["benchmark"] == "rollout"]
+    assert [line["case"] for line in rollouts] == ["alone", "alone, with log-probs", "alone, with log-probs and seeds", "sampler"]
+    assert all(line["tokens_per_s"] > 0 for line in rollouts)
+    engine, parking = (line for line in found if line["benchmark"] == "switch")
+    assert parking["optimizer_gib"] == pytest.approx(3 * 4 / 2**30 * parking["parameters"], rel=0.05)
+    assert engine["sleep_s"] < 1
+
+
+def test_step(tmp_path: Path) -> None:
+    """PPO, which has all four models."""
+    keys = ["batch.prompts=2", "rollout.group=2", "rollout.max_tokens=8", "rollout.engine=kvcache"]
+    (found,) = lines("step", str(tmp_path), "--mode=rlhf", "--model=toy", "--layers=1", "--steps=1", "--warm=0", *keys)
+    phases = sum(found[f"time/{phase}"] for phase in ("rollout", "score", "learn", "publish"))
+    assert phases + found["time/between"] == pytest.approx(found["time/step"], rel=1e-3)
