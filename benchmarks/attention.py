@@ -26,7 +26,7 @@ from rlhf.model.attention import PackedRow
 
 
 class CuDNN(torch.autograd.Function):
-    """cuDNN's kernel on packed rows. It plans for every new number and longest length of sequences: both are rounded up, so that few differ."""
+    """cuDNN's kernel on packed rows. It plans anew for a new number of sequences or longest length: both are rounded up."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:

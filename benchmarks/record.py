@@ -27,7 +27,8 @@ def say(benchmark: str, case: str, result: Mapping[str, Any]) -> None:
     print(f"\n{benchmark}: {case}")
     for key, value in result.items():
         print(f"  {key:<28} {value:,.4g}" if isinstance(value, float) else f"  {key:<28} {value}")
-    command = f"benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    arguments = ("OUT" if Path(argument).is_absolute() else argument for argument in sys.argv[1:])
+    command = f"benchmarks/{Path(sys.argv[0]).name} {' '.join(arguments)}".strip()
     ranks = int(os.environ["WORLD_SIZE"])
     where = {"benchmark": benchmark, "case": case, "device": device(), "ranks": ranks, "command": command, **versions()}
     print(json.dumps(where | {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)

@@ -56,3 +56,11 @@ def test_step(tmp_path: Path) -> None:
     (found,) = lines("step", str(tmp_path), "--mode=rlhf", "--model=toy", "--layers=1", "--steps=1", "--warm=0", *keys)
     phases = sum(found[f"time/{phase}"] for phase in ("rollout", "score", "learn", "publish"))
     assert phases + found["time/between"] == pytest.approx(found["time/step"], rel=1e-3)
+
+
+def test_readme_shows_the_results() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import table
+
+    shown = (ROOT / "README.md").read_text().partition(table.BEGIN)[2].partition(table.END)[0]
+    assert shown == table.table(table.read(ROOT / "benchmarks" / "results")), "run python benchmarks/table.py"

@@ -17,7 +17,7 @@ kernels = pytest.importorskip("rlhf.model.kernels", reason="needs triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative norm of the difference; the interpreter truncates to bfloat16
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}  # relative norm of the difference; the interpreter truncates to bfloat16
 
 
 def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:

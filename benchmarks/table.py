@@ -1,0 +1,107 @@
+"""The README's table of speed, made from benchmarks/results/: python benchmarks/table.py writes it between its two comments.
+
+Every row says what was measured, against what it should reach, and by which command. Of several measurements of a row the last one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- benchmarks/table.py -->\n", "<!-- end -->\n"
+Lines = dict[tuple[str, str], dict]
+
+# what | benchmark | case | measured, of that case's line and all lines | to be reached
+ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
+    (
+        "forward and backward, rows of 4k",
+        "train",
+        "fixed, fused",
+        lambda x, _: f"{x['tflops_per_device']:.0f} TFLOP/s, {x['share_of_matmul']:.0%} of a large matrix product's",
+        "80 %",
+    ),
+    (
+        "the same in plain torch",
+        "train",
+        "fixed, plain",
+        lambda x, _: f"{x['tflops_per_device']:.0f} TFLOP/s, {x['share_of_matmul']:.0%}",
+        "",
+    ),
+    (
+        "lognormal lengths of mean 600, per token",
+        "train",
+        "lognormal, fused",
+        lambda x, lines: f"{x['tokens_per_s_per_device'] / lines['train', 'fixed, fused']['tokens_per_s_per_device']:.0%} of rows of 4k",
+        "95 %",
+    ),
+    ("log-probs alone, per token", "train", "fixed, fused", lambda x, _: f"{x['score_speedup']:.2f} x forward and backward", "2.8 x"),
+    (
+        "optimizer with clipping",
+        "train",
+        "fixed, fused",
+        lambda x, _: f"{x['optimizer_s']:.3f} s, {x['optimizer_bytes_ratio']:.2f} x its bytes",
+        "1.5 x",
+    ),
+    (
+        "rollout, against vLLM alone",
+        "rollout",
+        "sampler",
+        lambda x, _: f"{x['tokens_per_s']:,.0f} tokens/s, {x['share_of_alone']:.1%}",
+        "97 %",
+    ),
+    ("publish 7B", "publish", "", lambda x, _: f"{1000 * x['seconds']:.0f} ms, {x['ratio']:.2f} x copying the same bytes", "30 ms"),
+    (
+        "engine: sleep, wake",
+        "switch",
+        "engine",
+        lambda x, _: f"{x['sleep_s']:.2f} s, {x['wake_weights_s'] + x['wake_s']:.2f} s; {x['sleep_gib']:.0f} GiB come back",
+        "",
+    ),
+    (
+        "learner: park, unpark",
+        "switch",
+        "parking",
+        lambda x, _: f"{x['park_gib_per_s']:.0f} and {x['unpark_gib_per_s']:.0f} GiB/s",
+        "",
+    ),
+    ("GRPO step, 3.5B of 7B's layers", "step", "grpo 7b", lambda x, _: phases(x), ""),
+    ("PPO step, four models of 1B", "step", "rlhf 1b", lambda x, _: phases(x), ""),
+]
+
+
+def phases(line: dict) -> str:
+    parts = ", ".join(f"{name} {line[f'time/{name}']:.2f}" for name in ("rollout", "score", "learn", "publish"))
+    return f"{line['time/step']:.1f} s ({parts}), {line['tokens_per_second']:,.0f} tokens/s"
+
+
+def read(folder: Path) -> Lines:
+    """The last line of each benchmark and case on one device, in order of the files' names."""
+    found: Lines = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            if line.get("ranks", 1) == 1:
+                found[line["benchmark"], line.get("case", "")] = line
+    return found
+
+
+def table(lines: Lines) -> str:
+    rows = ["| what | measured | target | command |\n|---|---|---|---|\n"]
+    for what, benchmark, case, measured, target in ROWS:
+        line = lines.get((benchmark, case))
+        if line:
+            rows.append(f"| {what} | {measured(line, lines)} | {target} | `{line['command']}` ({line['device']}) |\n")
+    return "".join(rows) if len(rows) > 1 else ""
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    readme.write_text(before + BEGIN + table(read(ROOT / "benchmarks" / "results")) + END + after)
+
+
+if __name__ == "__main__":
+    main()
