@@ -195,7 +195,7 @@ class Checkpoint:
     every: int = 100  # steps between checkpoints; the last step always makes one; 0: only the last
     keep: int = 2  # newest checkpoints kept; older ones are deleted
     export: bool = True  # write the trained model as a folder of weights into each checkpoint too, not only into the last
-    format: tuple[str, ...] = ("hf",)  # of these folders: hf, mcore (Transformer Engine's names), mcore-local, legacy
+    format: tuple[str, ...] = ("hf",)  # of these folders: hf, mcore (Transformer Engine's names), mcore-local, legacy, torch_dist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         required=True,
         choices=files.FORMATS,
-        help="hf: safetensors; mcore: Megatron core with Transformer Engine's names, mcore-local without; legacy: before Megatron core",
+        help="hf: safetensors; mcore: Megatron core with Transformer Engine's names, mcore-local without; legacy: before Megatron core; "
+        "torch_dist: Megatron core's sharded checkpoints",
     )
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the new folder")
     p.add_argument("--pp", type=int, default=1, help="pipeline stages of the new folder")
@@ -172,8 +173,8 @@ def _check(a: argparse.Namespace, arch: Architecture) -> None:
     """Everything that the layout needs, before anything is written."""
     if Path(a.to).exists():
         raise UserError(f"--to {a.to} exists: give a new folder, or delete it")
-    if a.format == "hf" and (a.tp, a.pp) != (1, 1):
-        raise UserError(f"--tp {a.tp} --pp {a.pp}: a Hugging Face folder is not split over ranks; leave them out")
+    if a.format in ("hf", "torch_dist") and (a.tp, a.pp) != (1, 1):
+        raise UserError(f"--tp {a.tp} --pp {a.pp}: a folder of format {a.format} is not split over ranks; leave them out")
     if min(a.tp, a.pp) < 1 or (a.iteration or 0) < 0 or a.vocab_divisor < 0:
         raise UserError("--tp and --pp must be at least 1, --iteration and --vocab-divisor not negative")
     for size, what in ((arch.heads, "attention heads"), (arch.ffn, "intermediate size")):

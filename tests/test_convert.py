@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,21 @@ def test_hf_mcore_legacy_hf_is_bitwise(tmp_path: Path, arch):
     for (tp, pp), (other_tp, other_pp) in zip(product((1, 2, 4), (1, 2, 4)), product((4, 1, 2), (2, 1, 4)), strict=True):
         step = tmp_path / f"{tp}-{pp}"
         run("--from", tmp_path / "hf", "--to", step / "core", "--format", ("mcore", "mcore-local")[pp // 2 % 2], "--tp", tp, "--pp", pp)
-        run("--from", step / "core", "--to", step / "old", "--format", "legacy", "--tp", other_tp, "--pp", other_pp, "--verify")
+        if tp == pp:
+            run("--from", step / "core", "--to", step / "sharded", "--format", "torch_dist", "--verify")
+        run(
+            "--from",
+            step / ("sharded" if tp == pp else "core"),
+            "--to",
+            step / "old",
+            "--format",
+            "legacy",
+            "--tp",
+            other_tp,
+            "--pp",
+            other_pp,
+            "--verify",
+        )
         run("--from", step / "old", "--to", step / "hf", "--format", "hf", "--verify")
         got = tensors_of(step / "hf")
         assert got.keys() == wanted.keys()
@@ -93,7 +108,7 @@ convert.main({[str(a) for a in arguments]!r})
     assert not left.exists()
 
 
-@pytest.mark.parametrize("format", ["hf", "mcore", "legacy"])
+@pytest.mark.parametrize("format", ["hf", "mcore", "legacy", "torch_dist"])
 def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
     hf_folder(tmp_path / "hf", LLAMA)
     run("--from", tmp_path / "hf", "--to", tmp_path / "new", "--format", format)
@@ -105,7 +120,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
         byte = file.read(1)[0]
         file.seek(entry.stop - 1)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(RuntimeError, match=f"{local} is not what was written"):
+    with pytest.raises(RuntimeError, match=f"{re.escape(local)} is not what was written"):
         convert.verify(source, LLAMA, tmp_path / "new")
 
 
@@ -163,7 +178,7 @@ def test_the_tutorials_variables(tmp_path: Path):
     ("arguments", "message"),
     [
         (["--to", "hf", "--format", "legacy"], "exists: give a new folder"),
-        (["--to", "x", "--format", "hf", "--tp", "2"], "a Hugging Face folder is not split"),
+        (["--to", "x", "--format", "hf", "--tp", "2"], "a folder of format hf is not split"),
         (["--to", "x", "--format", "mcore", "--tp", "3"], "--tp 3 does not divide the attention heads 8"),
         (["--to", "x", "--format", "mcore", "--pp", "3"], "--pp 3 does not divide the 4 layers"),
         (["--to", "x", "--format", "mcore", "--tp", "0"], "must be at least 1"),

@@ -204,3 +204,33 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.
     spoil(tmp_path / "core")
     with pytest.raises(UserError, match=message):
         files.check(tmp_path / "core", LLAMA)
+
+
+def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
+    """torch_dist at TP2 through megatron-core's own dist_checkpointing, in both directions."""
+    arch = replace(LLAMA, vocab=128)
+    wanted = hf_folder(tmp_path / "hf", arch, torch.float32)
+    run("--from", tmp_path / "hf", "--to", tmp_path / "ours", "--format", "torch_dist")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/ranks/sharded.py"]
+    command = [*torchrun, str(tmp_path / "hf"), str(tmp_path / "ours/iter_0000001"), str(tmp_path / "theirs")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        held, right = torch.load(tmp_path / f"theirs/state-{rank}.pt"), mcore_rank(arch, wanted, (rank, 2), (0, 1))
+        assert held.keys() == right.keys()
+        assert all(torch.equal(held[name], right[name]) for name in right)
+    run("--from", tmp_path / "theirs", "--to", tmp_path / "back", "--format", "hf", "--config", tmp_path / "hf")
+    got = tensors_of(tmp_path / "back")
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_metadata_that_asks_for_code_is_refused(tmp_path: Path):
+    hf_folder(tmp_path / "hf", LLAMA)
+    run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist")
+    mark = tmp_path / "executed"
+    (tmp_path / "sharded/iter_0000001/.metadata").write_bytes(pickle.dumps(Malice(os.system, f"touch {mark}")))
+    with pytest.raises(UserError, match=r"\.metadata: it asks for posix\.system"):
+        files.check(tmp_path / "sharded", LLAMA)
+    assert not mark.exists()

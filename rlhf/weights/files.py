@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.contracts import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
-from rlhf.weights import hf, megatron, names
+from rlhf.weights import hf, megatron, names, torch_dist
 from rlhf.weights.entries import DTYPES, Entry, Shape, groups, kind, mapped, some, store
 from rlhf.weights.tiles import Move, Tile, plan, view
 
@@ -30,6 +30,7 @@ FORMATS = {  # what can be written -> its layout
     "mcore": "mcore-te",
     "mcore-local": "mcore",
     "legacy": "legacy",
+    "torch_dist": "mcore-te",
 }
 Fill = Callable[
     [list[list[Tile]], dict[str, "torch.Tensor"]], None
@@ -67,7 +68,7 @@ class Source:
 
     @property
     def _has_head(self) -> bool:
-        return any(names.SCORE in shard for shard in self.shards)
+        return any(tile.name == names.SCORE for tiling in self.tilings for tile in tiling)
 
     def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
         """Which box comes from which shard: the plan of a world whose last rank alone holds nothing and wants everything."""
@@ -152,6 +153,8 @@ class Target:
             return hf.begin(path, shapes, dtype)
         layout = FORMATS[self.format]
         args = megatron.describe(arch, layout, self.tp, self.pp, self.vocab, dtype, self.iteration)
+        if self.format == "torch_dist":
+            return torch_dist.begin(path, shapes, dtype, args)
         return megatron.begin(path, layout, shapes, dtype, args)
 
     def finish(self, folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -188,8 +191,13 @@ def target(
         whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
         sizes = {name: prod(shape) * dtype.itemsize for name, shape in names.hf_shapes(arch).items()}
         return Target("hf", {title: [whole[name] for name in held] for title, held in hf.titles(sizes, shard).items()})
+    if format == "torch_dist":
+        tp = pp = 1  # any layout reads it
     unit = tp * (divisor or (1 if arch.vocab % tp == 0 else 128))
     vocab = -(-arch.vocab // unit) * unit
+    if format == "torch_dist":
+        title = f"iter_{iteration:07}/{torch_dist.DATA}"
+        return Target(format, {title: names.tiles(arch, FORMATS[format], rows=vocab, pad=True)}, tp, pp, vocab, iteration)
     tilings = {
         megatron.title(iteration, t, p, pp): names.tiles(arch, FORMATS[format], (t, tp), (p, pp), rows=vocab, pad=True)
         for p in range(pp)
@@ -285,7 +293,7 @@ def _by_local(tiling: Sequence[Tile]) -> dict[str, list[Tile]]:
 def _check(folder: Path, arch: Architecture, layout: str, wanted: Mapping[str, Shape], found: Mapping[str, Entry]) -> None:
     """Whether one shard has what it should."""
     for name, shape in wanted.items():
-        if name not in found and name == names.SCORE:
+        if name not in found and name.partition("#")[0] == names.SCORE:
             continue
         if name not in found:
             raise UserError(f"{folder}: tensor {name} is missing; config.json asks for it, so download the weights that belong to it")
@@ -296,7 +304,7 @@ def _check(folder: Path, arch: Architecture, layout: str, wanted: Mapping[str, S
             raise UserError(f"{entry.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
     form = names.LAYOUTS[layout]
     ignored = {form.local("lm_head.weight"), form.tied} if arch.tied or not arch.lm else set()
-    extra = [name for name in found if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
+    extra = [n for n in found if n not in wanted and n.partition("#")[0] not in ignored and not n.endswith("rotary_emb.inv_freq")]
     if extra:
         raise UserError(f"{found[extra[0]].path}: tensors {some(extra)} are not part of a {arch.family} model of config.json's shape")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.contracts import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights import names
+from rlhf.weights import names, torch_dist
 from rlhf.weights.entries import Entry, Shape, kind
 from rlhf.weights.tiles import Tile
 
@@ -62,10 +62,13 @@ class Checkpoint:
     pp: int
     args: dict[str, Any]  # of the first rank file
     shards: list[dict[str, Entry]]  # by pipeline stage, then tensor-parallel rank: local name -> where it is
+    sharded: torch_dist.Sharded | None = None  # a torch_dist folder: one shard that holds everything
 
     @property
     def vocab(self) -> int:
         """Rows of the embedding over all ranks, with whatever pads it."""
+        if self.sharded:
+            return self.sharded.vocab
         local = names.LAYOUTS[self.layout].local("model.embed_tokens.weight")
         if local not in self.shards[0]:
             raise UserError(f"{self.path}: no tensor {local} in the first rank file; this is not a GPT model's checkpoint")
@@ -73,13 +76,16 @@ class Checkpoint:
 
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
         """What each of the shards holds, if it is a model of arch."""
+        if self.sharded:
+            return [self.sharded.tiling(arch, pad)]
         ranks = [((t, self.tp), (p, self.pp)) for p in range(self.pp) for t in range(self.tp)]
         return [names.tiles(arch, self.layout, *rank, rows=self.vocab, pad=pad) for rank in ranks]
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is Megatron-LM's, by the names in it."""
-    return (folder / TRACKER).exists() or any(folder.glob("mp_rank_*")) or any(folder.glob("iter_*/mp_rank_*"))
+    signs = (TRACKER, "mp_rank_*", "iter_*/mp_rank_*", torch_dist.METADATA)
+    return any(True for sign in signs for _ in folder.glob(sign))
 
 
 def load(folder: Path, iteration: int | None = None) -> Checkpoint:
@@ -88,6 +94,10 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
     Raises UserError where rank files are missing, or hold more than weights and numbers.
     """
     path = _iteration(folder, iteration)
+    if (path / torch_dist.METADATA).exists():
+        common, sharded = _read(path / torch_dist.COMMON), torch_dist.load(path)
+        args = dict(vars(common["args"])) if "args" in common else {}
+        return Checkpoint(path, int(common.get("iteration", 0)), sharded.layout, 1, 1, args, [sharded.entries], sharded)
     found = {tuple(int(n or 0) for n in match.groups()): child for child in path.iterdir() if (match := RANK.fullmatch(child.name))}
     if not found:
         raise UserError(f"{path}: no mp_rank_* folder; a Megatron checkpoint has one for every rank")
@@ -193,7 +203,7 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
     """The model that a checkpoint's args describe, for folders without a config.json. Raises UserError where they lack something."""
-    a, last = checkpoint.args, checkpoint.shards[-1]
+    a, last = checkpoint.args, {name.partition("#")[0] for name in checkpoint.shards[-1]}
     try:
         return Architecture(
             family="qwen3" if a.get("qk_layernorm") else "qwen2" if a.get("add_qkv_bias") else "llama",
@@ -219,7 +229,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
 
 def _iteration(folder: Path, iteration: int | None) -> Path:
     """The folder that holds the rank folders."""
-    if any(folder.glob("mp_rank_*")):
+    if any(folder.glob("mp_rank_*")) or (folder / torch_dist.METADATA).exists():
         return folder
     if iteration is not None:
         wanted = f"iter_{iteration:07}"

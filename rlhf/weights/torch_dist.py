@@ -1,0 +1,231 @@
+"""megatron-core's sharded checkpoints (torch_dist): read and written by their parts, without a process group.
+
+    iter_0000001/.metadata      a pickle: key -> global shape, dtype and chunks; chunk -> file, offset and length
+                 __0_0.distcp   the chunks one after another, each a file of torch.save
+                 common.pt      what is not sharded, as Megatron's args
+                 metadata.json  the names of these formats
+
+A key covers all layers: the first axis of its global shape counts them, and so do the chunks' offsets. The other axes are those of the
+tensor before tensor parallelism cut it, and of linear_fc1 all gate rows come before all up rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.contracts import UserError
+from rlhf.model.architecture import Architecture
+from rlhf.weights import names
+from rlhf.weights.entries import Entry, Shape, kind
+from rlhf.weights.tiles import Tile
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA, COMMON, DATA = ".metadata", "common.pt", "__0_0.distcp"
+BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+LAYERS = "decoder.layers."
+FC1 = "mlp.linear_fc1.weight"
+EXTRA = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")  # have an (empty) extra state
+# What the pickle of the metadata may name.
+ALLOWED = {
+    "torch": ("Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8"),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata"),
+        *("BytesStorageMetadata", "MetadataIndex", "StorageMeta"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
+    "collections": ("OrderedDict",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A checkpoint's tensors: megatron-core's local name of TP1 PP1 -> its chunks in the order of their offsets."""
+
+    layout: str  # in names.LAYOUTS
+    chunks: dict[str, list[Entry]]
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding, with whatever pads it."""
+        return sum(entry.shape[0] for entry in self.chunks["embedding.word_embeddings.weight"])
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Every chunk under a name of its own, behind a #."""
+        return {f"{local}#{i}": entry for local, held in self.chunks.items() for i, entry in enumerate(held)}
+
+    def tiling(self, arch: Architecture, pad: bool = False) -> list[Tile]:
+        """What the chunks hold: those of n tensor-parallel ranks, one for each, or of linear_fc1 two."""
+        found = []
+        for local in names.shapes(names.tiles(arch, self.layout, rows=self.vocab, pad=True)):
+            count = len(self.chunks.get(local, ()))
+            halves = local.endswith(FC1) and count > 1
+            ranks = max(1, count // 2 if halves else count)
+            for rank in range(ranks):
+                mine = [t for t in names.tiles(arch, self.layout, (rank, ranks), rows=self.vocab, pad=pad) if t.local == local]
+                for i, tile in enumerate(mine):
+                    place = {"local": f"{local}#{rank + i * ranks}", "start": 0} if halves else {"local": f"{local}#{rank}"}
+                    found.append(replace(tile, **place))
+        return found
+
+
+class Metadata(pickle.Unpickler):
+    """Reads the metadata's pickle, and refuses what it should not ask for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        super().__init__(io.BytesIO(path.read_bytes()))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ALLOWED.get(module, ()):
+            raise UserError(f"{self.path}: it asks for {module}.{name}, and only shapes and offsets are read: do not trust this file")
+        return super().find_class(module, name)
+
+
+def load(folder: Path) -> Sharded:
+    """Find every chunk of a checkpoint; optimizer states are passed over. Raises UserError where the folder is incomplete or odd."""
+    metadata = Metadata(folder / METADATA).load()
+    found: dict[str, dict[tuple[int, ...], Entry]] = {}
+    for index, info in metadata.storage_data.items():
+        key = index.fqn.removeprefix("model.")
+        stored = metadata.state_dict_metadata.get(index.fqn)
+        if (
+            key.startswith(("optimizer", "rng_state", "rerun"))
+            or "_extra_state" in key
+            or not index.offset
+            or not hasattr(stored, "chunks")
+        ):
+            continue
+        offsets, layered = tuple(index.offset), key.startswith(LAYERS)
+        local = f"{LAYERS}{offsets[0]}.{key.removeprefix(LAYERS)}" if layered else key
+        sizes = next(tuple(chunk.sizes) for chunk in stored.chunks if tuple(chunk.offsets) == offsets)
+        shape = sizes[1:] if layered else sizes
+        found.setdefault(local, {})[offsets] = _entry(folder / info.relative_path, info.offset, info.length, shape, stored.properties.dtype)
+    fused = any(name.endswith("linear_qkv.layer_norm_weight") for name in found)
+    if "embedding.word_embeddings.weight" not in found:
+        raise UserError(f"{folder}: no tensor embedding.word_embeddings.weight; this is not a GPT model's checkpoint")
+    return Sharded("mcore-te" if fused else "mcore", {local: [held[at] for at in sorted(held)] for local, held in found.items()})
+
+
+def begin(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, args: Mapping[str, Any]) -> dict[str, Entry]:
+    """Write the chunks' file, in which the bytes of tensors are still to come, and the files beside it; where they will go."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+    from torch.distributed.checkpoint.metadata import Metadata as Content
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layers = 1 + max(int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(LAYERS)}(\d+)\.", name)))
+    tensors: dict[str, Any] = {}
+    where: dict[Any, Any] = {}
+    found: dict[str, Entry] = {}
+    with path.open("wb") as file:
+        for local, shape in shapes.items():
+            layer, key = _key(local)
+            sizes, offsets = (shape, [0] * len(shape)) if layer is None else ((1, *shape), [layer] + [0] * len(shape))
+            whole = torch.Size(sizes if layer is None else (layers, *shape))
+            described = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, []))
+            described.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            start = file.tell()
+            data, length = _append(file, path, torch.empty(sizes, dtype=dtype))
+            where[MetadataIndex(key, offsets)] = _StorageInfo(path.name, start, length)
+            found[local] = Entry(path, kind(dtype), shape, data, data + prod(shape) * dtype.itemsize)
+        empty = io.BytesIO()
+        torch.save([None], empty)
+        for key in [f"{LAYERS}{x}._extra_state/shard_{i}_{layers}" for x in EXTRA for i in range(layers)]:
+            tensors[key] = BytesStorageMetadata()
+            where[MetadataIndex(key)] = _StorageInfo(path.name, file.tell(), file.write(empty.getvalue()))
+    content = Content(tensors, storage_data=where, storage_meta=StorageMeta(), version="1.0.0")
+    (path.parent / METADATA).write_bytes(pickle.dumps(content))
+    common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": args["iteration"]}
+    torch.save(common, path.parent / COMMON)
+    (path.parent / "metadata.json").write_text(json.dumps(BACKENDS))
+    return found
+
+
+def _key(local: str) -> tuple[int | None, str]:
+    """decoder.layers.3.mlp.x -> (3, decoder.layers.mlp.x)."""
+    match = re.match(rf"{re.escape(LAYERS)}(\d+)\.(.*)", local)
+    return (int(match[1]), LAYERS + match[2]) if match else (None, local)
+
+
+def _append(file: io.BufferedWriter, path: Path, tensor: torch.Tensor) -> tuple[int, int]:
+    """Append what torch.save would write of a tensor, with a hole for its bytes; where the hole is, and the length of it all."""
+    import torch
+
+    alone, start = path.with_suffix(".partial"), file.tell()
+    with torch.serialization.skip_data():
+        torch.save(tensor, alone)
+    hole, length = _data(alone, 0, alone.stat().st_size), alone.stat().st_size
+    with alone.open("rb") as source:
+        file.write(source.read(hole))
+        source.seek(hole + tensor.nbytes)
+        file.seek(start + hole + tensor.nbytes)
+        file.write(source.read())
+    alone.unlink()
+    return start + hole, length
+
+
+def _data(path: Path, start: int, length: int) -> int:
+    """Where the only storage in a file of torch.save, which may lie within another file, has its bytes; from its start."""
+    with path.open("rb") as file:
+        part = Part(file, start, length)
+        record = next(info for info in zipfile.ZipFile(part).infolist() if info.filename.endswith("/data/0"))
+        part.seek(record.header_offset + 26)
+        sizes = part.read(4)  # of the name and of the extra field, which pads the data to its alignment
+        return record.header_offset + 30 + int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")
+
+
+def _entry(path: Path, start: int, length: int, shape: Shape, dtype: torch.dtype) -> Entry:
+    if not path.exists() or path.stat().st_size < start + length:
+        raise UserError(f"{path}: missing or cut short; copy the checkpoint again, completely")
+    first = start + _data(path, start, length)
+    return Entry(path, kind(dtype), tuple(shape), first, first + prod(shape) * dtype.itemsize)
+
+
+class Part(io.RawIOBase):
+    """A range of a file, as a file."""
+
+    def __init__(self, file: Any, start: int, length: int):
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.at)
+        data = self.file.read(min(len(buffer), max(0, self.length - self.at)))
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
