@@ -43,7 +43,7 @@ def mapped(entry: Entry) -> torch.Tensor:
     first = entry.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with entry.path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), entry.stop - first, access=mmap.ACCESS_COPY, offset=first)
-    pages.madvise(mmap.MADV_SEQUENTIAL)
+    pages.madvise(mmap.MADV_WILLNEED)  # in large requests, while we go on
     return torch.frombuffer(pages, dtype=dtype, count=prod(entry.shape), offset=entry.start - first).view(entry.shape)
 
 
