@@ -75,7 +75,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
         keys = None  # with CP, spans of one sequence share keys, and flash wants each span's keys in a row
         if row.order is not None:
             keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(q.device)
-        row.plan = cu_q.to(q.device), cu_k.to(q.device), max(spans.q_lengths), max(spans.k_lengths), keys
+        cu_q, cu_k = (x.pin_memory().to(q.device, non_blocking=True) for x in (cu_q, cu_k))  # nobody waits for the device
+        row.plan = cu_q, cu_k, max(spans.q_lengths), max(spans.k_lengths), keys
     cu_q, cu_k, max_q, max_k, keys = row.plan
     native = "enable_gqa" not in signature(varlen_attn).parameters  # torch 2.11 takes fewer key heads unasked
     gqa: dict[str, Any] = {} if native else {"enable_gqa": True}

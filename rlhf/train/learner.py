@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,8 +90,14 @@ class Learner:
             out = self._read(batch, hidden)
             return out.value if self.arch.scalar else out.logp
 
-        batches = [self._pack(samples) for samples in microbatches]
-        outputs = self._schedule(batches, stream, train=False)
+        batches: list[Batch] = []
+
+        def packed() -> Iterator[Batch]:
+            for samples in microbatches:
+                batches.append(self._pack(samples))
+                yield batches[-1]
+
+        outputs = self._schedule(packed(), len(microbatches), stream, train=False)
         lengths = [len(batch.places) for batch in batches]
         flat = torch.cat(outputs) if self.mesh.is_last_stage else torch.empty(sum(lengths), device=self.mesh.device)
         flat = self.mesh.cp_gather(self.mesh.from_last_stage(flat)).view(self.mesh.layout.cp, -1)
@@ -105,22 +111,20 @@ class Learner:
 
     def learn(self, microbatches: Sequence[Sequence[Sample]], loss: Callable[[Batch, Output], Loss], lr: float) -> Sums:
         """One optimizer update from the sum of losses over all micro-batches of all ranks, divided by the global count."""
-        batches = [self._pack(samples) for samples in microbatches]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._schedule(batches, partial(self._loss, loss), train=True)
+        sums = self._schedule(map(self._pack, microbatches), len(microbatches), partial(self._loss, loss), train=True)
         norm = self.optimizer.step(lr)
         return self._total(sums) | {"grad_norm": (norm, 1.0), "lr": (lr, 1.0)}
 
     def evaluate(self, microbatches: Sequence[Sequence[Sample]], loss: Callable[[Batch, Output], Loss]) -> Sums:
         """The metrics of a loss, without learning."""
-        batches = [self._pack(samples) for samples in microbatches]
 
         def metrics(batch: Batch, hidden: Tensor, non_loss_data: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
             return loss(batch, self._read(batch, hidden)).metrics
 
         with torch.no_grad():
-            return self._total(self._schedule(batches, metrics, train=False))
+            return self._total(self._schedule(map(self._pack, microbatches), len(microbatches), metrics, train=False))
 
     def _pack(self, samples: Sequence[Sample]) -> Batch:
         layout = self.mesh.layout
@@ -153,8 +157,11 @@ class Learner:
         found = loss(batch, self._read(batch, hidden))
         return found.total, found.count.to(torch.int32), found.metrics
 
-    def _schedule(self, batches: list[Batch], read: Callable[..., Any], train: bool) -> list[Any]:
-        """Run all micro-batches through megatron-core's pipeline schedule; what `read` returned on the last stage, elsewhere nothing."""
+    def _schedule(self, batches: Iterable[Batch], count: int, read: Callable[..., Any], train: bool) -> list[Any]:
+        """Run `count` micro-batches through megatron-core's pipeline schedule; what `read` returned on the last stage, elsewhere nothing.
+
+        Each batch is asked for when its turn comes, while the device still works on those before it.
+        """
 
         def forward(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             batch = next(iterator)
@@ -164,8 +171,8 @@ class Learner:
             forward_step_func=forward,
             data_iterator=iter(batches),
             model=[self.model],
-            num_microbatches=len(batches),
-            seq_length=len(batches[0].places),  # micro-batches announce their true shapes to each other
+            num_microbatches=count,
+            seq_length=1,  # not read: micro-batches announce their true shapes to each other
             micro_batch_size=1,
             forward_only=not train,
             collect_non_loss_data=not train,

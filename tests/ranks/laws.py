@@ -93,7 +93,7 @@ class Case:
 
         rows = self.cut(10_000)
         with torch.no_grad():
-            packed = learner._schedule([learner._pack(row) for row in rows], logits, train=False)
+            packed = learner._schedule(map(learner._pack, rows), len(rows), logits, train=False)
             wanted = {id(s): reference_logits(self.model, s) for s in self.samples}
         assert len(packed) == (len(rows) if mesh.is_last_stage else 0)
         for row, (batch, found) in zip(rows, packed, strict=False):
