@@ -74,9 +74,9 @@ def measure(a: argparse.Namespace, sampler: Sampler) -> None:
     llm = sampler.engine.llm
     plain = {"temperature": 1.0, "max_tokens": a.new, "ignore_eos": True, "detokenize": False}
 
-    def alone(seeded: bool, **more: Any) -> None:
-        requests = [SamplingParams(**plain, **more, seed=i if seeded else None) for i in range(a.prompts)]
-        llm.generate([{"prompt_token_ids": t.tolist()} for t in tokens], requests, use_tqdm=False)
+    def alone(seeded: bool, count: int = a.prompts, **more: Any) -> None:
+        requests = [SamplingParams(**plain, **more, seed=i if seeded else None) for i in range(count)]
+        llm.generate([{"prompt_token_ids": t.tolist()} for t in tokens[:count]], requests, use_tqdm=False)
 
     def ours() -> None:
         samples = sampler.sample(prompts, sampler.sampling(), 1, 0, reward)
@@ -90,9 +90,10 @@ def measure(a: argparse.Namespace, sampler: Sampler) -> None:
         "sampler": ours,
     }
     first = 0.0
+    alone(True, count=1 + a.prompts // 16, logprobs=0, flat_logprobs=True)
     for name, way in ways.items():
         llm.reset_prefix_cache()
-        taken = record.seconds(way, 1, warm=0 if first else 1)
+        taken = record.seconds(way, 1, warm=0)
         rate = (made[-1] if made else a.prompts * a.new) / taken  # the sampler's responses may end early, if rarely
         first = first or rate
         result = {"model": a.model, "prompts": a.prompts, "prompt_tokens": a.length, "new_tokens": a.new, "memory": a.memory}

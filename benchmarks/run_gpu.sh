@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT
+# All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT [NAME ...]      (with names, only these)
 #
 # Each has a time limit of its own, so that one that fails does not take the others with it. OUT/results.jsonl collects the JSON lines, which
 # belong into benchmarks/results/ when they are to be kept (benchmarks/table.py makes the README's table of them); OUT/NAME.log is what each said.
 #   PYTHON=python3     the interpreter
 set -uo pipefail
 
+names=" ${*:2} "
 out=$(mkdir -p -- "$1" && cd -- "$1" && pwd)
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -15,6 +16,7 @@ failed=0
 run() { # NAME SECONDS ARGUMENT ...
   local name=$1 limit=$2 start=$SECONDS rc=0
   shift 2
+  [[ $names == "  " || $names == *" $name "* ]] || return 0
   timeout -k 5 "$limit" "$python" "$@" >"$out/$name.log" 2>&1 || rc=$?
   grep '^{"benchmark"' "$out/$name.log" >>"$out/results.jsonl"
   echo "== $name: exit code $rc after $((SECONDS - start)) s"
@@ -22,15 +24,17 @@ run() { # NAME SECONDS ARGUMENT ...
     failed=1
     tail -n 25 "$out/$name.log"
   else
-    grep -v '^{"benchmark"' "$out/$name.log" | tail -n "${LINES_SHOWN:-60}"
+    grep -v '^{"benchmark"' "$out/$name.log" | tail -n "${SHOW:-60}"
   fi
 }
 
 run kernels 60 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels.py tests/gpu/test_attention.py
 run attention 40 benchmarks/attention.py
-run train 150 benchmarks/train.py
-run profile 60 benchmarks/train.py --kernels fused --repeat 1 --microbatches 1 --profile
+SHOW=140 run train 150 benchmarks/train.py --kernels fused --profile
+run plain 80 benchmarks/train.py --kernels plain --cases fixed --repeat 2
 run publish 40 benchmarks/publish.py
 run switch 210 benchmarks/switch.py --rollout
-run step 240 benchmarks/step.py "$out/step" --limit 225
+scratch=$(mktemp -d)
+run step 240 benchmarks/step.py "$scratch" --limit 225
+rm -rf "$scratch"
 exit "$failed"

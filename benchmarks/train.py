@@ -34,6 +34,7 @@ from rlhf.train.learner import Learner
 
 MEAN, SIGMA = 600, 1.0  # of the lognormal lengths
 LR = 1e-6
+CASES = ("fixed", "lognormal")
 
 
 def options() -> argparse.Namespace:
@@ -44,6 +45,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--microbatches", type=int, default=4, help="of one update, on each data-parallel rank")
     p.add_argument("--length", type=int, default=4096, help="of the sequences, or their limit")
     p.add_argument("--kernels", nargs="+", choices=("plain", "fused"), default=["plain", "fused"])
+    p.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     p.add_argument("--tp", type=int, default=1)
     p.add_argument("--repeat", type=int, default=3)
     p.add_argument("--profile", action="store_true", help="print the device's kernels by time")
@@ -89,7 +91,7 @@ def measure(a: argparse.Namespace, mesh: Mesh, kernels: str, arch: Architecture,
     loss = partial(ALGORITHMS["sft"](config).loss, "policy")
     about = {"model": a.model, "layers": arch.layers, "parameters": arch.num_parameters(), "dtype": str(dtype), "kernels": kernels}
     about |= {"tp": a.tp, "dp": mesh.layout.dp, "tokens": a.tokens, "microbatches": a.microbatches, **limits}
-    for case in ("fixed", "lognormal"):
+    for case in a.cases:
         dp = mesh.layout.dp
         samples = draw(a.tokens * a.microbatches * dp, a.length, arch.vocab, case == "lognormal")
         cut = microbatches(shares(samples, dp, arch.hidden), a.tokens, False)[mesh.dp_rank]
