@@ -100,7 +100,9 @@ def main() -> None:
     arch = replace(SIZES[a.model], layers=a.layers)
     rows = run(a, arch)[a.warm : a.warm + a.steps]
     means = {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in sorted({name for row in rows for name in row})}
-    kept = {name: value for name, value in means.items() if name.startswith("time/") or name in ("tokens_per_second", "mismatch")}
+    kept = {
+        name: value for name, value in means.items() if name.startswith(("time/", "memory/")) or name in ("tokens_per_second", "mismatch")
+    }
     kept |= {name: means[name] for name in ("response_tokens", "truncated") if name in means}
     phases = sum(value for name, value in kept.items() if name.startswith("time/") and name != "time/step")
     about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": len(rows)}
