@@ -41,8 +41,7 @@ class KVCache:
         self.dtype, self.device, self.max_len = dtype, device, max_len
         self.heads, self.kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
         self.frequencies = rope_frequencies(arch).to(device)
-        self.weights: dict[str, Tensor] = {}
-        self.wake_weights()
+        self.weights = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes(arch, tp).items()}
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
@@ -66,16 +65,17 @@ class KVCache:
         return self.weights
 
     def sleep(self) -> None:
-        self.weights = {}  # the KV cache lives only inside generate()
+        for weight in self.weights.values():  # the KV cache lives only inside generate()
+            weight.untyped_storage().resize_(0)
 
     def wake_weights(self) -> None:
-        if not self.weights:
-            self.weights = {
-                name: torch.zeros(shape, dtype=self.dtype, device=self.device) for name, shape in shapes(self.arch, self.tp).items()
-            }
+        for weight in self.weights.values():
+            if not weight.untyped_storage().nbytes():
+                weight.untyped_storage().resize_(weight.nbytes)
+                weight.zero_()  # the rows that pad the vocabulary are never published
 
     def wake(self) -> None:
-        assert self.weights, "wake_weights() and a publish come before wake()"
+        assert self.weights["model.norm.weight"].untyped_storage().nbytes(), "wake_weights() and a publish come before wake()"
 
     def _complete(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], length: int) -> list[Completion]:
         """Generate for one batch, with `length` cached tokens per sequence."""

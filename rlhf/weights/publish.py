@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,21 +66,37 @@ class Publisher:
         remote = [move for move in plan.moves if move.source != move.target]
         # Half of a bucket is packed and sent while the other half is received and unpacked.
         self.rounds = [_messages(moves, rank) for moves in _rounds(remote, bucket // 2 // dtype.itemsize)]
+        self.bound: list[tuple[int, int]] = []  # the storages that the views below are of
+        self.out_of: dict[int, Tensor] = {}  # id of a part -> its box in the source
+        self.into: dict[int, Tensor] = {}  # and in the target
         if remote:
             dist.barrier()  # NCCL makes its communicator in the first call, which all ranks must join; some may send nothing
 
     @torch.no_grad()
     def publish(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         """Write every box this rank's target tiles need. Local names -> tensors, whose content alone may change between calls."""
+        self._bind(source, target)
         rounds = [messages for messages in self.rounds if messages]
-        flying = [self._send(messages, source) for messages in rounds[:1]]
-        for part in self.local:  # while the first round is on its way
-            shaped(target[part.target], part.into).copy_(shaped(source[part.source], part.out_of))
+        device = next(iter(source.values())).device
+        flying = [self._send(messages, device) for messages in rounds[:1]]
+        copy([self.into[id(part)] for part in self.local], [self.out_of[id(part)] for part in self.local])  # while the first is on its way
         for messages in rounds[1:]:
-            flying.append(self._send(messages, source))
-            self._receive(flying.pop(0), target)
+            flying.append(self._send(messages, device))
+            self._receive(flying.pop(0))
         for flight in flying:
-            self._receive(flight, target)
+            self._receive(flight)
+
+    def _bind(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        """Make the views of all boxes, unless they were made of the same storages: making them anew would take longer than to copy them."""
+        held = [(t.untyped_storage()._cdata, int(t.storage_offset())) for t in (*source.values(), *target.values())]
+        if held == self.bound:
+            return
+        messages = [message for messages in self.rounds for message in messages]
+        leaving = [part for message in messages if message.source == self.rank for part in message.parts]
+        coming = [part for message in messages if message.target == self.rank for part in message.parts]
+        self.out_of = {id(part): shaped(source[part.source], part.out_of) for part in self.local + leaving}
+        self.into = {id(part): shaped(target[part.target], part.into) for part in self.local + coming}
+        self.bound = held
 
     @torch.no_grad()
     def verify(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -106,31 +122,28 @@ class Publisher:
                         f" {move.box} on rank {move.source}: the engine does not hold the weights that were trained"
                     )
 
-    def _send(self, messages: list[Message], source: Mapping[str, Tensor]) -> Flight:
+    def _send(self, messages: list[Message], device: torch.device) -> Flight:
         """Pack what leaves and start all transfers of a round."""
         sizes = [message.numel for message in messages]
-        device = next(iter(source.values())).device
         packed = torch.empty(sum(sizes), dtype=self.dtype, device=device).split(sizes)
         calls = []
         for message, flat in zip(messages, packed, strict=True):
             if message.source == self.rank:
-                for part, piece in _pieces(message, flat):
-                    box = shaped(source[part.source], part.out_of)
-                    piece.view(box.shape).copy_(box)
+                boxes = [self.out_of[id(part)] for part in message.parts]
+                copy(_pieces(message, flat, boxes), boxes)
                 calls.append(dist.P2POp(dist.isend, flat, message.target))
             else:
                 calls.append(dist.P2POp(dist.irecv, flat, message.source))
         return Flight(messages, packed, dist.batch_isend_irecv(calls))
 
-    def _receive(self, flight: Flight, target: Mapping[str, Tensor]) -> None:
+    def _receive(self, flight: Flight) -> None:
         """Wait for a round, and unpack what arrived."""
         for work in flight.works:
             work.wait()
         for message, flat in zip(flight.messages, flight.packed, strict=True):
             if message.target == self.rank:
-                for part, piece in _pieces(message, flat):
-                    box = shaped(target[part.target], part.into)
-                    box.copy_(piece.view(box.shape))
+                boxes = [self.into[id(part)] for part in message.parts]
+                copy(boxes, _pieces(message, flat, boxes))
 
 
 def checksum(x: Tensor) -> Tensor:
@@ -143,8 +156,16 @@ def checksum(x: Tensor) -> Tensor:
     return total
 
 
-def _pieces(message: Message, flat: Tensor) -> Iterable[tuple[Part, Tensor]]:
-    return zip(message.parts, flat.split([part.numel for part in message.parts]), strict=True)
+def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensor by tensor, in one call: a publish is a thousand copies, which Python starts more slowly than the device runs them."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _pieces(message: Message, flat: Tensor, boxes: list[Tensor]) -> list[Tensor]:
+    """A packed message as the boxes in it."""
+    parts = flat.split([part.numel for part in message.parts])
+    return [piece.view(box.shape) for piece, box in zip(parts, boxes, strict=True)]
 
 
 def _rounds(moves: list[Move], limit: int) -> list[list[Move]]:
