@@ -140,10 +140,22 @@ def main(arguments: list[str]) -> None:
             engine.sleep()
             waking.append(ranks.seconds(engine.wake_weights))
         taken.append(ranks.seconds(lambda: publisher.publish(source, parameters())))
+        if engine:
+            engine.wake()  # what is half awake cannot fall asleep again
     publisher.verify(source, parameters())
     result = summary(ranks, moves, dtype, taken) | {"seconds_waking": round(statistics.median(waking), 5)}
     if ranks.rank == 0:
-        print(json.dumps({"benchmark": "publish", "command": f"benchmarks/publish.py {' '.join(arguments)}".strip(), **result}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "benchmark": "publish",
+                    "case": "vllm" if engine else "",
+                    "command": f"benchmarks/publish.py {' '.join(arguments)}".strip(),
+                    **result,
+                }
+            ),
+            flush=True,
+        )
     ranks.wait()
     os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
 

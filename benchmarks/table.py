@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks/table.py -->\n", "<!-- end -->\n"
 Lines = dict[tuple[str, str], dict]
 
+TWO = "--kernels fused --cases fixed --repeat 2"
 # what | benchmark | case | measured, of that case's line and all lines | to be reached
 ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
     (
@@ -52,6 +53,11 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
         "97 %",
     ),
     ("publish 7B", "publish", "", lambda x, _: f"{1000 * x['seconds']:.0f} ms, {x['ratio']:.2f} x copying the same bytes", "30 ms"),
+    ("publish 7B into vLLM's parameters", "publish", "vllm", lambda x, _: f"{1000 * x['seconds']:.0f} ms, {x['ratio']:.2f} x", "30 ms"),
+    ("publish 7B on two GPUs, TP2 to two engines", "publish", "--train-tp 2 --engine-tp 1", lambda x, _: transfer(x), "2 x"),
+    ("publish 7B on two GPUs, PP2 to TP2", "publish", "--train-pp 2 --engine-tp 2", lambda x, _: transfer(x), "2 x"),
+    ("forward and backward on two GPUs, DP2", "train", TWO, lambda x, lines: share(x, lines), "96 %"),
+    ("forward and backward on two GPUs, TP2", "train", f"{TWO} --tp 2", lambda x, lines: share(x, lines), "92 %"),
     (
         "engine: sleep, wake",
         "switch",
@@ -71,19 +77,29 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
 ]
 
 
+def transfer(line: dict) -> str:
+    rate = f"{line['link_gb_per_s']:.0f} GB/s, the links' rate in the same run"
+    return f"{1000 * line['seconds']:.0f} ms, {line['ratio']:.2f} x what crosses ({line['bytes_crossing_per_rank'] / 1e9:.1f} GB) at {rate}"
+
+
+def share(line: dict, lines: Lines) -> str:
+    alone = lines["train", "fixed, fused"]["tflops_per_device"]
+    return f"{line['tflops_per_device']:.0f} TFLOP/s each, {line['tflops_per_device'] / alone:.0%} of one alone"
+
+
 def phases(line: dict) -> str:
     parts = ", ".join(f"{name} {line[f'time/{name}']:.2f}" for name in ("rollout", "score", "learn", "publish"))
     return f"{line['time/step']:.1f} s ({parts}), {line['tokens_per_second']:,.0f} tokens/s"
 
 
 def read(folder: Path) -> Lines:
-    """The last line of each benchmark and case on one device, in order of the files' names."""
+    """The last line of each benchmark and case, in order of the files' names; on several ranks the command's arguments are the case."""
     found: Lines = {}
     for path in sorted(folder.glob("*.jsonl")):
         for text in path.read_text().splitlines():
             line = json.loads(text)
-            if line.get("ranks", 1) == 1:
-                found[line["benchmark"], line.get("case", "")] = line
+            alone = line.get("ranks", 1) == 1
+            found[line["benchmark"], line.get("case", "") if alone else line["command"].partition(" ")[2]] = line
     return found
 
 

@@ -229,6 +229,8 @@ def vllm_engine():
     with tempfile.TemporaryDirectory() as path:
         dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 1), rank=0, world_size=1)
         yield make
+    for name in ("RANK", "LOCAL_RANK"):  # the commands that later tests start are not ranks
+        del os.environ[name]
 
 
 def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):

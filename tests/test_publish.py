@@ -88,6 +88,7 @@ def test_rounds_carry_everything_within_the_limit(limit: int):
     remote = [move for move in moves.moves if move.source != move.target]
     rounds = _rounds(remote, limit)
     assert sum(move.numel for group in rounds for move in group) == moves.volume()[1]
+    assert any({move.source for move in group} & {move.target for move in group} for group in rounds), "a round fills both directions"
     for group in rounds:
         for rank in range(WORLD):
             assert sum(move.numel for move in group if rank in (move.source, move.target)) <= limit

@@ -65,7 +65,7 @@ class Slurm:
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, []
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANK", "LOCAL_RANK"))},
             "PATH": PATH,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "RLHF_PYTHON": sys.executable,

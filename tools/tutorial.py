@@ -64,7 +64,7 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
 
     def evaluate(mode: str, folder: Path, after: str) -> Stage:
         keys = ["evaluate.prompts=0", "evaluate.temperature=1", "evaluate.function=tools/tutorial_task.py:gold"]
-        keys += ["data.max_tokens=96", "rollout.max_tokens=64", "rollout.memory=0.15", "rollout.cache=0.5"]
+        keys += ["data.max_tokens=96", "rollout.max_tokens=64"]
         where = [f"policy.load={folder}", f"data.eval={data}/dev_prompts.jsonl", f"out={run}/evaluate-{mode}"]
         return Stage(f"evaluate-{mode}", ["evaluate", *keys, *where, f"seed={seed}"], (after,))
 
@@ -155,12 +155,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", choices=SIZES, default="mini", help="of the model (default: mini, for a CPU)")
     parser.add_argument("--seeds", type=int, default=3, help="how often everything is done (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/tutorial", help="folder (default: runs/tutorial)")
-    parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="stages side by side (default: one per core)")
-    parser.add_argument("--gpus", default="", help="numbers of the GPUs that the slots are dealt over, such as 0,1")
+    parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="stages side by side on a CPU (default: all cores)")
+    parser.add_argument("--gpus", default="", help="numbers of the GPUs to use instead, such as 0,1: one stage at a time on each")
     chosen = parser.parse_args(arguments)
     began, out = time.time(), chosen.out.resolve()
-    gpus = chosen.gpus.split(",")
-    slots = [(i, gpus[i % len(gpus)]) for i in range(chosen.slots)]
+    slots = list(enumerate(chosen.gpus.split(","))) if chosen.gpus else [(i, "") for i in range(chosen.slots)]
     prepare(out, chosen.size)
     seeds = range(1, chosen.seeds + 1)
     carry_out([stage for seed in seeds for stage in stages(out, chosen.size, seed)], out / "logs", slots)

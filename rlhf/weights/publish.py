@@ -169,27 +169,29 @@ def _pieces(message: Message, flat: Tensor, boxes: list[Tensor]) -> list[Tensor]
 
 
 def _rounds(moves: list[Move], limit: int) -> list[list[Move]]:
-    """Moves in rounds, first fit: in a round no rank sends and receives more than limit elements.
+    """Moves in rounds, first fit: in a round no rank sends more than half of limit elements, nor receives more than the other half.
 
-    All ranks walk the same rounds, and within one every send meets its receive, so none can wait for ever.
+    Links carry both directions at once, so a round fills both. All ranks walk the same rounds, and within one every send meets its
+    receive, so none can wait for ever.
     """
-    largest = max(1, limit // 8)  # of the pieces; a rank whose load leaves no room for one is done with a round
+    half = max(1, limit // 2)
+    largest = max(1, half // 4)  # of the pieces; a direction whose load leaves no room for one is done with a round
     rounds: list[list[Move]] = []
-    load: list[dict[int, int]] = []  # per round: rank -> elements
-    first: dict[int, int] = defaultdict(int)  # rank -> the first round it is not done with
+    load: list[dict[tuple[str, int], int]] = []  # per round: ("out" or "in", rank) -> elements
+    first: dict[tuple[str, int], int] = defaultdict(int)  # the first round that a direction of a rank is not done with
     for move in [replace(whole, box=box) for whole in moves for box in split(whole.box, largest)]:
-        source, target, size = move.source, move.target, move.numel
-        k = max(first[source], first[target])
-        while k < len(rounds) and max(load[k][source], load[k][target]) + size > limit:
+        ends, size = (("out", move.source), ("in", move.target)), move.numel
+        k = max(first[end] for end in ends)
+        while k < len(rounds) and max(load[k][end] for end in ends) + size > half:
             k += 1
         if k == len(rounds):
             rounds.append([])
             load.append(defaultdict(int))
         rounds[k].append(move)
-        for rank in (source, target):
-            load[k][rank] += size
-            while first[rank] < len(rounds) and load[first[rank]][rank] + largest > limit:
-                first[rank] += 1
+        for end in ends:
+            load[k][end] += size
+            while first[end] < len(rounds) and load[first[end]][end] + largest > half:
+                first[end] += 1
     return rounds
 
 
