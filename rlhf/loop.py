@@ -92,6 +92,7 @@ class Run:
                 samples = self.draw(step)
             with metrics.time("score"):
                 self.score(samples)
+            tokens = sum(len(s.tokens) for s in samples)
             samples, sums = self.algorithm.credit(samples)
             metrics.add_common(sums)
             with metrics.time("learn"):
@@ -103,7 +104,7 @@ class Run:
                 with metrics.time("evaluate"):
                     self.evaluate(held_out)
             metrics.add({f"memory/{phase}": (gib, 1.0) for phase, gib in self.roles.parking.peaks.items()})  # mean over ranks
-            metrics.write(done, tokens=sum(len(s.tokens) for s in samples))
+            metrics.write(done, tokens)
             stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
             if stop or due(done, config.checkpoint.every, config.steps):
                 export = self.export if config.checkpoint.export or done == config.steps else None
