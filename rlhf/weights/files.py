@@ -8,7 +8,9 @@ can be refused before anything else is loaded.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
@@ -265,18 +267,30 @@ def carry(
     tiling = {title: _by_local(tiles) for title, tiles in to.tilings.items()}
     batches = [[(title, group) for title in titles for group in _batches(shapes[title], dtype, bucket)] for titles in owned]
     largest = max((sum(prod(shapes[title][local]) for local in group) for title, group in batches[rank]), default=0)
-    room = torch.empty(largest, dtype=dtype, device=device)  # for every batch in turn: fresh memory would cost more than the copies
-    for batch in zip_longest(*batches):  # one for every rank, None where one is done
-        wanted = [[tile for local in one[1] for tile in tiling[one[0]][local]] if one else [] for one in batch]
-        title, group = batch[rank] or ("", [])
-        sizes = [prod(shapes[title][local]) for local in group]
-        pieces = room[: sum(sizes)].split(sizes)
-        tensors = {local: piece.view(shapes[title][local]) for local, piece in zip(group, pieces, strict=True)}
-        fill(wanted, tensors)
-        for local, tensor in tensors.items():
-            store(stored[title][local], tensor)
-        yield sum(sizes) * dtype.itemsize
+    # Two rooms for all batches in turn (fresh memory would cost more than the copies): one is filled while the other is written.
+    rooms = deque(torch.empty(largest, dtype=dtype, device=device) for _ in range(2))
+    writing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as writer:
+        for batch in zip_longest(*batches):  # one for every rank, None where one is done
+            if len(writing) == len(rooms):
+                writing.popleft().result()
+            wanted = [[tile for local in one[1] for tile in tiling[one[0]][local]] if one else [] for one in batch]
+            title, group = batch[rank] or ("", [])
+            sizes = [prod(shapes[title][local]) for local in group]
+            pieces = rooms[0][: sum(sizes)].split(sizes)
+            rooms.rotate()
+            tensors = {local: piece.view(shapes[title][local]) for local, piece in zip(group, pieces, strict=True)}
+            fill(wanted, tensors)
+            writing.append(writer.submit(_store, stored.get(title, {}), tensors))
+            yield sum(sizes) * dtype.itemsize
+        for last in writing:
+            last.result()
     _barrier(world)
+
+
+def _store(entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]) -> None:
+    for local, tensor in tensors.items():
+        store(entries[local], tensor)
 
 
 def _batches(shapes: Mapping[str, Shape], dtype: torch.dtype, bucket: int) -> list[list[str]]:
