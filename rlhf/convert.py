@@ -177,13 +177,7 @@ def _check(a: argparse.Namespace, arch: Architecture) -> None:
         raise UserError(f"--tp {a.tp} --pp {a.pp}: a folder of format {a.format} is not split over ranks; leave them out")
     if min(a.tp, a.pp) < 1 or (a.iteration or 0) < 0 or a.vocab_divisor < 0:
         raise UserError("--tp and --pp must be at least 1, --iteration and --vocab-divisor not negative")
-    for size, what in ((arch.heads, "attention heads"), (arch.ffn, "intermediate size")):
-        if size % a.tp:
-            raise UserError(f"--tp {a.tp} does not divide the {what} {size}")
-    if arch.kv_heads % a.tp and a.tp % arch.kv_heads:
-        raise UserError(f"--tp {a.tp} and the {arch.kv_heads} key/value heads do not divide one another")
-    if arch.layers % a.pp:
-        raise UserError(f"--pp {a.pp} does not divide the {arch.layers} layers")
+    arch.check_split(a.tp, a.pp, said=(f"--tp {a.tp}", f"--pp {a.pp}"))
 
 
 def _remarks(source: files.Source, arch: Architecture, config: str) -> list[str]:

@@ -152,14 +152,8 @@ def _architecture(config: Config, name: str, folder: str) -> Architecture:
 
 def _check_training(config: Config, role: Role) -> None:
     """Every divisibility that a training layout needs."""
-    p, arch, name = config.parallel, role.arch, f"{role.folder}/config.json"
-    for size, what in ((arch.heads, "attention heads"), (arch.ffn, "intermediate size")):
-        if size % p.tp:
-            raise UserError(f"parallel.tp={p.tp} does not divide the {what} {size} of {name}")
-    if arch.kv_heads % p.tp and p.tp % arch.kv_heads:
-        raise UserError(f"parallel.tp={p.tp} and the {arch.kv_heads} key/value heads of {name} do not divide one another")
-    if arch.layers % p.pp:
-        raise UserError(f"parallel.pp={p.pp} does not divide the {arch.layers} layers of {name}")
+    p = config.parallel
+    role.arch.check_split(p.tp, p.pp, said=(f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"), where=f" of {role.folder}/config.json")
     if config.batch.minibatches > config.batch.prompts:
         raise UserError(f"batch.minibatches={config.batch.minibatches} is more than batch.prompts={config.batch.prompts}")
 
@@ -168,11 +162,10 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
     """What the engine needs."""
     if not arch.lm:
         raise UserError(f"policy.load={config.policy.load} is a reward model, which generates nothing: give a causal language model")
-    tp, name = config.rollout.tp, f"{config.policy.load}/config.json"
+    tp = config.rollout.tp
     if world % tp:
         raise UserError(f"rollout.tp={tp} does not divide the {world} ranks")
-    if arch.heads % tp or (arch.kv_heads % tp and tp % arch.kv_heads):
-        raise UserError(f"rollout.tp={tp} does not divide the {arch.heads} heads and {arch.kv_heads} key/value heads of {name}")
+    arch.check_split(tp, said=(f"rollout.tp={tp}", ""), where=f" of {config.policy.load}/config.json")
     if config.rollout.max_tokens >= config.data.max_tokens:
         raise UserError(
             f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"

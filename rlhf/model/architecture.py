@@ -49,6 +49,18 @@ class Architecture:
         layer += 2 * self.hidden + 2 * self.head_dim * self.qk_norm
         return self.layers * layer + self.hidden * (1 + self.vocab * (1 + (self.lm and not self.tied)) + self.scalar)
 
+    def check_split(self, tp: int, pp: int = 1, *, said: tuple[str, str], where: str = "") -> None:
+        """Raise UserError unless tp ranks can split every layer and pp ranks the layers. said: how the user set the two; where: in whose
+        config.json the sizes stand."""
+        by_tp, by_pp = said
+        for size, what in ((self.heads, "attention heads"), (self.ffn, "intermediate size")):
+            if size % tp:
+                raise UserError(f"{by_tp} does not divide the {what} {size}{where}")
+        if self.kv_heads % tp and tp % self.kv_heads:
+            raise UserError(f"{by_tp} and the {self.kv_heads} key/value heads{where} do not divide one another")
+        if self.layers % pp:
+            raise UserError(f"{by_pp} does not divide the {self.layers} layers{where}")
+
 
 def read(folder: str | Path) -> Architecture:
     """The architecture of a Hugging Face folder. Raises UserError where it is missing, malformed or unsupported."""
