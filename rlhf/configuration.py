@@ -13,17 +13,8 @@ from rlhf.contracts import UserError
 # The least value a number may have, where that is not 0 or where 0 means nothing.
 LEAST = dict.fromkeys(
     ("steps", "parallel.tp", "parallel.pp", "parallel.cp", "batch.prompts", "batch.minibatches", "batch.epochs", "batch.tokens")
-    + (
-        "rollout.tp",
-        "rollout.group",
-        "rollout.rounds",
-        "rollout.max_tokens",
-        "rollout.bucket",
-        "data.max_tokens",
-        "reward.workers",
-        "checkpoint.keep",
-        "log.every",
-    ),
+    + ("rollout.tp", "rollout.group", "rollout.rounds", "rollout.max_tokens", "rollout.bucket")
+    + ("data.max_tokens", "reward.workers", "checkpoint.keep", "log.every"),
     1,
 )
 

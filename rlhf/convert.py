@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TUTORIAL = ("convert_hf_to_megatron", "convert_megatron_to_hf")
-BUCKET = 256 << 20  # bytes of tensors in memory at a time, at most (or one tensor)
+BUCKET = 512 << 20  # bytes of tensors in memory at a time, at most (or two tensors)
 # The files of a Hugging Face folder that are no weights, copied along.
 BESIDE = (
     "tokenizer*",

@@ -58,7 +58,7 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     if not config.policy.load:
         raise UserError("policy.load is not set: give the folder of the model, Hugging Face's or Megatron's")
     arch = files.model(config.policy.load, config.policy.tokenizer)
-    models = roles(config)
+    models = roles(config, arch)
     check_world(config.parallel, world)
     for role in models.values():
         _check_training(config, role)
@@ -113,8 +113,11 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None
     return read(path), read(config.data.eval) if source == "train" and config.data.eval else None
 
 
-def roles(config: Config) -> dict[str, Role]:
-    """The models that the mode trains or asks, with their folders and architectures. Raises UserError where one is not given or not fit."""
+def roles(config: Config, policy: Architecture) -> dict[str, Role]:
+    """The models that the mode trains or asks, with their folders and architectures; policy is that of policy.load.
+
+    Raises UserError where one is not given or not fit.
+    """
     if config.mode == "evaluate":
         models = {"reward": "frozen"} if config.reward.load and not config.evaluate.function else {}
     else:
@@ -130,9 +133,12 @@ def roles(config: Config) -> dict[str, Role]:
         "critic": config.critic.load or config.reward.load,
         "reward": config.policy.load if config.mode == "reward" else config.reward.load,
     }
-    found = {name: Role(use, folders[name], _architecture(config, name, folders[name])) for name, use in models.items()}
+    held = {config.policy.load: policy}  # each folder is described once: Megatron's may have to be opened for it
+    for folder in {folders[name] for name in models} - held.keys():
+        held[folder] = files.model(folder, config.policy.tokenizer)
+    found = {name: Role(use, folders[name], _with_head(config, name, folders[name], held[folders[name]])) for name, use in models.items()}
     for name, role in found.items():
-        if role.arch.vocab != files.model(config.policy.load, config.policy.tokenizer).vocab:
+        if role.arch.vocab != policy.vocab:
             raise UserError(
                 f"{name}.load={role.folder} has a vocabulary of {role.arch.vocab}, policy.load={config.policy.load} has another: "
                 "all models of a run read the same tokens"
@@ -140,9 +146,8 @@ def roles(config: Config) -> dict[str, Role]:
     return found
 
 
-def _architecture(config: Config, name: str, folder: str) -> Architecture:
+def _with_head(config: Config, name: str, folder: str, arch: Architecture) -> Architecture:
     """What the folder holds, with the head that the role needs."""
-    arch = files.model(folder, config.policy.tokenizer)
     if name in ("critic", "reward"):
         return replace(arch, scalar=True, lm=config.mode == "reward" and config.rm.lm > 0)
     if not arch.lm:

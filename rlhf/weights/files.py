@@ -232,7 +232,7 @@ def write(
     nodes       the node of every rank
     dtype       of the files
     shard       bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
-    bucket      bytes of tensors that a rank assembles at a time, at most (or one tensor)
+    bucket      bytes of tensors that a rank holds at a time, at most (or two tensors)
     format      in FORMATS, with tp and pp the layout of Megatron's
     """
     from rlhf.weights.publish import Publisher
@@ -255,7 +255,8 @@ def carry(
 ) -> Iterator[int]:
     """Write a target's files, which are shared out over the ranks; yields the bytes written by this rank after each batch.
 
-    Tensors are assembled in batches of at most bucket bytes (or one tensor), the same number on every rank.
+    Tensors are assembled in batches of at most half of bucket bytes (or one tensor), the same number on every rank, while the batch before
+    is written.
     """
     import torch
 
@@ -265,7 +266,7 @@ def carry(
     stored = {title: to.begin(folder, title, arch, dtype) for title in owned[rank]}
     shapes = {title: names.shapes(tiling) for title, tiling in to.tilings.items()}
     tiling = {title: _by_local(tiles) for title, tiles in to.tilings.items()}
-    batches = [[(title, group) for title in titles for group in _batches(shapes[title], dtype, bucket)] for titles in owned]
+    batches = [[(title, group) for title in titles for group in _batches(shapes[title], dtype, bucket // 2)] for titles in owned]
     largest = max((sum(prod(shapes[title][local]) for local in group) for title, group in batches[rank]), default=0)
     # Two rooms for all batches in turn (fresh memory would cost more than the copies): one is filled while the other is written.
     rooms = deque(torch.empty(largest, dtype=dtype, device=device) for _ in range(2))

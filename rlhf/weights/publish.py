@@ -65,7 +65,8 @@ class Publisher:
         self.local = [Part.of(move) for move in plan.moves if move.source == move.target == rank]
         remote = [move for move in plan.moves if move.source != move.target]
         # Half of a bucket is packed and sent while the other half is received and unpacked.
-        self.rounds = [_messages(moves, rank) for moves in _rounds(remote, bucket // 2 // dtype.itemsize)]
+        rounds = (_messages(moves, rank) for moves in _rounds(remote, bucket // 2 // dtype.itemsize))
+        self.rounds = [messages for messages in rounds if messages]
         self.bound: list[tuple[int, int]] = []  # the storages that the views below are of
         self.out_of: dict[int, Tensor] = {}  # id of a part -> its box in the source
         self.into: dict[int, Tensor] = {}  # and in the target
@@ -76,11 +77,10 @@ class Publisher:
     def publish(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         """Write every box this rank's target tiles need. Local names -> tensors, whose content alone may change between calls."""
         self._bind(source, target)
-        rounds = [messages for messages in self.rounds if messages]
         device = next(iter(source.values())).device
-        flying = [self._send(messages, device) for messages in rounds[:1]]
+        flying = [self._send(messages, device) for messages in self.rounds[:1]]
         copy([self.into[id(part)] for part in self.local], [self.out_of[id(part)] for part in self.local])  # while the first is on its way
-        for messages in rounds[1:]:
+        for messages in self.rounds[1:]:
             flying.append(self._send(messages, device))
             self._receive(flying.pop(0))
         for flight in flying:

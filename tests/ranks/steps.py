@@ -19,19 +19,16 @@ from rlhf import configuration
 from rlhf.parallel.mesh import Mesh
 
 KEYS = ["steps=1", "batch.prompts=4", "batch.tokens=2048", "data.max_tokens=384", "data.overlong=truncate", "rollout.engine=kvcache"]
-KEYS += ["rollout.max_tokens=32", "rollout.group=4", "rollout.top_k=0", "checkpoint.every=0", "checkpoint.export=false", "optim.lr=1e-4"]
-REWARD = {"grpo": [], "rlhf": ["rollout.group=1"], "online-dpo": []}  # grpo's is the math verifier
+KEYS += ["rollout.max_tokens=32", "rollout.group=4", "checkpoint.every=0", "checkpoint.export=false", "optim.lr=1e-4"]
+JUDGED = ("rlhf", "online-dpo")  # by the reward model; grpo has the math verifier
 
 
 def main() -> None:
     folder, pairs = Path(sys.argv[1]), [argument.split("=", 1) for argument in sys.argv[2:]]
     mesh = Mesh(configuration.load("sft", []).parallel, 1)
     for i, (mode, file) in enumerate(pairs):
-        more = [f"reward.load={folder}/reward"] if mode in ("rlhf", "online-dpo") else []
-        out = folder / f"step{i}"
-        config = configuration.load(
-            mode, [*KEYS, *REWARD.get(mode, []), *more, f"policy.load={folder}/sft", f"data.train={file}", f"out={out}"]
-        )
+        judge, out = [f"reward.load={folder}/reward"] if mode in JUDGED else [], folder / f"step{i}"
+        config = configuration.load(mode, [*KEYS, *judge, f"policy.load={folder}/sft", f"data.train={file}", f"out={out}"])
         train(config, mesh)
         row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         assert math.isfinite(row["loss"]), row
