@@ -13,6 +13,7 @@ import argparse
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -259,7 +260,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing; copy the checkpoint again, completely")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")
-    with torch.serialization.safe_globals(known):
+    with _allowed(known):
         refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         if refused:
             raise UserError(
@@ -270,6 +271,21 @@ def _read(path: Path) -> dict[str, Any]:
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
             raise UserError(f"{path}: not readable: {str(error).splitlines()[0][:200]}") from None
     return tree
+
+
+@contextmanager
+def _allowed(known: list[Any]) -> Iterator[None]:
+    """Let torch.load build known alone: what others have allowed (megatron.core does, on import) would widen it, and hide our stand-ins."""
+    import torch
+
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(known)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
