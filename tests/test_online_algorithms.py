@@ -189,6 +189,14 @@ def test_ppo_reward_clip_and_scale() -> None:
     assert resumed.credit(ppo_samples([4.0]))[0][0].returns[-1] == pytest.approx(4 / np.std([*seen, 4.0]), abs=1e-6)
 
 
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 2.7, -0.7])
+def test_ppo_scale_of_equal_rewards(reward: float) -> None:
+    """Their mean may differ from them by a rounding error: that is no deviation to divide by."""
+    ppo = algorithm("rlhf", "ppo.kl=0", "ppo.lam=1", "ppo.reward_scale=true")
+    for count in (3, 7, 10, 100):
+        assert [s.returns[-1] for s in ppo.credit(ppo_samples([reward] * count))[0]] == pytest.approx([reward] * count)
+
+
 def test_ppo_ngram_penalty() -> None:
     samples = ppo_samples([1.0], length=4)
     samples[0].tokens[2:] = [8, 9, 8, 9]

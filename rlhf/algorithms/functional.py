@@ -143,12 +143,17 @@ def whiten(samples: Sequence[Sample]) -> None:
 
 
 def running_deviation(state: dict[str, float], values: np.ndarray) -> float:
-    """Population standard deviation of all values so far, these included; state keeps their count, mean and summed squares (Chan, 1979)."""
+    """Population standard deviation of all values so far, these included; state keeps their count, mean and summed squares (Chan, 1979).
+
+    0 where they differ by no more than rounding of float32, in which scores come: to divide by that would make enormous numbers of equals.
+    """
     count, mean, squares = (state.get(f"reward_{name}", 0.0) for name in ("count", "mean", "squares"))
     total, shift = count + len(values), float(values.mean()) - mean
     squares += float(((values - values.mean()) ** 2).sum()) + shift**2 * count * len(values) / total
-    state |= {"reward_count": total, "reward_mean": mean + shift * len(values) / total, "reward_squares": squares}
-    return (squares / total) ** 0.5
+    mean += shift * len(values) / total
+    state |= {"reward_count": total, "reward_mean": mean, "reward_squares": squares}
+    deviation = (squares / total) ** 0.5
+    return deviation if deviation > 1e-6 * abs(mean) else 0.0
 
 
 def repeats(tokens: np.ndarray, n: int) -> np.ndarray:
