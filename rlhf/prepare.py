@@ -76,10 +76,11 @@ def generates(config: Config) -> bool:
 
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> None:
     """What is read and what will be written."""
-    to_read = {role.folder: role.arch for role in models.values()} or {config.policy.load: arch}
+    to_read = {config.policy.load: arch} | {role.folder: role.arch for role in models.values()}
+    judges = {role.folder for name, role in models.items() if name == "reward" and role.use == "frozen"}  # a head of zeros is for learners
     for folder, held in to_read.items():
         if config.policy.init == "load" or folder != config.policy.load:
-            files.check(folder, held)
+            files.check(folder, held, head=folder in judges)
     for name in config.checkpoint.format:
         if name not in files.FORMATS:
             raise UserError(f"checkpoint.format={name}: choose among {', '.join(files.FORMATS)}")

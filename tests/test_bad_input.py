@@ -37,7 +37,7 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr("rlhf.launcher.run", lambda *_: pytest.fail("ranks were started in spite of the mistake"))
 
     def run(mode: str, *overrides: str) -> str:
-        data = {"sft": "train_sft", "grpo": "train_rl"}[mode]
+        data = {"sft": "train_sft", "grpo": "train_rl", "evaluate": "train_rl"}[mode]
         good = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/{data}.jsonl", "data.max_tokens=128"]
         assert main([mode, *good, "rollout.max_tokens=32", *overrides]) == 2
         lines = capsys.readouterr().err.splitlines()
@@ -129,6 +129,17 @@ def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: li
     line = fail("sft", f"policy.load={tmp_path}")
     assert str(tmp_path / "config.json") in line
     assert all(part in line for part in wanted), line
+
+
+@pytest.mark.parametrize("mode", ["grpo", "evaluate"])
+def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: str) -> None:
+    """A language model in its place would score everything 0. Whoever learns may begin with a head of zeros."""
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
+    demo_task.make_weights(tmp_path)
+    load = ("policy.init=load", f"reward.load={tmp_path}", f"data.eval={made}/data/heldout.jsonl")
+    assert f"{tmp_path} has no scalar head" in fail(mode, *load, f"policy.load={tmp_path}")
+    assert f"{made}/model: no *.safetensors file" in fail(mode, *load)
 
 
 def test_safetensors(fail, made: Path, tmp_path: Path) -> None:

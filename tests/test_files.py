@@ -66,6 +66,8 @@ def test_a_causal_model_serves_as_a_scalar_one(tmp_path: Path, lm: bool):
     save(tmp_path, random_hf(LLAMA))
     arch = replace(LLAMA, scalar=True, lm=lm)
     files.check(tmp_path, arch)
+    with pytest.raises(UserError, match=r"no scalar head \(score\.weight\): it is no reward model"):
+        files.check(tmp_path, arch, head=True)
     for rank, tiling in enumerate(tilings(arch, "mcore", 4, 2, 2)):
         got = {tile.local: torch.full((9999, 32), torch.nan) for tile in tiling if tile.name == "score.weight"}
         files.read(tmp_path, arch, [tile for tile in tiling if tile.name == "score.weight"], got)

@@ -65,17 +65,17 @@ class Source:
                 source = view(stored, move.source_tile, move.box)
                 view(tensors[move.target_tile.local], move.target_tile, move.box).copy_(source)
             for tile in tiling:
-                if tile.name == names.SCORE and not self._has_head:
+                if tile.name == names.SCORE and not self.has_head:
                     view(tensors[tile.local], tile, tile.box).zero_()
 
     @property
-    def _has_head(self) -> bool:
+    def has_head(self) -> bool:
         return any(tile.name == names.SCORE for tiling in self.tilings for tile in tiling)
 
     def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
         """Which box comes from which shard: the plan of a world whose last rank alone holds nothing and wants everything."""
         held = [[tile for tile in shard if tile.name in wanted] for shard in self.tilings]
-        mine = [tile for tile in tiling if tile.name != names.SCORE or self._has_head]
+        mine = [tile for tile in tiling if tile.name != names.SCORE or self.has_head]
         return plan([*held, []], [*([] for _ in held), mine], [0] * (len(held) + 1)).moves
 
 
@@ -108,9 +108,13 @@ def is_checkpoint(folder: str | Path) -> bool:
     return megatron.is_checkpoint(Path(folder))
 
 
-def check(folder: str | Path, arch: Architecture) -> None:
-    """Raise UserError, naming the file, unless the folder holds the tensors of arch, in any format. Reads headers only."""
-    open_folder(folder, arch)
+def check(folder: str | Path, arch: Architecture, head: bool = False) -> None:
+    """Raise UserError, naming the file, unless the folder holds the tensors of arch, in any format, and with `head` a scalar head too.
+
+    Reads headers only.
+    """
+    if not open_folder(folder, arch).has_head and head:
+        raise UserError(f"{folder} has no scalar head ({names.SCORE}): it is no reward model, and all of its scores would be 0")
 
 
 def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, torch.Tensor]) -> None:
