@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import tomllib
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from rlhf.config import Config
 from rlhf.contracts import UserError
 
-# The least value a number may have, where that is not 0 or where 0 means nothing.
-LEAST = dict.fromkeys(
+# The least value a number may have, where that is not 0 or where 0 means nothing, and the largest, where more means nothing.
+LEAST: dict[str, float] = dict.fromkeys(
     ("steps", "parallel.tp", "parallel.pp", "parallel.cp", "batch.prompts", "batch.minibatches", "batch.epochs", "batch.tokens")
     + ("rollout.tp", "rollout.group", "rollout.rounds", "rollout.max_tokens", "rollout.bucket")
     + ("data.max_tokens", "reward.workers", "checkpoint.keep", "log.every"),
     1,
+) | dict.fromkeys(("rollout.top_p", "rollout.memory"), 0.01)
+MOST = dict.fromkeys(("rollout.top_p", "rollout.memory", "ppo.gamma", "ppo.lam"), 1) | dict.fromkeys(
+    ("optim.beta1", "optim.beta2"), 0.99999
 )
 
 
@@ -99,9 +103,9 @@ def _cast(hint: Any, value: Any, path: str) -> Any:
         value = str(value)
     if type(value) is not hint:
         raise UserError(f"{path} must be {hint.__name__}, got {value!r}")
-    least = LEAST.get(path, 0)
-    if hint in (int, float) and value < least:
-        raise UserError(f"{path} must be at least {least}, got {value!r}")
+    least, most = LEAST.get(path, 0), MOST.get(path, math.inf)
+    if hint in (int, float) and not least <= value <= most:  # nan is in no range
+        raise UserError(f"{path} must be at least {least}" + (f" and at most {most}" if path in MOST else "") + f", got {value!r}")
     return value
 
 

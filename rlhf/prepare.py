@@ -180,6 +180,8 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError(f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy the model's into it")
     if config.rollout.rounds > 1 and not rule(config):
         raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
+    if config.rollout.rounds > 1 and config.rollout.group == 1 and config.mode != "evaluate":
+        raise UserError("rollout.rounds > 1 keeps groups of unequal rewards, and rollout.group=1 makes none: set one of the two")
 
 
 def check_world(parallel: Parallel, world: int) -> None:

@@ -37,7 +37,7 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr("rlhf.launcher.run", lambda *_: pytest.fail("ranks were started in spite of the mistake"))
 
     def run(mode: str, *overrides: str) -> str:
-        data = {"sft": "train_sft", "grpo": "train_rl", "evaluate": "train_rl"}[mode]
+        data = {"sft": "train_sft", "grpo": "train_rl", "rlhf": "train_rl", "evaluate": "train_rl"}[mode]
         good = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/{data}.jsonl", "data.max_tokens=128"]
         assert main([mode, *good, "rollout.max_tokens=32", *overrides]) == 2
         lines = capsys.readouterr().err.splitlines()
@@ -56,6 +56,10 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         ("sft", "steps=many", ["steps must be int", "'many'"]),
         ("sft", "optim.lr=-1", ["optim.lr", "at least 0", "-1"]),
         ("sft", "batch.prompts=0", ["batch.prompts", "at least 1", "0"]),
+        ("sft", "optim.lr=nan", ["optim.lr", "at least 0", "nan"]),
+        ("sft", "optim.beta2=1", ["optim.beta2", "at most 0.99999", "1.0"]),
+        ("grpo", "rollout.top_p=0", ["rollout.top_p", "at least 0.01 and at most 1", "0.0"]),
+        ("grpo", "rollout.top_p=1.5", ["rollout.top_p", "at most 1", "1.5"]),
         ("sft", "optim.schedule=fast", ["optim.schedule", "constant, linear, cosine", "'fast'"]),
         ("sft", "missing.toml", ["missing.toml", "No such file"]),
         ("sft", "parallel.tp=3", ["parallel.tp=3", "attention heads 4"]),
@@ -73,6 +77,13 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
     line = fail(mode, override)
     assert line.startswith("rlhf: ")
     assert all(part in line for part in wanted), line
+
+
+def test_rounds_need_groups(fail, made: Path) -> None:
+    """Every group of one has equal rewards, so each step would sample all of its rounds and keep none of them."""
+    line = fail("rlhf", f"critic.load={made}/model", "rollout.rounds=3", "rollout.group=1")
+    assert "rollout.rounds > 1" in line
+    assert "rollout.group=1" in line
 
 
 def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path) -> None:
