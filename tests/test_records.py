@@ -1,16 +1,22 @@
 """Records: files, limits, and the laws of drawing."""
 
 import gzip
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from rows import first_lines, learned, whole, write
 
 from rlhf.config import Data
 from rlhf.contracts import UserError
-from rlhf.data import templates
+from rlhf.data import reader, templates
 from rlhf.data.columns import digest
 from rlhf.data.records import Records, permutation
 
@@ -136,6 +142,73 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
     kept.write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and it will be made again"):
         load()
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Give every small file to as many processes, a few lines at a time."""
+
+    def set_processes(count):
+        monkeypatch.setattr(reader, "CHUNK", 200)
+        monkeypatch.setattr(reader.os, "sched_getaffinity", lambda _: range(count))
+
+    return set_processes
+
+
+@pytest.mark.parametrize("fixture", ["llama3", "llama2"])
+def test_many_processes_make_what_one_makes(tmp_path, request, fixture, processes, monkeypatch):
+    """The files of tokens are bitwise equal, whole chunks of dropped lines and all."""
+    rows = [{"query": f"Q {n}?", "response": ["four " * (n % 7 + 1), "é"], "score": [n, -1]} for n in range(40)]
+    rows[10:20] = [{"query": "Q?", "response": ["the answer is four " * 30, "no"], "score": [1, 0]}] * 10
+    file = write(tmp_path / "a.jsonl.gz", *rows[:25], "", *rows[25:])
+    started = []
+    monkeypatch.setattr(reader, "ProcessPoolExecutor", lambda count, *a, **k: started.append(count) or ProcessPoolExecutor(count, *a, **k))
+
+    def load(name):
+        data, cache = Data(overlong="drop", max_tokens=60), tmp_path / name
+        records = Records.load(file, "reward", request.getfixturevalue(fixture), data, cache=cache)
+        assert asdict(records.counts) == {"kept": 30, "truncated": 0, "dropped": 10}
+        [kept] = cache.iterdir()
+        return kept.name, kept.read_bytes()
+
+    alone = load("alone")
+    processes(3)
+    assert load("apart") == alone
+    assert started == [3]
+
+
+def test_many_processes_tell_the_first_mistake(tmp_path, tokenizer, processes):
+    processes(2)
+    rows = [{"prompt": f"question {n}"} for n in range(60)]
+    rows[31], rows[32], rows[58] = {"prompt": ""}, {"text": "?"}, "{"
+    file = write(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(UserError, match=re.escape(f"{file}:32: 'prompt' is empty; give it a text or remove the line")):
+        Records.load(file, "grpo", tokenizer, Data())
+
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told(tmp_path, tokenizer, processes, monkeypatch):
+    processes(2)
+    monkeypatch.setattr(reader, "_columns", die)
+    file = write(tmp_path / "a.jsonl", *({"prompt": f"question {n}"} for n in range(60)))
+    with pytest.raises(UserError, match=re.escape(f"data set {file}: a process that tokenizes it was killed; if memory ran out")):
+        Records.load(file, "grpo", tokenizer, Data())
+
+
+def test_processes_end_with_the_one_that_started_them():
+    """Whoever inherited the output has to end before it does."""
+    code = (
+        "import os; from rlhf.data.reader import *; from rlhf.data.reader import _start\n"
+        "pool = ProcessPoolExecutor(2, get_context('spawn'), initializer=_start, initargs=(None,))\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parents[1], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout.strip().isdigit(), "one of them had started"
 
 
 def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, tokenizer, llama2):

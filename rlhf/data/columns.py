@@ -62,17 +62,32 @@ class Columns:
             return np.cumsum(lengths, dtype=np.int64)
 
         return cls(
-            tokens=np.concatenate([c.ids for c in every]),
-            learn=np.concatenate([c.learn for c in every]),
+            tokens=np.concatenate([np.empty(0, np.int32), *(c.ids for c in every)]),
+            learn=np.concatenate([np.empty(0, bool), *(c.learn for c in every)]),
             token_ends=ends([len(c.ids) for c in every]),
-            truncated=np.array([c.truncated for c in every]),
-            rewards=np.array([c.reward for c in every]),
+            truncated=np.array([c.truncated for c in every], bool),
+            rewards=np.array([c.reward for c in every], np.float64),
             sibling_ends=ends([len(record.siblings) for record in records]),
-            rows=np.array([record.row for record in records]),
+            rows=np.array([record.row for record in records], np.int64),
             lines=np.frombuffer(b"".join(record.line for record in records), np.uint8),
             line_ends=ends([len(record.line) for record in records]),
             counts=np.array(counts),
         )
+
+    @classmethod
+    def joined(cls, parts: "list[Columns]") -> "Columns":
+        """The records of all parts, one part behind the other."""
+
+        def join(name: str) -> np.ndarray:
+            arrays = [getattr(part, name) for part in parts]
+            if name == "counts":
+                return np.sum(arrays, axis=0)
+            if name.endswith("_ends"):
+                sizes = [int(ends[-1]) if len(ends) else 0 for ends in arrays]
+                arrays = [ends + start for ends, start in zip(arrays, np.cumsum([0, *sizes[:-1]]), strict=True)]
+            return np.concatenate(arrays)
+
+        return cls(**{field.name: join(field.name) for field in fields(cls)})
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -54,7 +54,7 @@ class Limits:
 def trimmed(encoded: Encoded) -> Encoded:
     """Without the tokens behind the last learned one, which ChatML-like templates write and an engine never samples."""
     ids, learn = encoded
-    end = max((t + 1 for t in range(len(learn)) if learn[t]), default=len(ids))
+    end = len(ids) - learn[::-1].index(True) if any(learn) else len(ids)
     return ids[:end], learn[:end]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.config import Data
-from rlhf.contracts import Sample, UserError
-from rlhf.data import columns, forms, jsonl, templates
+from rlhf.contracts import Sample
+from rlhf.data import columns
 from rlhf.data.columns import Columns, Conversation, Record
 from rlhf.data.forms import Keys
-from rlhf.data.limits import Limits, trimmed
+from rlhf.data.limits import Limits
+from rlhf.data.reader import Reader
 from rlhf.data.tokenizer import Tokenizer
 
 
@@ -51,12 +52,12 @@ class Records:
         cache: folder for the tokens, which whoever loads the same data next takes from there.
         Raises UserError naming file:line for every line that does not fit, and for a data set without records.
         """
-        path, fit = Path(path), Limits(tokenizer, config, max_prompt)
+        path = Path(path)
         file = cache and cache / f"{columns.digest(path, tokenizer, config, mode, max_prompt, required)[:40]}.npz"
         known = columns.read(file) if file else None
         if known is None:
-            known = _tokenized(path, mode, tokenizer, config, fit, required)
-            if file:
+            known = Reader(mode, tokenizer, config, Limits(tokenizer, config, max_prompt), required).read(path)
+            if file and not file.exists():  # another node may have made it meanwhile
                 columns.write(file, known)
         return cls(tokenizer, known)
 
@@ -95,33 +96,6 @@ class Records:
             truncated=said.truncated,
             meta={"row": record.row, "prompt": self._tokenizer.decode(prompt, skip_special=False), "record": json.loads(record.line)},
         )
-
-
-def _tokenized(path: Path, mode: str, tokenizer: Tokenizer, config: Data, fit: Limits, required: Keys) -> Columns:
-    learn = "last" if mode in forms.COMPARED else config.learn
-    records, counts = [], Counts()
-    for row, (where, line) in enumerate(jsonl.lines(path)):
-        try:
-            told = forms.read(line, mode, required)
-            siblings = [trimmed(templates.encode(tokenizer, config.template, messages, learn)) for messages, _ in told]
-            over = fit.over(siblings)
-            if over and config.overlong == "drop":  # all of them
-                counts.dropped += 1
-                continue
-            counts.truncated += over
-            counts.kept += 1
-            said = [_conversation(*cut, reward) for cut, (_, reward) in zip(fit.cut(siblings), told, strict=True)]
-            records.append(Record(row, line, said))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    if not records:
-        why = f"{counts.dropped} lines, all over data.max_tokens; raise it" if counts.dropped else "no lines; set data.train and data.eval"
-        raise UserError(f"data set {path} has no records: {why}")
-    return Columns.of(records, (counts.kept, counts.truncated, counts.dropped))
-
-
-def _conversation(ids: list[int], learn: list[bool], truncated: bool, reward: float) -> Conversation:
-    return Conversation(np.array(ids, np.int32), np.array(learn, bool), truncated, reward)
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -39,10 +39,14 @@ class Tokenizer:
     eos       ends every response
     stop_ids  eos, then the other tokens that generation_config.json ends a response with
     vocab     number of ids; the model's embedding may be padded beyond it
+    path      of the folder or file that it was read from; a copy in another process reads it again
     files     all that it was read from, by the names they have in a folder
     """
 
-    def __init__(self, codec: Codec, files: dict[str, Path], special: dict[str, str], stops: list[int], chat_template: str | None) -> None:
+    def __init__(
+        self, path: Path, codec: Codec, files: dict[str, Path], special: dict[str, str], stops: list[int], chat_template: str | None
+    ) -> None:
+        self.path = path
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
         self._codec, self.files, self._special, self._chat_template = codec, files, special, chat_template
@@ -70,7 +74,10 @@ class Tokenizer:
         else:
             raise UserError(f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this folder; set policy.tokenizer")
         stops = _read_json(files, "generation_config.json").get("eos_token_id") or []
-        return cls(codec, files, special, [stops] if isinstance(stops, int) else stops, _chat_template(files, settings))
+        return cls(path, codec, files, special, [stops] if isinstance(stops, int) else stops, _chat_template(files, settings))
+
+    def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
+        return Tokenizer.load, (self.path,)
 
     def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
         """Token ids of a text, with no bos or eos added.

@@ -1,0 +1,121 @@
+"""Lines to columns of tokens, on all CPUs.
+
+What a line becomes depends on the line and the reader alone. So chunks of lines are read by processes of their own and put together in
+order: the columns are bitwise those that one process makes, and the mistake that is told is the first one in the files.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+
+from rlhf.config import Data
+from rlhf.contracts import UserError
+from rlhf.data import forms, jsonl, templates
+from rlhf.data.columns import Columns, Conversation, Record
+from rlhf.data.forms import Keys
+from rlhf.data.limits import Limits, trimmed
+from rlhf.data.tokenizer import Tokenizer
+
+CHUNK = 1 << 19  # bytes of lines that a process is given at a time: about 0.2 s of work
+LEAST = 4  # chunks for each process, or its start would not pay
+MOST = 32  # processes: more than this one can feed
+
+_reader: "Reader"  # in a process that reads for another: how
+
+Line = tuple[int, str, bytes]  # its place among the lines of all files, "file:line", content
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How the lines of a data set become tokens."""
+
+    mode: str
+    tokenizer: Tokenizer
+    data: Data
+    fit: Limits
+    required: Keys
+
+    def read(self, path: Path) -> Columns:
+        """The records of a file, or of the files of a folder in the order of their names.
+
+        Raises UserError naming file:line for the first line that does not fit, and for a data set without records.
+        """
+        chunks = list(_chunks(path))
+        processes = min(len(os.sched_getaffinity(0)), MOST, len(chunks) // LEAST)
+        columns = Columns.joined(self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks)))
+        if not len(columns):
+            dropped = columns.counts[-1]
+            why = f"{dropped} lines, all over data.max_tokens; raise it" if dropped else "no lines; set data.train and data.eval"
+            raise UserError(f"data set {path} has no records: {why}")
+        return columns
+
+    def columns(self, chunk: list[Line]) -> Columns:
+        """The records of some lines. Raises UserError naming file:line."""
+        learn = "last" if self.mode in forms.COMPARED else self.data.learn
+        records, truncated, dropped = [], 0, 0
+        for row, where, line in chunk:
+            try:
+                told = forms.read(line, self.mode, self.required)
+                siblings = [trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn)) for messages, _ in told]
+                over = self.fit.over(siblings)
+                if over and self.data.overlong == "drop":  # all of them
+                    dropped += 1
+                    continue
+                truncated += over
+                said = [_conversation(*cut, reward) for cut, (_, reward) in zip(self.fit.cut(siblings), told, strict=True)]
+                records.append(Record(row, line, said))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        return Columns.of(records, (len(records), truncated, dropped))
+
+    def _apart(self, path: Path, chunks: list[list[Line]], processes: int) -> list[Columns]:
+        """columns() of each chunk, from other processes. Not forked: no fork survives a CUDA context or the threads of an engine."""
+        try:
+            with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start, initargs=(self,)) as pool:
+                return list(pool.map(_columns, chunks))
+        except BrokenProcessPool:
+            raise UserError(f"data set {path}: a process that tokenizes it was killed; if memory ran out, give the job more") from None
+
+
+def _chunks(path: Path) -> Iterator[list[Line]]:
+    """All lines, in order; one chunk at least."""
+    chunk: list[Line] = []
+    size = 0
+    for row, (where, line) in enumerate(jsonl.lines(path)):
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((row, where, line))
+        size += len(line)
+    yield chunk
+
+
+def _start(reader: Reader) -> None:
+    """Make this process one of a reader's. It ends with the process that started it, however that ends."""
+    global _reader
+    _reader = reader
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes, and the first one answers
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _columns(chunk: list[Line]) -> Columns:
+    return _reader.columns(chunk)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent, "only a child process has a parent to wait for"
+    parent.join()
+    os._exit(1)
+
+
+def _conversation(ids: list[int], learn: list[bool], truncated: bool, reward: float) -> Conversation:
+    return Conversation(np.array(ids, np.int32), np.array(learn, bool), truncated, reward)
