@@ -37,7 +37,7 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner
 def run(config: Config) -> int:
     """One rank's whole life. Every rank calls it alike. Returns the exit code: 0, or SAVED where a signal ended a training run early."""
     mesh = Mesh(config.parallel, config.seed)
-    given = inputs(config, mesh.world)
+    given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
     if mesh.rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         (Path(config.out) / "config.toml").write_text(

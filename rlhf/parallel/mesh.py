@@ -7,20 +7,24 @@ consecutive too, so engine tp and training tp meet on the same node.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.config import Parallel
+from rlhf.contracts import UserError
 from rlhf.parallel import cpu
 
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the CPU hook)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,21 @@ class Mesh:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self._objects)
         return values
+
+    def first_on_node(self, call: Callable[[], T]) -> T:
+        """What call() returns. The first rank of every node calls it before the others, who find what it has left on storage.
+
+        Its UserError is raised on all ranks.
+        """
+        first, mistake = self.rank % self.ranks_per_node == 0, ""
+        if first:
+            try:
+                value = call()
+            except UserError as error:
+                mistake = str(error)
+        if mistakes := [said for said in self.all_gather(mistake) if said]:
+            raise UserError(mistakes[0])
+        return value if first else call()
 
     def close(self) -> None:
         """Forget the model-parallel groups, so that the same world can be split anew."""

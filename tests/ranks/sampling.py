@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from rlhf import configuration
 from rlhf.config import Parallel
-from rlhf.contracts import Sample, groups
+from rlhf.contracts import Sample, UserError, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.model import architecture
@@ -116,8 +118,28 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
     assert sums["groups_kept"] == (0.0, 20.0)
 
 
+def check_the_first_rank_of_a_node_goes_first(folder: Path, mesh: Mesh) -> None:
+    """And when it meets a mistake, no other goes."""
+    mark = folder / f"made{mesh.world}"
+
+    def make() -> bool:
+        found = mark.exists()
+        time.sleep(0.2)
+        mark.touch()
+        return found
+
+    def fail() -> None:
+        assert mesh.rank == 0, "not to be called here"
+        raise UserError("a mistake")
+
+    assert mesh.first_on_node(make) == (mesh.rank > 0)
+    with pytest.raises(UserError, match="a mistake"):
+        mesh.first_on_node(fail)
+
+
 def main() -> None:
     folder, mesh = Path(sys.argv[1]), Mesh(Parallel(), seed=1)
+    check_the_first_rank_of_a_node_goes_first(folder, mesh)
     check_draw_is_a_function_of_seed_and_step(folder, mesh)
     check_samples_are_aligned(folder, mesh)
     check_stop_string_cuts_tokens(folder, mesh)
