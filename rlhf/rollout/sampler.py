@@ -60,7 +60,7 @@ class Sampler:
     def sampling(self) -> Sampling:
         """How the configuration says to sample. A stop string that is a single token ends generation at once."""
         r = self.config.rollout
-        single = [ids[0] for text in r.stop if len(ids := self.tokenizer.encode(text)) == 1]
+        single = [ids[0] for text in r.stop if len(ids := self.tokenizer.encode(text, continues=True, control=True)) == 1]
         stop_ids = (*self.tokenizer.stop_ids, *single)
         return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
 
@@ -111,13 +111,15 @@ class Sampler:
 
     def _cut(self, completion: Completion) -> Completion:
         """End the response behind the first stop string. Tokens are cut, never made again from text."""
-        text = self.tokenizer.decode(completion.tokens)
-        if not any(stop in text for stop in self.config.rollout.stop):
+
+        def stopped(tokens: list[int]) -> bool:
+            text = self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token, as <|im_end|>
+            return any(stop in text for stop in self.config.rollout.stop)
+
+        if not stopped(completion.tokens):
             return completion
-        for n in range(1, len(completion.tokens) + 1):
-            if any(stop in self.tokenizer.decode(completion.tokens[:n]) for stop in self.config.rollout.stop):
-                return Completion(completion.tokens[:n], completion.logp[:n], "stop")
-        return completion
+        n = next(n for n in range(1, len(completion.tokens) + 1) if stopped(completion.tokens[:n]))
+        return Completion(completion.tokens[:n], completion.logp[:n], "stop")
 
 
 def summary(samples: list[Sample]) -> Sums:
