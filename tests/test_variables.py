@@ -114,3 +114,11 @@ def test_a_layout_by_variables_leaves_data_parallel_open(tmp_path: Path):
 @pytest.mark.parametrize("size", ["llama2-7B", "llama2-13B", "llama2-70B"])
 def test_sizes_that_are_shipped(size: str):
     assert load("rlhf", {"model_size": size}).parallel.tp >= 4
+
+
+def test_modes_that_are_shipped():
+    """What the tutorial's scripts do where the papers, and so the defaults, do otherwise."""
+    grpo, online = (configuration.load(mode, [f"{ROOT}/configs/{mode}.toml"]) for mode in ("grpo", "online-dpo"))
+    assert (grpo.grpo.kl, grpo.grpo.mean) == (0.1, "token")  # its KL has the weight of dpo, its mean is over a micro-batch's tokens
+    assert (Config().grpo.kl, Config().grpo.mean) == (0.04, "sequence")
+    assert (online.dpo.pairs, online.dpo.beta) == ("all", 0.1)
