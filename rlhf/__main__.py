@@ -73,7 +73,7 @@ def explain(config: Config) -> int:
     """Show what a run would be, on the nodes that the environment tells of."""
     from rlhf import dryrun
 
-    nodes = int(os.environ.get("WORLD_SIZE", "1"))
+    nodes = cluster.number(os.environ, "WORLD_SIZE", cluster.number(os.environ, "SLURM_NNODES", 1))
     dryrun.show(config, nodes * ranks_per_node(config, nodes))
     return 0
 
@@ -96,7 +96,7 @@ def launch(config: Config, arguments: list[str]) -> int:
 def ranks_per_node(config: Config, nodes: int) -> int:
     """All GPUs (GPUS_PER_NODE overrides), or on a CPU as many as the layout asks for."""
     p = config.parallel
-    devices = int(os.environ.get("GPUS_PER_NODE", "0")) or gpus()
+    devices = cluster.number(os.environ, "GPUS_PER_NODE", 0) or gpus()
     asked = p.tp * p.pp * p.cp * max(p.dp, 1)
     if not devices:
         return max(1, -(-asked // nodes))

@@ -37,12 +37,12 @@ class Node:
 def node(env: Environment) -> Node:
     """Where the launcher of this node is. Raises UserError for variables that contradict each other."""
     step = in_step(env)
-    count = _number(env, "WORLD_SIZE", int(env["SLURM_STEP_NUM_NODES"]) if step else 1)
-    index = _number(env, "RANK", int(env["SLURM_NODEID"]) if step else 0)
+    count = number(env, "WORLD_SIZE", int(env["SLURM_STEP_NUM_NODES"]) if step else 1)
+    index = number(env, "RANK", int(env["SLURM_NODEID"]) if step else 0)
     if index >= count:
         raise UserError(f"RANK={index} is not below WORLD_SIZE={count}: they count nodes, the first is 0")
     if count == 1:
-        return Node(index, count, env.get("MASTER_ADDR") or "127.0.0.1", _number(env, "MASTER_PORT", 0) or free_port())
+        return Node(index, count, env.get("MASTER_ADDR") or "127.0.0.1", number(env, "MASTER_PORT", 0) or free_port())
     if not step and not env.get("MASTER_ADDR"):
         raise UserError(
             f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: set it to the address of the node with RANK=0, on all of them"
@@ -154,10 +154,11 @@ def _meeting(env: Environment) -> tuple[str, int]:
     port = 29500
     if in_step(env):
         port = 10000 + (7 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000
-    return env.get("MASTER_ADDR") or hosts(env["SLURM_STEP_NODELIST"])[0], _number(env, "MASTER_PORT", port)
+    return env.get("MASTER_ADDR") or hosts(env["SLURM_STEP_NODELIST"])[0], number(env, "MASTER_PORT", port)
 
 
-def _number(env: Environment, name: str, default: int) -> int:
+def number(env: Environment, name: str, default: int) -> int:
+    """The value of a variable, or the default where it is not set or empty. Raises UserError."""
     text = env.get(name)
     if not text:
         return default

@@ -96,6 +96,13 @@ def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch) -> No
     assert "3 ranks" in fail("sft", "parallel.tp=2")
 
 
+@pytest.mark.parametrize("name", ["GPUS_PER_NODE", "WORLD_SIZE"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_counts_that_are_no_numbers(fail, monkeypatch: pytest.MonkeyPatch, name: str, more: list[str]) -> None:
+    monkeypatch.setenv(name, "two")
+    assert f"{name}=two is not a number" in fail("sft", *more)
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
