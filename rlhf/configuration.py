@@ -52,10 +52,15 @@ def _read(argument: str) -> dict[str, Any]:
 
 def _override(argument: str) -> dict[str, Any]:
     key, text = argument.split("=", 1)
+    hint: Any = Config
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else None
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text  # bare words are strings
+    if hint is str and not isinstance(value, str):
+        value = text  # and so are folders that are called like a number or a date
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

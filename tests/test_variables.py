@@ -94,7 +94,8 @@ def test_folders(tmp_path: Path):
 
 
 def test_values_are_texts_whatever_they_look_like():
-    assert load("sft", {"LOAD_PATH": "7", "CHECKPOINT_PATH": "a = b"}).out == "a = b"
+    for text in ("a = b", "1e5", "2024-05-17", "true", "007"):
+        assert load("sft", {"LOAD_PATH": "7", "CHECKPOINT_PATH": text}).out == text
 
 
 def test_the_readme_has_the_table():
