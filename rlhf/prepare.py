@@ -62,8 +62,9 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     check_world(config.parallel, world)
     for role in models.values():
         _check_training(config, role)
-    if config.data.max_tokens > arch.context:
-        raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the model's context of {arch.context}: lower it")
+    for folder, read in {config.policy.load: arch, **{role.folder: role.arch for role in models.values()}}.items():
+        if config.data.max_tokens > read.context:
+            raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the context of {folder}, {read.context}: lower it")
     if generates(config):
         _check_sampling(config, arch, world)
     return arch, models

@@ -160,6 +160,12 @@ def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: s
     assert f"{made}/model: no *.safetensors file" in fail(mode, *load)
 
 
+def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
+    """A reward model of a shorter context than the policy's would be asked about positions that it never saw."""
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | {"max_position_embeddings": 64}))
+    assert f"data.max_tokens=128 is longer than the context of {tmp_path}, 64" in fail("grpo", f"reward.load={tmp_path}")
+
+
 def test_safetensors(fail, made: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.model", "config.json"):
         (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
