@@ -32,6 +32,8 @@ class PPO(Algorithm):
             self.streams += ("ref_logp",)
         elif self.config.kl_target:
             raise UserError("ppo.kl_target adapts ppo.kl, which is 0 and would stay 0: set ppo.kl to where it starts, or ppo.kl_target=0")
+        if self.config.critic_warmup >= config.steps:
+            raise UserError(f"ppo.critic_warmup={self.config.critic_warmup} leaves the policy none of steps={config.steps}: lower it")
         responses = config.batch.prompts * config.rollout.group
         if self.config.kl_target and self.config.kl_horizon <= ERROR * responses:  # the coefficient could turn negative
             short = f"ppo.kl_horizon={self.config.kl_horizon} is too short for steps of {responses} responses"

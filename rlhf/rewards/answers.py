@@ -75,7 +75,7 @@ def equal(a: str, b: str) -> bool:
 # LaTeX and typography -> one plain spelling, in this order.
 SPELLING = {
     "\\\\": "¦",  # a new row of a matrix
-    **dict.fromkeys(("\\left", "\\right", "\\displaystyle", "\\!", "\\(", "\\)", "\\[", "\\]", "\\$", "$", "€", "£", "¥", "₹"), ""),
+    **dict.fromkeys(("\\left", "\\right", "\\displaystyle", "\\!", "\\(", "\\)", "\\[", "\\]", "\\$", "$", "€", "£", "¥", "₹", "¢"), ""),
     **dict.fromkeys(("\\dfrac", "\\tfrac", "\\cfrac"), "\\frac"),
     **dict.fromkeys(("\\cdot", "\\times", "×", "·"), "*"),
     **dict.fromkeys(("\\div", "÷", "⁄"), "/"),
