@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file
 from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
-from rlhf.weights import files
-from rlhf.weights.names import tilings
+from rlhf.weights import files, publish
+from rlhf.weights.names import shapes, tilings
 from rlhf.weights.publish import Publisher, _rounds
 from rlhf.weights.tiles import plan
 
@@ -99,6 +99,42 @@ def test_rounds_fill_both_directions():
     rounds = _rounds([move for move in moves if move.source != move.target], 10_000)
     assert len(rounds) > 4
     assert all({move.source for move in group} == {0, 1} for group in rounds)
+
+
+def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPatch):
+    """Between any two rounds a fair share; and all messages of all rounds lie in one bucket."""
+    training, engines = tilings(LLAMA, "mcore", 2, 2), tilings(LLAMA, "vllm", 2, 1)
+    source, target = ({name: torch.zeros(shape) for name, shape in shapes(tiling[0]).items()} for tiling in (training, engines))
+    live = {tensor.untyped_storage().data_ptr() for tensors in (source, target) for tensor in tensors.values()}
+    rounds: list[int] = []  # after the start of each: elements copied from source to target
+    buffers: dict[int, int] = {}  # address -> bytes
+
+    def start(calls: list[tuple]) -> list:
+        rounds.append(0)
+        buffers.update({flat.untyped_storage().data_ptr(): flat.untyped_storage().nbytes() for _, flat, _ in calls})
+        return []
+
+    def copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        for into, out_of in zip(targets, sources, strict=True):
+            if {into.untyped_storage().data_ptr(), out_of.untyped_storage().data_ptr()} <= live:
+                rounds[-1] += into.numel()
+
+    for where, name, fake in (
+        (dist, "barrier", lambda: None),
+        (dist, "P2POp", lambda *a: a),
+        (dist, "batch_isend_irecv", start),
+        (publish, "copy", copy),
+    ):
+        monkeypatch.setattr(where, name, fake)
+    moves = plan(training, engines, [0, 0])
+    publisher = Publisher(moves, 0, torch.float32, SMALL)
+    publisher.publish(source, target)
+    staying = sum(move.numel for move in moves.moves if move.source == move.target == 0)
+    assert len(rounds) == len(publisher.rounds) > 8
+    assert sum(rounds) == staying
+    assert max(rounds) < 4 * staying / len(rounds)
+    assert len(buffers) == 1
+    assert sum(buffers.values()) <= SMALL
 
 
 @pytest.mark.parametrize(("layout", "crossing"), [("--train-tp=2", 1 / 2), ("--train-pp=2 --engine-tp=2", 1 / 4)])

@@ -64,9 +64,9 @@ class Publisher:
         self.plan, self.rank, self.dtype = plan, rank, dtype
         self.local = [Part.of(move) for move in plan.moves if move.source == move.target == rank]
         remote = [move for move in plan.moves if move.source != move.target]
-        # Half of a bucket is packed and sent while the other half is received and unpacked.
+        # Half of a bucket is packed, or received and unpacked, while the other half is on its way.
         rounds = (_messages(moves, rank) for moves in _rounds(remote, bucket // 2 // dtype.itemsize))
-        self.rounds = [messages for messages in rounds if messages]
+        self.rounds = [messages for messages in rounds if messages] or [[]]  # one at least, in which local copies are made
         self.bound: list[tuple[int, int]] = []  # the storages that the views below are of
         self.out_of: dict[int, Tensor] = {}  # id of a part -> its box in the source
         self.into: dict[int, Tensor] = {}  # and in the target
@@ -75,16 +75,21 @@ class Publisher:
 
     @torch.no_grad()
     def publish(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-        """Write every box this rank's target tiles need. Local names -> tensors, whose content alone may change between calls."""
+        """Write every box this rank's target tiles need. Local names -> tensors, whose content alone may change between calls.
+
+        On a GPU all of it is in the order of the current stream, which nobody waits for.
+        """
         self._bind(source, target)
-        device = next(iter(source.values())).device
-        flying = [self._send(messages, device) for messages in self.rounds[:1]]
-        copy([self.into[id(part)] for part in self.local], [self.out_of[id(part)] for part in self.local])  # while the first is on its way
-        for messages in self.rounds[1:]:
-            flying.append(self._send(messages, device))
+        turns = len(self.rounds)
+        size = max(sum(message.numel for message in messages) for messages in self.rounds)
+        rooms = torch.empty(2, size, dtype=self.dtype, device=next(iter(source.values())).device)
+        flying = [self._send(self.rounds[0], rooms[0])]
+        for turn in range(turns):
+            if turn + 1 < turns:
+                flying.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2]))
+            share = self.local[turn::turns]  # spread over the rounds: while links work the device has time, and links never wait for it
+            copy([self.into[id(part)] for part in share], [self.out_of[id(part)] for part in share])
             self._receive(flying.pop(0))
-        for flight in flying:
-            self._receive(flight)
 
     def _bind(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         """Make the views of all boxes, unless they were made of the same storages: making them anew would take longer than to copy them."""
@@ -122,10 +127,10 @@ class Publisher:
                         f" {move.box} on rank {move.source}: the engine does not hold the weights that were trained"
                     )
 
-    def _send(self, messages: list[Message], device: torch.device) -> Flight:
+    def _send(self, messages: list[Message], room: Tensor) -> Flight:
         """Pack what leaves and start all transfers of a round."""
         sizes = [message.numel for message in messages]
-        packed = torch.empty(sum(sizes), dtype=self.dtype, device=device).split(sizes)
+        packed = room[: sum(sizes)].split(sizes)
         calls = []
         for message, flat in zip(messages, packed, strict=True):
             if message.source == self.rank:
@@ -134,7 +139,7 @@ class Publisher:
                 calls.append(dist.P2POp(dist.isend, flat, message.target))
             else:
                 calls.append(dist.P2POp(dist.irecv, flat, message.source))
-        return Flight(messages, packed, dist.batch_isend_irecv(calls))
+        return Flight(messages, packed, dist.batch_isend_irecv(calls) if calls else [])
 
     def _receive(self, flight: Flight) -> None:
         """Wait for a round, and unpack what arrived."""
