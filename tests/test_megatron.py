@@ -20,7 +20,7 @@ from test_tiles import FAMILIES, LLAMA, mcore_rank, random_hf
 
 from rlhf.contracts import UserError
 from rlhf.model import architecture
-from rlhf.weights import files, hf, megatron, names
+from rlhf.weights import files, hf, megatron, names, pt
 
 
 def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):
@@ -118,7 +118,7 @@ def save_as_megatron_does(
     """A trained TP2 checkpoint: parameters are views into one buffer, optimizer and random states lie beside, and args know enums."""
     hf_tensors = random_hf(arch)
     args = megatron.describe(arch, "mcore", 2, 1, rows, torch.float32, 3) | {"rotary_base": 10000}
-    args |= {"model_type": foreign(monkeypatch, megatron.ENUMS[0]), "attention_backend": foreign(monkeypatch, megatron.ENUMS[4]), **changes}
+    args |= {"model_type": foreign(monkeypatch, pt.ENUMS[0]), "attention_backend": foreign(monkeypatch, pt.ENUMS[4]), **changes}
     for rank in range(2):
         held = mcore_rank(arch, hf_tensors, (rank, 2), (0, 1))
         for name in ("embedding.word_embeddings.weight", "output_layer.weight"):

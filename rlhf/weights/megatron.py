@@ -3,17 +3,15 @@
     latest_checkpointed_iteration.txt            a number, or `release`
     iter_0000001/mp_rank_{tp:02}/model_optim_rng.pt        with pipeline stages mp_rank_{tp:02}_{pp:03}
 
-A .pt file is a zip archive: one record is a pickle of the tree of dicts, each other one is the raw bytes of a storage. It is read by
-torch.load with weights_only and the classes of ALLOWED, and never as a whole: what is kept is where each tensor's bytes are.
+A .pt file is a zip archive: one record is a pickle of the tree of dicts, each other one is the raw bytes of a storage. It is never read as
+a whole: what is kept is where each tensor's bytes are.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.contracts import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights import names, torch_dist
+from rlhf.weights import names, pt, torch_dist
 from rlhf.weights.entries import Entry, Shape, kind
 from rlhf.weights.tiles import Tile
 
@@ -31,25 +29,10 @@ if TYPE_CHECKING:
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
-# What the pickle of a checkpoint may name beside tensors and plain containers. Classes of Megatron-LM are stood in for.
-ENUMS = (
-    "megatron.core.enums.ModelType",
-    "megatron.core.rerun_state_machine.RerunMode",
-    "megatron.core.rerun_state_machine.RerunState",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "megatron.core.transformer.enums.AttnBackend",
-)
 LINEAR = {  # the linear layers whose (empty) extra state a strict load asks for
     "mcore": ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
     "legacy": ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
 }
-
-
-class StandIn:
-    """An instance of a class of Megatron-LM that is not imported."""
-
-    def __init__(self, *values: Any):
-        self.values = values
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +79,13 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
     """
     path = _iteration(folder, iteration)
     if (path / torch_dist.METADATA).exists():
-        common, sharded = _read(path / torch_dist.COMMON), torch_dist.load(path)
+        common, sharded = pt.read(path / torch_dist.COMMON), torch_dist.load(path)
         args = dict(vars(common["args"])) if "args" in common else {}
         return Checkpoint(path, int(common.get("iteration", 0)), sharded.layout, 1, 1, args, [sharded.entries], sharded)
     found = {tuple(int(n or 0) for n in match.groups()): child for child in path.iterdir() if (match := RANK.fullmatch(child.name))}
     if not found:
         raise UserError(f"{path}: no mp_rank_* folder; a Megatron checkpoint has one for every rank")
-    trees = {rank: _read(child / FILE) for rank, child in sorted(found.items())}
+    trees = {rank: pt.read(child / FILE) for rank, child in sorted(found.items())}
     first = next(iter(trees.values()))
     args = dict(vars(first["args"])) if "args" in first else {}
     tp = args.get("tensor_model_parallel_size") or max(t for t, _ in found) + 1
@@ -135,7 +118,7 @@ def begin(path: Path, layout: str, shapes: Mapping[str, Shape], dtype: torch.dty
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.serialization.skip_data():
         torch.save(tree, path)
-    return _entries(path, _read(path))
+    return _entries(path, pt.read(path))
 
 
 def track(folder: Path, iteration: int) -> None:
@@ -245,47 +228,6 @@ def _iteration(folder: Path, iteration: int | None) -> Path:
     if not (folder / wanted).is_dir():
         raise UserError(f"{folder}: no folder {wanted}; there are {', '.join(sorted(c.name for c in folder.iterdir() if c.is_dir()))}")
     return folder / wanted
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The tree of a rank file; its tensors are mappings that nobody has touched."""
-    import numpy as np
-    import torch
-
-    known: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(x)) for x in ("u4", "i8", "f8"))]
-    known += [(StandIn, name) for name in ENUMS]
-    reconstruct = np.empty(0).__reduce__()[0]
-    known += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    if not path.exists():
-        raise UserError(f"{path}: missing; copy the checkpoint again, completely")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")
-    with _allowed(known):
-        refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        if refused:
-            raise UserError(
-                f"{path}: it asks for {', '.join(sorted(refused))}, and only weights and numbers are read: do not trust this file"
-            )
-        try:
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
-            raise UserError(f"{path}: not readable: {str(error).splitlines()[0][:200]}") from None
-    return tree
-
-
-@contextmanager
-def _allowed(known: list[Any]) -> Iterator[None]:
-    """Let torch.load build known alone: what others have allowed (megatron.core does, on import) would widen it, and hide our stand-ins."""
-    import torch
-
-    others = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(known)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(others)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
