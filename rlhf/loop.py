@@ -78,8 +78,8 @@ class Run:
 
     def train(self) -> bool:
         """All steps from the newest checkpoint on, or from the first. False: a signal came before the last one was done."""
-        config, held_out, visit = self.config, self.given.held_out, self.roles.visit
-        start = self.checkpoints.resume(visit("learn"), self.algorithm.state) if config.resume else 0
+        config, held_out = self.config, self.given.held_out
+        start = self.checkpoints.resume(self.roles.visit("learn"), self.algorithm.state) if config.resume else 0
         self.metrics = metrics = Metrics(config, self.mesh, start)
         self._announce(start)
         self.publish(check=True)
@@ -103,14 +103,16 @@ class Run:
             if held_out and due(done, config.evaluate.every, config.steps):
                 with metrics.time("evaluate"):
                     self.evaluate(held_out)
-            metrics.add({f"memory/{phase}": (gib, 1.0) for phase, gib in self.roles.parking.peaks.items()})  # mean over ranks
+            metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.parking.taken().items()})  # mean over ranks
             metrics.write(done, tokens)
             stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
-            if stop or due(done, config.checkpoint.every, config.steps):
-                export = self.export if config.checkpoint.export or done == config.steps else None
-                self.checkpoints.save(done, visit("save"), self.algorithm.state, export)
+            saves = stop or due(done, config.checkpoint.every, config.steps)
+            if saves:
+                self.save(done)
             if stop and done < config.steps:
                 return False
+            if saves and done < config.steps:
+                self.publish(check=False)
         self._settle_up()
         return True
 
@@ -181,6 +183,13 @@ class Run:
             samples, _ = self.algorithm.credit(samples)
             sums = self.roles.evaluate(self.subject, samples, partial(self.algorithm.loss, self.subject), self.algorithm.whole_groups)
             self.metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
+
+    def save(self, done: int) -> None:
+        """A checkpoint after so many steps. The engine sleeps meanwhile: what is saved may need its share of the device."""
+        if self.sampler:
+            self.sampler.engine.sleep()
+        export = self.export if self.config.checkpoint.export or done == self.config.steps else None
+        self.checkpoints.save(done, self.roles.visit("save"), self.algorithm.state, export)
 
     def export(self, folder: Path) -> None:
         """Write what the run is for as a folder in the format that it is named after. Every rank calls it."""
@@ -280,13 +289,15 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
 def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -> None:
     """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
     dtype = dtype_of(config, mesh)
+    ledger = Ledger(config, given.arch, given.roles, mesh.world, config.memory.device or capacity(mesh.device), dtype.itemsize)
+    ledger.check()
     engine = build_engine(config, mesh, given, dtype, load=True)
     sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, judge), given.records)
     metrics = Metrics(config, mesh, start=-1)
     samples = sampler.answer(given.records.head(config.evaluate.prompts), sampler.reward)
     engine.sleep()
     if given.roles:
-        Roles(config, mesh, given.roles, dtype, 1.0, Parking((), mesh.device)).judge(samples)
+        Roles(config, mesh, given.roles, dtype, 1.0, Parking(ledger.offload, mesh.device)).judge(samples)
     report(config, mesh, samples)
     metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
     metrics.write(config.steps)

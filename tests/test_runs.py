@@ -37,9 +37,9 @@ def run(mode: str, *arguments: str) -> str:
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
-    """Every step's numbers but the times."""
+    """Every step's numbers but times and memory."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class Parking:
     def __init__(self, offload: Collection[str], device: torch.device):
         self.offload, self.device = sorted(offload), device
         self.peaks: dict[str, float] = {}  # phase, or phase/role -> GiB of the device in use at most; empty on a CPU
+        self._recent: dict[str, float] = {}  # the same since taken() was asked
         self._owners: dict[str, Owner] = {}
         self._parked: dict[str, list[tuple[torch.UntypedStorage, int]]] = {}  # name -> emptied storages and their bytes
         self._host: dict[str, HostMemory] = {}
@@ -68,7 +70,13 @@ class Parking:
         if self._phase and self.device.type == "cuda":
             self._foreign = max(self._foreign, _foreign(self.device))
             used = torch.cuda.max_memory_allocated(self.device) + self._foreign
-            self.peaks[self._phase] = max(self.peaks.get(self._phase, 0.0), used / 2**30)
+            for peaks in (self.peaks, self._recent):
+                peaks[self._phase] = max(peaks.get(self._phase, 0.0), used / 2**30)
+
+    def taken(self) -> dict[str, float]:
+        """GiB in use at most by phase since the last call, and of host memory by this process now: a leak shows as a rise over steps."""
+        recent, self._recent = self._recent, {}
+        return {**recent, "host": psutil.Process().memory_info().rss / 2**30}
 
     def _settle(self, needed: set[str]) -> None:
         leaving = [name for name in self.offload if name not in needed and name not in self._parked and name.split(".")[0] in self._owners]

@@ -35,7 +35,7 @@ STEP_ZERO = {
     "rlhf": [(1, "kl", 0.0)],
     "sft": [],
 }
-UNLIKE = ("time/", "tokens_per_second", "mismatch")  # differ between layouts, or are noise
+UNLIKE = ("time/", "memory/", "tokens_per_second", "mismatch")  # differ between layouts, or are noise
 KEYS = {
     "sft": ["optim.lr=1e-3"],
     "reward": ["optim.lr=1e-3"],
@@ -60,7 +60,17 @@ def configure(folder: Path, mode: str, layout: str) -> Config:
 def train(config: Config, mesh: Mesh) -> None:
     limits = (config.reward.timeout, config.reward.workers)
     with Rewards(rule(config), *limits) as rewards:
-        Run(config, mesh, inputs(config, mesh.world), rewards, rewards).train()
+        run = Run(config, mesh, inputs(config, mesh.world), rewards, rewards)
+        enter = run.roles.parking.enter
+
+        def watched(phase: str, role: str = "policy") -> None:
+            """Whoever else uses the device, the engine sleeps."""
+            awake = run.sampler and any(weight.untyped_storage().nbytes() for weight in run.sampler.engine.parameters().values())
+            assert not awake or phase in ("publish", "rollout"), f"the engine is awake when phase {phase} begins"
+            enter(phase, role)
+
+        run.roles.parking.enter = watched
+        run.train()
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
