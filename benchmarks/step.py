@@ -23,13 +23,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import record
+import torch
 from publish import MODELS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import demo_task
 
+from rlhf import configuration
+from rlhf.ledger import Ledger
 from rlhf.model.architecture import Architecture
+from rlhf.prepare import shapes
+from rlhf.train.parking import capacity
 from rlhf.weights import hf
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +95,19 @@ def run(a: argparse.Namespace, arch: Architecture) -> list[dict]:
     return rows
 
 
+def memory(config: Path, mode: str, rows: list[dict]) -> dict[str, float]:
+    """GiB predicted by phase, the largest error of that, and how far each peak rose from the first counted step to the last."""
+    places = sorted({name for row in rows for name in row if name.startswith("memory/")})
+    found = {name.replace("memory", "rise", 1): rows[-1].get(name, 0.0) - rows[0].get(name, 0.0) for name in places}
+    if torch.cuda.is_available():
+        chosen, world = configuration.load(mode, [str(config)]), torch.cuda.device_count()
+        ledger = Ledger(chosen, *shapes(chosen, world), world, capacity(torch.device("cuda")), 2)
+        measured = {phase: max(row.get(f"memory/{phase}", 0.0) for row in rows) for phase in ledger.phases}
+        found |= {f"predicted/{phase}": ledger.need(phase) for phase in measured}
+        found["ledger_error"] = max((ledger.need(phase) / gib - 1 for phase, gib in measured.items() if gib), key=abs)
+    return found
+
+
 def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -104,6 +122,7 @@ def main() -> None:
         name: value for name, value in means.items() if name.startswith(("time/", "memory/")) or name in ("tokens_per_second", "mismatch")
     }
     kept |= {name: means[name] for name in ("response_tokens", "truncated") if name in means}
+    kept |= memory(a.out / "run" / "config.toml", a.mode, rows)
     phases = sum(value for name, value in kept.items() if name.startswith("time/") and name != "time/step")
     about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": len(rows)}
     record.say("step", f"{a.mode} {a.model}", {**about, **kept, "time/between": kept["time/step"] - phases})

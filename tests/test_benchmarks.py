@@ -56,6 +56,8 @@ def test_step(tmp_path: Path) -> None:
     (found,) = lines("step", str(tmp_path), "--mode=rlhf", "--model=toy", "--layers=1", "--steps=1", "--warm=0", *keys)
     phases = sum(found[f"time/{phase}"] for phase in ("rollout", "score", "learn", "publish"))
     assert phases + found["time/between"] == pytest.approx(found["time/step"], rel=1e-3)
+    assert 0.1 < found["memory/host"] < 20
+    assert found["rise/host"] == 0  # of one step
 
 
 def test_readme_shows_the_results() -> None:
