@@ -48,24 +48,15 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return CuDNN.apply(q, k, v, starts, 1 << (max(lengths) - 1).bit_length())
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """cuDNN's kernel on rows of one length, as a batch."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
-
-
 def ways(device: torch.device, row: PackedRow, lengths: list[int]) -> dict[str, Callable[..., Tensor]]:
     found: dict[str, Callable[..., Tensor]] = {}
     if device.type == "cuda":
         found["flash"] = lambda q, k, v: attention._flash(q, k, v, row)
         found["cudnn"] = lambda q, k, v: cudnn(q, k, v, lengths)
-        if len(set(lengths)) == 1:
-            found["cudnn, dense"] = partial(dense, length=max(lengths))
     else:
         found["padded"] = lambda q, k, v: attention._padded(q, k, v, row)
+    if row.even:
+        found["even"] = lambda q, k, v: attention._even(q, k, v, row)
     return found
 
 

@@ -105,6 +105,7 @@ class Batch:
     segment: Tensor  # [T] int64, which of the S sequences (padding: S)
     group: Tensor  # [S] int64
     reward: Tensor  # [S] float32
+    pairs: Tensor  # [2, pairs] int64, the better and the worse response of each ordered pair of one group, by reward; ties make none
     streams: dict[str, Tensor]  # name in STREAMS -> [T] float32
     cp_sum: AllSum = lambda x: x  # over the CP ranks
 

@@ -36,7 +36,7 @@ def test_train() -> None:
 
 def test_attention() -> None:
     found = lines("attention", "--tokens=256", "--length=64", "--heads=2", "--width=32", "--repeat=1")
-    assert [line["case"] for line in found] == ["fixed, padded", "lognormal, padded"]
+    assert [line["case"] for line in found] == ["fixed, padded", "fixed, even", "lognormal, padded"]
     assert all(line[gap] < 1e-6 for line in found for gap in ("gap", "gap_q", "gap_k", "gap_v"))
 
 

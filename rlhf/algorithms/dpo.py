@@ -8,7 +8,7 @@ token in its chosen response (RPO, 2404.19733).
 
 from __future__ import annotations
 
-from rlhf.algorithms.functional import pair_loss, pairs, preference, seq_mean, wins
+from rlhf.algorithms.functional import pair_loss, preference, seq_mean, wins
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, UserError
 
@@ -33,7 +33,7 @@ class DPO(Algorithm):
             self.streams = ("ref_logp",)
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        c, (chosen, rejected) = self.config, pairs(batch)
+        c, (chosen, rejected) = self.config, batch.pairs
         logp = out.logp - batch.streams["ref_logp"] if c.reference else out.logp  # [T]
         ratio = seq_mean(logp, batch) if c.length_normalise else batch.seq_sum(logp)  # [S]
         h = ratio[chosen] - ratio[rejected]  # [pairs]

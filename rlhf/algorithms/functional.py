@@ -41,20 +41,9 @@ def pair_loss(per_pair: Tensor, chosen: Tensor, batch: Batch, **metrics: Tensor)
     return Loss(total, count, {"loss": (total.detach(), count), **means})
 
 
-def siblings(batch: Batch) -> Tensor:
-    """Which sequences belong to one group [S, S]."""
-    return batch.group[:, None] == batch.group[None, :]
-
-
-def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
-    """All ordered pairs of one group: indices [pairs] of the better and of the worse response by Batch.reward. Ties make none."""
-    better, worse = (siblings(batch) & (batch.reward[:, None] > batch.reward[None, :])).nonzero(as_tuple=True)
-    return better, worse
-
-
 def wins(margin: Tensor) -> Tensor:
     """1.0 where the margin is positive, 0.5 where it is exactly 0: a model that cannot tell has an accuracy of one half."""
-    return torch.heaviside(margin.detach(), margin.new_tensor(0.5))
+    return torch.heaviside(margin.detach(), margin.new_full((), 0.5))
 
 
 def spread(x: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.algorithms.functional import pair_loss, pairs, siblings, wins
+from rlhf.algorithms.functional import pair_loss, wins
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, scored
 
@@ -29,7 +29,7 @@ class RM(Algorithm):
         return [scored(sample) for sample in samples], {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        c, (better, worse) = self.config, pairs(batch)
+        c, (better, worse) = self.config, batch.pairs
         score, owned = batch.at_last(out.value), batch.owned()  # [S]
         margin = score[better] - score[worse]  # [pairs]
         loss = -F.logsigmoid(margin - c.margin * (batch.reward[better] - batch.reward[worse]))
@@ -50,5 +50,5 @@ def _nll(batch: Batch, out: Output) -> Tensor:
 
 def _best(batch: Batch) -> Tensor:
     """Index of the best response in each sequence's group [S]."""
-    rewards = torch.where(siblings(batch), batch.reward, float("-inf"))
+    rewards = torch.where(batch.group[:, None] == batch.group, batch.reward, float("-inf"))
     return rewards.argmax(1) if len(rewards) else batch.group

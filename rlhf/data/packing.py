@@ -121,6 +121,7 @@ def pack(
         segment=local(np.repeat(np.arange(len(segments), dtype=np.int64), segments)),
         group=move(np.array([s.group for s in samples], np.int64)),
         reward=move(np.array([s.reward for s in samples], np.float32)),
+        pairs=move(_pairs(samples)),
         streams=streams,
         cp_sum=cp_sum,
     )
@@ -129,6 +130,13 @@ def pack(
 def unpack(row: np.ndarray, samples: Sequence[Sample]) -> list[np.ndarray]:
     """A stream over a whole row [T] -> one [L] per sample."""
     return np.split(row, np.cumsum([len(s.mask) for s in samples]))[:-1]
+
+
+def _pairs(samples: Sequence[Sample]) -> np.ndarray:
+    """Here and not on the device, which would have to say how many there are before anybody could go on."""
+    group = np.array([s.group for s in samples], np.int64)
+    reward = np.array([s.reward for s in samples], np.float32)
+    return np.stack(np.nonzero((group[:, None] == group) & (reward[:, None] > reward)))
 
 
 def _last(mask: np.ndarray) -> np.ndarray:

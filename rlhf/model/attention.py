@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
 
@@ -33,6 +34,12 @@ class PackedRow(PackedSeqParams):
     sin: Tensor = ABSENT  # [T, 1, head_dim / 2]
     order: Tensor | None = None  # [row] int64: where the CP-gathered keys' rows stand in the row; None without CP
     plan: Any = None  # what _flash or _padded derive from the spans
+
+    @property
+    def even(self) -> bool:
+        """Whether the row is several spans of one length. A single one does not count: cuDNN takes its time to plan for a new shape."""
+        lengths = self.spans.q_lengths
+        return self.order is None and len(lengths) > 1 and len(set(lengths)) == 1
 
     @classmethod
     def of(cls, batch: Batch, frequencies: Tensor, dtype: torch.dtype, cp: int) -> PackedRow:
@@ -59,8 +66,19 @@ class Attention(torch.nn.Module):
         q, k = rotate(q, row.cos, row.sin), rotate(k, row.cos, row.sin)
         if row.order is not None:  # all-gather in forward, reduce-scatter in backward
             k, v = (tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[row.order] for x in (k, v))
-        attend = _flash if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else _padded
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            attend = _even if row.even and q.shape[1] == k.shape[1] else _flash
+        else:
+            attend = _padded
         return attend(q, k, v, row).flatten(1)
+
+
+def _even(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
+    """Spans of one length as a batch: cuDNN's kernel, which takes no spans, is 1.8 times as fast on an H200 as flash attention."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    q, k, v = (x.view(len(row.spans.q_lengths), -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
