@@ -2,7 +2,8 @@
 
     python benchmarks/train.py                                                     one GPU; plain torch, then fused kernels
     python benchmarks/train.py --kernels fused --profile                           and where the time goes
-    torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused --tp 2         two GPUs: TP2 with sequence parallelism
+    CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused --tp 2
+                                                                                   two GPUs: TP2 with sequence parallelism
     torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused                two GPUs: DP2, distributed optimizer
     python benchmarks/train.py --model toy --layers 2 --tokens 512 --length 128    on a CPU
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -112,6 +115,9 @@ def measure(a: argparse.Namespace, mesh: Mesh, kernels: str, arch: Architecture,
             "score_s": score,
             "score_speedup": (update - step) / score,
             "optimizer_s": step,
+            "host_waits": host_waits(
+                partial(learner._schedule, map(learner._pack, cut), len(cut), partial(learner._loss, loss), train=True)
+            ),
             "optimizer_bytes_ratio": step / (34 * arch.num_parameters() / mesh.world / limits["copy_tb_per_s"] / 1e12),
             "peak_gib": record.peak_gib(),
         }
@@ -119,6 +125,19 @@ def measure(a: argparse.Namespace, mesh: Mesh, kernels: str, arch: Architecture,
         if a.profile:
             profile(partial(learner.learn, cut[:1], loss, LR), f"{case}, {kernels}, one micro-batch and the optimizer")
             profile(partial(learner.score, cut[:1]), f"{case}, {kernels}, score of one micro-batch")
+
+
+def host_waits(work: Callable[[], object]) -> int:
+    """How often the host waits for the device meanwhile, as far as torch knows."""
+    if not torch.cuda.is_available():
+        return 0
+    record.wait()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 @torch.no_grad()
