@@ -132,6 +132,14 @@ def check_sampled(model, engine: Engine, tolerance: float) -> None:
     assert len({tuple(c.tokens) for c in siblings}) == 8
 
 
+def check_many(engine: Engine) -> None:
+    """More prompt tokens than vLLM takes at a time: what is drawn does not change."""
+    many, sampling = [[1 + (i * j) % 29 for j in range(150)] for i in range(64)], Sampling(max_tokens=2, temperature=1.0)
+    together = engine.generate(many, sampling, list(range(64)))
+    for i in (0, 26, 27, 28, 54, 55, 63):
+        assert together[i].tokens == engine.generate([many[i]], sampling, [i])[0].tokens
+
+
 def check_limits(engine: Engine) -> None:
     greedy = engine.generate(PROMPTS, GREEDY, SEEDS)
     stop = greedy[0].tokens[2]
@@ -244,6 +252,7 @@ def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
     check_greedy(new, engine, 2e-5)
     before = torch.random.get_rng_state()
     check_sampled(new, engine, 2e-5)
+    check_many(engine)
     assert torch.equal(before, torch.random.get_rng_state())
 
 

@@ -61,7 +61,8 @@ class VLLM:
             device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         else:
             _adapt_to_cpu(folder, arch)
-            device = {"enforce_eager": True}
+            # A prompt that is cut into chunks winds its request's generator back, which a generator of the CPU cannot do.
+            device = {"enforce_eager": True, "enable_chunked_prefill": False}
             cache = cache or CPU_CACHE
         if cache:  # given, so that vLLM need not find out by measuring, which fails where others use the device at the same time
             device["kv_cache_memory_bytes"] = int(cache * 2**30)
