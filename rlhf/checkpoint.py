@@ -49,9 +49,7 @@ class Checkpoints:
         meta = json.loads((folder / "meta.json").read_text())
         for key, value in self.meta.items():
             if meta[key] != value:
-                raise UserError(
-                    f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out, or resume=false"
-                )
+                raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out")
         for role, learner in learners:
             learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
         random = self._load(folder / f"random_rank{self.mesh.rank}.pt")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlhf import configuration
 from rlhf.__main__ import main
+from rlhf.contracts import UserError
 from rlhf.model import architecture
 from rlhf.variables import VARIABLES
 from rlhf.weights import names
@@ -89,6 +92,20 @@ def test_rounds_need_groups(fail, made: Path) -> None:
 def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_000007")
     assert f"out={tmp_path}" in fail("sft", f"out={tmp_path}", "resume=false")
+
+
+def test_resuming_another_run(made: Path, tmp_path: Path) -> None:
+    """The remedy is one that works: resume=false over old checkpoints is a mistake as well."""
+    from rlhf.checkpoint import Checkpoints
+    from rlhf.parallel.mesh import Layout
+
+    config = configuration.load("reward", [f"out={tmp_path}", f"policy.load={made}/model"])
+    checkpoints = Checkpoints(config, SimpleNamespace(layout=Layout(2, 1, 1, 1), rank=0), torch.float32)
+    (tmp_path / "latest").write_text("step_000007")
+    (tmp_path / "step_000007").mkdir()
+    (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, "tp": 4}))
+    with pytest.raises(UserError, match=r"step_000007 was saved with tp=4, this run has 2: run it alike, or set another out$"):
+        checkpoints.resume([], {})
 
 
 def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch) -> None:
