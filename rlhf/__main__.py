@@ -62,7 +62,8 @@ def usage() -> str:
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
         f"{modes}\n  {'convert':10} weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
         f"  {'prepare_data'} public data sets, as they are downloaded, to the files that the modes read\n"
-        f"  {'demo':10} the whole way on a small task, from nothing to an aligned model\n  {'test':10} lint and tests\n\n"
+        f"  {'demo':10} the short way on a small task, from nothing to an aligned model\n"
+        f"  {'tutorial':10} all six modes on a small task, and a table of its five models\n  {'test':10} lint and tests\n\n"
         "./launch.sh MODE --help lists every key; with --dry-run a run is not started, but explained: its batch, its memory.\n\n"
         "Shell variables (they win over files and lose to key=value):\n"
         + "\n".join(f"  {name:22} {key:18} {meaning} [{modes}]" for name, key, modes, meaning in variables.rows())

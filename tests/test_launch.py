@@ -28,6 +28,8 @@ def test_help_lists_the_modes(arguments):
     assert result.returncode == 0, result.stderr
     for mode, line in MODES.items():
         assert re.search(rf"^\s*{mode}\s+{re.escape(line)}$", result.stdout, re.MULTILINE), f"{mode} is missing:\n{result.stdout}"
+    for command in ("convert", "prepare_data", "demo", "tutorial", "test"):  # what launch.sh and the command line know beside modes
+        assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), f"{command} is missing:\n{result.stdout}"
 
 
 def test_help_of_a_mode_prints_every_key():
