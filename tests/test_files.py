@@ -116,6 +116,10 @@ MISTAKES = {
         edit(lambda hf: hf | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
         "tensors model.layers.0.self_attn.q_proj.bias are not part of a llama model",
     ),
+    "another's reward head": (
+        edit(lambda hf: hf | {"pooler_head.dense1.weight": torch.ones(32, 32)}),
+        r"a reward head of two layers \(pooler_head\).* train a reward model here, with mode reward",
+    ),
 }
 
 

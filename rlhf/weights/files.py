@@ -324,6 +324,10 @@ def _check(folder: Path, arch: Architecture, layout: str, wanted: Mapping[str, S
     form = names.LAYOUTS[layout]
     ignored = {form.local("lm_head.weight"), form.tied} if arch.tied or not arch.lm else set()
     extra = [n for n in found if n not in wanted and n.partition("#")[0] not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    if any(name.startswith("pooler_head.") for name in extra):  # of ChatLearn's reward models
+        raise UserError(
+            f"{folder}: a reward head of two layers (pooler_head), where ours has one; train a reward model here, with mode reward"
+        )
     if extra:
         raise UserError(f"{found[extra[0]].path}: tensors {some(extra)} are not part of a {arch.family} model of config.json's shape")
 
