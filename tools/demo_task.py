@@ -109,8 +109,8 @@ def noise(prompt: str, response: str, record: dict) -> float:
     return float(random.random() < 0.5)
 
 
-def make_weights(folder: Path, seed: int = 0) -> None:
-    """Random weights for a folder's config.json, as model.safetensors."""
+def make_weights(folder: Path, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> None:
+    """Random weights for a folder's config.json, as model.safetensors: those that policy.init=random makes on that device."""
     import torch
     from safetensors.torch import save_file
 
@@ -118,6 +118,6 @@ def make_weights(folder: Path, seed: int = 0) -> None:
     from rlhf.weights import initial, names
 
     arch = architecture.read(folder)
-    tensors = {name: torch.empty(shape) for name, shape in names.hf_shapes(arch).items()}
+    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, shape in names.hf_shapes(arch).items()}
     initial.fill(arch, names.tiles(arch, "hf"), tensors, seed)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -60,7 +60,7 @@ class VLLM:
         if self.on_gpu:
             device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         else:
-            _adapt_to_cpu(folder, arch)
+            adapt_to_cpu(folder, arch)
             # A prompt that is cut into chunks winds its request's generator back, which a generator of the CPU cannot do.
             device = {"enforce_eager": True, "enable_chunked_prefill": False}
             cache = cache or CPU_CACHE
@@ -130,7 +130,7 @@ class VLLM:
         self.llm.reset_prefix_cache()  # its blocks were computed with older weights
 
 
-def _adapt_to_cpu(folder: str, arch: Architecture) -> None:
+def adapt_to_cpu(folder: str, arch: Architecture) -> None:
     """Make vLLM's CPU backend behave as the GPU's does: live weights, and ranks that do not starve each other."""
     if arch.head_dim % 32:
         raise UserError(
