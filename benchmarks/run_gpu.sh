@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT [NAME ...]      (with names, only these)
+# trl, the comparison with TRL, runs only where it is named: it takes eight more.
 #
 # Each has a time limit of its own, so that one that fails does not take the others with it. OUT/results.jsonl collects the JSON lines, which
 # belong into benchmarks/results/ when they are to be kept (benchmarks/table.py makes the README's table of them); OUT/NAME.log is what each said.
@@ -36,5 +37,12 @@ run publish 40 benchmarks/publish.py
 run switch 210 benchmarks/switch.py --rollout
 scratch=$(mktemp -d)
 run step 240 benchmarks/step.py "$scratch" --limit 225
+if [[ $names == *" trl "* ]]; then
+  if "$python" -c 'import trl' 2>/dev/null; then
+    run trl 560 benchmarks/trl_grpo.py "$scratch"
+  else
+    echo "== trl: skipped, as trl is not installed (pip install trl==1.16.0 datasets liger-kernel)"
+  fi
+fi
 rm -rf "$scratch"
 exit "$failed"

@@ -75,6 +75,8 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
     ),
     ("GRPO step, 3.5B of 7B's layers", "step", "grpo 7b", lambda x, _: phases(x), ""),
     ("PPO step, four models of 1B", "step", "rlhf 1b", lambda x, _: phases(x), ""),
+    ("GRPO step, against TRL's GRPOTrainer", "trl", "grpo 7b, float32", lambda x, _: against(x), "2 x"),
+    ("the same, TRL's weights and optimizer in bfloat16", "trl", "grpo 7b, bfloat16", lambda x, _: against(x), ""),
 ]
 
 
@@ -91,6 +93,11 @@ def share(line: dict, lines: Lines) -> str:
 def phases(line: dict) -> str:
     parts = ", ".join(f"{name} {line[f'time/{name}']:.2f}" for name in ("rollout", "score", "learn", "publish"))
     return f"{line['time/step']:.1f} s ({parts}), {line['tokens_per_second']:,.0f} tokens/s"
+
+
+def against(line: dict) -> str:
+    rates = f"{line['ours/tokens_per_second']:,.0f} and {line['trl/tokens_per_second']:,.0f} tokens/s"
+    return f"{line['ratio']:.2f} x: {rates}, responses of {line['ours/response_tokens']:.0f} and {line['trl/response_tokens']:.0f} tokens"
 
 
 def read(folder: Path) -> Lines:

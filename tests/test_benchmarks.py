@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TRL = importlib.util.find_spec("trl") is not None
+
+
+def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def lines(script: str, *arguments: str, **variables: str) -> list[dict]:
     """The JSON lines that a benchmark prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = run(script, *arguments, **variables)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"benchmark"')]
     assert all(line["torch"] and line["command"].startswith(f"benchmarks/{script}.py ") for line in found)
@@ -61,9 +69,39 @@ def test_step(tmp_path: Path) -> None:
     assert found["rise/host"] < 0.005, "GiB"
 
 
-def test_readme_shows_the_results() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import table
+@pytest.mark.skipif(not TRL, reason="trl is not installed: pip install trl==1.16.0 datasets")
+def test_trl(tmp_path: Path) -> None:
+    """Both trainers do the same job, each with vLLM, and the engine that TRL samples with has what TRL has learned."""
+    keys = ["batch.prompts=2", "rollout.group=4", "rollout.max_tokens=8", "optim.lr=0.01"]
+    (found,) = lines("trl_grpo", str(tmp_path), "--model=toy", "--layers=1", "--rows=4", *keys)
+    assert found["trl/response_tokens"] == found["ours/response_tokens"] == pytest.approx(8, abs=0.5)
+    assert found["trl/tokens"] == pytest.approx(found["ours/tokens"], rel=0.1)  # prompts are drawn in another order
+    assert found["trl/mismatch"] < 0.02  # 0.24 with the weights of the step before
+    assert found["trl/rollout"] + found["trl/score"] + found["trl/learn"] == pytest.approx(found["trl/seconds"], rel=1e-3)
+    assert found["ratio"] == pytest.approx(found["ours/tokens_per_second"] / found["trl/tokens_per_second"], rel=1e-3)
 
-    shown = (ROOT / "README.md").read_text().partition(table.BEGIN)[2].partition(table.END)[0]
-    assert shown == table.table(table.read(ROOT / "benchmarks" / "results")), "run python benchmarks/table.py"
+
+@pytest.mark.skipif(TRL, reason="trl is installed")
+def test_without_trl(tmp_path: Path) -> None:
+    done = run("trl_grpo", str(tmp_path / "out"))
+    assert done.stderr.startswith("trl is not installed: pip install trl==1.16.0")
+    assert done.returncode == 1
+    assert not (tmp_path / "out").exists()
+
+
+def table() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    return importlib.import_module("table")
+
+
+def test_table_shows_both_trainers() -> None:
+    line = {"ratio": 2.104, "command": "benchmarks/trl_grpo.py OUT", "device": "cpu"}
+    for side, rate in (("ours", 10521.0), ("trl", 5000.0)):
+        line |= {f"{side}/tokens_per_second": rate, f"{side}/response_tokens": 398.7}
+    shown = table().table({("trl", "grpo 7b, float32"): line})
+    assert "| 2.10 x: 10,521 and 5,000 tokens/s, responses of 399 and 399 tokens | 2 x | `benchmarks/trl_grpo.py OUT` (cpu) |" in shown
+
+
+def test_readme_shows_the_results() -> None:
+    shown = (ROOT / "README.md").read_text().partition(table().BEGIN)[2].partition(table().END)[0]
+    assert shown == table().table(table().read(ROOT / "benchmarks" / "results")), "run python benchmarks/table.py"
