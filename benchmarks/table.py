@@ -73,6 +73,7 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
         lambda x, _: f"{x['park_gib_per_s']:.0f} and {x['unpark_gib_per_s']:.0f} GiB/s",
         "",
     ),
+    ("switching in a GRPO step", "step", "grpo 7b", lambda x, _: f"{x['switching']:.1%} of it" if "switching" in x else "", "3 %"),
     ("GRPO step, 3.5B of 7B's layers", "step", "grpo 7b", lambda x, _: phases(x), ""),
     ("PPO step, four models of 1B", "step", "rlhf 1b", lambda x, _: phases(x), ""),
     ("GRPO step, against TRL's GRPOTrainer", "trl", "grpo 7b, float32", lambda x, _: against(x), "2 x"),

@@ -74,6 +74,7 @@ class Run:
         temperature = config.rollout.temperature if self.algorithm.online else 1.0
         self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking(self.ledger.offload, mesh.device))
         self.subject = self.roles.trained[0]  # what the run is for
+        self._switch = self.roles.parking.switch
         self.checkpoints = Checkpoints(config, mesh, self.dtype)
 
     def train(self) -> bool:
@@ -104,6 +105,7 @@ class Run:
                 with metrics.time("evaluate"):
                     self.evaluate(held_out)
             metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.parking.taken().items()})  # mean over ranks
+            metrics.add_common({"time/switch": (self.roles.parking.spent(), 1.0)})  # within the other times
             metrics.write(done, tokens)
             stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
             saves = stop or due(done, config.checkpoint.every, config.steps)
@@ -121,6 +123,7 @@ class Run:
         if not self.sampler:
             return self.given.records.draw(step, self.config.batch.prompts, self.config.seed)
         samples, sums = self.sampler.draw(step)
+        self._switch(self.sampler.engine.sleep)
         self.metrics.add_common(sums)
         return samples
 
@@ -159,9 +162,10 @@ class Run:
         if not self.sampler:
             return
         self.roles.parking.enter("publish")
+        self._switch(self.sampler.engine.wake_weights)
         self.sampler.publish(self.roles.learners["policy"].parameters())
         self.roles.parking.enter("rollout")  # first the weights go, then the cache comes
-        self.sampler.engine.wake()
+        self._switch(self.sampler.engine.wake)
         self.roles.parking.measure()
         if check:
             self._compare(self.sampler)
@@ -173,7 +177,7 @@ class Run:
         if self.sampler:
             samples = self.sampler.answer(samples, partial(reward, self.judge))
             if "reward" in self.roles and not self.config.evaluate.function:
-                self.sampler.engine.sleep()
+                self._switch(self.sampler.engine.sleep)
                 self.roles.judge(samples)
                 self.publish(check=False)
             report(self.config, self.mesh, samples)
@@ -187,7 +191,7 @@ class Run:
     def save(self, done: int) -> None:
         """A checkpoint after so many steps. The engine sleeps meanwhile: what is saved may need its share of the device."""
         if self.sampler:
-            self.sampler.engine.sleep()
+            self._switch(self.sampler.engine.sleep)
         export = self.export if self.config.checkpoint.export or done == self.config.steps else None
         self.checkpoints.save(done, self.roles.visit("save"), self.algorithm.state, export)
 
@@ -204,7 +208,7 @@ class Run:
     def _compare(self, sampler: Sampler) -> None:
         """Sample a little and let the policy score it: engine and learner must give the same log-probs. The engine is asleep afterwards."""
         samples = sampler.probe(self.given.records.head(2 * self.mesh.world))
-        sampler.engine.sleep()
+        self._switch(sampler.engine.sleep)
         gaps = np.concatenate(
             [np.abs(a - s.sampler_logp)[s.mask] for s, a in zip(samples, self.roles.read("policy", samples), strict=True)]
         )

@@ -29,7 +29,7 @@ class Sampler:
     records: Records
 
     def draw(self, step: int) -> tuple[list[Sample], Sums]:
-        """The step's samples, grouped by prompt, alike on every rank; then the engine sleeps until the next publish.
+        """The step's samples, grouped by prompt, alike on every rank.
 
         With rollout.rounds > 1, groups of equal rewards are left out and more prompts drawn instead (dynamic sampling, DAPO, 2503.14476),
         until batch.prompts groups are kept or the rounds are over; if no group is ever kept, the last round's are.
@@ -45,14 +45,12 @@ class Sampler:
             kept += drawn if rounds == 1 else [g for g in drawn if len({s.reward for s in g}) > 1]
             if len(kept) >= count:
                 break
-        self.engine.sleep()
         sums = {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))} if rounds > 1 else {}
         return [sample for group in (kept or drawn)[:count] for sample in group], sums
 
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
-        """Give the engine the learner's weights (by megatron-core's names); it has to wake before it generates."""
+        """Give the engine, whose weights are awake, the learner's (by megatron-core's names); then it has to wake before it generates."""
         assert self.publisher, "an engine that loaded its own weights is never published to"
-        self.engine.wake_weights()
         self.publisher.publish(parameters, self.engine.parameters())
         if self.config.rollout.check:
             self.publisher.verify(parameters, self.engine.parameters())

@@ -7,7 +7,9 @@ megatron-core's views into its buffers never notice (FSDP frees its shards in th
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Protocol
 
 import psutil
@@ -45,6 +47,7 @@ class Parking:
         self._host: dict[str, HostMemory] = {}
         self._copied: set[str] = set()  # tenants whose host memory holds what they hold
         self._phase, self._foreign = "", 0
+        self._seconds = 0.0
 
     def add(self, role: str, owner: Owner) -> None:
         """Take charge of a model; what is offloaded of it leaves at once, which makes room for building the next."""
@@ -55,7 +58,7 @@ class Parking:
         """Make resident what this phase of this role uses, and park all else that is offloaded. Phases follow one another; none nests."""
         self.measure()
         needed = {f"{role}.{kind}" for kind in USES[phase]}
-        self._settle(needed)
+        self.switch(partial(self._settle, needed))
         if phase in WRITES:
             self._copied -= needed
         self._phase = phase if phase in ("rollout", "publish") else f"{phase}/{role}"
@@ -64,6 +67,19 @@ class Parking:
                 torch.cuda.empty_cache()  # the engine, which wakes up next, allocates outside torch's cache
             torch.cuda.reset_peak_memory_stats(self.device)
             self._foreign = _foreign(self.device)
+
+    def switch(self, work: Callable[[], None]) -> None:
+        """Do something that passes the device on, such as putting the engine to sleep, and count its seconds."""
+        self._wait()
+        start = time.perf_counter()
+        work()
+        self._wait()
+        self._seconds += time.perf_counter() - start
+
+    def spent(self) -> float:
+        """Seconds of all switches since the last call."""
+        spent, self._seconds = self._seconds, 0.0
+        return spent
 
     def measure(self) -> None:
         """Note the peak of the phase so far: at its end enter() does so by itself, and an engine that has just woken up must be seen."""
@@ -85,8 +101,8 @@ class Parking:
             if name not in self._copied and not name.endswith(DROPPED):
                 self._hold(name).copy_from(self._parked[name])
                 self._copied.add(name)
-        if leaving and self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # memory may be given away when all copies are complete
+        if leaving:
+            self._wait()  # memory may be given away when all copies are complete
         for storage, _ in (held for name in leaving for held in self._parked[name]):
             storage.resize_(0)
         for name in [name for name in self._parked if name in needed]:
@@ -95,6 +111,10 @@ class Parking:
                 storage.resize_(size)
             if not name.endswith(DROPPED):
                 self._host[name].copy_to(held, self.device)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _storages(self, name: str) -> list[torch.UntypedStorage]:
         """The device storages of a tenant, each once, without those of its role's earlier kinds."""
