@@ -86,11 +86,14 @@ class Ledger:
         widths = [max(len(phase), 6) for phase in self.phases]
         text = [line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths, strict=True)) for line in lines]
         room = f"{self.room:.1f} of {self.device:g} GiB may be used" if math.isfinite(self.device) else "host memory"
-        held = sum(self.tenants[stage][name] for name in self.offload if not name.endswith("gradients"))
         away = "nothing is offloaded"
         if self.offload:
-            away = f"* offloaded: on the device only in the phases that use it, else in {held:.1f} GiB of host memory"
+            away = f"* offloaded: on the device only in the phases that use it, else in {self.host(stage):.1f} GiB of host memory"
         return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {away})"])
+
+    def host(self, stage: int) -> float:
+        """GiB of host memory where a rank's offloaded tenants wait. Gradients, which start from zero, need none."""
+        return sum(self.tenants[stage][name] for name in self.offload if not name.endswith("gradients"))
 
     def _tenants(self, stage: int) -> Iterator[tuple[str, float]]:
         p = self.config.parallel

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from rlhf import configuration
@@ -236,6 +237,9 @@ class Run:
             say(f"resumed after step {start}")
         if self.mesh.device.type == "cuda":
             say(self.ledger.table())
+        waiting, host = self.ledger.host(self.mesh.pp_rank) * self.mesh.ranks_per_node, psutil.virtual_memory().total / 2**30
+        if waiting > host:
+            say(f"warning: what this node's ranks offload takes {waiting:.0f} GiB of host memory, and it has {host:.0f}")
 
     def _settle_up(self) -> None:
         """Show what the phases took of the first rank's device beside what was predicted."""
