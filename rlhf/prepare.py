@@ -179,9 +179,13 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         )
     if config.rollout.engine == "vllm" and not files.described(config.policy.load, config.policy.tokenizer):
         raise UserError(f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy the model's into it")
+    if config.mode == "evaluate":
+        return
+    if not config.rollout.temperature:
+        raise UserError("rollout.temperature=0 samples the likeliest response again and again, which teaches nothing: set it above 0")
     if config.rollout.rounds > 1 and not rule(config):
         raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
-    if config.rollout.rounds > 1 and config.rollout.group == 1 and config.mode != "evaluate":
+    if config.rollout.rounds > 1 and config.rollout.group == 1:
         raise UserError("rollout.rounds > 1 keeps groups of unequal rewards, and rollout.group=1 makes none: set one of the two")
 
 

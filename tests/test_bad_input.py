@@ -61,6 +61,7 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         ("sft", "batch.prompts=0", ["batch.prompts", "at least 1", "0"]),
         ("sft", "optim.lr=nan", ["optim.lr", "at least 0", "nan"]),
         ("sft", "optim.beta2=1", ["optim.beta2", "at most 0.99999", "1.0"]),
+        ("grpo", "rollout.temperature=0", ["rollout.temperature=0", "above 0"]),
         ("grpo", "rollout.top_p=0", ["rollout.top_p", "at least 0.01 and at most 1", "0.0"]),
         ("grpo", "rollout.top_p=1.5", ["rollout.top_p", "at most 1", "1.5"]),
         ("sft", "optim.schedule=fast", ["optim.schedule", "constant, linear, cosine", "'fast'"]),
