@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT [NAME ...]      (with names, only these)
-# trl, the comparison with TRL, runs only where it is named: it takes eight more.
+# What takes longer or needs more runs only where it is named: trl (a GRPO step beside TRL's, 8 minutes), ppo (20 steps of the largest PPO that a GPU
+# of 140 GiB and a host of 128 hold, 9 minutes) and two (what needs two GPUs, 5 minutes).
 #
 # Each has a time limit of its own, so that one that fails does not take the others with it. OUT/results.jsonl collects the JSON lines, which
 # belong into benchmarks/results/ when they are to be kept (benchmarks/table.py makes the README's table of them); OUT/NAME.log is what each said.
@@ -29,7 +30,15 @@ run() { # NAME SECONDS ARGUMENT ...
   fi
 }
 
-run kernels 60 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels.py tests/gpu/test_attention.py
+named() { [[ $names == *" $1 "* ]]; }
+
+two() { # NAME SECONDS ARGUMENT ...
+  local name=$1 limit=$2
+  shift 2
+  if named two; then names=" $name " run "$name" "$limit" -m torch.distributed.run --nproc-per-node 2 "$@"; fi
+}
+
+run kernels 60 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels.py tests/gpu/test_attention.py tests/gpu/test_losses.py
 run attention 40 benchmarks/attention.py
 SHOW=140 run train 150 benchmarks/train.py --kernels fused --profile
 run plain 80 benchmarks/train.py --kernels plain --cases fixed --repeat 2
@@ -37,7 +46,12 @@ run publish 40 benchmarks/publish.py
 run switch 210 benchmarks/switch.py --rollout
 scratch=$(mktemp -d)
 run step 240 benchmarks/step.py "$scratch" --limit 225
-if [[ $names == *" trl "* ]]; then
+if named ppo; then run ppo 580 benchmarks/step.py "$scratch" --mode rlhf --layers 20 --steps 20 --limit 560 batch.prompts=16; fi
+two publish_tp 60 benchmarks/publish.py --train-tp 2 --engine-tp 1
+two publish_pp 60 benchmarks/publish.py --train-pp 2 --engine-tp 2
+two train_dp 90 benchmarks/train.py --kernels fused --cases fixed --repeat 2
+CUDA_DEVICE_MAX_CONNECTIONS=1 two train_tp 90 benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 2
+if named trl; then
   if "$python" -c 'import trl' 2>/dev/null; then
     run trl 560 benchmarks/trl_grpo.py "$scratch"
   else

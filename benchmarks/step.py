@@ -124,10 +124,11 @@ def main() -> None:
     kept |= {name: means[name] for name in ("response_tokens", "truncated") if name in means}
     kept |= memory(a.out / "run" / "config.toml", a.mode, rows)
     phases = sum(value for name, value in kept.items() if name.startswith("time/") and name not in ("time/step", "time/switch"))
-    about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": len(rows)}
+    gpus = torch.cuda.device_count()
+    about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": len(rows), "gpus": gpus}
     record.say(
         "step",
-        f"{a.mode} {a.model}",
+        f"{a.mode} {a.model}" + f", {gpus} GPUs" * (gpus > 1),
         {**about, **kept, "time/between": kept["time/step"] - phases, "switching": kept["time/switch"] / kept["time/step"]},
     )
 

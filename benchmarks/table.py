@@ -76,6 +76,9 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
     ("switching in a GRPO step", "step", "grpo 7b", lambda x, _: f"{x['switching']:.1%} of it" if "switching" in x else "", "3 %"),
     ("GRPO step, 3.5B of 7B's layers", "step", "grpo 7b", lambda x, _: phases(x), ""),
     ("PPO step, four models of 1B", "step", "rlhf 1b", lambda x, _: phases(x), ""),
+    ("PPO step, four models of 4.3B", "step", "rlhf 7b", lambda x, _: phases(x), ""),
+    ("its memory against the ledger's prediction", "step", "rlhf 7b", lambda x, _: ledger(x), "within 10 %"),
+    ("its leaks over 20 steps", "step", "rlhf 7b", lambda x, _: leaks(x), "none"),
     ("GRPO step, against TRL's GRPOTrainer", "trl", "grpo 7b, float32", lambda x, _: against(x), "2 x"),
     ("the same, TRL's weights and optimizer in bfloat16", "trl", "grpo 7b, bfloat16", lambda x, _: against(x), ""),
 ]
@@ -99,6 +102,16 @@ def phases(line: dict) -> str:
 def against(line: dict) -> str:
     rates = f"{line['ours/tokens_per_second']:,.0f} and {line['trl/tokens_per_second']:,.0f} tokens/s"
     return f"{line['ratio']:.2f} x: {rates}, responses of {line['ours/response_tokens']:.0f} and {line['trl/response_tokens']:.0f} tokens"
+
+
+def ledger(line: dict) -> str:
+    measured = max(value for name, value in line.items() if name.startswith("memory/") and name != "memory/host")
+    return f"off by {abs(line['ledger_error']):.1%} in the phase where it is worst, up to {measured:.0f} GiB"
+
+
+def leaks(line: dict) -> str:
+    device = max(value for name, value in line.items() if name.startswith("rise/") and name != "rise/host")
+    return f"{device:.2f} GiB more on the device, {line['rise/host']:.2f} in host memory"
 
 
 def read(folder: Path) -> Lines:
