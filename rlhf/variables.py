@@ -87,6 +87,11 @@ def settings(mode: str, env: Mapping[str, str]) -> dict[str, str]:
     return keys
 
 
+def without(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which none of them is set, for commands that bring their own models and data."""
+    return {name: value for name, value in env.items() if name not in VARIABLES}
+
+
 def rows() -> list[tuple[str, str, str, str]]:
     """The table for people: name, key, modes and meaning."""
     return [(name, key, {ALL: "all modes"}.get(modes, modes), meaning) for name, (modes, key, meaning) in VARIABLES.items()]

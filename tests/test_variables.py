@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,6 +116,30 @@ def test_a_layout_by_variables_leaves_data_parallel_open(tmp_path: Path):
 @pytest.mark.parametrize("size", ["llama2-7B", "llama2-13B", "llama2-70B"])
 def test_sizes_that_are_shipped(size: str):
     assert load("rlhf", {"model_size": size}).parallel.tp >= 4
+
+
+def test_demo_and_tutorial_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Who has the tutorial's variables exported gets the models and data that these commands make, all the same."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import demo
+    import tutorial
+
+    given: list[dict[str, str]] = []
+
+    def started(*_: object, env: dict[str, str], **__: object) -> SimpleNamespace:
+        given.append(env)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(demo, "RUNS", tmp_path)
+    monkeypatch.setattr(demo.demo_task, "make_model", lambda *_: None)
+    monkeypatch.setattr("subprocess.run", started)
+    monkeypatch.setattr("subprocess.Popen", started)
+    for name, value in ONE.items():
+        monkeypatch.setenv(name, value)
+    assert demo.main([]) == 1
+    tutorial.start(tutorial.Stage("convert", [], environment={"TP": "1"}), tmp_path, (0, ""))
+    assert [{name: env[name] for name in ONE if name in env} for env in given] == [{}, {"TP": "1"}]
+    assert all(env["PATH"] for env in given)
 
 
 def test_modes_that_are_shipped():

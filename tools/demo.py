@@ -7,6 +7,7 @@ reward; then a fresh process loads the exported Hugging Face folder in vLLM and 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from pathlib import Path
 import demo_task
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rlhf import variables  # noqa: E402
+
 RUNS = ROOT / "runs" / "demo"
 EVALUATION = ["configs/demo/grpo.toml", "evaluate.prompts=0", "parallel.tp=1"]
 
@@ -34,7 +39,8 @@ def main(overrides: list[str]) -> int:
     for title, mode, arguments in stages:
         print(f"\n== {title}: ./launch.sh {mode} {' '.join(arguments)}", flush=True)
         start = time.time()
-        code = subprocess.run([sys.executable, "-m", "rlhf", mode, *arguments], cwd=ROOT, check=False).returncode
+        command, environment = [sys.executable, "-m", "rlhf", mode, *arguments], variables.without(os.environ)
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         if code:
             return code
         seconds[title] = time.time() - start

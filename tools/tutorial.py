@@ -24,6 +24,10 @@ import demo_task
 import tutorial_task
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rlhf import variables  # noqa: E402
+
 MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "OnlineDPO", "grpo": "GRPO"}
 SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task.py has
     "mini": {"vocab_size": 320},
@@ -113,7 +117,7 @@ def start(stage: Stage, logs: Path, slot: Slot) -> subprocess.Popen:
     """One command as a person would type it."""
     shown = [f"{name}={value}" for name, value in stage.environment.items()]
     print(f"== {' '.join([*shown, './launch.sh', *stage.arguments])}", flush=True)
-    environment = {**os.environ, **stage.environment, "RLHF_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**variables.without(os.environ), **stage.environment, "RLHF_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     if slot[1]:
         environment["CUDA_VISIBLE_DEVICES"] = slot[1]
     (logs / stage.name).parent.mkdir(parents=True, exist_ok=True)
