@@ -1,12 +1,15 @@
 """Megatron's checkpoint files: written as Megatron-LM writes them, read as it wrote them, and nothing in them is executed."""
 
 import argparse
+import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import types
+import zipfile
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -17,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from test_convert import ROOT, hf_folder, load, run, tensors_of
 from test_tiles import FAMILIES, LLAMA, mcore_rank, random_hf
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from rlhf.contracts import UserError
 from rlhf.model import architecture
@@ -118,7 +123,12 @@ def save_as_megatron_does(
     """A trained TP2 checkpoint: parameters are views into one buffer, optimizer and random states lie beside, and args know enums."""
     hf_tensors = random_hf(arch)
     args = megatron.describe(arch, "mcore", 2, 1, rows, torch.float32, 3) | {"rotary_base": 10000}
-    args |= {"model_type": foreign(monkeypatch, pt.ENUMS[0]), "attention_backend": foreign(monkeypatch, pt.ENUMS[4]), **changes}
+    args |= {"exit_signal": signal.SIGTERM, "cache": Path("/x"), "rope": types.SimpleNamespace(theta=1), "samples": np.float64(3)}
+    args |= {
+        "model_type": foreign(monkeypatch, pt.CLASSES[0]),
+        "attention_backend": foreign(monkeypatch, "megatron.core.transformer.enums.AttnBackend"),
+        **changes,
+    }
     for rank in range(2):
         held = mcore_rank(arch, hf_tensors, (rank, 2), (0, 1))
         for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -128,6 +138,7 @@ def save_as_megatron_does(
         for name, tensor in held.items():
             model[name] = buffer[at : at + tensor.numel()].view(tensor.shape).copy_(tensor)
             at += tensor.numel()
+        model["decoder.layers.0.mlp.linear_fc1._extra_state"] = io.BytesIO(b"as Transformer Engine writes it")
         random = {"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}
         tree = {
             "args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 3, "model": model,
@@ -180,6 +191,20 @@ def test_a_file_that_asks_for_code_is_refused(tmp_path: Path, monkeypatch: pytes
     assert not mark.exists()
 
 
+def no_archive_of_torch(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "iter_0000003/mp_rank_01/model_optim_rng.pt", "w") as archive:
+        archive.writestr("hello", "world")
+
+
+def spoilt_pickle(folder: Path) -> None:
+    """The archive is in order, what it describes is not."""
+    path = folder / "iter_0000003/mp_rank_01/model_optim_rng.pt"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"checkpoint_version")
+    content[start + 40 : start + 60] = bytes(range(230, 250))
+    path.write_bytes(content)
+
+
 def drop_rank(folder: Path) -> None:
     (folder / "iter_0000003/mp_rank_01/model_optim_rng.pt").unlink()
     (folder / "iter_0000003/mp_rank_01").rmdir()
@@ -193,6 +218,8 @@ def cut_short(folder: Path) -> None:
 WRONG = {
     "a rank missing": (drop_rank, "iter_0000003: mp_rank_01 is missing of 2 x 1 ranks"),
     "cut short": (cut_short, "not a file of torch.save, or cut short at"),
+    "another archive": (no_archive_of_torch, "damaged, or not a checkpoint"),
+    "a spoilt pickle": (spoilt_pickle, "damaged, or not a checkpoint"),
     "no such iteration": (lambda folder: (folder / megatron.TRACKER).write_text("8"), "no folder iter_0000008; there are iter_0000003"),
     "no tracker": (lambda folder: (folder / megatron.TRACKER).unlink(), "no latest_checkpointed_iteration.txt, so iter_0000003 may be"),
     "an odd tracker": (lambda folder: (folder / megatron.TRACKER).write_text("?"), r"'\?' is neither a number nor release"),
@@ -226,6 +253,28 @@ def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
     got = tensors_of(tmp_path / "back")
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_args_may_lie_among_the_shards(tmp_path: Path):
+    """megatron-core 0.19 writes no common.pt: what was in it is one more object in a file of shards."""
+    hf_folder(tmp_path / "hf", LLAMA)
+    run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist", "--iteration", 4)
+    folder = tmp_path / "sharded/iter_0000004"
+    stored = io.BytesIO()
+    torch.save([torch.load(folder / "common.pt", weights_only=False)], stored)
+    (folder / "common.pt").unlink()
+    (tmp_path / "sharded/config.json").unlink()
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
+    with (folder / "__0_0.distcp").open("ab") as file:
+        place = _StorageInfo("__0_0.distcp", file.tell(), file.write(stored.getvalue()))
+    metadata.storage_data[MetadataIndex("common_state/shard_0_1")] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert files.model(tmp_path / "sharded") == LLAMA
+    assert megatron.load(tmp_path / "sharded").iteration == 4
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata)[:-100])
+    with pytest.raises(UserError, match=r"\.metadata: damaged"):
+        files.check(tmp_path / "sharded", LLAMA)
 
 
 def test_metadata_that_asks_for_code_is_refused(tmp_path: Path):

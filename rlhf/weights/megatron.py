@@ -79,9 +79,9 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
     """
     path = _iteration(folder, iteration)
     if (path / torch_dist.METADATA).exists():
-        common, sharded = pt.read(path / torch_dist.COMMON), torch_dist.load(path)
-        args = dict(vars(common["args"])) if "args" in common else {}
-        return Checkpoint(path, int(common.get("iteration", 0)), sharded.layout, 1, 1, args, [sharded.entries], sharded)
+        sharded = torch_dist.load(path)
+        args = dict(vars(sharded.common["args"])) if "args" in sharded.common else {}
+        return Checkpoint(path, int(sharded.common.get("iteration", 0)), sharded.layout, 1, 1, args, [sharded.entries], sharded)
     found = {tuple(int(n or 0) for n in match.groups()): child for child in path.iterdir() if (match := RANK.fullmatch(child.name))}
     if not found:
         raise UserError(f"{path}: no mp_rank_* folder; a Megatron checkpoint has one for every rank")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import pickle
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,50 +14,71 @@ from typing import Any
 
 from rlhf.contracts import UserError
 
-# What the pickle of a checkpoint may name beside tensors and plain containers. Classes of Megatron-LM are stood in for.
-ENUMS = (
+# What a checkpoint of Megatron-LM may name beside tensors, arrays and plain containers (its own list is megatron.core.safe_globals):
+# in args, in states of random generators and reruns, and as the extra states of Transformer Engine's layers. Nobody here needs their
+# values, so all of them are stood in for.
+CLASSES = (
     "megatron.core.enums.ModelType",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
     "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
     "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "megatron.core.transformer.enums.AttnBackend",
+    *(f"megatron.core.transformer.enums.{x}" for x in ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")),
+    *("_io.BytesIO", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals", "types.SimpleNamespace", "torch._C.Generator"),
 )
+# What reading a file of torch.save that is damaged, or none, raises.
+DAMAGED = (pickle.UnpicklingError, struct.error, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError)
 
 
 class StandIn:
-    """An instance of a class of Megatron-LM that is not imported."""
+    """An instance of a class that is not imported."""
 
     def __init__(self, *values: Any):
         self.values = values
 
+    def __setstate__(self, state: Any) -> None:
+        self.values = (state,)
 
-def read(path: Path) -> dict[str, Any]:
-    """The tree in a file; its tensors are mappings that nobody has touched.
 
-    Raises UserError where the file is cut short, or asks for more than weights and numbers.
+def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The tree in a file; its tensors are mappings that nobody has touched. Or, with place (start, length), the tree in a list of one in
+    a file within the file, as megatron-core's shards hold objects.
+
+    Raises UserError where the file is damaged, or asks for more than weights and numbers.
     """
     import numpy as np
     import torch
 
     known: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(x)) for x in ("u4", "i8", "f8"))]
-    known += [(StandIn, name) for name in ENUMS]
-    reconstruct = np.empty(0).__reduce__()[0]
-    known += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    known += [(StandIn, name) for name in CLASSES]
+    for made in (np.empty(0), np.float64(0)):
+        function: Any = made.__reduce__()[0]
+        known += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
     if not path.exists():
         raise UserError(f"{path}: missing; copy the checkpoint again, completely")
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(_opened(path, place)):
         raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")
     with _allowed(known):
-        refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        if refused:
-            raise UserError(
-                f"{path}: it asks for {', '.join(sorted(refused))}, and only weights and numbers are read: do not trust this file"
-            )
         try:
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
-            raise UserError(f"{path}: not readable: {str(error).splitlines()[0][:200]}") from None
+            refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(_opened(path, place)))
+            if refused:
+                asked = ", ".join(sorted(refused))
+                raise UserError(f"{path}: it asks for {asked}, and only weights and numbers are read: do not trust this file")
+            tree = torch.load(_opened(path, place), map_location="cpu", weights_only=True, mmap=not place)
+            tree = tree[0] if place else tree
+            assert isinstance(tree, dict), f"it holds a {type(tree).__name__}, not a dict"
+        except DAMAGED as error:
+            reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
+            raise UserError(f"{path}: damaged, or not a checkpoint ({reason}); copy it again") from None
     return tree
+
+
+def _opened(path: Path, place: tuple[int, int] | None) -> Any:
+    if not place:
+        return path
+    with path.open("rb") as file:
+        file.seek(place[0])
+        return io.BytesIO(file.read(place[1]))
 
 
 @contextmanager

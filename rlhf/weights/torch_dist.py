@@ -2,7 +2,7 @@
 
     iter_0000001/.metadata      a pickle: key -> global shape, dtype and chunks; chunk -> file, offset and length
                  __0_0.distcp   the chunks one after another, each a file of torch.save
-                 common.pt      what is not sharded, as Megatron's args
+                 common.pt      what is not sharded, as Megatron's args (from megatron-core 0.19 on one more object in a .distcp)
                  metadata.json  the names of these formats
 
 A key covers all layers: the first axis of its global shape counts them, and so do the chunks' offsets. The other axes are those of the
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.contracts import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights import names
+from rlhf.weights import names, pt
 from rlhf.weights.entries import Entry, Shape, kind
 from rlhf.weights.tiles import Tile
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 METADATA, COMMON, DATA = ".metadata", "common.pt", "__0_0.distcp"
+COMMON_OBJECT = "common_state/shard_0_1"  # where there is no common.pt
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 LAYERS = "decoder.layers."
 FC1 = "mlp.linear_fc1.weight"
@@ -49,6 +50,11 @@ ALLOWED = {
     "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
     "collections": ("OrderedDict",),
 }
+# megatron-core 0.15 and earlier derived two of them.
+OLDER = {
+    ("megatron.core.dist_checkpointing.strategies.torch", f"MCore{name}"): (f"torch.distributed.checkpoint.{module}", name)
+    for module, name in (("metadata", "Metadata"), ("planner", "SavePlan"))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Sharded:
 
     layout: str  # in names.LAYOUTS
     chunks: dict[str, list[Entry]]
+    common: dict[str, Any]  # what is not sharded
 
     @property
     def vocab(self) -> int:
@@ -91,6 +98,7 @@ class Metadata(pickle.Unpickler):
         super().__init__(io.BytesIO(path.read_bytes()))
 
     def find_class(self, module: str, name: str) -> Any:
+        module, name = OLDER.get((module, name), (module, name))
         if name not in ALLOWED.get(module, ()):
             raise UserError(f"{self.path}: it asks for {module}.{name}, and only shapes and offsets are read: do not trust this file")
         return super().find_class(module, name)
@@ -98,7 +106,10 @@ class Metadata(pickle.Unpickler):
 
 def load(folder: Path) -> Sharded:
     """Find every chunk of a checkpoint; optimizer states are passed over. Raises UserError where the folder is incomplete or odd."""
-    metadata = Metadata(folder / METADATA).load()
+    try:
+        metadata = Metadata(folder / METADATA).load()
+    except pt.DAMAGED as error:
+        raise UserError(f"{folder / METADATA}: damaged ({type(error).__name__} {error}); copy the checkpoint again") from None
     found: dict[str, dict[tuple[int, ...], Entry]] = {}
     for index, info in metadata.storage_data.items():
         key = index.fqn.removeprefix("model.")
@@ -110,7 +121,7 @@ def load(folder: Path) -> Sharded:
             or not hasattr(stored, "chunks")
         ):
             continue
-        offsets, layered = tuple(index.offset), key.startswith(LAYERS)
+        offsets, layered = tuple(index.offset), key.startswith(LAYERS) and _key(key)[0] is None
         local = f"{LAYERS}{offsets[0]}.{key.removeprefix(LAYERS)}" if layered else key
         sizes = next(tuple(chunk.sizes) for chunk in stored.chunks if tuple(chunk.offsets) == offsets)
         shape = sizes[1:] if layered else sizes
@@ -118,7 +129,15 @@ def load(folder: Path) -> Sharded:
     fused = any(name.endswith("linear_qkv.layer_norm_weight") for name in found)
     if "embedding.word_embeddings.weight" not in found:
         raise UserError(f"{folder}: no tensor embedding.word_embeddings.weight; this is not a GPT model's checkpoint")
-    return Sharded("mcore-te" if fused else "mcore", {local: [held[at] for at in sorted(held)] for local, held in found.items()})
+    chunks = {local: [held[at] for at in sorted(held)] for local, held in found.items()}
+    return Sharded("mcore-te" if fused else "mcore", chunks, _common(folder, metadata.storage_data))
+
+
+def _common(folder: Path, stored: Mapping[Any, Any]) -> dict[str, Any]:
+    info = next((info for index, info in stored.items() if index.fqn == COMMON_OBJECT), None)
+    if info is None or (folder / COMMON).exists():
+        return pt.read(folder / COMMON)
+    return pt.read(folder / info.relative_path, (info.offset, info.length))
 
 
 def begin(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, args: Mapping[str, Any]) -> dict[str, Entry]:
