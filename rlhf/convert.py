@@ -92,7 +92,7 @@ def _flag(environment: Mapping[str, str], name: str) -> bool:
 def main(arguments: Sequence[str]) -> None:
     """Convert as the command line says. Raises UserError for the first mistake, and then nothing was written."""
     a = parser().parse_args(arguments)
-    arch = files.model(a.source, a.config)
+    arch = files.model(a.source, a.config, a.iteration)
     source = files.open_folder(a.source, arch, a.iteration)
     _check(a, arch)
     import torch
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     convert(source, arch, to, partial, dtype)
-    to.finish(partial, files.config(a.source, a.config), dtype)
+    to.finish(partial, files.config(a.source, a.config, a.iteration), dtype)
     for path in (path for pattern in BESIDE for path in (where.glob(pattern) if where else ())):
         shutil.copy(path, partial / path.name)
     if a.verify:

@@ -169,6 +169,39 @@ def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(held["model.layers.2.mlp.down_proj.weight"], wanted["model.layers.2.mlp.down_proj.weight"].chunk(2, dim=1)[rank])
 
 
+def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The scaling of rope is kept; what we would compute otherwise is refused."""
+    save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, use_rope_scaling=True, rope_scaling_factor=32.0)
+    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    assert files.model(tmp_path / "core") == replace(LLAMA, rope_scaling=scaling)
+    for name, value in (("apply_layernorm_1p", True), ("rotary_interleaved", True), ("rotary_percent", 0.5)):
+        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
+        with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
+            files.check(tmp_path / name, LLAMA)
+
+
+def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """By --iteration, also where there is no tracker file; by its own folder, with the config.json beside it."""
+    arch = replace(LLAMA, rope_theta=5e5)
+    hf_folder(tmp_path / "hf", arch)
+    for format in ("legacy", "torch_dist"):
+        run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--iteration", 6)
+        assert files.model(tmp_path / format / "iter_0000006") == arch
+        (tmp_path / format / megatron.TRACKER).unlink()
+        (tmp_path / format / "config.json").unlink()
+        run("--from", tmp_path / format, "--to", tmp_path / f"{format}-hf", "--format", "hf", "--iteration", 6)
+        assert architecture.read(tmp_path / f"{format}-hf") == arch
+
+
+def test_args_pad_the_vocabulary_as_the_file_does():
+    """Megatron-LM computes the rows anew from make_vocab_size_divisible_by."""
+    for vocab, divisor, tp in ((101, 0, 1), (101, 0, 2), (32000, 0, 4), (101, 200, 1), (101, 24, 2), (128256, 1, 8)):
+        arch = replace(LLAMA, vocab=vocab)
+        rows = files.target(arch, "legacy", torch.float32, tp=tp, divisor=divisor).vocab
+        unit = tp * megatron.describe(arch, "legacy", tp, 1, rows, torch.float32, 1)["make_vocab_size_divisible_by"]
+        assert -(-vocab // unit) * unit == rows
+
+
 class Malice:
     def __init__(self, call: object, *arguments: object):
         self.call, self.arguments = call, arguments

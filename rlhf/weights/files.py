@@ -122,21 +122,21 @@ def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], paramet
     open_folder(folder, arch).read(tiling, parameters)
 
 
-def model(folder: str | Path, beside: str | Path = "") -> Architecture:
+def model(folder: str | Path, beside: str | Path = "", iteration: int | None = None) -> Architecture:
     """The architecture of a folder: from its config.json, or the one `beside` it, or from a Megatron checkpoint's own args."""
     where = described(folder, beside)
-    return architecture.read(where) if where else megatron.architecture(megatron.load(Path(folder)))
+    return architecture.read(where) if where else megatron.architecture(megatron.load(Path(folder), iteration))
 
 
-def config(folder: str | Path, beside: str | Path = "") -> dict[str, Any]:
+def config(folder: str | Path, beside: str | Path = "", iteration: int | None = None) -> dict[str, Any]:
     """What config.json says of the model in a folder, or would."""
     where = described(folder, beside)
-    return json.loads((where / "config.json").read_text()) if where else hf.description(model(folder))
+    return json.loads((where / "config.json").read_text()) if where else hf.description(model(folder, beside, iteration))
 
 
 def described(folder: str | Path, beside: str | Path = "") -> Path | None:
     """The folder with the config.json of a model; None: it is a Megatron checkpoint that has none."""
-    places = [Path(folder), Path(folder).parent] if any(Path(folder).glob("mp_rank_*")) else [Path(folder)]
+    places = [Path(folder), Path(folder).parent] if megatron.is_iteration(Path(folder)) else [Path(folder)]
     found = [place for place in (*places, *([Path(beside)] if beside else [])) if (place / "config.json").exists()]
     return found[0] if found else None if megatron.is_checkpoint(Path(folder)) else Path(folder)
 

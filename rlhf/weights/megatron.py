@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
+# What args may say that no tensor shows, -> what we compute.
+UNSEEN = {"apply_layernorm_1p": False, "rotary_interleaved": False, "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None}
 LINEAR = {  # the linear layers whose (empty) extra state a strict load asks for
     "mcore": ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
     "legacy": ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
@@ -68,16 +70,28 @@ class Checkpoint:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is Megatron-LM's, by the names in it."""
-    signs = (TRACKER, "mp_rank_*", "iter_*/mp_rank_*", torch_dist.METADATA)
+    signs = (TRACKER, *(f"{place}{sign}" for place in ("", "iter_*/") for sign in ("mp_rank_*", torch_dist.METADATA)))
     return any(True for sign in signs for _ in folder.glob(sign))
+
+
+def is_iteration(folder: Path) -> bool:
+    """Whether a folder is the part of Megatron-LM's that holds one iteration."""
+    return any(folder.glob("mp_rank_*")) or (folder / torch_dist.METADATA).exists()
 
 
 def load(folder: Path, iteration: int | None = None) -> Checkpoint:
     """Describe a checkpoint, that of the tracker file or of the given iteration. Reads no tensor.
 
-    Raises UserError where rank files are missing, or hold more than weights and numbers.
+    Raises UserError where rank files are missing, hold more than weights and numbers, or a model that computes something else.
     """
-    path = _iteration(folder, iteration)
+    checkpoint = _load(_iteration(folder, iteration))
+    for name, ours in UNSEEN.items():
+        if checkpoint.args.get(name, ours) != ours:
+            raise UserError(f"{checkpoint.path}: its args say {name} {checkpoint.args[name]}, which is not supported; supported is {ours}")
+    return checkpoint
+
+
+def _load(path: Path) -> Checkpoint:
     if (path / torch_dist.METADATA).exists():
         sharded = torch_dist.load(path)
         args = dict(vars(sharded.common["args"])) if "args" in sharded.common else {}
@@ -165,7 +179,9 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
         "attention_dropout": 0.0,
         "vocab_size": arch.vocab,
         "padded_vocab_size": vocab,
-        "make_vocab_size_divisible_by": next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if vocab % (n * tp) == 0),
+        "make_vocab_size_divisible_by": next(
+            n for n in (128, 64, 32, 16, 8, 4, 2, 1, vocab // tp) if -arch.vocab % (n * tp) == vocab - arch.vocab
+        ),
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": None,
         "tensor_model_parallel_size": tp,
@@ -187,6 +203,7 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
     """The model that a checkpoint's args describe, for folders without a config.json. Raises UserError where they lack something."""
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as in Megatron, for all models
     a, last = checkpoint.args, {name.partition("#")[0] for name in checkpoint.shards[-1]}
     try:
         return Architecture(
@@ -204,6 +221,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
             qkv_bias=bool(a.get("add_qkv_bias")),
             qk_norm=bool(a.get("qk_layernorm")),
             rope_theta=float(a.get("rotary_base", 10000)),
+            rope_scaling={"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {},
             lm=names.LAYOUTS[checkpoint.layout].local("lm_head.weight") in last or not a["untie_embeddings_and_output_weights"],
             scalar=names.SCORE in last,
         )
@@ -213,7 +231,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
 
 def _iteration(folder: Path, iteration: int | None) -> Path:
     """The folder that holds the rank folders."""
-    if any(folder.glob("mp_rank_*")) or (folder / torch_dist.METADATA).exists():
+    if is_iteration(folder):
         return folder
     if iteration is not None:
         wanted = f"iter_{iteration:07}"
