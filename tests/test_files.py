@@ -96,6 +96,17 @@ def pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 13476839\n")
 
 
+def spoilt(old: bytes, new: bytes):
+    """A folder whose single file says something else in its header."""
+
+    def make(folder: Path) -> None:
+        save(folder, random_hf(LLAMA))
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+    return make
+
+
 def unlisted(folder: Path) -> None:
     save(folder, random_hf(LLAMA), num_files=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -108,6 +119,8 @@ MISTAKES = {
     "header cut short": (cut(100), r"model.safetensors: cut short at 100 bytes, its header alone has \d+"),
     "nothing in it": (cut(0), r"model.safetensors: not a safetensors file, or cut short at 0 bytes"),
     "git-lfs pointer": (pointer, r"model.safetensors: not a safetensors file"),
+    "a header of other things": (spoilt(b'"data_offsets"', b'"data_0ffsets"'), "its header does not list tensors"),
+    "fewer bytes than the shape asks for": (spoilt(b'"F32"', b'"F16"'), r"has \d+ bytes, its shape asks for others"),
     "a shard missing": (unlisted, r"model-00002-of-00003.safetensors: missing, though model.safetensors.index.json lists it"),
     "a tensor missing": (edit(lambda hf: {k: v for k, v in hf.items() if k != NORM}), "tensor model.norm.weight is missing"),
     "a wrong shape": (edit(lambda hf: hf | {NORM: torch.ones(31)}), r"model.norm.weight has shape \[31\], but config.json asks for \[32\]"),

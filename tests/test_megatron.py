@@ -305,9 +305,10 @@ def test_args_may_lie_among_the_shards(tmp_path: Path):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     assert files.model(tmp_path / "sharded") == LLAMA
     assert megatron.load(tmp_path / "sharded").iteration == 4
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata)[:-100])
-    with pytest.raises(UserError, match=r"\.metadata: damaged"):
-        files.check(tmp_path / "sharded", LLAMA)
+    for spoilt in (pickle.dumps(metadata)[:-100], pickle.dumps([])):
+        (folder / ".metadata").write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"\.metadata: damaged"):
+            files.check(tmp_path / "sharded", LLAMA)
 
 
 def test_metadata_that_asks_for_code_is_refused(tmp_path: Path):

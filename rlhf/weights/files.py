@@ -21,7 +21,7 @@ from rlhf.contracts import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 from rlhf.weights import hf, megatron, names, torch_dist
-from rlhf.weights.entries import DTYPES, Entry, Shape, groups, kind, mapped, some, store
+from rlhf.weights.entries import DTYPES, SIZES, Entry, Shape, groups, kind, mapped, some, store
 from rlhf.weights.tiles import Move, Tile, plan, view
 
 if TYPE_CHECKING:
@@ -321,6 +321,8 @@ def _check(folder: Path, arch: Architecture, layout: str, wanted: Mapping[str, S
             raise UserError(f"{entry.path}: {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}")
         if entry.dtype not in DTYPES:
             raise UserError(f"{entry.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
+        if entry.stop - entry.start != prod(shape) * SIZES[entry.dtype]:
+            raise UserError(f"{entry.path}: {name} has {entry.stop - entry.start} bytes, its shape asks for others; download it again")
     form = names.LAYOUTS[layout]
     ignored = {form.local("lm_head.weight"), form.tied} if arch.tied or not arch.lm else set()
     extra = [n for n in found if n not in wanted and n.partition("#")[0] not in ignored and not n.endswith("rotary_emb.inv_freq")]

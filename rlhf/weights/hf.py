@@ -121,14 +121,14 @@ def _header(path: Path) -> dict[str, Entry]:
     if len(text) < length:
         raise UserError(f"{path}: cut short at {size} bytes, its header alone has {8 + length}; download it again")
     try:
-        header = json.loads(text)
-    except ValueError:
-        raise UserError(f"{path}: not a safetensors file: its header is not JSON; download it again") from None
-    header.pop("__metadata__", None)
-    data = 8 + length
-    found = {
-        name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"])) for name, at in header.items()
-    }
+        header, data = json.loads(text), 8 + length
+        header.pop("__metadata__", None)
+        found = {
+            name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"]))
+            for name, at in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a safetensors file: its header does not list tensors; download it again") from None
     end = max((entry.stop for entry in found.values()), default=data)
     if size < end:
         raise UserError(f"{path}: cut short at {size} of {end} bytes; download it again")

@@ -26,8 +26,11 @@ CLASSES = (
     *(f"megatron.core.transformer.enums.{x}" for x in ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")),
     *("_io.BytesIO", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals", "types.SimpleNamespace", "torch._C.Generator"),
 )
-# What reading a file of torch.save that is damaged, or none, raises.
-DAMAGED = (pickle.UnpicklingError, struct.error, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError)
+# What reading a pickle or an archive raises that is damaged, or none.
+DAMAGED: tuple[type[Exception], ...] = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
+    *(EOFError, AssertionError, ArithmeticError, StopIteration),
+)
 
 
 class StandIn:

@@ -108,8 +108,16 @@ def load(folder: Path) -> Sharded:
     """Find every chunk of a checkpoint; optimizer states are passed over. Raises UserError where the folder is incomplete or odd."""
     try:
         metadata = Metadata(folder / METADATA).load()
+        found = _chunks(folder, metadata)
     except pt.DAMAGED as error:
         raise UserError(f"{folder / METADATA}: damaged ({type(error).__name__} {error}); copy the checkpoint again") from None
+    fused = any(name.endswith("linear_qkv.layer_norm_weight") for name in found)
+    if "embedding.word_embeddings.weight" not in found:
+        raise UserError(f"{folder}: no tensor embedding.word_embeddings.weight; this is not a GPT model's checkpoint")
+    return Sharded("mcore-te" if fused else "mcore", found, _common(folder, metadata.storage_data))
+
+
+def _chunks(folder: Path, metadata: Any) -> dict[str, list[Entry]]:
     found: dict[str, dict[tuple[int, ...], Entry]] = {}
     for index, info in metadata.storage_data.items():
         key = index.fqn.removeprefix("model.")
@@ -126,11 +134,7 @@ def load(folder: Path) -> Sharded:
         sizes = next(tuple(chunk.sizes) for chunk in stored.chunks if tuple(chunk.offsets) == offsets)
         shape = sizes[1:] if layered else sizes
         found.setdefault(local, {})[offsets] = _entry(folder / info.relative_path, info.offset, info.length, shape, stored.properties.dtype)
-    fused = any(name.endswith("linear_qkv.layer_norm_weight") for name in found)
-    if "embedding.word_embeddings.weight" not in found:
-        raise UserError(f"{folder}: no tensor embedding.word_embeddings.weight; this is not a GPT model's checkpoint")
-    chunks = {local: [held[at] for at in sorted(held)] for local, held in found.items()}
-    return Sharded("mcore-te" if fused else "mcore", chunks, _common(folder, metadata.storage_data))
+    return {local: [held[at] for at in sorted(held)] for local, held in found.items()}
 
 
 def _common(folder: Path, stored: Mapping[Any, Any]) -> dict[str, Any]:
@@ -220,6 +224,7 @@ def _entry(path: Path, start: int, length: int, shape: Shape, dtype: torch.dtype
     if not path.exists() or path.stat().st_size < start + length:
         raise UserError(f"{path}: missing or cut short; copy the checkpoint again, completely")
     first = start + _data(path, start, length)
+    assert prod(shape) * dtype.itemsize <= start + length - first, f"{path} at {start} holds less than {list(shape)}"
     return Entry(path, kind(dtype), tuple(shape), first, first + prod(shape) * dtype.itemsize)
 
 
