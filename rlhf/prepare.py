@@ -13,6 +13,7 @@ from rlhf import rewards
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
 from rlhf.contracts import UserError
+from rlhf.data import jsonl
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.model.architecture import Architecture
@@ -112,6 +113,12 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None
     path = {"train": config.data.train, "eval": config.data.eval}[source]
     if not path:
         raise UserError(f"data.{source} is not set: give a jsonl file or a folder of them")
+    if source == "train" and Path(path).is_dir() and config.data.eval:
+        both = {file.resolve() for file in jsonl.files(Path(path))} & {file.resolve() for file in jsonl.files(Path(config.data.eval))}
+        if both:
+            raise UserError(
+                f"data.train={path} is a folder with {min(both).name} in it, which data.eval holds out: give the file to train on"
+            )
     return read(path), read(config.data.eval) if source == "train" and config.data.eval else None
 
 

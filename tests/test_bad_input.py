@@ -139,6 +139,14 @@ def test_data(fail, tmp_path: Path, content: str, wanted: list[str]) -> None:
     assert all(part in line for part in wanted), line
 
 
+def test_a_folder_to_train_on_with_what_is_held_out(fail, tmp_path: Path) -> None:
+    """As prepare_data makes it; all files of a folder are read."""
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "response": "b"}\n')
+    line = fail("sft", f"data.train={tmp_path}", f"data.eval={tmp_path}/dev.jsonl")
+    assert f"data.train={tmp_path} is a folder with dev.jsonl in it, which data.eval holds out" in line
+
+
 def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "a"}\n')
