@@ -15,7 +15,7 @@ from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums, scored
 from rlhf.data.packing import microbatches, shares
 from rlhf.model.architecture import Architecture
-from rlhf.parallel.mesh import Mesh
+from rlhf.parallel.mesh import Mesh, portion
 from rlhf.prepare import Role
 from rlhf.train.learner import Learner
 from rlhf.train.parking import Parking
@@ -54,11 +54,13 @@ class Roles:
         self.parking.enter("score", name)
         indexed = {id(sample): i for i, sample in enumerate(samples)}
         cut = self._cut(name, samples, whole_groups=False)
-        mine = self.learners[name].score(cut[self.mesh.dp_rank])
+        mine = portion(self.learners[name].score(cut[self.mesh.dp_rank]), *self.mesh.place_in_replica)
+        spoken: list[list[np.ndarray]] = [[] for _ in cut]
+        for replica, part in self.mesh.all_gather((self.mesh.dp_rank, mine)):
+            spoken[replica] += part
         streams: list[np.ndarray] = [np.empty(0)] * len(samples)
-        spoken = [part for part in self.mesh.all_gather(mine if self.mesh.speaks_for_dp else None) if part is not None]
-        for bins, part in zip(cut, spoken, strict=True):
-            for sample, stream in zip((s for b in bins for s in b), part, strict=True):
+        for bins, said in zip(cut, spoken, strict=True):
+            for sample, stream in zip((s for b in bins for s in b), said, strict=True):
                 streams[indexed[id(sample)]] = stream
         return streams
 

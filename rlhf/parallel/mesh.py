@@ -7,7 +7,7 @@ consecutive too, so engine tp and training tp meet on the same node.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -82,9 +82,10 @@ class Mesh:
         return self.pp_rank == self.layout.pp - 1
 
     @property
-    def speaks_for_dp(self) -> bool:
-        """True on one rank per data-parallel replica: the one that reports the replica's sums."""
-        return self.tp_rank == 0 and self.cp_rank == 0 and self.is_last_stage
+    def place_in_replica(self) -> tuple[int, int]:
+        """This rank's place, in the order of the world, among those of its data-parallel replica, and their number."""
+        tp, pp, cp = self.layout.tp, self.layout.pp, self.layout.cp
+        return (self.pp_rank * cp + self.cp_rank) * tp + self.tp_rank, tp * pp * cp
 
     def dp_sum(self, x: Tensor) -> Tensor:
         """Sum over data-parallel ranks."""
@@ -111,7 +112,10 @@ class Mesh:
         return out
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's (small, picklable) value, by rank."""
+        """Every rank's (small, picklable) value, by rank.
+
+        Each takes the time and room of the largest. So where several ranks know the same, each gives a portion() of it.
+        """
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -150,6 +154,11 @@ class Mesh:
         if size == 1:
             return None
         return dist.new_subgroups(size)[0]
+
+
+def portion(known: Sequence[T], place: int, size: int) -> Sequence[T]:
+    """Of what `size` ranks know alike, the part of the one at `place`: all parts are consecutive, and of equal length (or one less)."""
+    return known[len(known) * place // size : len(known) * (place + 1) // size]
 
 
 class _SumBoth(torch.autograd.Function):

@@ -12,7 +12,7 @@ from rlhf.config import Config
 from rlhf.contracts import Completion, Engine, Sample, Sampling, Sums, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.parallel.mesh import Mesh
+from rlhf.parallel.mesh import Mesh, portion
 from rlhf.weights.publish import Publisher
 
 
@@ -77,24 +77,24 @@ class Sampler:
     ) -> list[Sample]:
         """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
         samples = self._generate(prompts, sampling, group, step)
-        if self.mesh.rank % self.config.rollout.tp == 0:  # one rank speaks for an engine
-            reward(samples)
+        reward(samples)
         return self._gather(samples)
 
     def _generate(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
-        """The responses of this rank's engine."""
-        engines = self.mesh.world // self.config.rollout.tp
-        mine = [i for i in range(len(prompts)) if i % engines == self.mesh.rank // self.config.rollout.tp]
+        """This rank's portion of the responses of its engine, all of whose ranks know them."""
+        tp = self.config.rollout.tp
+        engines, engine = self.mesh.world // tp, self.mesh.rank // tp
+        mine = [i for i in range(len(prompts)) if i % engines == engine]
         jobs = [(i, k) for i in mine for k in range(group)]
         completions = self.engine.generate(
             [prompts[i].tokens.tolist() for i, _ in jobs], sampling, [_seed(self.config.seed, step, prompts[i].group, k) for i, k in jobs]
         )
-        return [self._sample(prompts[i], completion) for (i, _), completion in zip(jobs, completions, strict=True)]
+        answered = [(prompts[i], completion) for (i, _), completion in zip(jobs, completions, strict=True)]
+        return [self._sample(*pair) for pair in portion(answered, self.mesh.rank % tp, tp)]
 
     def _gather(self, samples: list[Sample]) -> list[Sample]:
-        """All engines' samples on every rank, by group; siblings keep their order."""
-        speaks = self.mesh.rank % self.config.rollout.tp == 0  # one rank for its engine
-        found = [sample for part in self.mesh.all_gather(samples if speaks else []) for sample in part]
+        """The samples of all ranks on every rank, by group; siblings keep their order."""
+        found = [sample for part in self.mesh.all_gather(samples) for sample in part]
         return sorted(found, key=lambda s: s.group)
 
     def _sample(self, prompt: Sample, completion: Completion) -> Sample:

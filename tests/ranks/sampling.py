@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,25 @@ def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
     assert len({tuple(s.tokens.tolist()) for s in first}) == 12, "siblings of a group came out alike"
     everywhere = mesh.all_gather([s.tokens.tolist() for s in first])
     assert all(tokens == everywhere[0] for tokens in everywhere)
+
+
+def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> None:
+    """Each rewards and gives as many as the others. All know the same samples as with an engine for each rank."""
+    apart = build(folder, mesh)
+    together = build(folder, mesh, f"rollout.tp={mesh.world}")  # the same whole engine on every rank, told that it is one of several
+    rewarded = []
+    reward = together.reward
+    together.reward = lambda samples: rewarded.append(len(samples)) or reward(samples)
+
+    def said(samples: list[Sample]) -> list[tuple]:
+        return [(s.group, s.tokens.tolist(), s.reward, s.meta) for s in samples]
+
+    drawn, same = together.draw(2)[0], apart.draw(2)[0]
+    assert said(drawn) == said(same)
+    assert all(np.allclose(a.sampler_logp, b.sampler_logp, atol=1e-5) for a, b in zip(drawn, same, strict=True))
+    assert rewarded == [12 // mesh.world], rewarded
+    prompts = apart.records.head(3)
+    assert [s.tokens.tolist() for s in together.probe(prompts)] == [s.tokens.tolist() for s in apart.probe(prompts)]
 
 
 def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
@@ -141,6 +161,7 @@ def main() -> None:
     folder, mesh = Path(sys.argv[1]), Mesh(Parallel(), seed=1)
     check_the_first_rank_of_a_node_goes_first(folder, mesh)
     check_draw_is_a_function_of_seed_and_step(folder, mesh)
+    check_the_ranks_of_an_engine_share_its_samples(folder, mesh)
     check_samples_are_aligned(folder, mesh)
     check_stop_string_cuts_tokens(folder, mesh)
     check_greedy_and_summary(folder, mesh)
