@@ -18,7 +18,7 @@ from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
 from rlhf.weights import files, publish
 from rlhf.weights.names import shapes, tilings
-from rlhf.weights.publish import Publisher, _rounds
+from rlhf.weights.publish import Publisher, _rounds, checksum
 from rlhf.weights.tiles import plan
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +80,18 @@ def test_four_ranks(tmp_path: Path):
         assert all(torch.equal(tensor, hf[name].bfloat16()) for name, tensor in tensors.items())
     assert index["weight_map"].keys() == hf.keys()
     assert json.loads((folder / "config.json").read_text()) == {"model_type": "llama", "torch_dtype": "bfloat16"}
+
+
+def test_a_checksum_sees_what_changed_places():
+    rows = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    assert checksum(rows) != checksum(rows.flip(0))
+    long = torch.zeros((1 << 22) + 1).bfloat16()
+    long[2], long[1 << 22] = 3, 5
+    swapped = long.clone()
+    swapped[2], swapped[1 << 22] = 5, 3
+    assert checksum(long) != checksum(swapped)
+    assert checksum(long[:-1]) == checksum(long[:-1].clone())
+    assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))
 
 
 @pytest.mark.parametrize("limit", [50, 1000, 100_000])

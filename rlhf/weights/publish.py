@@ -153,11 +153,13 @@ class Publisher:
 
 def checksum(x: Tensor) -> Tensor:
     """A 64-bit integer that depends on every bit of x and on its place."""
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
-    for i, piece in enumerate(x.contiguous().flatten().split(1 << 22)):
+    total, start = torch.zeros((), dtype=torch.int64, device=x.device), 1
+    for piece in x.contiguous().flatten().split(1 << 22):
         bits = piece.view({2: torch.int16, 4: torch.int32}[x.itemsize]).long()
-        places = torch.arange(1, len(bits) + 1, device=x.device) * (2 * i + 1)
-        total += (bits * (places * 0x9E3779B97F4A7C1 + 1)).sum()
+        weights = torch.arange(start, start + len(bits), device=x.device) * 0x1E3779B97F4A7C15
+        weights ^= weights >> 32  # no linear function of the place: two rows that changed places would weigh the same if their sums did
+        total += (bits * (weights | 1)).sum()
+        start += len(bits)
     return total
 
 
