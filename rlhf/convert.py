@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     _check(a, arch)
     import torch
 
-    stored = {entry.dtype for shard in source.shards for entry in shard.values()}
+    stored = {shard[tile.local].dtype for tiling, shard in zip(source.tilings, source.shards, strict=True) for tile in tiling}
     name = DTYPES[a.dtype] if a.dtype else files.DTYPES[stored.pop()] if len(stored) == 1 else ""
     if not name:
         raise UserError(f"{a.source}: its tensors have several dtypes, {', '.join(sorted(stored))}: choose one with --dtype")
@@ -106,20 +106,27 @@ def main(arguments: Sequence[str]) -> None:
     to = files.target(arch, a.format, dtype, tp=a.tp, pp=a.pp, iteration=iteration, divisor=a.vocab_divisor)
     for remark in _remarks(source, arch, a.config):
         print(f"convert: {remark}", file=sys.stderr)
-    where = files.described(a.source, a.config)
-    final = Path(a.to)
-    partial = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    convert(source, arch, to, partial, dtype)
-    to.finish(partial, files.config(a.source, a.config, a.iteration), dtype)
-    for path in (path for pattern in BESIDE for path in (where.glob(pattern) if where else ())):
-        shutil.copy(path, partial / path.name)
-    if a.verify:
-        verify(source, arch, partial)
-    partial.rename(final)
+    try:
+        _make(a, source, arch, to, dtype)
+    except OSError as error:
+        raise UserError(f"--to {a.to}: {error}") from None
     print(
         f"convert: {a.source} ({source.layout}) -> {a.to} ({a.format}, tp {a.tp}, pp {a.pp}, {name})" + (", verified" if a.verify else "")
     )
+
+
+def _make(a: argparse.Namespace, source: files.Source, arch: Architecture, to: files.Target, dtype: torch.dtype) -> None:
+    """Write the new folder under another name, which it has until it is complete."""
+    final, where = Path(a.to), files.described(a.source, a.config)
+    partial = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    convert(source, arch, to, partial, dtype)
+    for path in (path for pattern in BESIDE for path in (where.glob(pattern) if where else ())):
+        shutil.copy(path, partial / path.name)
+    to.finish(partial, files.config(a.source, a.config, a.iteration), dtype)
+    if a.verify:
+        verify(source, arch, partial)
+    partial.rename(final)
 
 
 def convert(source: files.Source, arch: Architecture, to: files.Target, folder: Path, dtype: torch.dtype) -> None:

@@ -108,6 +108,14 @@ convert.main({[str(a) for a in arguments]!r})
     assert not left.exists()
 
 
+def test_a_tensor_that_is_passed_over_has_no_say_in_the_dtype(tmp_path: Path):
+    """As the inverse frequencies in Llama 2's folders."""
+    wanted = hf_folder(tmp_path / "hf", LLAMA)
+    save_file(wanted | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "hf/model.safetensors")
+    run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
+    assert megatron.load(tmp_path / "old").args["params_dtype"] == torch.bfloat16
+
+
 @pytest.mark.parametrize("format", ["hf", "mcore", "legacy", "torch_dist"])
 def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
     hf_folder(tmp_path / "hf", LLAMA)
@@ -182,6 +190,7 @@ def test_the_tutorials_variables(tmp_path: Path):
         (["--to", "x", "--format", "mcore", "--tp", "3"], "--tp 3 does not divide the attention heads 8"),
         (["--to", "x", "--format", "mcore", "--pp", "3"], "--pp 3 does not divide the 4 layers"),
         (["--to", "x", "--format", "mcore", "--tp", "0"], "must be at least 1"),
+        (["--to", "hf/model.safetensors/x", "--format", "mcore"], "--to hf/model.safetensors/x: .*Not a directory"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str):
