@@ -248,7 +248,15 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
+def another_order(folder: Path) -> None:
+    """Early releases of Megatron-LM did not group q, k and v by heads."""
+    path = folder / "iter_0000003/mp_rank_00/model_optim_rng.pt"
+    tree = torch.load(path, weights_only=False)
+    torch.save(tree | {"checkpoint_version": 1.0}, path)
+
+
 WRONG = {
+    "rows in another order": (another_order, "iter_0000003: checkpoint_version 1.0, whose rows of q, k and v have another order"),
     "a rank missing": (drop_rank, "iter_0000003: mp_rank_01 is missing of 2 x 1 ranks"),
     "cut short": (cut_short, "not a file of torch.save, or cut short at"),
     "another archive": (no_archive_of_torch, "damaged, or not a checkpoint"),

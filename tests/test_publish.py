@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
 from rlhf.weights import files, publish
-from rlhf.weights.names import shapes, tilings
+from rlhf.weights.names import shapes, tiles, tilings
 from rlhf.weights.publish import Publisher, _rounds, checksum
 from rlhf.weights.tiles import plan
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 WORLD = 4
 RESHARDS = {"TP2PP2 -> TP1": (2, 2, 1), "TP4 -> TP2": (4, 1, 2), "TP2 -> TP4": (2, 1, 4), "PP4 -> TP4": (1, 4, 4), "TP1 -> TP2": (1, 1, 2)}
 SMALL = 24 << 10  # bytes of a bucket, so that there are many rounds and tensors are cut
+SPLIT = {"mcore": {"tp": 2, "pp": 2}, "mcore-local": {"tp": 4}, "legacy": {"tp": 1, "pp": 4}}
 EXPORTED = replace(LLAMA, kv_heads=2, vocab=1000)
 
 
@@ -35,10 +36,11 @@ def on_rank(rank: int, folder: str) -> None:
         for tp, pp, engine_tp in RESHARDS.values():
             check_publish(arch, tp, pp, engine_tp, rank)
     parameters = model_ranks(EXPORTED, random_hf(EXPORTED), "mcore", WORLD, 2, 2)[rank]
-    files.write(
-        f"{folder}/model", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "mcore", WORLD, 2, 2), parameters,
-        rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, shard=20 << 10, bucket=SMALL,
-    )  # fmt: skip
+    for format in files.FORMATS:
+        files.write(
+            f"{folder}/{format}", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "mcore", WORLD, 2, 2), parameters, format=format,
+            rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, shard=20 << 10, bucket=SMALL, **SPLIT.get(format, {}),
+        )  # fmt: skip
     dist.destroy_process_group()
 
 
@@ -68,8 +70,12 @@ def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
 def test_four_ranks(tmp_path: Path):
     mp.spawn(on_rank, (str(tmp_path),), WORLD)  # raises what a rank raised
 
-    folder, hf = tmp_path / "model", random_hf(EXPORTED)
-    files.check(folder, EXPORTED)
+    folder, hf = tmp_path / "hf", random_hf(EXPORTED)
+    for format in files.FORMATS:
+        whole = tiles(EXPORTED, "hf")
+        held = {name: torch.zeros(shape) for name, shape in shapes(whole).items()}
+        files.read(tmp_path / format, EXPORTED, whole, held)
+        assert all(torch.equal(held[name], hf[name].bfloat16().float()) for name in hf), format
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", *shards, "model.safetensors.index.json"]

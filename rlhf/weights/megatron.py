@@ -102,6 +102,11 @@ def _load(path: Path) -> Checkpoint:
     trees = {rank: pt.read(child / FILE) for rank, child in sorted(found.items())}
     first = next(iter(trees.values()))
     args = dict(vars(first["args"])) if "args" in first else {}
+    if first.get("checkpoint_version", 3.0) < 2.0:
+        version = first["checkpoint_version"]
+        raise UserError(
+            f"{path}: checkpoint_version {version}, whose rows of q, k and v have another order; save it with a newer Megatron-LM"
+        )
     tp = args.get("tensor_model_parallel_size") or max(t for t, _ in found) + 1
     pp = args.get("pipeline_model_parallel_size") or max(p for _, p in found) + 1
     missing = [rank for rank in ((t, p) for p in range(pp) for t in range(tp)) if rank not in trees]
