@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
 
 from rlhf.contracts import UserError
-from rlhf.weights import files
+from rlhf.weights import files, initial, names
 from rlhf.weights.names import tilings
 
 
@@ -39,6 +39,21 @@ def test_each_rank_reads_its_boxes(tmp_path: Path, arch, num_files: int):
         got = blank([wanted])[0]
         files.read(tmp_path, arch, tiling, got)
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_random_weights_are_of_seed_and_name():
+    """On every device and at every layout: another seed or another tensor, other weights."""
+    tiling = names.tiles(LLAMA, "hf")
+
+    def made(seed: int) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.empty(shape) for name, shape in names.hf_shapes(LLAMA).items()}
+        initial.fill(LLAMA, tiling, tensors, seed)
+        return {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2}
+
+    first, second, again = made(1), made(2), made(1)
+    corners = [float(tensor[0, 0]) for tensors in (first, second) for tensor in tensors.values()]
+    assert len(set(corners)) == 2 * len(first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_check_does_without_torch(tmp_path: Path):
