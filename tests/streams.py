@@ -20,7 +20,8 @@ NAMES = {"old_values": "values"}  # a fixture's name -> the stream's
 
 
 def algorithm(mode: str, *overrides: str) -> Algorithm:
-    return ALGORITHMS[mode](configuration.load(mode, list(overrides)))
+    """With several updates a step, so that log-probs before them are a stream of their own."""
+    return ALGORITHMS[mode](configuration.load(mode, ["batch.minibatches=2", *overrides]))
 
 
 def rows(name: str) -> list[np.ndarray]:

@@ -71,6 +71,23 @@ def test_grpo_step_zero(unit: str) -> None:
     assert found["loss"] == pytest.approx(-wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("overrides", [[], ["grpo.ratio=sequence"], ["grpo.objective=cispo"], ["grpo.mismatch_cap=1.1"]], ids=" ".join)
+def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) -> None:
+    """Its log-probs are those of the policy that sampled: loss, gradient and metrics as with old log-probs that were scored."""
+    found = []
+    for updates in (1, 2):
+        made, out = algorithm("grpo", f"batch.minibatches={updates}", *overrides), said("logp")
+        out.logp.requires_grad_()
+        loss = made.loss("policy", packed(old_logp="logp"), out)
+        (gradient,) = torch.autograd.grad(loss.total, out.logp)
+        found.append((mean(loss), gradient.tolist(), means(loss)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == found[1][1]
+    gap = np.abs(np.concatenate(rows("logp")) - np.concatenate(rows("sampler_logp"))).mean()
+    assert found[0][2].pop("mismatch") == pytest.approx(gap, rel=1e-5)
+    assert found[0][2] == found[1][2]
+
+
 def grpo_loss(*overrides: str, sampler: float = 0.0) -> tuple[dict[str, float], list[float]]:
     """One response of two tokens with ratios 1.5 and 0.9 and advantage 1, reference twice as likely; the loss and its gradient by token."""
     streams = {"old_logp": np.zeros(2), "ref_logp": np.full(2, math.log(2)), "sampler_logp": np.full(2, sampler), "advantages": np.ones(2)}

@@ -28,6 +28,7 @@ CASES = [
     ("grpo", []),
     ("grpo", ["grpo.ratio=sequence", "grpo.clip_high=0.02"]),
     ("grpo", ["grpo.ratio=sequence", "grpo.mean=token"]),
+    ("grpo", ["batch.minibatches=1", "grpo.mismatch_cap=1.1"]),
     ("grpo", ["grpo.mean=constant", "grpo.objective=cispo", "grpo.mismatch_cap=1.1"]),
 ]
 

@@ -29,7 +29,9 @@ class GRPO(Algorithm):
             raise UserError(f"grpo.overlong=shape with grpo.overlong_buffer={given}: set it between 1 and rollout.max_tokens={limit}")
         self.models = {"policy": "train"}
         self.state = {}
-        self.streams = ("old_logp",)
+        # A step's first update begins at the policy that sampled. Where it is the only one, nobody has to ask that policy beforehand.
+        self.scored = config.batch.epochs * config.batch.minibatches > 1
+        self.streams: tuple[str, ...] = ("old_logp",) if self.scored else ()
         if self.config.kl:
             self.models["reference"] = "frozen"
             self.streams += ("ref_logp",)
@@ -59,7 +61,8 @@ class GRPO(Algorithm):
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         c, x, mask = self.config, batch.streams, batch.mask
-        log_ratio = (out.logp - x["old_logp"]) * mask  # prompts are not learned and may drift: no exp of theirs
+        old = x["old_logp"] if self.scored else out.logp.detach()
+        log_ratio = (out.logp - old) * mask  # prompts are not learned and may drift: no exp of theirs
         if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7), whose paper clips at 3e-4 and 4e-4
             log_ratio = spread(seq_mean(log_ratio, batch), batch)
         if c.objective == "cispo":
@@ -67,8 +70,10 @@ class GRPO(Algorithm):
         else:
             loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
         metrics = {"clipped": clipped, "entropy": out.entropy}
+        if not self.scored:
+            metrics["mismatch"] = (old - x["sampler_logp"]).abs()
         if c.mismatch_cap:  # truncated importance sampling: of the surrogate, not of the KL, as verl
-            weight = ((x["old_logp"] - x["sampler_logp"]) * mask).exp()
+            weight = ((old - x["sampler_logp"]) * mask).exp()
             loss, metrics["capped"] = loss * weight.clamp(max=c.mismatch_cap), (weight > c.mismatch_cap).float()
         if c.kl:
             metrics["kl"] = kl_estimate(c.kl_kind, out.logp * mask, x["ref_logp"] * mask)
