@@ -286,7 +286,8 @@ def carry(
             rooms.rotate()
             tensors = {local: piece.view(shapes[title][local]) for local, piece in zip(group, pieces, strict=True)}
             fill(wanted, tensors)
-            writing.append(writer.submit(_store, stored.get(title, {}), tensors))
+            held = {local: tensor.cpu() for local, tensor in tensors.items()}  # here: on a device the writer's thread has another stream
+            writing.append(writer.submit(_store, stored.get(title, {}), held))
             yield sum(sizes) * dtype.itemsize
         for last in writing:
             last.result()
