@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pp", type=int, default=1, help="pipeline stages of the new folder")
     p.add_argument("--dtype", choices=DTYPES, help="of the new weights; default: as they are")
     p.add_argument("--iteration", type=int, help="of a Megatron checkpoint to read (default: the tracker file's), and to write (default 1)")
-    p.add_argument("--config", default="", metavar="DIR", help="folder with config.json and tokenizer, where --from has none")
+    p.add_argument("--config", default="", metavar="DIR", help="folder with the tokenizer, and with config.json where --from has none")
     p.add_argument("--vocab-divisor", type=int, default=0, metavar="N", help="pad the vocabulary to a multiple of N x tp, as Megatron's")
     p.add_argument("--verify", action="store_true", help="read the new folder again and compare every byte")
     return p
@@ -92,6 +92,8 @@ def _flag(environment: Mapping[str, str], name: str) -> bool:
 def main(arguments: Sequence[str]) -> None:
     """Convert as the command line says. Raises UserError for the first mistake, and then nothing was written."""
     a = parser().parse_args(arguments)
+    if a.config and not Path(a.config).is_dir():
+        raise UserError(f"--config {a.config}: no such folder; give the one with config.json and tokenizer")
     arch = files.model(a.source, a.config, a.iteration)
     source = files.open_folder(a.source, arch, a.iteration)
     _check(a, arch)
@@ -121,7 +123,8 @@ def _make(a: argparse.Namespace, source: files.Source, arch: Architecture, to: f
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     convert(source, arch, to, partial, dtype)
-    for path in (path for pattern in BESIDE for path in (where.glob(pattern) if where else ())):
+    beside = [[path for pattern in BESIDE for path in Path(place).glob(pattern)] for place in (a.config, where) if place]
+    for path in next((paths for paths in beside if paths), []):  # all of one folder: a tokenizer is several files
         shutil.copy(path, partial / path.name)
     to.finish(partial, files.config(a.source, a.config, a.iteration), dtype)
     if a.verify:

@@ -164,22 +164,34 @@ def test_the_tutorials_variables(tmp_path: Path):
     assert (checkpoint.layout, checkpoint.tp, checkpoint.pp, checkpoint.args["params_dtype"]) == ("legacy", 2, 2, torch.float32)
     assert convert.tutorial("convert_hf_to_megatron", {**there, "USE_LEGACY_MODELS": "False"})[5] == "mcore"
     (tmp_path / "old/config.json").unlink()  # as in Megatron-LM's own folders
+    (tmp_path / "old/tokenizer.json").unlink()
     back = {
         "LOAD_PATH": str(tmp_path / "old"),
         "SAVE_PATH": str(tmp_path / "back"),
-        "VOCAB_PATH": str(tmp_path / "hf"),
+        "VOCAB_PATH": str(tmp_path / "hf/tokenizer.json"),
         "TP": "2",
         "PP": "2",
     }
     run(*convert.tutorial("convert_megatron_to_hf", {**back, "target_params_dtype": "bf16"}))
     assert all(torch.equal(tensor, random_hf(LLAMA)[name].bfloat16()) for name, tensor in tensors_of(tmp_path / "back").items())
+    assert (tmp_path / "back/tokenizer.json").exists()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words/tokenizer.model").write_text("the user's")
+    run(
+        *convert.tutorial(
+            "convert_megatron_to_hf",
+            {"LOAD_PATH": str(tmp_path / "hf"), "SAVE_PATH": str(tmp_path / "again"), "VOCAB_PATH": str(tmp_path / "words")},
+        )
+    )
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
     for variables, message in (
         ({"LOAD_PATH": "x"}, "set SAVE_PATH"),
+        ({**there, "VOCAB_PATH": str(tmp_path / "nowhere")}, "--config .*nowhere: no such folder"),
         ({**there, "USE_LEGACY_MODELS": "maybe"}, "USE_LEGACY_MODELS=maybe"),
         ({**there, "target_params_dtype": "int8"}, "target_params_dtype=int8"),
     ):
         with pytest.raises(UserError, match=message):
-            convert.tutorial("convert_hf_to_megatron", variables)
+            run(*convert.tutorial("convert_hf_to_megatron", variables))
 
 
 @pytest.mark.parametrize(
