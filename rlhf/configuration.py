@@ -133,13 +133,8 @@ def manual(cls: type = Config, where: str = "") -> str:
     return "\n".join(lines)
 
 
-def _changed(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    differing = {key: value for key, value in tree.items() if value != default[key]}
-    return {key: _changed(value, default[key]) if isinstance(value, dict) else value for key, value in differing.items()}
-
-
-def to_toml(config: Config, changed: bool = False) -> str:
-    """The configuration as a TOML text that load() reads back: the whole, or what differs from the defaults."""
+def to_toml(config: Config) -> str:
+    """The whole configuration as a TOML text that load() reads back."""
 
     def text(value: Any) -> str:
         if isinstance(value, bool):
@@ -148,7 +143,7 @@ def to_toml(config: Config, changed: bool = False) -> str:
             return "[" + ", ".join(map(text, value)) + "]"
         return repr(value) if isinstance(value, (int, float)) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
-    tree = {k: v for k, v in (_changed(asdict(config), asdict(Config())) if changed else asdict(config)).items() if k != "mode"}
+    tree = {k: v for k, v in asdict(config).items() if k != "mode"}
     top = [f"{k} = {text(v)}" for k, v in tree.items() if not isinstance(v, dict)]
     sections = [f"\n[{k}]\n" + "\n".join(f"{a} = {text(b)}" for a, b in v.items()) for k, v in tree.items() if isinstance(v, dict)]
     return "\n".join(top + sections).lstrip() + "\n"

@@ -14,7 +14,7 @@ DEVICE = 80.0  # GiB, where memory.device does not say
 
 def show(config: Config, world: int) -> None:
     """Print the configuration, the batch arithmetic and the memory ledger. Raises UserError where the run would."""
-    print(f"# {config.mode}: what differs from the defaults\n{configuration.to_toml(config, changed=True)}")
+    print(f"# {config.mode}\n{configuration.to_toml(config)}")
     if config.mode in ("rlhf", "online-dpo") and not (config.reward.load or config.reward.function or config.critic.load):
         print("reward.load is not set: a reward model of the policy's size is assumed\n")
         config = replace(config, reward=replace(config.reward, load=config.policy.load))

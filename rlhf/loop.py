@@ -147,9 +147,10 @@ class Run:
         b, algorithm = self.config.batch, self.algorithm
         batches = [batch for epoch in range(b.epochs) for batch in self._minibatches(samples, step, epoch)]
         for role, _ in self.roles.visit("learn") if samples else ():
+            begin = algorithm.warmup.get(role, 0)  # the step of its first update, from which its schedule counts
             for turn, batch in enumerate(batches):
-                if batch and step >= algorithm.warmup.get(role, 0):
-                    lr = learning_rate(self._optim(role), step * len(batches) + turn, self.config.steps * len(batches))
+                if batch and step >= begin:
+                    lr = learning_rate(self._optim(role), (step - begin) * len(batches) + turn, (self.config.steps - begin) * len(batches))
                     self.metrics.add(self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr))
 
     def _minibatches(self, samples: list[Sample], step: int, epoch: int) -> list[list[Sample]]:
@@ -227,14 +228,14 @@ class Run:
         say(f"{config.mode}: {self.mesh.world} ranks on {self.mesh.device.type} in {str(self.dtype).removeprefix('torch.')}: {axes}")
         for name, role in self.given.roles.items():
             say(f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}")
-        counts = self.given.records.counts
-        dropped = f"{counts.truncated} truncated, {counts.dropped} dropped"
-        say(f"{len(self.given.records)} records ({dropped}) of {config.data.train}; out: {config.out}")
+        say(f"{read(self.given.records)} of {config.data.train}; out: {config.out}")
+        if self.given.held_out:
+            say(f"{read(self.given.held_out)} of {config.data.eval} are held out")
         if self.sampler and self.sampler.publisher:
             stay, cross = (count * self.dtype.itemsize / 1e9 for count in self.sampler.publisher.plan.volume())
             say(f"publish: {stay:.3g} GB of weights stay on their ranks, {cross:.3g} GB cross")
         if start:
-            say(f"resumed after step {start}")
+            say(f"resumed after step {start}" + (f", and steps={config.steps} are done" if start >= config.steps else ""))
         if self.mesh.device.type == "cuda":
             say(self.ledger.table())
         waiting, host = self.ledger.host(self.mesh.pp_rank) * self.mesh.ranks_per_node, psutil.virtual_memory().total / 2**30
@@ -302,6 +303,8 @@ def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -
     engine = build_engine(config, mesh, given, dtype, load=True)
     sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, judge), given.records)
     metrics = Metrics(config, mesh, start=-1)
+    if mesh.rank == 0:
+        say(f"{read(given.records)} of {config.data.eval}")
     samples = sampler.answer(given.records.head(config.evaluate.prompts), sampler.reward)
     engine.sleep()
     if given.roles:
@@ -323,6 +326,11 @@ def reward(rewards: Rewards, samples: list[Sample]) -> None:
         sample.reward, sample.meta["failed"] = score.value, score.failed
     if silent and rewards.failure:
         say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{textwrap.indent(rewards.failure, '    ')}")
+
+
+def read(records: Records) -> str:
+    """What was read of a data set, in words."""
+    return f"{len(records)} records ({records.counts.truncated} truncated, {records.counts.dropped} dropped)"
 
 
 def report(config: Config, mesh: Mesh, samples: list[Sample]) -> None:

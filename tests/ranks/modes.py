@@ -32,7 +32,7 @@ STEP_ZERO = {
     "dpo": [(0, "eval_loss", math.log(2)), (1, "loss", math.log(2)), (1, "margin", 0.0)],
     "online-dpo": [(1, "loss", math.log(2)), (1, "margin", 0.0)],
     "grpo": [(1, "kl", 0.0), (1, "clipped", 0.0)],
-    "rlhf": [(1, "kl", 0.0)],
+    "rlhf": [(1, "kl", 0.0), (2, "lr", 0.75e-4)],  # the policy warms up from its own first update
     "sft": [],
 }
 UNLIKE = ("time/", "memory/", "tokens_per_second", "mismatch")  # differ between layouts, or are noise
@@ -42,7 +42,8 @@ KEYS = {
     "dpo": ["optim.lr=1e-3"],
     "online-dpo": ["rollout.group=4", "dpo.pairs=all"],
     "grpo": ["rollout.group=4"],
-    "rlhf": ["rollout.group=1", "batch.minibatches=2", "ppo.kl_target=1", "ppo.kl_horizon=1000", "ppo.reward_scale=true"],
+    "rlhf": ["rollout.group=1", "batch.minibatches=2", "ppo.kl_target=1", "ppo.kl_horizon=1000", "ppo.reward_scale=true"]
+    + ["ppo.critic_warmup=1", "optim.warmup=2"],
 }
 COMMON = ["data.max_tokens=80", "batch.prompts=6", "batch.tokens=512", "optim.lr=1e-4", "evaluate.prompts=8", "evaluate.show=0"]
 COMMON += ["rollout.engine=kvcache", "rollout.max_tokens=16", f"checkpoint.every={CHECKPOINT}", "checkpoint.keep=3", f"steps={STEPS}"]
