@@ -71,7 +71,7 @@ class Run:
             training = names.tilings(given.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
             engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
             publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, self.dtype, config.rollout.bucket << 20)
-            self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards), given.records)
+            self.sampler = Sampler(config, mesh, engine, publisher, given.tokenizer, partial(reward, rewards, mesh), given.records)
         temperature = config.rollout.temperature if self.algorithm.online else 1.0
         self.roles = Roles(config, mesh, given.roles, self.dtype, temperature, Parking(self.ledger.offload, mesh.device))
         self.subject = self.roles.trained[0]  # what the run is for
@@ -177,7 +177,7 @@ class Run:
         """Held-out reward of fresh responses, or held-out loss where nothing is generated."""
         samples = held_out.head(self.config.evaluate.prompts)
         if self.sampler:
-            samples = self.sampler.answer(samples, partial(reward, self.judge))
+            samples = self.sampler.answer(samples, partial(reward, self.judge, self.mesh))
             if "reward" in self.roles and not self.config.evaluate.function:
                 self._switch(self.sampler.engine.sleep)
                 self.roles.judge(samples)
@@ -301,7 +301,7 @@ def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -
     ledger = Ledger(config, given.arch, given.roles, mesh.world, config.memory.device or capacity(mesh.device), dtype.itemsize)
     ledger.check()
     engine = build_engine(config, mesh, given, dtype, load=True)
-    sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, judge), given.records)
+    sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, judge, mesh), given.records)
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
         say(f"{read(given.records)} of {config.data.eval}")
@@ -314,13 +314,13 @@ def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -
     metrics.write(config.steps)
 
 
-def reward(rewards: Rewards, samples: list[Sample]) -> None:
-    """Score sampled responses in place. The first failure of a run is shown; all are counted."""
+def reward(rewards: Rewards, mesh: Mesh, samples: list[Sample]) -> None:
+    """Score sampled responses in place. The first failure on each node is shown; all are counted."""
     if not rewards.spec:  # the reward model alone will say
         for sample in samples:
             sample.meta["failed"] = False
         return
-    silent = not rewards.failure
+    silent = not rewards.failure and mesh.rank % mesh.ranks_per_node == 0
     scores = rewards.score([(s.meta["prompt"], s.meta["response"], s.meta["record"]) for s in samples])
     for sample, score in zip(samples, scores, strict=True):
         sample.reward, sample.meta["failed"] = score.value, score.failed

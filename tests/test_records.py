@@ -111,6 +111,22 @@ def test_overlong_conversations(tmp_path, request, fixture):
         assert sample.truncated == (kept < len(ids) - start) == (sample.tokens[-1] != tokenizer.eos)
 
 
+@pytest.mark.parametrize("fixture", ["llama3", "llama2"])
+def test_plain_texts_keep_the_cue_that_they_spell(tmp_path, request, fixture):
+    """The tutorial's dialogues are texts, markers and all: a response as long as the limit leaves room for the cue alone."""
+    tokenizer = request.getfixturevalue(fixture)
+    asked, response = "\n\nHuman: what do they mean by it?\n\nAssistant:", " the answer is five" * 9
+    file = write(tmp_path / "a.jsonl", {"prompt": asked, "response": response}, {"prompt": "no marker", "response": response})
+    ids = templates.encode(tokenizer, "plain", [{"role": "user", "content": asked}])[0]
+    for limit in range(24, 40):
+        spelt, free = Records.load(file, "sft", tokenizer, Data(overlong="truncate", max_tokens=limit)).head(0)
+        kept = len(spelt.tokens) - int(spelt.mask.sum())
+        assert tokenizer.decode(spelt.tokens[:kept].tolist()).strip() == "Assistant:"
+        assert spelt.tokens[1:kept].tolist() == ids[1 - kept :]
+        assert (len(spelt.tokens), spelt.truncated) == (limit, True)
+        assert len(free.tokens) - int(free.mask.sum()) == 1  # its bos
+
+
 def test_overlong_dialogues_keep_their_last_response(tmp_path, tokenizer):
     user = {"role": "user", "content": "Q?"}
     turns = [user, {"role": "assistant", "content": "the first answer " * 9}, user, {"role": "assistant", "content": "the last one"}]

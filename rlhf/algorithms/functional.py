@@ -115,9 +115,11 @@ def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tu
     The value after the last token is 0: the response ends there, whatever ended it.
     """
     following = np.append(values[1:], 0.0)
-    deltas, advantages, running = rewards + gamma * following - values, np.zeros(len(rewards)), 0.0
-    for t in reversed(range(len(rewards))):
-        advantages[t] = running = deltas[t] + gamma * lam * running
+    deltas, backwards, running = rewards + gamma * following - values, [], 0.0
+    for delta in deltas[::-1].tolist():  # numpy's own numbers take twice the time
+        running = delta + gamma * lam * running
+        backwards.append(running)
+    advantages = np.array(backwards[::-1])
     return advantages, advantages + values
 
 

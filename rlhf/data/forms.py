@@ -2,7 +2,7 @@
 
 A line is of the first form of its mode whose keys it has; whatever other keys it has are left to rewards. Texts and messages
 (objects with role and content, as trl writes them) may stand for one another: a text in the place of a prompt is what the user
-says, and in the place of a response what the assistant says.
+says, and in the place of a response what the assistant says. Responses in a list of scored ones are texts.
 """
 
 import json
@@ -31,8 +31,8 @@ def read(line: bytes, mode: str, required: Keys = ()) -> Told:
         wanted = ", or ".join(" and ".join(map(repr, keys)) for keys in forms)
         raise UserError(f"has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
     for key in required:
-        if row.get(key) is None:
-            raise UserError(f"no {key!r}, which the reward needs; add it, or set another reward.function")
+        if row.get(key) in (None, ""):
+            raise UserError(f"no {key!r}, which the reward needs; add it, or set another reward.function or a model as reward.load")
     if "answer" in required and row.get("eval_func", "math_rule") != "math_rule":
         raise UserError(f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function")
     return forms[keys](row, keys)

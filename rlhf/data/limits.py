@@ -37,15 +37,24 @@ class Limits:
             return [(ids, learn, False) for ids, learn in siblings]
         ids, learn = siblings[0]
         bos = int(ids[0] == self.tokenizer.bos)
-        least = bos + templates.num_cue(self.tokenizer, self.template)
+        behind = _last_response(learn)
+        least = bos + self._num_cue(ids[:behind])
         if limit <= least:
             raise UserError(f"data.max_tokens leaves {limit} tokens here, but bos and cue alone are {least}; raise it")
-        lost = max(0, min(longest - limit, _last_response(learn) - least))  # tokens behind the bos
+        lost = max(0, min(longest - limit, behind - least))  # tokens behind the bos
 
         def part(whole: list) -> list:
             return (whole[:bos] + whole[bos + lost :])[:limit]
 
         return [(part(ids), part(learn), len(ids) - lost > limit) for ids, learn in siblings]
+
+    def _num_cue(self, prompt: list[int]) -> int:
+        """Tokens at the end of a prompt that say the assistant speaks next. Texts of template plain may spell the Human/Assistant one."""
+        if self.template != "plain":
+            return templates.num_cue(self.tokenizer, self.template)
+        cue = templates.CUES["human"]
+        ends = (n for n in range(1, len(cue) + 1) if self.tokenizer.decode(prompt[-n:]).endswith(cue))
+        return next(ends, 0)
 
     def _limit(self, siblings: list[Encoded]) -> int:
         return self.max_tokens if any(siblings[0][1]) else self.max_prompt
