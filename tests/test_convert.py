@@ -83,9 +83,12 @@ def test_hf_mcore_legacy_hf_is_bitwise(tmp_path: Path, arch):
         assert (step / "hf/tokenizer.json").exists()
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("format", "refused"), [("legacy", "may be incomplete"), ("torch_dist", "may be incomplete"), ("hf", "config.json: No such file")]
+)
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path, format: str, refused: str):
     hf_folder(tmp_path / "hf", LLAMA)
-    arguments = ["--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy", "--tp", 2]
+    arguments = ["--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", format]
     script = f"""
 import os, signal
 from rlhf import convert
@@ -93,7 +96,7 @@ from rlhf.weights import files
 convert.BUCKET, store, count = 1, files.store, []
 def killing(entry, tensor):
     count.append(store(entry, tensor))
-    if len(count) == 30:
+    if len(count) == 15:
         os.kill(os.getpid(), signal.SIGKILL)
 files.store = killing
 convert.main({[str(a) for a in arguments]!r})
@@ -102,8 +105,8 @@ convert.main({[str(a) for a in arguments]!r})
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "old").exists()
     (left,) = (path for path in tmp_path.iterdir() if path.name != "hf")
-    with pytest.raises(UserError, match="may be incomplete"):
-        files.check(left, LLAMA)
+    with pytest.raises(UserError, match=refused):
+        files.check(left, files.model(left, tmp_path / "hf"))
     run(*arguments, "--verify")
     assert not left.exists()
 

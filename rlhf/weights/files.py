@@ -135,10 +135,14 @@ def config(folder: str | Path, beside: str | Path = "", iteration: int | None = 
 
 
 def described(folder: str | Path, beside: str | Path = "") -> Path | None:
-    """The folder with the config.json of a model; None: it is a Megatron checkpoint that has none."""
+    """The folder with the config.json of a model; None: it is a Megatron checkpoint that has none.
+
+    A Hugging Face folder without one is incomplete, so what is beside describes Megatron's alone.
+    """
+    checkpoint = megatron.is_checkpoint(Path(folder))
     places = [Path(folder), Path(folder).parent] if megatron.is_iteration(Path(folder)) else [Path(folder)]
-    found = [place for place in (*places, *([Path(beside)] if beside else [])) if (place / "config.json").exists()]
-    return found[0] if found else None if megatron.is_checkpoint(Path(folder)) else Path(folder)
+    found = [place for place in (*places, *([Path(beside)] if beside and checkpoint else [])) if (place / "config.json").exists()]
+    return found[0] if found else None if checkpoint else Path(folder)
 
 
 @dataclass(frozen=True, slots=True)
