@@ -12,6 +12,7 @@ import types
 import zipfile
 from dataclasses import replace
 from enum import Enum
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,23 @@ def test_args_may_lie_among_the_shards(tmp_path: Path):
         (folder / ".metadata").write_bytes(spoilt)
         with pytest.raises(UserError, match=r"\.metadata: damaged"):
             files.check(tmp_path / "sharded", LLAMA)
+
+
+def test_metadata_of_older_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """megatron-core up to 0.15 derived its metadata and its plans from torch's."""
+    hf_folder(tmp_path / "hf", LLAMA)
+    run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist")
+    path = tmp_path / "sharded/iter_0000001/.metadata"
+    module = "megatron.core.dist_checkpointing.strategies.torch"
+    derived = {name: type(name, (), {"__module__": module}) for name in ("MCoreMetadata", "MCoreSavePlan")}
+    with monkeypatch.context() as patch:
+        for part in accumulate(module.split("."), "{}.{}".format):
+            patch.setitem(sys.modules, part, types.SimpleNamespace(**derived))
+        metadata, plan = derived["MCoreMetadata"](), derived["MCoreSavePlan"]()
+        plan.__dict__.update(items=[], mcore_data={})
+        metadata.__dict__.update(vars(pickle.loads(path.read_bytes())), all_local_plans=[plan], mcore_data={})
+        path.write_bytes(pickle.dumps(metadata))
+    files.check(tmp_path / "sharded", LLAMA)
 
 
 def test_metadata_that_asks_for_code_is_refused(tmp_path: Path):
