@@ -39,7 +39,7 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
     ),
     "PP": (f"sft, reward, {ALIGN}", "parallel.pp", "pipeline parallel size, in the same way"),
     "SAVE_PATH": ("convert*", "--to", "the folder to write"),
-    "VOCAB_PATH": ("convert*", "--config", "folder of the tokenizer, and of config.json where LOAD_PATH has none; TOKENIZER_MODEL does the same"),
+    "VOCAB_PATH": ("convert*", "--config", "folder of tokenizer, and config.json where LOAD_PATH has none; TOKENIZER_MODEL does the same"),
     "USE_LEGACY_MODELS": ("convert_hf_to_megatron", "--format", "True (the default): Megatron's legacy format; False: megatron-core's"),
     "target_params_dtype": ("convert*", "--dtype", "bf16, fp16 or fp32; without it as they are"),
 }
