@@ -65,7 +65,7 @@ class Case:
     def __init__(self, folder: Path, layout: str):
         overrides = [*layout_keys(layout), f"policy.load={folder}", f"optim.lr={LR}", "optim.eps=1", "optim.clip=0"]
         self.folder, self.what = folder, f"{folder.name} {layout}"
-        self.config = configuration.load("grpo", overrides)
+        self.config = configuration.load("grpo", ["batch.minibatches=2", *overrides])  # so that old_logp is a stream of its own
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch = architecture.read(folder)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
