@@ -38,7 +38,7 @@ two() { # NAME SECONDS ARGUMENT ...
   if named two; then names=" $name " run "$name" "$limit" -m torch.distributed.run --nproc-per-node 2 "$@"; fi
 }
 
-run kernels 60 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels.py tests/gpu/test_attention.py tests/gpu/test_losses.py
+run kernels 80 -m pytest -q -p no:cacheprovider tests/gpu --ignore tests/gpu/test_memory.py
 run attention 40 benchmarks/attention.py
 SHOW=140 run train 150 benchmarks/train.py --kernels fused --profile
 run plain 80 benchmarks/train.py --kernels plain --cases fixed --repeat 2
