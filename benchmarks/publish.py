@@ -12,7 +12,6 @@ more as isend and irecv to and from a neighbour at once.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -23,10 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rlhf.model.architecture import Architecture
 from rlhf.rollout import kvcache
@@ -47,9 +45,9 @@ class Ranks:
     """This rank among all."""
 
     def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.on_gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.on_gpu else torch.device("cpu")
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if self.on_gpu else torch.device("cpu")
         self.host = 0.0
         if self.on_gpu:
             torch.cuda.set_device(self.device)
@@ -96,9 +94,6 @@ class Ranks:
 
 def vllm_engine(arch: Architecture, tp: int, dtype: torch.dtype, memory: float) -> Any:
     """A vLLM engine whose weights await a publish."""
-    os.environ |= {"RANK": os.environ.get("RANK", "0"), "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
-    os.environ |= {"WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}
-    os.environ |= {"MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"), "MASTER_PORT": os.environ.get("MASTER_PORT", "29531")}
     from rlhf.rollout.vllm import VLLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -146,20 +141,9 @@ def main(arguments: list[str]) -> None:
         if engine:
             engine.wake()  # what is half awake cannot fall asleep again
     publisher.verify(source, parameters())
-    result = summary(ranks, moves, dtype, taken) | {"seconds_host": round(statistics.median(host), 5)}
-    result |= {"seconds_waking": round(statistics.median(waking), 5)}
-    if ranks.rank == 0:
-        print(
-            json.dumps(
-                {
-                    "benchmark": "publish",
-                    "case": "vllm" if engine else "",
-                    "command": f"benchmarks/publish.py {' '.join(arguments)}".strip(),
-                    **result,
-                }
-            ),
-            flush=True,
-        )
+    result = summary(ranks, moves, dtype, taken)
+    result |= {"seconds_host": statistics.median(host), "seconds_waking": statistics.median(waking)}
+    record.say("publish", "vllm" if engine else "", result)
     ranks.wait()
     os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
 
@@ -179,18 +163,15 @@ def summary(ranks: Ranks, moves: Plan, dtype: torch.dtype, taken: list[float]) -
     copy_rate, link_rate = ranks.copy_rate(chunk), ranks.link_rate(chunk) if ranks.world > 1 else 0.0
     floor = crossing / link_rate if crossing else held / copy_rate
     return {
-        "device": torch.cuda.get_device_name() if ranks.on_gpu else "cpu",
-        "torch": torch.__version__,
-        "ranks": ranks.world,
         "bytes_per_engine_rank": held,
         "bytes_crossing_per_rank": crossing,
-        "seconds": round(seconds, 5),
-        "seconds_best": round(min(taken[2:]), 5),
-        "seconds_first": round(taken[0], 5),
-        "copy_gb_per_s": round(copy_rate / 1e9, 1),
-        "link_gb_per_s": round(link_rate / 1e9, 1),
-        "floor_seconds": round(floor, 5),
-        "ratio": round(seconds / floor, 2),
+        "seconds": seconds,
+        "seconds_best": min(taken[2:]),
+        "seconds_first": taken[0],
+        "copy_gb_per_s": copy_rate / 1e9,
+        "link_gb_per_s": link_rate / 1e9,
+        "floor_seconds": floor,
+        "ratio": seconds / floor,
     }
 
 

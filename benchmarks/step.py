@@ -73,8 +73,8 @@ def options() -> argparse.Namespace:
     return p.parse_intermixed_args()
 
 
-def run(a: argparse.Namespace, arch: Architecture) -> list[dict]:
-    """The metrics of all steps."""
+def run(a: argparse.Namespace, arch: Architecture) -> None:
+    """Leave the metrics of all steps in a.out."""
     shutil.rmtree(a.out, ignore_errors=True)
     demo_task.write(a.out / "data")
     demo_task.make_model(a.out / "model", a.out / "data", hf.description(arch))
@@ -90,9 +90,13 @@ def run(a: argparse.Namespace, arch: Architecture) -> list[dict]:
     if early is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    assert len(rows) >= a.warm + a.steps, f"{len(rows)} steps in {a.limit} s; exit code {early}"
-    return rows
+    assert lines(metrics) >= a.warm + a.steps, f"{lines(metrics)} steps in {a.limit} s; exit code {early}"
+
+
+def counted(a: argparse.Namespace) -> list[dict]:
+    """The metrics of the steps that count, of the run in a.out."""
+    rows = [json.loads(line) for line in (a.out / "run" / "metrics.jsonl").read_text().splitlines()]
+    return rows[a.warm : a.warm + a.steps]
 
 
 def memory(config: Path, mode: str, rows: list[dict]) -> dict[str, float]:
@@ -116,7 +120,8 @@ def main() -> None:
     a = options()
     a.out = a.out.resolve()
     arch = replace(SIZES[a.model], layers=a.layers)
-    rows = run(a, arch)[a.warm : a.warm + a.steps]
+    run(a, arch)
+    rows = counted(a)
     means = {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in sorted({name for row in rows for name in row})}
     kept = {
         name: value for name, value in means.items() if name.startswith(("time/", "memory/")) or name in ("tokens_per_second", "mismatch")

@@ -80,7 +80,7 @@ def ours(a: argparse.Namespace, arch: Architecture) -> dict[str, float]:
     """Means over the counted steps of our run."""
     if not a.again:
         step.run(argparse.Namespace(**{**vars(a), "mode": "grpo", "keys": [*KEYS, *a.keys]}), arch)
-    rows = [json.loads(line) for line in (a.out / "run" / "metrics.jsonl").read_text().splitlines()][a.warm : a.warm + a.steps]
+    rows = step.counted(a)
     seconds = mean([row["time/step"] for row in rows])
     phases = {phase: mean([row[f"time/{phase}"] for row in rows]) for phase in ("rollout", "score", "learn", "publish")}
     tokens = mean([row["tokens_per_second"] * row["time/step"] for row in rows])

@@ -61,9 +61,7 @@ class Run:
         self.interrupt = Interrupt()
         self.dtype = dtype_of(config, mesh)
         self.algorithm = ALGORITHMS[config.mode](config)
-        device = config.memory.device or capacity(mesh.device)
-        self.ledger = Ledger(config, given.arch, given.roles, mesh.world, device, self.dtype.itemsize)
-        self.ledger.check()
+        self.ledger = checked_ledger(config, mesh, given, self.dtype)
         self.sampler: Sampler | None = None
         if self.algorithm.online:  # the engine first: it sizes its memory by what is free
             engine = build_engine(config, mesh, given, self.dtype)
@@ -228,9 +226,9 @@ class Run:
         say(f"{config.mode}: {self.mesh.world} ranks on {self.mesh.device.type} in {str(self.dtype).removeprefix('torch.')}: {axes}")
         for name, role in self.given.roles.items():
             say(f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}")
-        say(f"{read(self.given.records)} of {config.data.train}; out: {config.out}")
+        say(f"{self.given.records.counts} of {config.data.train}; out: {config.out}")
         if self.given.held_out:
-            say(f"{read(self.given.held_out)} of {config.data.eval} are held out")
+            say(f"{self.given.held_out.counts} of {config.data.eval} are held out")
         if self.sampler and self.sampler.publisher:
             stay, cross = (count * self.dtype.itemsize / 1e9 for count in self.sampler.publisher.plan.volume())
             say(f"publish: {stay:.3g} GB of weights stay on their ranks, {cross:.3g} GB cross")
@@ -258,6 +256,13 @@ def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+
+
+def checked_ledger(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Ledger:
+    """The memory ledger of this run on these devices. Raises UserError where it does not fit."""
+    ledger = Ledger(config, given.arch, given.roles, mesh.world, config.memory.device or capacity(mesh.device), dtype.itemsize)
+    ledger.check()
+    return ledger
 
 
 def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool = False) -> Engine:
@@ -298,13 +303,12 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
 def evaluate_folder(config: Config, mesh: Mesh, given: Inputs, judge: Rewards) -> None:
     """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
     dtype = dtype_of(config, mesh)
-    ledger = Ledger(config, given.arch, given.roles, mesh.world, config.memory.device or capacity(mesh.device), dtype.itemsize)
-    ledger.check()
+    ledger = checked_ledger(config, mesh, given, dtype)
     engine = build_engine(config, mesh, given, dtype, load=True)
     sampler = Sampler(config, mesh, engine, None, given.tokenizer, partial(reward, judge, mesh), given.records)
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
-        say(f"{read(given.records)} of {config.data.eval}")
+        say(f"{given.records.counts} of {config.data.eval}")
     samples = sampler.answer(given.records.head(config.evaluate.prompts), sampler.reward)
     engine.sleep()
     if given.roles:
@@ -320,17 +324,12 @@ def reward(rewards: Rewards, mesh: Mesh, samples: list[Sample]) -> None:
         for sample in samples:
             sample.meta["failed"] = False
         return
-    silent = not rewards.failure and mesh.rank % mesh.ranks_per_node == 0
+    silent = not rewards.failure and mesh.is_first_on_node
     scores = rewards.score([(s.meta["prompt"], s.meta["response"], s.meta["record"]) for s in samples])
     for sample, score in zip(samples, scores, strict=True):
         sample.reward, sample.meta["failed"] = score.value, score.failed
     if silent and rewards.failure:
         say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{textwrap.indent(rewards.failure, '    ')}")
-
-
-def read(records: Records) -> str:
-    """What was read of a data set, in words."""
-    return f"{len(records)} records ({records.counts.truncated} truncated, {records.counts.dropped} dropped)"
 
 
 def report(config: Config, mesh: Mesh, samples: list[Sample]) -> None:

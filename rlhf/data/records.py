@@ -25,6 +25,9 @@ class Counts:
     truncated: int = 0  # cut to the limits (data.overlong=truncate)
     dropped: int = 0  # over the limits and left out (data.overlong=drop)
 
+    def __str__(self) -> str:
+        return f"{self.kept} records ({self.truncated} truncated, {self.dropped} dropped)"
+
 
 class Records:
     """A data set in memory: 5 bytes per token, beside the lines themselves."""

@@ -82,6 +82,10 @@ class Mesh:
         return self.pp_rank == self.layout.pp - 1
 
     @property
+    def is_first_on_node(self) -> bool:
+        return self.rank % self.ranks_per_node == 0
+
+    @property
     def place_in_replica(self) -> tuple[int, int]:
         """This rank's place, in the order of the world, among those of its data-parallel replica, and their number."""
         tp, pp, cp = self.layout.tp, self.layout.pp, self.layout.cp
@@ -127,15 +131,15 @@ class Mesh:
 
         Its UserError is raised on all ranks.
         """
-        first, mistake = self.rank % self.ranks_per_node == 0, ""
-        if first:
+        mistake = ""
+        if self.is_first_on_node:
             try:
                 value = call()
             except UserError as error:
                 mistake = str(error)
         if mistakes := [said for said in self.all_gather(mistake) if said]:
             raise UserError(mistakes[0])
-        return value if first else call()
+        return value if self.is_first_on_node else call()
 
     def close(self) -> None:
         """Forget the model-parallel groups, so that the same world can be split anew."""
