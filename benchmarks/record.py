@@ -16,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # rlhf, wherever a benchmark is started
 # A process that torchrun did not start is a world of one.
-for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29535"}.items():
+WORLD = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29535"}
+for name, value in WORLD.items():
     os.environ.setdefault(name, value)
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT [NAME ...]      (with names, only these)
 # What takes longer or needs more runs only where it is named: trl (a GRPO step beside TRL's, 8 minutes), ppo (20 steps of the largest PPO that a GPU
-# of 140 GiB and a host of 128 hold, 9 minutes) and two (what needs two GPUs, 5 minutes).
+# of 140 GiB and a host of 128 hold, and one of 1B), two and two_steps (what needs two GPUs, and whole steps on them).
 #
 # Each has a time limit of its own, so that one that fails does not take the others with it. OUT/results.jsonl collects the JSON lines, which
 # belong into benchmarks/results/ when they are to be kept (benchmarks/table.py makes the README's table of them); OUT/NAME.log is what each said.
@@ -30,12 +30,10 @@ run() { # NAME SECONDS ARGUMENT ...
   fi
 }
 
-named() { [[ $names == *" $1 "* ]]; }
-
-two() { # NAME SECONDS ARGUMENT ...
-  local name=$1 limit=$2
-  shift 2
-  if named two; then names=" $name " run "$name" "$limit" -m torch.distributed.run --nproc-per-node 2 "$@"; fi
+extra() { # GROUP NAME SECONDS ARGUMENT ...: only where the group or the name is named
+  local group=$1
+  shift
+  if [[ $names == *" $group "* || $names == *" $1 "* ]]; then names="  " run "$@"; fi
 }
 
 run kernels 80 -m pytest -q -p no:cacheprovider tests/gpu --ignore tests/gpu/test_memory.py
@@ -45,13 +43,19 @@ run plain 80 benchmarks/train.py --kernels plain --cases fixed --repeat 2
 run publish 40 benchmarks/publish.py
 run switch 210 benchmarks/switch.py --rollout
 scratch=$(mktemp -d)
-run step 240 benchmarks/step.py "$scratch" --limit 225
-if named ppo; then run ppo 580 benchmarks/step.py "$scratch" --mode rlhf --layers 20 --steps 20 --limit 560 batch.prompts=16; fi
-two publish_tp 60 benchmarks/publish.py --train-tp 2 --engine-tp 1
-two publish_pp 60 benchmarks/publish.py --train-pp 2 --engine-tp 2
-two train_dp 90 benchmarks/train.py --kernels fused --cases fixed --repeat 2
-CUDA_DEVICE_MAX_CONNECTIONS=1 two train_tp 90 benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 2
-if named trl; then
+step=(benchmarks/step.py "$scratch")
+run step 240 "${step[@]}" --limit 225
+extra ppo ppo 580 "${step[@]}" --mode rlhf --layers 20 --steps 20 --limit 560 batch.prompts=16
+extra ppo ppo_1b 180 "${step[@]}" --mode rlhf --model 1b --limit 165
+torchrun=(-m torch.distributed.run --nproc-per-node 2)
+extra two publish_tp 60 "${torchrun[@]}" benchmarks/publish.py --train-tp 2 --engine-tp 1
+extra two publish_pp 60 "${torchrun[@]}" benchmarks/publish.py --train-pp 2 --engine-tp 2
+extra two train_dp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2
+CUDA_DEVICE_MAX_CONNECTIONS=1 extra two train_tp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 2
+extra two_steps two_grpo 220 "${step[@]}" --limit 205
+extra two_steps two_ppo_1b 150 "${step[@]}" --mode rlhf --model 1b --limit 135
+extra two_steps two_ppo 420 "${step[@]}" --mode rlhf --layers 40 --limit 405 parallel.tp=2 batch.prompts=16
+if [[ $names == *" trl "* ]]; then
   if "$python" -c 'import trl' 2>/dev/null; then
     run trl 560 benchmarks/trl_grpo.py "$scratch"
   else

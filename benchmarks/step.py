@@ -82,7 +82,8 @@ def run(a: argparse.Namespace, arch: Architecture) -> None:
     roles = [f"policy.load={model}", "policy.init=random", *([f"reward.load={model}"] if a.mode == "rlhf" else [])]
     keys = [*KEYS, *MODES[a.mode], *roles, f"data.train={a.out}/data/train_rl.jsonl", f"out={a.out}/run", f"steps={a.warm + a.steps + 1}"]
     command = [sys.executable, "-m", "rlhf", a.mode, *keys, *a.keys]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    env = {name: value for name, value in os.environ.items() if name not in record.WORLD}  # it starts a rank per GPU by itself
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     metrics, end = a.out / "run" / "metrics.jsonl", time.monotonic() + a.limit
     while process.poll() is None and time.monotonic() < end and lines(metrics) < a.warm + a.steps:
         time.sleep(0.1)

@@ -56,7 +56,6 @@ from rlhf.model.architecture import Architecture
 
 demo_task = step.demo_task
 KEYS = ["batch.prompts=128", "grpo.kl=0", "grpo.mismatch_cap=3"]
-WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GPU = torch.cuda.is_available()
 
 
@@ -154,7 +153,7 @@ def folder(a: argparse.Namespace, seed: int) -> Path:
 
 def theirs(a: argparse.Namespace, config: Config, settings: dict[str, Any]) -> dict[str, float]:
     """Means over the counted steps of TRL's trainer."""
-    for name in WORLD:  # accelerate would wrap the model for several ranks, and the port may still be in use
+    for name in record.WORLD:  # accelerate would wrap the model for several ranks, and the port may still be in use
         os.environ.pop(name, None)
     model = folder(a, config.seed)
     if not GPU:
