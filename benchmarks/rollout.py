@@ -54,7 +54,7 @@ def build(a: argparse.Namespace, folder: Path) -> Sampler:
     from rlhf.rollout.vllm import VLLM
 
     dtype = "bfloat16" if mesh.device.type == "cuda" else "float32"
-    engine = VLLM(str(folder / "model"), arch, tp=1, dtype=dtype, seed=1, max_len=longest, memory=a.memory, cache=0.1)
+    engine = VLLM(str(folder / "model"), arch, tp=1, dtype=dtype, seed=1, max_len=longest, memory=a.memory, cache=0.0)
     return Sampler(config, mesh, engine, None, Tokenizer.load(folder / "model"), reward, ABSENT)
 
 

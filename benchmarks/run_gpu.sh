@@ -45,7 +45,7 @@ run switch 210 benchmarks/switch.py --rollout
 scratch=$(mktemp -d)
 step=(benchmarks/step.py "$scratch")
 run step 240 "${step[@]}" --limit 225
-extra ppo ppo 580 "${step[@]}" --mode rlhf --layers 20 --steps 20 --limit 560 batch.prompts=16
+extra ppo ppo 580 "${step[@]}" --mode rlhf --layers 20 --steps 20 --limit 560 batch.prompts=8
 extra ppo ppo_1b 180 "${step[@]}" --mode rlhf --model 1b --limit 165
 torchrun=(-m torch.distributed.run --nproc-per-node 2)
 extra two publish_tp 60 "${torchrun[@]}" benchmarks/publish.py --train-tp 2 --engine-tp 1
@@ -54,7 +54,7 @@ extra two train_dp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cas
 CUDA_DEVICE_MAX_CONNECTIONS=1 extra two train_tp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 2
 extra two_steps two_grpo 220 "${step[@]}" --limit 205
 extra two_steps two_ppo_1b 150 "${step[@]}" --mode rlhf --model 1b --limit 135
-extra two_steps two_ppo 420 "${step[@]}" --mode rlhf --layers 40 --limit 405 parallel.tp=2 batch.prompts=16
+extra two_steps two_ppo 420 "${step[@]}" --mode rlhf --layers 40 --steps 1 --limit 405 parallel.tp=2 batch.prompts=8
 if [[ $names == *" trl "* ]]; then
   if "$python" -c 'import trl' 2>/dev/null; then
     run trl 560 benchmarks/trl_grpo.py "$scratch"

@@ -22,6 +22,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import record
 import torch
 from publish import MODELS
@@ -89,9 +90,19 @@ def run(a: argparse.Namespace, arch: Architecture) -> None:
         time.sleep(0.1)
     early = process.poll()
     if early is None:
+        ranks = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        while any(map(running, ranks)):  # they end because their launcher has, and then the device is free
+            time.sleep(0.1)
     assert lines(metrics) >= a.warm + a.steps, f"{lines(metrics)} steps in {a.limit} s; exit code {early}"
+
+
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def counted(a: argparse.Namespace) -> list[dict]:
