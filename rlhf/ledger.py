@@ -16,8 +16,9 @@ from rlhf.model.architecture import Architecture
 from rlhf.prepare import Role, generates
 
 GIB = 2**30
-CONTEXT = 1.0  # CUDA context, NCCL's communicators, cuBLAS' workspaces
-ASLEEP = {False: 0.75, True: 1.3}  # what vLLM keeps at sleep level 2, mostly CUDA graphs: one rank per engine, or several (on H200)
+# On H200s: what is in use when an engine starts, what libraries have added after a step, and what NCCL adds where there are several ranks.
+CONTEXT, LOADED, COMMUNICATORS = 1.0, 1.0, 1.4
+ASLEEP = {False: 0.25, True: 0.8}  # what vLLM keeps at sleep level 2, mostly CUDA graphs: one rank per engine, or several
 ENGINE_TOKENS = 8192  # vLLM's largest batch of prompt tokens
 LOGITS = 2**25  # elements of a chunk of logits (rlhf.model.logp)
 MARGIN = 0.05  # share of the device that is left to the allocator's fragments
@@ -51,7 +52,8 @@ class Ledger:
         """Everything on the device in a phase, by name."""
         away = self.offload if offload is None else offload
         used = uses(phase)
-        rows = {"context": CONTEXT if math.isfinite(self.device) else 0.0}
+        context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
+        rows = {"context": context if math.isfinite(self.device) else 0.0}
         if self.engine:
             rows |= self._engine(phase)
         rows |= {name: gib for name, gib in self.tenants[stage].items() if name in used or name not in away}
