@@ -27,11 +27,13 @@ def test_flash_equals_padded(cp: int, kv_heads: int) -> None:
         check(_flash, [q, k, v], row)
 
 
-def test_even_equals_padded() -> None:
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_even_equals_padded(kv_heads: int) -> None:
     torch.manual_seed(0)
     for length in (64, 200, 333):
         batch = pack(even(5, length), device="cuda")
-        check(_even, [torch.randn(5 * length, 8, 128, device="cuda") for _ in range(3)], PackedRow(spans=batch.spans))
+        inputs = [torch.randn(5 * length, heads, 128, device="cuda") for heads in (8, kv_heads, kv_heads)]
+        check(_even, inputs, PackedRow(spans=batch.spans))
 
 
 def even(count: int, length: int) -> list[Sample]:
