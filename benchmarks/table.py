@@ -79,6 +79,10 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
     ("PPO step, four models of 4.3B", "step", "rlhf 7b", lambda x, _: phases(x), ""),
     ("its memory against the ledger's prediction", "step", "rlhf 7b", lambda x, _: ledger(x), "within 10 %"),
     ("its leaks over 20 steps", "step", "rlhf 7b", lambda x, _: leaks(x), "none"),
+    ("GRPO step on two GPUs, 3.5B of 7B's layers", "step", "grpo 7b, 2 GPUs", lambda x, _: phases(x), ""),
+    ("PPO step on two GPUs, four models of 1B", "step", "rlhf 1b, 2 GPUs", lambda x, _: phases(x), ""),
+    ("PPO step on two GPUs, four models of 8.2B", "step", "rlhf 7b, 2 GPUs", lambda x, _: phases(x), ""),
+    ("its memory against the ledger's prediction", "step", "rlhf 7b, 2 GPUs", lambda x, _: ledger(x), "within 10 %"),
     ("GRPO step, against TRL's GRPOTrainer", "trl", "grpo 7b, float32", lambda x, _: against(x), "2 x"),
     ("the same, TRL's weights and optimizer in bfloat16", "trl", "grpo 7b, bfloat16", lambda x, _: against(x), ""),
 ]
