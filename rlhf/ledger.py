@@ -65,12 +65,19 @@ class Ledger:
         """GiB of a phase, on the fullest stage."""
         return max(sum(self.rows(phase, stage, offload).values()) for stage in range(len(self.tenants)))
 
-    def check(self) -> None:
-        """Raise UserError unless every phase fits and the engine's cache holds at least one sequence."""
+    def check(self, taken: float = 0.0) -> None:
+        """Raise UserError unless every phase fits and the engine's cache holds at least one sequence; taken is GiB in use at the start."""
         fault = self._fault()
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
             raise UserError(f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}")
+        others = max(taken - CONTEXT, 0.0)  # this process has a context already
+        fullest = max(self.phases, key=self.need)
+        if self.need(fullest) > self.device - others:
+            raise UserError(
+                f"phase {fullest} needs {self.need(fullest):.1f} GiB of a device with {self.device:g}, of which other programs use "
+                f"{others:.1f}: end them (nvidia-smi lists them), or take another device (CUDA_VISIBLE_DEVICES)"
+            )
 
     def table(self, peaks: Mapping[str, float] | None = None, stage: int | None = None) -> str:
         """GiB by tenant and phase, of a stage or the fullest; with the peaks that parking measured beside what was predicted."""
