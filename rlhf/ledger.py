@@ -65,18 +65,17 @@ class Ledger:
         """GiB of a phase, on the fullest stage."""
         return max(sum(self.rows(phase, stage, offload).values()) for stage in range(len(self.tenants)))
 
-    def check(self, taken: float = 0.0) -> None:
-        """Raise UserError unless every phase fits and the engine's cache holds at least one sequence; taken is GiB in use at the start."""
+    def check(self, free: float = math.inf) -> None:
+        """Raise UserError unless every phase fits, also into the GiB that are free, and the engine's cache holds at least one sequence."""
         fault = self._fault()
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
             raise UserError(f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}")
-        others = max(taken - CONTEXT, 0.0)  # this process has a context already
         fullest = max(self.phases, key=self.need)
-        if self.need(fullest) > self.device - others:
+        if self.need(fullest) > free + CONTEXT:  # which this process has already
             raise UserError(
-                f"phase {fullest} needs {self.need(fullest):.1f} GiB of a device with {self.device:g}, of which other programs use "
-                f"{others:.1f}: end them (nvidia-smi lists them), or take another device (CUDA_VISIBLE_DEVICES)"
+                f"phase {fullest} needs {self.need(fullest):.1f} GiB, and {free:.1f} of the device are free: end the programs that use it "
+                "(nvidia-smi lists them), or take another device (CUDA_VISIBLE_DEVICES)"
             )
 
     def table(self, peaks: Mapping[str, float] | None = None, stage: int | None = None) -> str:

@@ -26,7 +26,7 @@ from rlhf.rewards import Rewards
 from rlhf.roles import Roles
 from rlhf.rollout.sampler import Sampler, summary
 from rlhf.train.optimizer import learning_rate
-from rlhf.train.parking import Parking, capacity, occupied
+from rlhf.train.parking import Parking, capacity, unused
 from rlhf.weights import files, names
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
@@ -261,7 +261,7 @@ def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:
 def checked_ledger(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Ledger:
     """The memory ledger of this run on these devices. Raises UserError where it does not fit."""
     ledger = Ledger(config, given.arch, given.roles, mesh.world, config.memory.device or capacity(mesh.device), dtype.itemsize)
-    ledger.check(occupied(mesh.device))
+    ledger.check(unused(mesh.device))
     return ledger
 
 

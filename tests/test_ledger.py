@@ -122,13 +122,12 @@ def test_refusals_name_the_phase_and_the_knob(mode: str, size: str, overrides: l
 
 
 def test_a_device_in_use_is_refused() -> None:
-    """What the process itself has at the start does not count, nor what others take of room that is not needed."""
+    """What the process itself has at the start, its context, is not asked for again."""
     sft = ledger("sft", "7B")
-    most = max(sft.need(phase) for phase in sft.phases)
-    sft.check(taken=CONTEXT)
-    sft.check(taken=79.9 - most)
-    with pytest.raises(UserError, match=r"phase learn/policy needs .* of which other programs use 6\d.\d: end them"):
-        sft.check(taken=65.0)
+    most = sft.need("learn/policy")
+    sft.check(free=most - CONTEXT + 0.1)
+    with pytest.raises(UserError, match=r"phase learn/policy needs 31.8 GiB, and 30.0 of the device are free: end the programs"):
+        sft.check(free=30.0)
 
 
 def test_on_a_cpu_nothing_has_to_fit() -> None:

@@ -169,12 +169,9 @@ def capacity(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else float("inf")
 
 
-def occupied(device: torch.device) -> float:
-    """GiB of a device in use now, by whatever program; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0.0
-    free, total = torch.cuda.mem_get_info(device)
-    return (total - free) / 2**30
+def unused(device: torch.device) -> float:
+    """GiB of a device that no program uses now; infinite on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else float("inf")
 
 
 def _aligned(size: int) -> int:
