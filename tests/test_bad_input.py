@@ -165,6 +165,9 @@ def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, ["'gelu'"]),
         ({"quantization_config": {}}, ["quantized"]),
         ({"vocab_size": 16}, ["vocab_size of 16"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
+        ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
+        ({"rope_scaling": 2}, ["not what a model's config.json says"]),
     ],
 )
 def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: list[str]) -> None:

@@ -134,7 +134,15 @@ MISTAKES = {
     "header cut short": (cut(100), r"model.safetensors: cut short at 100 bytes, its header alone has \d+"),
     "nothing in it": (cut(0), r"model.safetensors: not a safetensors file, or cut short at 0 bytes"),
     "git-lfs pointer": (pointer, r"model.safetensors: not a safetensors file"),
-    "a header of other things": (spoilt(b'"data_offsets"', b'"data_0ffsets"'), "its header does not list tensors"),
+    "a header of other things": (spoilt(b'"data_offsets"', b'"data_0ffsets"'), r"damaged, or not a safetensors file \(KeyError"),
+    "a tensor in the header": (
+        spoilt(b'"data_offsets":[0,', b'"data_offsets":[-8,'),
+        r"not a safetensors file \(ValueError a tensor starts at -8",
+    ),
+    "an index of other things": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+        r"index.json: damaged, or not an index of safetensors files \(AttributeError",
+    ),
     "fewer bytes than the shape asks for": (spoilt(b'"F32"', b'"F16"'), r"has \d+ bytes, its shape asks for others"),
     "a shard missing": (unlisted, r"model-00002-of-00003.safetensors: missing, though model.safetensors.index.json lists it"),
     "a tensor missing": (edit(lambda hf: {k: v for k, v in hf.items() if k != NORM}), "tensor model.norm.weight is missing"),

@@ -175,10 +175,12 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, use_rope_scaling=True, rope_scaling_factor=32.0)
     scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     assert files.model(tmp_path / "core") == replace(LLAMA, rope_scaling=scaling)
-    for name, value in (("apply_layernorm_1p", True), ("rotary_interleaved", True), ("rotary_percent", 0.5)):
-        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
-        with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
-            files.check(tmp_path / name, LLAMA)
+    refused = {name: f"its args say {name} .*, which is not supported" for name in megatron.UNSEEN}
+    refused |= {"num_layers": "args.num_layers .* is not a whole number", "tensor_model_parallel_size": "damaged, or not a checkpoint"}
+    for name, message in refused.items():
+        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: "0.5"})
+        with pytest.raises(UserError, match=f"iter_0000003: {message}"):
+            files.model(tmp_path / name)
 
 
 def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -265,6 +267,7 @@ WRONG = {
     "no such iteration": (lambda folder: (folder / megatron.TRACKER).write_text("8"), "no folder iter_0000008; there are iter_0000003"),
     "no tracker": (lambda folder: (folder / megatron.TRACKER).unlink(), "no latest_checkpointed_iteration.txt, so iter_0000003 may be"),
     "an odd tracker": (lambda folder: (folder / megatron.TRACKER).write_text("?"), r"'\?' is neither a number nor release"),
+    "a damaged tracker": (lambda folder: (folder / megatron.TRACKER).write_bytes(b"\xb8"), "is neither a number nor release"),
 }
 
 

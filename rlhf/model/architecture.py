@@ -3,6 +3,7 @@ refused before anything is loaded."""
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,31 @@ def read(folder: str | Path) -> Architecture:
         raise UserError(f"{path}: {error.strerror}; a model is a Hugging Face folder with a config.json") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    try:
+        return _architecture(config, path)
+    except KeyError as error:
+        raise UserError(f"{path}: key {error} is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not what a model's config.json says ({error}); download it again") from None
+
+
+def check_sizes(where: Path, sizes: Mapping[str, Any]) -> None:
+    """Raise UserError for the first of a model's sizes (key -> value) that is not a whole number above 0."""
+    for key, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{where}: {key} {value!r} is not a whole number above 0: give the one that belongs to the weights")
+
+
+def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
     family = FAMILIES.get(names[0])
     if family is None:
         raise UserError(f"{path}: {names[0]} is not supported; supported are {', '.join(FAMILIES)}")
-    try:
-        return _architecture(config, family, path)
-    except KeyError as error:
-        raise UserError(f"{path}: key {error} is missing") from None
-
-
-def _architecture(config: dict[str, Any], family: str, path: Path) -> Architecture:
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key)]
+    check_sizes(path, {key: config[key] for key in (*needed, *optional)})
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     _refuse_unsupported(config, family, kind, path)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rlhf.contracts import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +21,11 @@ if TYPE_CHECKING:
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors -> of torch
 SIZES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of an element
 Shape = tuple[int, ...]
+# What Python raises while it takes a file apart that is damaged, or something else.
+DAMAGED: tuple[type[Exception], ...] = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
+    *(EOFError, AssertionError, ArithmeticError, StopIteration),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,16 @@ def store(entry: Entry, tensor: torch.Tensor) -> None:
     with entry.path.open("r+b") as file:
         file.seek(entry.start)
         file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def intact(path: Path, what: str) -> Iterator[None]:
+    """Tell the user which file it is whose content cannot be made sense of."""
+    try:
+        yield
+    except DAMAGED as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        raise UserError(f"{path}: damaged, or not {what} ({reason}); copy it again") from None
 
 
 def groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

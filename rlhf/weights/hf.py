@@ -6,6 +6,7 @@ The format: 8 bytes little-endian length of the header, the header (JSON: name -
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.contracts import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights.entries import Entry, Shape, groups, kind
+from rlhf.weights.entries import Entry, Shape, groups, intact, kind
 
 if TYPE_CHECKING:
     import torch
@@ -96,17 +97,14 @@ def _paths(folder: Path) -> list[Path]:
     """The files that hold the weights: those of the index, or model.safetensors, or whatever safetensors there are."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
-        try:
-            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError):
-            raise UserError(f"{index}: not an index of safetensors files; download it again") from None
-        paths = [folder / name for name in listed]
+        with intact(index, "an index of safetensors files"):
+            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     else:
         paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder}: no *.safetensors file; save the model in that format first")
     for path in paths:
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path}: missing, though {INDEX} lists it; download it again")
     return paths
 
@@ -120,16 +118,19 @@ def _header(path: Path) -> dict[str, Entry]:
         text = file.read(length)
     if len(text) < length:
         raise UserError(f"{path}: cut short at {size} bytes, its header alone has {8 + length}; download it again")
-    try:
+    with intact(path, "a safetensors file"):
         header, data = json.loads(text), 8 + length
         header.pop("__metadata__", None)
-        found = {
-            name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"]))
-            for name, at in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a safetensors file: its header does not list tensors; download it again") from None
+        found = {name: _entry(path, at, data) for name, at in header.items()}
     end = max((entry.stop for entry in found.values()), default=data)
     if size < end:
         raise UserError(f"{path}: cut short at {size} of {end} bytes; download it again")
     return found
+
+
+def _entry(path: Path, at: Mapping[str, Any], data: int) -> Entry:
+    """What the header says of one tensor; data is where the first one starts."""
+    start, stop = (operator.index(offset) for offset in at["data_offsets"])
+    if start < 0:
+        raise ValueError(f"a tensor starts at {start}")
+    return Entry(path, str(at["dtype"]), tuple(map(operator.index, at["shape"])), data + start, data + stop)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.contracts import UserError
-from rlhf.model.architecture import Architecture
+from rlhf.model.architecture import Architecture, check_sizes
 from rlhf.weights import names, pt, torch_dist
-from rlhf.weights.entries import Entry, Shape, kind
+from rlhf.weights.entries import Entry, Shape, intact, kind
 from rlhf.weights.tiles import Tile
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
 
     Raises UserError where rank files are missing, hold more than weights and numbers, or a model that computes something else.
     """
-    checkpoint = _load(_iteration(folder, iteration))
+    path = _iteration(folder, iteration)
+    with intact(path, "a checkpoint"):
+        checkpoint = _load(path)
     for name, ours in UNSEEN.items():
         if checkpoint.args.get(name, ours) != ours:
             raise UserError(f"{checkpoint.path}: its args say {name} {checkpoint.args[name]}, which is not supported; supported is {ours}")
@@ -210,7 +212,11 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     """The model that a checkpoint's args describe, for folders without a config.json. Raises UserError where they lack something."""
     scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as in Megatron, for all models
     a, last = checkpoint.args, {name.partition("#")[0] for name in checkpoint.shards[-1]}
+    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
+    groups = ("num_query_groups",) if a.get("group_query_attention") else ()
+    optional = ("vocab_size",) if a.get("vocab_size") else ()
     try:
+        check_sizes(checkpoint.path, {f"args.{key}": a[key] for key in (*needed, *groups, *optional)})
         return Architecture(
             family="qwen3" if a.get("qk_layernorm") else "qwen2" if a.get("add_qkv_bias") else "llama",
             layers=a["num_layers"],
@@ -225,7 +231,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
             tied=not a["untie_embeddings_and_output_weights"],
             qkv_bias=bool(a.get("add_qkv_bias")),
             qk_norm=bool(a.get("qk_layernorm")),
-            rope_theta=float(a.get("rotary_base", 10000)),
+            rope_theta=float(a.get("rotary_base") or 10000),
             rope_scaling={"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {},
             lm=names.LAYOUTS[checkpoint.layout].local("lm_head.weight") in last or not a["untie_embeddings_and_output_weights"],
             scalar=names.SCORE in last,
@@ -241,7 +247,7 @@ def _iteration(folder: Path, iteration: int | None) -> Path:
     if iteration is not None:
         wanted = f"iter_{iteration:07}"
     elif (folder / TRACKER).exists():
-        text = (folder / TRACKER).read_text().strip()
+        text = (folder / TRACKER).read_text(errors="replace").strip()
         if text != "release" and not text.isdecimal():
             raise UserError(f"{folder / TRACKER}: {text[:40]!r} is neither a number nor release: name the iteration that is complete")
         wanted = text if text == "release" else f"iter_{int(text):07}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import pickle
-import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.contracts import UserError
+from rlhf.weights.entries import intact
 
 # What a checkpoint of Megatron-LM may name beside tensors, arrays and plain containers (its own list is megatron.core.safe_globals):
 # in args, in states of random generators and reruns, and as the extra states of Transformer Engine's layers. Nobody here needs their
@@ -25,11 +24,6 @@ CLASSES = (
     "megatron.core.rerun_state_machine.RerunDiagnostic",
     *(f"megatron.core.transformer.enums.{x}" for x in ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")),
     *("_io.BytesIO", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals", "types.SimpleNamespace", "torch._C.Generator"),
-)
-# What reading a pickle or an archive raises that is damaged, or none.
-DAMAGED: tuple[type[Exception], ...] = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
-    *(EOFError, AssertionError, ArithmeticError, StopIteration),
 )
 
 
@@ -61,18 +55,14 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
         raise UserError(f"{path}: missing; copy the checkpoint again, completely")
     if not zipfile.is_zipfile(_opened(path, place)):
         raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")
-    with _allowed(known):
-        try:
-            refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(_opened(path, place)))
-            if refused:
-                asked = ", ".join(sorted(refused))
-                raise UserError(f"{path}: it asks for {asked}, and only weights and numbers are read: do not trust this file")
-            tree = torch.load(_opened(path, place), map_location="cpu", weights_only=True, mmap=not place)
-            tree = tree[0] if place else tree
-            assert isinstance(tree, dict), f"it holds a {type(tree).__name__}, not a dict"
-        except DAMAGED as error:
-            reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
-            raise UserError(f"{path}: damaged, or not a checkpoint ({reason}); copy it again") from None
+    with _allowed(known), intact(path, "a checkpoint"):
+        refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(_opened(path, place)))
+        if refused:
+            asked = ", ".join(sorted(refused))
+            raise UserError(f"{path}: it asks for {asked}, and only weights and numbers are read: do not trust this file")
+        tree = torch.load(_opened(path, place), map_location="cpu", weights_only=True, mmap=not place)
+        tree = tree[0] if place else tree
+        assert isinstance(tree, dict), f"it holds a {type(tree).__name__}, not a dict"
     return tree
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.contracts import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import names, pt
-from rlhf.weights.entries import Entry, Shape, kind
+from rlhf.weights.entries import Entry, Shape, intact, kind
 from rlhf.weights.tiles import Tile
 
 if TYPE_CHECKING:
@@ -106,11 +106,9 @@ class Metadata(pickle.Unpickler):
 
 def load(folder: Path) -> Sharded:
     """Find every chunk of a checkpoint; optimizer states are passed over. Raises UserError where the folder is incomplete or odd."""
-    try:
+    with intact(folder / METADATA, "a checkpoint's metadata"):
         metadata = Metadata(folder / METADATA).load()
         found = _chunks(folder, metadata)
-    except pt.DAMAGED as error:
-        raise UserError(f"{folder / METADATA}: damaged ({type(error).__name__} {error}); copy the checkpoint again") from None
     fused = any(name.endswith("linear_qkv.layer_norm_weight") for name in found)
     if "embedding.word_embeddings.weight" not in found:
         raise UserError(f"{folder}: no tensor embedding.word_embeddings.weight; this is not a GPT model's checkpoint")
