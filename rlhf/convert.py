@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     if a.config and not Path(a.config).is_dir():
         raise UserError(f"--config {a.config}: no such folder; give the one with config.json and tokenizer")
     arch = files.model(a.source, a.config, a.iteration)
-    source = files.open_folder(a.source, arch, a.iteration)
+    source = files.open_folder(a.source, arch, a.iteration, head=arch.scalar)
     _check(a, arch)
     import torch
 
@@ -122,19 +122,28 @@ def _make(a: argparse.Namespace, source: files.Source, arch: Architecture, to: f
     final, where = Path(a.to), files.described(a.source, a.config)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    convert(source, arch, to, partial, dtype)
-    beside = [[path for pattern in BESIDE for path in Path(place).glob(pattern)] for place in (a.config, where) if place]
-    for path in next((paths for paths in beside if paths), []):  # all of one folder: a tokenizer is several files
-        shutil.copy(path, partial / path.name)
-    to.finish(partial, files.config(a.source, a.config, a.iteration), dtype)
-    if a.verify:
-        verify(source, arch, partial)
-    partial.rename(final)
+    beside = [[path for pattern in BESIDE for path in Path(place).glob(pattern) if path.is_file()] for place in (a.config, where) if place]
+    try:
+        convert(source, arch, to, partial, dtype)
+        for path in next((paths for paths in beside if paths), []):  # all of one folder: a tokenizer is several files
+            shutil.copy(path, partial / path.name)
+        to.finish(partial, files.config(a.source, a.config, a.iteration), dtype)
+        if a.verify:
+            verify(source, arch, partial)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # where it failed: what is left would fill a disk for nothing
 
 
 def convert(source: files.Source, arch: Architecture, to: files.Target, folder: Path, dtype: torch.dtype) -> None:
-    """Write a target from an opened folder, with a progress bar."""
+    """Write a target from an opened folder, with a progress bar. Raises UserError where the storage has no room for it."""
     total = sum(prod(shape) for tiling in to.tilings.values() for shape in names.shapes(tiling).values()) * dtype.itemsize
+    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    room = shutil.disk_usage(place)
+    if room.total and room.free < total:  # some network storage says 0 of everything
+        raise UserError(
+            f"{place} has {room.free / 1e9:.1f} GB left, the new folder takes {total / 1e9:.1f} GB: make room, or choose another --to"
+        )
     progress = Progress(total)
 
     def fill(targets: list[list[Tile]], tensors: dict[str, torch.Tensor]) -> None:
@@ -183,6 +192,8 @@ def _check(a: argparse.Namespace, arch: Architecture) -> None:
     """Everything that the layout needs, before anything is written."""
     if Path(a.to).exists():
         raise UserError(f"--to {a.to} exists: give a new folder, or delete it")
+    if a.format == "hf" and a.vocab_divisor:
+        raise UserError(f"--vocab-divisor {a.vocab_divisor}: a vocabulary of format hf is not padded; leave it out")
     if a.format in ("hf", "torch_dist") and (a.tp, a.pp) != (1, 1):
         raise UserError(f"--tp {a.tp} --pp {a.pp}: a folder of format {a.format} is not split over ranks; leave them out")
     if min(a.tp, a.pp) < 1 or (a.iteration or 0) < 0 or a.vocab_divisor < 0:

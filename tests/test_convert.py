@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,41 @@ convert.main({[str(a) for a in arguments]!r})
     assert not left.exists()
 
 
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"])
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException):
+    hf_folder(tmp_path / "hf", LLAMA)
+    stored = files.store
+
+    def failing(entry, tensor):
+        stored(entry, tensor)
+        raise failure
+
+    monkeypatch.setattr(files, "store", failing)
+    with pytest.raises((UserError, KeyboardInterrupt), match=r"--to .*old: .*No space left|^$"):
+        run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_folder_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hf_folder(tmp_path / "hf", LLAMA)
+    size = (tmp_path / "hf/model.safetensors").stat().st_size
+    for total, free in ((1 << 30, size), (0, 0)):
+        monkeypatch.setattr(convert.shutil, "disk_usage", lambda _, found=(total, free): SimpleNamespace(total=found[0], free=found[1]))
+        run("--from", tmp_path / "hf", "--to", tmp_path / f"a/{total}", "--format", "hf")
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 30, free=1000))
+    with pytest.raises(UserError, match=rf"^{tmp_path} has 0.0 GB left, the new folder takes 0.0 GB: make room"):
+        run("--from", tmp_path / "hf", "--to", tmp_path / "b/new", "--format", "hf")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
+    """What reads the new folder could not tell any more that the head is missing."""
+    hf_folder(tmp_path / "hf", LLAMA)
+    (tmp_path / "hf/config.json").write_text(json.dumps(hf.description(replace(LLAMA, lm=False, scalar=True))))
+    with pytest.raises(UserError, match=r"hf has no scalar head \(score.weight\)"):
+        run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
+
+
 def test_a_tensor_that_is_passed_over_has_no_say_in_the_dtype(tmp_path: Path):
     """As the inverse frequencies in Llama 2's folders."""
     wanted = hf_folder(tmp_path / "hf", LLAMA)
@@ -202,6 +238,7 @@ def test_the_tutorials_variables(tmp_path: Path):
     [
         (["--to", "hf", "--format", "legacy"], "exists: give a new folder"),
         (["--to", "x", "--format", "hf", "--tp", "2"], "a folder of format hf is not split"),
+        (["--to", "x", "--format", "hf", "--vocab-divisor", "8"], "--vocab-divisor 8: a vocabulary of format hf is not padded"),
         (["--to", "x", "--format", "mcore", "--tp", "3"], "--tp 3 does not divide the attention heads 8"),
         (["--to", "x", "--format", "mcore", "--pp", "3"], "--pp 3 does not divide the 4 layers"),
         (["--to", "x", "--format", "mcore", "--tp", "0"], "must be at least 1"),

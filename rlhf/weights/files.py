@@ -79,11 +79,11 @@ class Source:
         return plan([*held, []], [*([] for _ in held), mine], [0] * (len(held) + 1)).moves
 
 
-def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = None) -> Source:
+def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = None, head: bool = False) -> Source:
     """Find out what a folder is, and check it. Reads headers only.
 
     Raises UserError, naming the file, unless it holds exactly the tensors of arch. A scalar model may come from a causal one: its
-    head may be missing (it becomes zeros), and an output layer that it does not use is ignored.
+    head may be missing (it becomes zeros) unless `head` asks for it, and an output layer that it does not use is ignored.
     """
     folder = Path(folder)
     checkpoint = megatron.load(folder, iteration) if megatron.is_checkpoint(folder) else None
@@ -100,7 +100,10 @@ def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = 
     for tiling, shard in zip(padded, shards, strict=True):
         _check(folder, arch, layout, names.shapes(tiling), shard)
     held = [[tile for tile in tiling if tile.local in shard] for tiling, shard in zip(tilings, shards, strict=True)]
-    return Source(folder, layout, held, shards, checkpoint)
+    source = Source(folder, layout, held, shards, checkpoint)
+    if head and not source.has_head:
+        raise UserError(f"{folder} has no scalar head ({names.SCORE}): it is no reward model, and all of its scores would be 0")
+    return source
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -113,8 +116,7 @@ def check(folder: str | Path, arch: Architecture, head: bool = False) -> None:
 
     Reads headers only.
     """
-    if not open_folder(folder, arch).has_head and head:
-        raise UserError(f"{folder} has no scalar head ({names.SCORE}): it is no reward model, and all of its scores would be 0")
+    open_folder(folder, arch, head=head)
 
 
 def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, torch.Tensor]) -> None:
