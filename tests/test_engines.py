@@ -272,3 +272,10 @@ def test_vllm_refuses_head_dims_its_cpu_attention_cannot_do(vllm_engine, tmp_pat
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"config.json: .* head_dim .* 16; set rollout.engine=kvcache"):
         vllm_engine(str(tmp_path), load=False)
+
+
+def test_ranks_of_an_engine_leave_nothing_in_shared_memory(vllm_engine):
+    """What vLLM's CPU backend leaves there ends the next run of several ranks on the machine: it is told that ranks cannot share any."""
+    from rlhf.rollout.vllm import CpuCommunicator
+
+    assert CpuCommunicator._all_group_ranks_share_shm_group_name(None) is False

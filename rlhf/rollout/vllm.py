@@ -7,7 +7,6 @@ import os
 import warnings
 
 import torch
-import torch.distributed as dist
 
 from rlhf.contracts import Completion, Sampling, UserError
 from rlhf.model.architecture import Architecture
@@ -138,6 +137,6 @@ def adapt_to_cpu(folder: str, arch: Architecture) -> None:
         )
     # vLLM would pack each weight into a private copy and leave an empty parameter, so that publishing could not reach it.
     vllm_layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
-    # Its shared-memory all-reduce spins, which is fastest with a core for every rank and ten times slower than gloo without.
-    if dist.is_initialized() and dist.get_world_size() > len(os.sched_getaffinity(0)):
-        CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    # Its shared-memory all-reduce takes the same name in every run and leaves the memory behind, so the next run on the machine would fail;
+    # where ranks outnumber cores it also spins ten times longer than gloo takes.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
