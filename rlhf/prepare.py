@@ -185,7 +185,9 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
             f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
         )
     if config.rollout.engine == "vllm" and not files.described(config.policy.load, config.policy.tokenizer):
-        raise UserError(f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy the model's into it")
+        raise UserError(
+            f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy it there, or set policy.tokenizer to its folder"
+        )
     if config.mode == "evaluate":
         return
     if not config.rollout.temperature:

@@ -147,6 +147,18 @@ def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
         run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
 
 
+def test_a_release_is_of_no_iteration(tmp_path: Path):
+    hf_folder(tmp_path / "hf", LLAMA)
+    run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
+    (tmp_path / "old/iter_0000001").rename(tmp_path / "old/release")
+    (tmp_path / "old" / megatron.TRACKER).write_text("release")
+    path = tmp_path / "old/release/mp_rank_00/model_optim_rng.pt"
+    torch.save(load(path) | {"iteration": "release"}, tmp_path / "changed.pt")
+    (tmp_path / "changed.pt").rename(path)
+    run("--from", tmp_path / "old", "--to", tmp_path / "new", "--format", "mcore")
+    assert megatron.load(tmp_path / "new").iteration == 1
+
+
 def test_a_tensor_that_is_passed_over_has_no_say_in_the_dtype(tmp_path: Path):
     """As the inverse frequencies in Llama 2's folders."""
     wanted = hf_folder(tmp_path / "hf", LLAMA)

@@ -97,7 +97,7 @@ def _load(path: Path) -> Checkpoint:
     if (path / torch_dist.METADATA).exists():
         sharded = torch_dist.load(path)
         args = dict(vars(sharded.common["args"])) if "args" in sharded.common else {}
-        return Checkpoint(path, int(sharded.common.get("iteration", 0)), sharded.layout, 1, 1, args, [sharded.entries], sharded)
+        return Checkpoint(path, _number(sharded.common), sharded.layout, 1, 1, args, [sharded.entries], sharded)
     found = {tuple(int(n or 0) for n in match.groups()): child for child in path.iterdir() if (match := RANK.fullmatch(child.name))}
     if not found:
         raise UserError(f"{path}: no mp_rank_* folder; a Megatron checkpoint has one for every rank")
@@ -116,7 +116,13 @@ def _load(path: Path) -> Checkpoint:
         what = f"mp_rank_{missing[0][0]:02}" + (f"_{missing[0][1]:03}" if pp > 1 else "") if missing else "too many mp_rank_* folders"
         raise UserError(f"{path}: {what}{' is missing' if missing else ''} of {tp} x {pp} ranks: copy the checkpoint again, completely")
     shards = [_entries(found[t, p] / FILE, trees[t, p]) for p in range(pp) for t in range(tp)]
-    return Checkpoint(path, int(first.get("iteration", 0)), _layout(shards[0]), tp, pp, args, shards)
+    return Checkpoint(path, _number(first), _layout(shards[0]), tp, pp, args, shards)
+
+
+def _number(tree: Mapping[str, Any]) -> int:
+    """The iteration that a tree is of; 0 where it has no number, as a release's may."""
+    found = tree.get("iteration")
+    return found if isinstance(found, int) else 0
 
 
 def title(iteration: int, tp: int, pp: int, size: int) -> str:
