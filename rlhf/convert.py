@@ -136,7 +136,9 @@ def _make(a: argparse.Namespace, source: files.Source, arch: Architecture, to: f
 
 
 def convert(source: files.Source, arch: Architecture, to: files.Target, folder: Path, dtype: torch.dtype) -> None:
-    """Write a target from an opened folder, with a progress bar. Raises UserError where the storage has no room for it."""
+    """Write a target from an opened folder, with a progress bar. Raises UserError where storage or dtype have no room for it."""
+    import torch
+
     total = sum(prod(shape) for tiling in to.tilings.values() for shape in names.shapes(tiling).values()) * dtype.itemsize
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
     room = shutil.disk_usage(place)
@@ -148,6 +150,9 @@ def convert(source: files.Source, arch: Architecture, to: files.Target, folder: 
 
     def fill(targets: list[list[Tile]], tensors: dict[str, torch.Tensor]) -> None:
         source.read(targets[0], tensors)
+        for name, tensor in tensors.items() if dtype == torch.float16 else ():
+            if tensor.isinf().any():
+                raise UserError(f"{source.path}: {name} has values beyond the 65504 of float16: choose another --dtype")
 
     for written in files.carry(folder, arch, to, fill, dtype, rank=0, world=1, bucket=BUCKET):
         progress.add(written)

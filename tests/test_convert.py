@@ -147,6 +147,25 @@ def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
         run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
 
 
+@pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("format", ["legacy", "mcore"])
+def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str):
+    hf_folder(tmp_path / "hf", arch)
+    for pp in (1, 2):
+        run("--from", tmp_path / "hf", "--to", tmp_path / f"{pp}", "--format", format, "--pp", pp)
+        (tmp_path / f"{pp}/config.json").unlink()
+        assert files.model(tmp_path / f"{pp}") == arch
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path):
+    tensors = hf_folder(tmp_path / "hf", LLAMA)
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UserError, match=r"hf: model.norm.weight has values beyond the 65504 of float16"):
+        run("--from", tmp_path / "hf", "--to", tmp_path / "new", "--format", "hf", "--dtype", "fp16")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_release_is_of_no_iteration(tmp_path: Path):
     hf_folder(tmp_path / "hf", LLAMA)
     run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")

@@ -217,7 +217,7 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
 def architecture(checkpoint: Checkpoint) -> Architecture:
     """The model that a checkpoint's args describe, for folders without a config.json. Raises UserError where they lack something."""
     scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as in Megatron, for all models
-    a, last = checkpoint.args, {name.partition("#")[0] for name in checkpoint.shards[-1]}
+    a, last, form = checkpoint.args, {name.partition("#")[0] for name in checkpoint.shards[-1]}, names.LAYOUTS[checkpoint.layout]
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
     groups = ("num_query_groups",) if a.get("group_query_attention") else ()
     optional = ("vocab_size",) if a.get("vocab_size") else ()
@@ -239,7 +239,9 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
             qk_norm=bool(a.get("qk_layernorm")),
             rope_theta=float(a.get("rotary_base") or 10000),
             rope_scaling={"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {},
-            lm=names.LAYOUTS[checkpoint.layout].local("lm_head.weight") in last or not a["untie_embeddings_and_output_weights"],
+            # A tied output layer alone has no tensor that would tell; a reward model is taken to be without.
+            lm=bool(last & {form.local("lm_head.weight"), form.tied})
+            or (not a["untie_embeddings_and_output_weights"] and names.SCORE not in last),
             scalar=names.SCORE in last,
         )
     except KeyError as error:
