@@ -106,8 +106,9 @@ def main(arguments: Sequence[str]) -> None:
     dtype = getattr(torch, name)
     iteration = a.iteration or (source.checkpoint.iteration if source.checkpoint else 0) or 1
     to = files.target(arch, a.format, dtype, tp=a.tp, pp=a.pp, iteration=iteration, divisor=a.vocab_divisor)
-    for remark in _remarks(source, arch, a.config):
-        print(f"convert: {remark}", file=sys.stderr)
+    if source.checkpoint:
+        for remark in source.checkpoint.remarks(arch, files.described(a.source, a.config), "--config"):
+            print(f"convert: {remark}", file=sys.stderr)
     try:
         _make(a, source, arch, to, dtype)
     except OSError as error:
@@ -204,17 +205,3 @@ def _check(a: argparse.Namespace, arch: Architecture) -> None:
     if min(a.tp, a.pp) < 1 or (a.iteration or 0) < 0 or a.vocab_divisor < 0:
         raise UserError("--tp and --pp must be at least 1, --iteration and --vocab-divisor not negative")
     arch.check_split(a.tp, a.pp, said=(f"--tp {a.tp}", f"--pp {a.pp}"))
-
-
-def _remarks(source: files.Source, arch: Architecture, config: str) -> list[str]:
-    """Where a checkpoint's args and the config.json that wins over them disagree."""
-    checkpoint = source.checkpoint
-    if not checkpoint:
-        return []
-    where = files.described(source.path, config)
-    base = checkpoint.args.get("rotary_base")
-    if where is None:
-        return [f"{source.path} has no config.json: rotary_base {base}, and all else, is what its args say; --config gives a better one"]
-    if base is not None and float(base) != arch.rope_theta:
-        return [f"{source.path}: its args say rotary_base {base}, {where}/config.json {arch.rope_theta:g}: config.json is right"]
-    return []

@@ -157,7 +157,7 @@ def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "core"
     save_as_megatron_does(folder, monkeypatch, arch, rows=160)
     assert files.model(folder) == replace(arch, rope_theta=10000.0)
-    assert not files.described(folder)
+    assert "rotary_base 10000, and all else" in megatron.load(folder).remarks(arch, files.described(folder), "policy.tokenizer")[0]
     (folder / "config.json").write_text(json.dumps(hf.description(arch)))
     run("--from", folder, "--to", tmp_path / "hf", "--format", "hf")
     assert "rotary_base 10000" in capsys.readouterr().err
