@@ -106,9 +106,8 @@ def main(arguments: Sequence[str]) -> None:
     dtype = getattr(torch, name)
     iteration = a.iteration or (source.checkpoint.iteration if source.checkpoint else 0) or 1
     to = files.target(arch, a.format, dtype, tp=a.tp, pp=a.pp, iteration=iteration, divisor=a.vocab_divisor)
-    if source.checkpoint:
-        for remark in source.checkpoint.remarks(arch, files.described(a.source, a.config), "--config"):
-            print(f"convert: {remark}", file=sys.stderr)
+    for remark in source.remarks(arch, a.config, "--config"):
+        print(f"convert: {remark}", file=sys.stderr)
     try:
         _make(a, source, arch, to, dtype)
     except OSError as error:

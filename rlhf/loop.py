@@ -27,7 +27,7 @@ from rlhf.roles import Roles
 from rlhf.rollout.sampler import Sampler, summary
 from rlhf.train.optimizer import learning_rate
 from rlhf.train.parking import Parking, capacity, unused
-from rlhf.weights import files, megatron, names
+from rlhf.weights import files, names
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
 
@@ -226,10 +226,8 @@ class Run:
         say(f"{config.mode}: {self.mesh.world} ranks on {self.mesh.device.type} in {str(self.dtype).removeprefix('torch.')}: {axes}")
         for name, role in self.given.roles.items():
             say(f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}")
-            if files.is_checkpoint(role.folder):
-                where = files.described(role.folder, config.policy.tokenizer)
-                for remark in megatron.load(Path(role.folder)).remarks(role.arch, where, "policy.tokenizer"):
-                    say(f"    {remark}")
+        for remark in self.given.remarks:
+            say(f"  {remark}")
         say(f"{self.given.records.counts} of {config.data.train}; out: {config.out}")
         if self.given.held_out:
             say(f"{self.given.held_out.counts} of {config.data.eval} are held out")

@@ -38,6 +38,7 @@ class Inputs:
     tokenizer: Tokenizer
     records: Records  # what the mode goes through: data.train, or data.eval in mode evaluate
     held_out: Records | None  # data.eval of a training run
+    remarks: list[str]  # on the folders
 
 
 def inputs(config: Config, world: int) -> Inputs:
@@ -45,13 +46,13 @@ def inputs(config: Config, world: int) -> Inputs:
     arch, models = shapes(config, world)
     if config.mode != "evaluate" and not config.resume and (Path(config.out) / "latest").exists():
         raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
-    _check_folders(config, models, arch)
+    remarks = _check_folders(config, models, arch)
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
     for function in _functions(config) if generates(config) else ():
         rewards.check(function)
-    return Inputs(arch, models, tokenizer, *_data(config, tokenizer))
+    return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks)
 
 
 def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
@@ -76,16 +77,19 @@ def generates(config: Config) -> bool:
     return config.mode == "evaluate" or ALGORITHMS[config.mode](config).online
 
 
-def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> None:
-    """What is read and what will be written."""
+def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> list[str]:
+    """What is read and what will be written; remarks on the former."""
+    remarks = []
     to_read = {config.policy.load: arch} | {role.folder: role.arch for role in models.values()}
     judges = {role.folder for name, role in models.items() if name == "reward" and role.use == "frozen"}  # a head of zeros is for learners
     for folder, held in to_read.items():
         if config.policy.init == "load" or folder != config.policy.load:
-            files.check(folder, held, head=folder in judges)
+            source = files.open_folder(folder, held, head=folder in judges)
+            remarks += source.remarks(held, config.policy.tokenizer, "policy.tokenizer")
     for name in config.checkpoint.format:
         if name not in files.FORMATS:
             raise UserError(f"checkpoint.format={name}: choose among {', '.join(files.FORMATS)}")
+    return remarks
 
 
 def rule(config: Config) -> str:

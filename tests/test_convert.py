@@ -107,7 +107,7 @@ convert.main({[str(a) for a in arguments]!r})
     assert not (tmp_path / "old").exists()
     (left,) = (path for path in tmp_path.iterdir() if path.name != "hf")
     with pytest.raises(UserError, match=refused):
-        files.check(left, files.model(left, tmp_path / "hf"))
+        files.open_folder(left, files.model(left, tmp_path / "hf"))
     run(*arguments, "--verify")
     assert not left.exists()
 

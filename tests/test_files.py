@@ -1,4 +1,4 @@
-"""Folders of safetensors: wrong ones are refused by name, boxes are read bitwise, and check() does without torch."""
+"""Folders of safetensors: wrong ones are refused by name, boxes are read bitwise, and open_folder() does without torch."""
 
 import json
 import subprocess
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_megatron import save_as_megatron_does
 from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
 
 from rlhf.contracts import UserError
-from rlhf.weights import files, initial, names
+from rlhf.weights import files, initial, megatron, names
 from rlhf.weights.names import tilings
 
 
@@ -32,7 +33,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], num_files: int = 1) -> 
 def test_each_rank_reads_its_boxes(tmp_path: Path, arch, num_files: int):
     hf = {name: tensor.bfloat16() for name, tensor in random_hf(arch).items()}
     save(tmp_path, hf, num_files)
-    files.check(tmp_path, arch)
+    files.open_folder(tmp_path, arch)
     as_float = {name: tensor.float() for name, tensor in hf.items()}
     for rank, tiling in enumerate(tilings(arch, "mcore", 4, 2, 2)):
         wanted = mcore_rank(arch, as_float, (rank % 2, 2), (rank // 2, 2))
@@ -60,7 +61,7 @@ def test_check_does_without_torch(tmp_path: Path):
     save(tmp_path, random_hf(LLAMA))
     script = (
         "import sys; from rlhf.weights import files; from rlhf.model.architecture import Architecture\n"
-        f"files.check({str(tmp_path)!r}, {LLAMA!r})\n"
+        f"files.open_folder({str(tmp_path)!r}, {LLAMA!r})\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
@@ -73,16 +74,16 @@ def test_what_may_be_extra(tmp_path: Path):
         tmp_path,
         hf | {"lm_head.weight": hf["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
     )
-    files.check(tmp_path, tied)
+    files.open_folder(tmp_path, tied)
 
 
 @pytest.mark.parametrize("lm", [False, True])
 def test_a_causal_model_serves_as_a_scalar_one(tmp_path: Path, lm: bool):
     save(tmp_path, random_hf(LLAMA))
     arch = replace(LLAMA, scalar=True, lm=lm)
-    files.check(tmp_path, arch)
+    files.open_folder(tmp_path, arch)
     with pytest.raises(UserError, match=r"no scalar head \(score\.weight\): it is no reward model"):
-        files.check(tmp_path, arch, head=True)
+        files.open_folder(tmp_path, arch, head=True)
     for rank, tiling in enumerate(tilings(arch, "mcore", 4, 2, 2)):
         got = {tile.local: torch.full((9999, 32), torch.nan) for tile in tiling if tile.name == "score.weight"}
         files.read(tmp_path, arch, [tile for tile in tiling if tile.name == "score.weight"], got)
@@ -163,7 +164,7 @@ MISTAKES = {
 def test_wrong_folders_are_refused(tmp_path: Path, make, message: str):
     make(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        files.check(tmp_path, LLAMA)
+        files.open_folder(tmp_path, LLAMA)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
 
@@ -178,3 +179,18 @@ def test_one_rank_writes_what_safetensors_reads(tmp_path: Path):
     assert all(torch.equal(written[name], hf[name].bfloat16()) for name in hf)
     assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_odd_args_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {name: f"its args say {name} 0.5, which is not supported" for name in megatron.UNSEEN}
+    wanted |= {"num_layers": "args.num_layers '0.5' is not a whole number", "tensor_model_parallel_size": "damaged, or not a checkpoint"}
+    for name, message in wanted.items():
+        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: "0.5"})
+        with pytest.raises(UserError, match=f"iter_0000003: {message}"):
+            files.model(tmp_path / name)
+
+
+def test_a_folder_without_config_json_gets_a_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_as_megatron_does(tmp_path, monkeypatch, LLAMA, 102)
+    [remark] = files.open_folder(tmp_path, LLAMA).remarks(LLAMA, "", "policy.tokenizer")
+    assert remark.startswith(f"{tmp_path} has no config.json: rotary_base 10000, and all else, is what its args say; policy.tokenizer")

@@ -157,7 +157,7 @@ def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "core"
     save_as_megatron_does(folder, monkeypatch, arch, rows=160)
     assert files.model(folder) == replace(arch, rope_theta=10000.0)
-    assert "rotary_base 10000, and all else" in megatron.load(folder).remarks(arch, files.described(folder), "policy.tokenizer")[0]
+    assert not files.described(folder)
     (folder / "config.json").write_text(json.dumps(hf.description(arch)))
     run("--from", folder, "--to", tmp_path / "hf", "--format", "hf")
     assert "rotary_base 10000" in capsys.readouterr().err
@@ -175,12 +175,10 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, use_rope_scaling=True, rope_scaling_factor=32.0)
     scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     assert files.model(tmp_path / "core") == replace(LLAMA, rope_scaling=scaling)
-    refused = {name: f"its args say {name} .*, which is not supported" for name in megatron.UNSEEN}
-    refused |= {"num_layers": "args.num_layers .* is not a whole number", "tensor_model_parallel_size": "damaged, or not a checkpoint"}
-    for name, message in refused.items():
-        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: "0.5"})
-        with pytest.raises(UserError, match=f"iter_0000003: {message}"):
-            files.model(tmp_path / name)
+    for name, value in (("apply_layernorm_1p", True), ("rotary_interleaved", True), ("rotary_percent", 0.5)):
+        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
+        with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
+            files.open_folder(tmp_path / name, LLAMA)
 
 
 def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -222,7 +220,7 @@ def test_a_file_that_asks_for_code_is_refused(tmp_path: Path, monkeypatch: pytes
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, exit_hook=Malice(call, harm))
     with torch.serialization.safe_globals([call]):  # what others allow is not allowed here
         with pytest.raises(UserError, match=f"model_optim_rng.pt: it asks for {named}, and only weights and numbers are read"):
-            files.check(tmp_path / "core", LLAMA)
+            files.open_folder(tmp_path / "core", LLAMA)
         assert call in torch.serialization.get_safe_globals()
     assert not mark.exists()
 
@@ -274,10 +272,10 @@ WRONG = {
 @pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
 def test_incomplete_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil, message: str):
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102)
-    files.check(tmp_path / "core", LLAMA)
+    files.open_folder(tmp_path / "core", LLAMA)
     spoil(tmp_path / "core")
     with pytest.raises(UserError, match=message):
-        files.check(tmp_path / "core", LLAMA)
+        files.open_folder(tmp_path / "core", LLAMA)
 
 
 def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
@@ -320,7 +318,7 @@ def test_args_may_lie_among_the_shards(tmp_path: Path):
     for spoilt in (pickle.dumps(metadata)[:-100], pickle.dumps([])):
         (folder / ".metadata").write_bytes(spoilt)
         with pytest.raises(UserError, match=r"\.metadata: damaged"):
-            files.check(tmp_path / "sharded", LLAMA)
+            files.open_folder(tmp_path / "sharded", LLAMA)
 
 
 def test_metadata_of_older_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -337,7 +335,7 @@ def test_metadata_of_older_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         plan.__dict__.update(items=[], mcore_data={})
         metadata.__dict__.update(vars(pickle.loads(path.read_bytes())), all_local_plans=[plan], mcore_data={})
         path.write_bytes(pickle.dumps(metadata))
-    files.check(tmp_path / "sharded", LLAMA)
+    files.open_folder(tmp_path / "sharded", LLAMA)
 
 
 def test_metadata_that_asks_for_code_is_refused(tmp_path: Path):
@@ -346,5 +344,5 @@ def test_metadata_that_asks_for_code_is_refused(tmp_path: Path):
     mark = tmp_path / "executed"
     (tmp_path / "sharded/iter_0000001/.metadata").write_bytes(pickle.dumps(Malice(os.system, f"touch {mark}")))
     with pytest.raises(UserError, match=r"\.metadata: it asks for posix\.system"):
-        files.check(tmp_path / "sharded", LLAMA)
+        files.open_folder(tmp_path / "sharded", LLAMA)
     assert not mark.exists()

@@ -66,7 +66,7 @@ class Attention(torch.nn.Module):
         q, k = rotate(q, row.cos, row.sin), rotate(k, row.cos, row.sin)
         if row.order is not None:  # all-gather in forward, reduce-scatter in backward
             k, v = (tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[row.order] for x in (k, v))
-        if not q.is_cuda or q.dtype == torch.float32:
+        if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             attend = _padded
         elif row.even:
             attend = _even

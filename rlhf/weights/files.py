@@ -72,6 +72,16 @@ class Source:
     def has_head(self) -> bool:
         return any(tile.name == names.SCORE for tiling in self.tilings for tile in tiling)
 
+    def remarks(self, arch: Architecture, beside: str | Path, key: str) -> list[str]:
+        """Where a checkpoint's args and the config.json that wins over them disagree; key is how to name `beside`, a folder with one."""
+        base = self.checkpoint.args.get("rotary_base") if self.checkpoint else None
+        where = described(self.path, beside)
+        if where is None:
+            return [f"{self.path} has no config.json: rotary_base {base}, and all else, is what its args say; {key} gives a better one"]
+        if base is not None and float(base) != arch.rope_theta:
+            return [f"{self.path}: its args say rotary_base {base}, {where}/config.json {arch.rope_theta:g}: config.json is right"]
+        return []
+
     def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
         """Which box comes from which shard: the plan of a world whose last rank alone holds nothing and wants everything."""
         held = [[tile for tile in shard if tile.name in wanted] for shard in self.tilings]
@@ -109,14 +119,6 @@ def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether a folder is Megatron's, and not Hugging Face's."""
     return megatron.is_checkpoint(Path(folder))
-
-
-def check(folder: str | Path, arch: Architecture, head: bool = False) -> None:
-    """Raise UserError, naming the file, unless the folder holds the tensors of arch, in any format, and with `head` a scalar head too.
-
-    Reads headers only.
-    """
-    open_folder(folder, arch, head=head)
 
 
 def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, torch.Tensor]) -> None:

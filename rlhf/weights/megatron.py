@@ -67,15 +67,6 @@ class Checkpoint:
         ranks = [((t, self.tp), (p, self.pp)) for p in range(self.pp) for t in range(self.tp)]
         return [names.tiles(arch, self.layout, *rank, rows=self.vocab, pad=pad) for rank in ranks]
 
-    def remarks(self, arch: Architecture, where: Path | None, key: str) -> list[str]:
-        """Where args disagree with the config.json in `where`, which wins, or there is none; key is how to name a folder that has one."""
-        base = self.args.get("rotary_base")
-        if where is None:
-            return [f"{self.path} has no config.json: rotary_base {base}, and all else, is what its args say; {key} gives a better one"]
-        if base is not None and float(base) != arch.rope_theta:
-            return [f"{self.path}: its args say rotary_base {base}, {where}/config.json {arch.rope_theta:g}: config.json is right"]
-        return []
-
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is Megatron-LM's, by the names in it."""
