@@ -51,7 +51,7 @@ torchrun=(-m torch.distributed.run --nproc-per-node 2)
 extra two publish_tp 60 "${torchrun[@]}" benchmarks/publish.py --train-tp 2 --engine-tp 1
 extra two publish_pp 60 "${torchrun[@]}" benchmarks/publish.py --train-pp 2 --engine-tp 2
 extra two train_dp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2
-CUDA_DEVICE_MAX_CONNECTIONS=1 extra two train_tp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 2
+extra two train_tp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 2
 extra two_steps two_grpo 220 "${step[@]}" --limit 205
 extra two_steps two_ppo_1b 150 "${step[@]}" --mode rlhf --model 1b --limit 135
 extra two_steps two_ppo 420 "${step[@]}" --mode rlhf --layers 40 --steps 1 --limit 405 parallel.tp=2 batch.prompts=8

@@ -2,8 +2,7 @@
 
     python benchmarks/train.py                                                     one GPU; plain torch, then fused kernels
     python benchmarks/train.py --kernels fused --profile                           and where the time goes
-    CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused --tp 2
-                                                                                   two GPUs: TP2 with sequence parallelism
+    torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused --tp 2         two GPUs: TP2 with sequence parallelism
     torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused                two GPUs: DP2, distributed optimizer
     python benchmarks/train.py --model toy --layers 2 --tokens 512 --length 128    on a CPU
 

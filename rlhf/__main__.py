@@ -122,8 +122,6 @@ def run(config: Config) -> int:
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = fail
-    if config.parallel.tp > 1:  # so that communication which megatron-core starts before a matrix product also runs beside it
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import loop
 
     return loop.run(config)

@@ -31,6 +31,7 @@ from rlhf.contracts import Batch
 from rlhf.model import operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.attention import Attention, PackedRow
+from rlhf.model.linear import ColumnLinear, RowLinear
 from rlhf.model.rope import rope_frequencies
 
 # megatron-core's linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
@@ -129,11 +130,12 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
     )
 
 
-def layer_spec(arch: Architecture) -> ModuleSpec:
-    """One decoder layer: megatron-core's parallel linears around our norm and our attention."""
+def layer_spec(arch: Architecture, parallel: Parallel) -> ModuleSpec:
+    """One decoder layer: parallel linears around our norm and our attention."""
     norm = RMSNorm if arch.qk_norm else IdentityOp
+    columns, rows = (ColumnLinear, RowLinear) if parallel.sp and parallel.tp > 1 else (ColumnParallelLinear, RowParallelLinear)
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear, q_layernorm=norm, k_layernorm=norm
+        linear_qkv=columns, core_attention=Attention, linear_proj=rows, q_layernorm=norm, k_layernorm=norm
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -142,7 +144,7 @@ def layer_spec(arch: Architecture) -> ModuleSpec:
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=columns, linear_fc2=rows)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -154,7 +156,7 @@ class Decoder(GPTModel):
     def __init__(self, arch: Architecture, parallel: Parallel, mesh: Mesh, dtype: torch.dtype):
         super().__init__(
             transformer_config(arch, parallel, dtype),
-            TransformerBlockSubmodules(layer_specs=[layer_spec(arch)] * (arch.layers // parallel.pp), layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[layer_spec(arch, parallel)] * (arch.layers // parallel.pp), layer_norm=RMSNorm),
             vocab_size=arch.padded_vocab(parallel.tp),
             max_sequence_length=arch.context,
             pre_process=mesh.is_first_stage,
