@@ -7,12 +7,13 @@
                                                                         on a CPU
 On a machine with several GPUs, in front: CUDA_VISIBLE_DEVICES=0. OUT takes 8 GB.
 
-The same job. Ours is step.py's run, and TRL's arguments are read from the configuration that it left: prompts and responses of a step,
-longest response, sampling, learning rate, AdamW, clipping, no KL (so no reference model), the engine's share of the memory. Both have the
-same random weights, prompts from the same file and a coin for a reward; a step is one update; checkpoints are not written. Random
-weights seldom end a response, so that both sides' are about as long as allowed; the mean of both is reported. Both weigh what they learn by
-how engine and learner differ (grpo.mismatch_cap; TRL: vllm_importance_sampling_correction, its default). TRL scores all samples for that
-beforehand; ours has the log-probs from learning, as there is one update a step. Without either: grpo.mismatch_cap=0
+The same job. Ours is step.py's run, and TRL's arguments are read from the configuration that it left: prompts and responses of a
+step, longest response, sampling, learning rate, AdamW, clipping, no KL (so no reference model). Each engine has the memory that its
+trainer leaves; ours gives away its gradients for it (and with rollout.memory=0.85 all it trains with, which takes longer than it saves).
+Both have the same random weights, prompts from the same file and a coin for a reward; a step is one update; checkpoints are not written.
+Random weights seldom end a response, so that both sides' are about as long as allowed; the mean of both is reported. Both weigh what they
+learn by how engine and learner differ (grpo.mismatch_cap; TRL: vllm_importance_sampling_correction, its default). TRL scores all samples
+for that beforehand; ours has the log-probs from learning, as there is one update a step. Without either: grpo.mismatch_cap=0
 --trl vllm_importance_sampling_correction=false.
 
 What is counted, for both: the wall seconds of a whole step, everything in it (TRL's from the end of the step before, with the device idle),
@@ -55,7 +56,11 @@ from rlhf.data.tokenizer import Tokenizer
 from rlhf.model.architecture import Architecture
 
 demo_task = step.demo_task
-KEYS = ["batch.prompts=128", "grpo.kl=0", "grpo.mismatch_cap=3"]
+KEYS = ["batch.prompts=128", "grpo.kl=0", "grpo.mismatch_cap=3", "rollout.memory=0.6"]
+LEFT = {
+    "float32": 0.5,
+    "bfloat16": 0.7,
+}  # of an H200 for TRL's engine, beside weights, gradients and moments of 3.5 B parameters, which stay
 GPU = torch.cuda.is_available()
 
 
@@ -121,7 +126,7 @@ def arguments(a: argparse.Namespace, config: Config) -> dict[str, Any]:
         "use_vllm": True,
         "vllm_mode": "colocate",
         "vllm_enable_sleep_mode": GPU,
-        "vllm_gpu_memory_utilization": config.rollout.memory,
+        "vllm_gpu_memory_utilization": LEFT[a.weights],
         "vllm_max_model_length": config.data.max_tokens,
         "generation_kwargs": {"detokenize": False},  # TRL decodes by itself
         "bf16": GPU,

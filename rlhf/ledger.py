@@ -20,6 +20,7 @@ GIB = 2**30
 CONTEXT, LOADED, COMMUNICATORS = 1.0, 1.0, 1.4
 ASLEEP = {False: 0.25, True: 0.8}  # what vLLM keeps at sleep level 2, mostly CUDA graphs: one rank per engine, or several
 ENGINE_TOKENS = 8192  # vLLM's largest batch of prompt tokens
+SLOTS = 3  # of a micro-batch's hidden states, which tensor-parallel ranks write to each other (rlhf.parallel.exchange)
 LOGITS = 2**25  # elements of a chunk of logits (rlhf.model.logp)
 MARGIN = 0.05  # share of the device that is left to the allocator's fragments
 KINDS = {"train": ("weights", "gradients", "optimizer"), "frozen": ("weights",)}
@@ -54,6 +55,9 @@ class Ledger:
         used = uses(phase)
         context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
         rows = {"context": context if math.isfinite(self.device) else 0.0}
+        if self.config.parallel.tp > 1 and self.config.parallel.sp and math.isfinite(self.device):
+            widest = max((role.arch.hidden for role in self.roles.values()), default=0)
+            rows["exchange"] = SLOTS * self.size * self._tokens() * widest / GIB
         if self.engine:
             rows |= self._engine(phase)
         rows |= {name: gib for name, gib in self.tenants[stage].items() if name in used or name not in away}

@@ -34,10 +34,11 @@ def llama2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/gpu is marked gpu, and skipped where there is none."""
+    """Everything in tests/gpu is marked gpu, and skipped where there is none; what measures a device's memory comes before what uses it."""
     on_gpu = [item for item in items if GPU_TESTS in item.path.parents]
     if not on_gpu:
         return
+    items.sort(key=lambda item: item.path.name != "test_memory.py")
     import torch  # only here, so that tests without torch start at once
 
     for item in on_gpu:

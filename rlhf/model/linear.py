@@ -1,6 +1,6 @@
 """megatron-core's linear layers for ranks that split the tokens (sequence parallelism), with transfers that go on beside products.
 
-megatron-core gathers all tokens before a product and sums the ranks' results after another. Here products are cut by ranks instead: while the
+megatron-core gathers all tokens before a product and sums the ranks' results after another. Here products are cut by ranks instead: while
 tokens that are there are multiplied, the others come, and while the last part is multiplied, the results of the first go.
 """
 

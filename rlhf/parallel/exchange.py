@@ -1,15 +1,15 @@
 """Tensors that the ranks of a group hand each other while they compute.
 
-Every rank sends, step by step, to the rank `step` places behind it in the ring, and receives from the one as many places before it. Where GPUs
-reach each other's memory, copy engines write into the receiver's: collectives of NCCL would take multiprocessors from the products that run
-meanwhile. Elsewhere they are messages of torch.distributed.
+Every rank sends to the rank `step` places after it, in a ring, and receives from the one as many places before it. Where GPUs reach each
+other's memory, copy engines write into the receiver's: collectives of NCCL would take multiprocessors from the products that run meanwhile.
+Elsewhere they are messages of torch.distributed.
 """
 
 from __future__ import annotations
 
-import os
+import socket
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,8 @@ GRAIN = 2**25  # bytes by which a slot grows
 class Exchange(Protocol):
     """One turn: parts[r] is what rank r has sent to this one, once receive() has returned it. All ranks exchange the same shape.
 
-    Step 0 is a rank's message to itself. At most two turns may be under way: what the first has brought is read, in the order of the device, before a third is begun.
+    Step 0 is a rank's message to itself. At most two turns may be under way: what the first has brought is read, in the order of the
+    device, before a third is begun.
     """
 
     parts: Tensor  # [ranks, *shape]
@@ -42,13 +43,24 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Exchange:
 
 @cache
 def direct(group: dist.ProcessGroup) -> bool:
-    """Whether the ranks of a group have GPUs that read and write each other's memory: of one node, connected by NVLink or PCIe."""
-    ranks = dist.get_process_group_ranks(group)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    if not torch.cuda.is_available() or len({rank // per_node for rank in ranks}) > 1:
+    """Whether the ranks of a group have GPUs that read and write each other's memory: of one node, connected by NVLink or PCIe.
+
+    All of them agree; the first call is a collective.
+    """
+    if not torch.cuda.is_available():
         return False
-    me, peers = torch.cuda.current_device(), {rank % per_node for rank in ranks}
-    return max(peers) < torch.cuda.device_count() and all(torch.cuda.can_device_access_peer(me, peer) for peer in peers - {me})
+    me = torch.cuda.current_device()
+    seen = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    places = _all_gather((socket.gethostname(), str(torch.cuda.get_device_properties(me).uuid)), group)
+    peers = [seen.get(device, -1) for host, device in places if host == socket.gethostname()]
+    reached = all(peer == me or (peer >= 0 and torch.cuda.can_device_access_peer(me, peer)) for peer in peers)
+    return all(_all_gather(reached and len(peers) == len(places), group))
+
+
+def _all_gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 class _Messages:
@@ -78,30 +90,30 @@ class _Messages:
 
 class _Copies:
     def __init__(self, x: Tensor, memory: _Memory):
-        self.memory, self.shape, self.dtype = memory, (memory.size, *x.shape), x.dtype
-        self.slot = memory.next(memory.size * x.nbytes)
-        self.parts = self._of(memory.me)
+        self.me, self.size, self.stream = memory.me, memory.size, memory.stream
+        self.shape, self.dtype = (self.size, *x.shape), x.dtype
+        self.start = memory.next(self.size * x.nbytes)
+        self.handle, self.slots = memory.handle, memory.slots  # kept, should the next turn need larger ones
+        self.parts = self._of(self.me)
         self.arrivals: dict[int, torch.cuda.Event] = {}
         self.sent: list[Tensor] = []  # may not be used again by others before it has gone
 
     def _of(self, rank: int) -> Tensor:
         """The slot of this turn on a rank."""
-        offset = self.slot * self.memory.bytes // self.dtype.itemsize
-        return self.memory.handle.get_buffer(rank, self.shape, self.dtype, offset)
+        return self.handle.get_buffer(rank, self.shape, self.dtype, self.start // self.dtype.itemsize)
 
     def send(self, step: int, x: Tensor) -> None:
         self.sent.append(x)
-        memory = self.memory
-        memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream):
-            self._of((memory.me + step) % memory.size)[memory.me].copy_(x)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self._of((self.me + step) % self.size)[self.me].copy_(x)
             if step:
-                memory.handle.barrier(channel=0)  # then everybody's copy of this step has arrived
-            self.arrivals[step] = memory.stream.record_event()
+                self.handle.barrier(channel=0)  # then everybody's copy of this step has arrived
+            self.arrivals[step] = self.stream.record_event()
 
     def receive(self, step: int) -> Tensor:
         torch.cuda.current_stream().wait_event(self.arrivals[step])
-        return self.parts[(self.memory.me - step) % self.memory.size]
+        return self.parts[(self.me - step) % self.size]
 
 
 class _Memory:
@@ -122,7 +134,7 @@ class _Memory:
         return _Memory(group)
 
     def next(self, count: int) -> int:
-        """The slot of the next turn, of `count` bytes or more. All ranks grow at the same turn, when no peer writes any more."""
+        """Where the slot of the next turn begins, of `count` bytes or more. All ranks grow at the same turn, and no peer writes then."""
         if count > self.bytes:
             self.bytes = -(-count // GRAIN) * GRAIN
             torch.cuda.synchronize()
@@ -130,4 +142,4 @@ class _Memory:
             self.handle = symmetric_memory.rendezvous(slots, self.group)  # waits for all ranks; only then are the old slots given back
             self.slots = slots
         self.turn += 1
-        return self.turn % SLOTS
+        return self.turn % SLOTS * self.bytes

@@ -52,7 +52,9 @@ def compare(mesh: Mesh, up: Tensor, down: Tensor, x: Tensor, slope: Tensor) -> N
             found[2:] = [weight.main_grad - 1 for weight in mine[1:]]
         for got, want in zip(found, expected, strict=True):
             error = (got.double() - want).norm() / want.norm()
-            assert error < (1e-5 if x.dtype == torch.float32 else 1e-2), f"{tuple(want.shape)} {x.dtype} summed={summed}: off by {error:.2g}"
+            assert error < (1e-5 if x.dtype == torch.float32 else 1e-2), (
+                f"{tuple(want.shape)} {x.dtype} summed={summed}: off by {error:.2g}"
+            )
 
 
 if __name__ == "__main__":
