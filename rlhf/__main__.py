@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-m", "rlhf"]
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0; 2 after a user's mistake, told in one line on stderr; interrupt.SAVED after a signal to a training run."""
+    """Returns the exit code: 0; 2 after a mistake, told in one line; 130 after Ctrl-C; interrupt.SAVED after a signal to a training run."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -54,6 +54,9 @@ def main(arguments: list[str]) -> int:
             time.sleep(1)
         print(f"rlhf: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a run that trains has other ideas of it (rlhf.interrupt)
+        print("rlhf: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def usage() -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_tiles import FAMILIES, LLAMA, random_hf
 
 from rlhf import convert
+from rlhf.__main__ import main
 from rlhf.contracts import UserError
 from rlhf.model import architecture
 from rlhf.weights import files, hf, megatron
@@ -93,6 +94,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path, 
     script = f"""
 import os, signal
 from rlhf import convert
+from rlhf.__main__ import main
 from rlhf.weights import files
 convert.BUCKET, store, count = 1, files.store, []
 def killing(entry, tensor):
@@ -112,8 +114,12 @@ convert.main({[str(a) for a in arguments]!r})
     assert not left.exists()
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"])
-def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException):
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [(OSError(28, "No space left on device"), 2, "old: .*No space left on device"), (KeyboardInterrupt(), 130, "interrupted")],
+    ids=["disk full", "Ctrl-C"],
+)
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, failure, code: int, said: str):
     hf_folder(tmp_path / "hf", LLAMA)
     stored = files.store
 
@@ -122,8 +128,8 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise failure
 
     monkeypatch.setattr(files, "store", failing)
-    with pytest.raises((UserError, KeyboardInterrupt), match=r"--to .*old: .*No space left|^$"):
-        run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
+    assert main(["convert", "--from", f"{tmp_path}/hf", "--to", f"{tmp_path}/old", "--format", "legacy"]) == code
+    assert re.fullmatch(rf"rlhf: .*{said}.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -210,6 +216,7 @@ def test_memory_is_bounded_by_the_bucket(tmp_path: Path):
     script = f"""
 import torch, resource
 from rlhf import convert
+from rlhf.__main__ import main
 convert.BUCKET = 1 << 20
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

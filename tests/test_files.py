@@ -183,6 +183,7 @@ def test_one_rank_writes_what_safetensors_reads(tmp_path: Path):
 
 def test_odd_args_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {name: f"its args say {name} 0.5, which is not supported" for name in megatron.UNSEEN}
+    wanted |= {name: f"its args say {name} '0.5', which is no number" for name in megatron.NUMBERS}
     wanted |= {"num_layers": "args.num_layers '0.5' is not a whole number", "tensor_model_parallel_size": "damaged, or not a checkpoint"}
     for name, message in wanted.items():
         save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: "0.5"})

@@ -31,6 +31,7 @@ FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 # What args may say that no tensor shows, -> what we compute.
 UNSEEN = {"apply_layernorm_1p": False, "rotary_interleaved": False, "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None}
+NUMBERS = ("rotary_base", "rope_scaling_factor", "norm_epsilon", "layernorm_epsilon")
 LINEAR = {  # the linear layers whose (empty) extra state a strict load asks for
     "mcore": ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
     "legacy": ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
@@ -56,8 +57,8 @@ class Checkpoint:
         if self.sharded:
             return self.sharded.vocab
         local = names.LAYOUTS[self.layout].local("model.embed_tokens.weight")
-        if local not in self.shards[0]:
-            raise UserError(f"{self.path}: no tensor {local} in the first rank file; this is not a GPT model's checkpoint")
+        if local not in self.shards[0] or len(self.shards[0][local].shape) != 2:
+            raise UserError(f"{self.path}: no matrix {local} in the first rank file; this is not a GPT model's checkpoint")
         return self.shards[0][local].shape[0] * self.tp
 
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
@@ -90,6 +91,9 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
     for name, ours in UNSEEN.items():
         if checkpoint.args.get(name, ours) != ours:
             raise UserError(f"{checkpoint.path}: its args say {name} {checkpoint.args[name]}, which is not supported; supported is {ours}")
+    for name in NUMBERS:
+        if not isinstance(said := checkpoint.args.get(name) or 0, (int, float)):
+            raise UserError(f"{checkpoint.path}: its args say {name} {said!r}, which is no number: copy the checkpoint again")
     return checkpoint
 
 
