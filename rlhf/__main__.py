@@ -125,6 +125,8 @@ def run(config: Config) -> int:
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = fail
+    if config.parallel.tp > 1 and not config.parallel.exchanges:  # megatron-core relies on it to start transfers before products
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import loop
 
     return loop.run(config)

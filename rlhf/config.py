@@ -53,6 +53,11 @@ class Parallel:
     zero: bool = True  # distributed optimizer: its state is split over the data-parallel ranks
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward: attention or all
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether two tensor-parallel ranks cut products (rlhf.model.linear); more, which was not measured, take megatron-core's layers."""
+        return self.sp and self.tp == 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:

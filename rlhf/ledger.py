@@ -55,7 +55,7 @@ class Ledger:
         used = uses(phase)
         context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
         rows = {"context": context if math.isfinite(self.device) else 0.0}
-        if self.config.parallel.tp > 1 and self.config.parallel.sp and math.isfinite(self.device):
+        if self.config.parallel.exchanges and math.isfinite(self.device):
             widest = max((role.arch.hidden for role in self.roles.values()), default=0)
             rows["exchange"] = SLOTS * self.size * self._tokens() * widest / GIB
         if self.engine:

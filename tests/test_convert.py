@@ -94,7 +94,6 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path, 
     script = f"""
 import os, signal
 from rlhf import convert
-from rlhf.__main__ import main
 from rlhf.weights import files
 convert.BUCKET, store, count = 1, files.store, []
 def killing(entry, tensor):
@@ -216,7 +215,6 @@ def test_memory_is_bounded_by_the_bucket(tmp_path: Path):
     script = f"""
 import torch, resource
 from rlhf import convert
-from rlhf.__main__ import main
 convert.BUCKET = 1 << 20
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -25,7 +25,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("ranks", "layouts"),
     [
         (1, ["tp1", "tp1-recomputefull:llama"]),
-        (2, ["tp2-sp1", "tp2-sp0-recomputeselective", "pp2", "cp2", "dp2-zero1", "dp2-zero0-recomputefull:llama"]),
+        (
+            2,
+            [
+                "tp2-sp1",
+                "tp2-sp0-recomputeselective",
+                "tp2-sp1-recomputefull:llama",
+                "pp2",
+                "cp2",
+                "dp2-zero1",
+                "dp2-zero0-recomputefull:llama",
+            ],
+        ),
         (4, ["tp2-pp2-sp1", "tp2-cp2-sp1:llama", "pp2-dp2:llama3-tied", "tp4:llama"]),  # tp4: more ranks than key/value heads
     ],
     ids=lambda value: f"{value}ranks" if isinstance(value, int) else "",

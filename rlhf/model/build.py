@@ -133,7 +133,7 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
 def layer_spec(arch: Architecture, parallel: Parallel) -> ModuleSpec:
     """One decoder layer: parallel linears around our norm and our attention."""
     norm = RMSNorm if arch.qk_norm else IdentityOp
-    columns, rows = (ColumnLinear, RowLinear) if parallel.sp and parallel.tp > 1 else (ColumnParallelLinear, RowParallelLinear)
+    columns, rows = (ColumnLinear, RowLinear) if parallel.exchanges else (ColumnParallelLinear, RowParallelLinear)
     attention = SelfAttentionSubmodules(linear_qkv=columns, core_attention=Attention, linear_proj=rows, q_layernorm=norm, k_layernorm=norm)
     return ModuleSpec(
         module=TransformerLayer,

@@ -24,7 +24,7 @@ from rlhf.parallel.exchange import exchange
 class ColumnLinear(ColumnParallelLinear):
     """x [T / tp, ..., in], gathered, times the transpose of weight [out / tp, in] -> [T, ..., out / tp]."""
 
-    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         out = _Column.apply(input_, self.weight, self.tp_group)
         return out if self.bias is None else out + self.bias, None
 
@@ -42,15 +42,13 @@ class _Column(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        return Gather(x.contiguous(), group).matmul(weight.t())
+        return AllGather(x.contiguous(), group).matmul(weight.t())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return Scatter(grad, weight, ctx.group).sum(), None, None
-        inputs = Gather(x.contiguous(), ctx.group, whole=True)  # they come during the next product, and its results go during the last
-        grad_x = Scatter(grad, weight, ctx.group)
+        inputs = AllGather(x.contiguous(), ctx.group, whole=True)  # they come during the next product, and its results go during the last
+        grad_x = ReduceScatter(grad, weight, ctx.group)
         grad_weight = _weight_gradient(weight, grad, inputs.whole())
         return grad_x.sum(), grad_weight, None
 
@@ -60,18 +58,17 @@ class _Row(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        return Scatter(x, weight.t(), group).sum()
+        return ReduceScatter(x, weight.t(), group).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1]
-        grads = Gather(grad.contiguous(), ctx.group, whole=needed)
+        grads = AllGather(grad.contiguous(), ctx.group, whole=True)
         grad_x = grads.matmul(weight)
-        return grad_x, _weight_gradient(weight, grads.whole(), x) if needed else None, None
+        return grad_x, _weight_gradient(weight, grads.whole(), x), None
 
 
-class Gather:
+class AllGather:
     """All ranks' x [T / tp, ..., k], on their way; with `whole` they will stand in one tensor."""
 
     def __init__(self, x: Tensor, group: dist.ProcessGroup, whole: bool = False):
@@ -95,7 +92,7 @@ class Gather:
         return self.turn.parts.flatten(0, 1)
 
 
-class Scatter:
+class ReduceScatter:
     """The parts of x [T, ..., k] matrix [k, n], each on its way to the rank that gets its sum."""
 
     def __init__(self, x: Tensor, matrix: Tensor, group: dist.ProcessGroup):

@@ -1,7 +1,7 @@
 """Tensors that the ranks of a group hand each other while they compute.
 
-Every rank sends to the rank `step` places after it, in a ring, and receives from the one as many places before it. Where GPUs reach each
-other's memory, copy engines write into the receiver's: collectives of NCCL would take multiprocessors from the products that run meanwhile.
+Every rank sends to the rank `step` places after it, in a ring, and receives from the one as many places before it. Where NVLink connects
+the GPUs, copy engines write into the receiver's memory: collectives of NCCL would take multiprocessors from products that run meanwhile.
 Elsewhere they are messages of torch.distributed.
 """
 
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
 
 SLOTS = 3  # of memory that peers write to, in turns
 GRAIN = 2**25  # bytes by which a slot grows
@@ -43,17 +45,21 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Exchange:
 
 @cache
 def direct(group: dist.ProcessGroup) -> bool:
-    """Whether the ranks of a group have GPUs that read and write each other's memory: of one node, connected by NVLink or PCIe.
+    """Whether NVLink connects the GPUs of all ranks of a group. (Over PCIe they could copy, but not meet: it has no atomic operations.)
 
     All of them agree; the first call is a collective.
     """
     if not torch.cuda.is_available():
         return False
     me = torch.cuda.current_device()
+    try:
+        links = _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix[me]
+    except RuntimeError:  # NVML does not say
+        links = [0] * torch.cuda.device_count()
     seen = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     places = _all_gather((socket.gethostname(), str(torch.cuda.get_device_properties(me).uuid)), group)
     peers = [seen.get(device, -1) for host, device in places if host == socket.gethostname()]
-    reached = all(peer == me or (peer >= 0 and torch.cuda.can_device_access_peer(me, peer)) for peer in peers)
+    reached = all(peer == me or (peer >= 0 and links[peer] > 0) for peer in peers)
     return all(_all_gather(reached and len(peers) == len(places), group))
 
 
@@ -127,6 +133,8 @@ class _Memory:
         self.group, self.me, self.size = group, group.rank(), group.size()
         self.stream = torch.cuda.Stream(priority=-1)
         self.turn = self.bytes = 0
+        self.slots: Tensor | None = None
+        self.handle: Any = None
 
     @staticmethod
     @cache
@@ -138,8 +146,11 @@ class _Memory:
         if count > self.bytes:
             self.bytes = -(-count // GRAIN) * GRAIN
             torch.cuda.synchronize()
-            slots = symmetric_memory.empty(SLOTS * self.bytes, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-            self.handle = symmetric_memory.rendezvous(slots, self.group)  # waits for all ranks; only then are the old slots given back
-            self.slots = slots
+            _all_gather(None, self.group)  # nobody writes to the old slots any more, and but for turns under way they go
+            self.handle = self.slots = None
+            torch.cuda.empty_cache()  # symmetric memory lies outside torch's cache, which may have all that is left
+            device = torch.device("cuda", torch.cuda.current_device())
+            self.slots = symmetric_memory.empty(SLOTS * self.bytes, dtype=torch.uint8, device=device)
+            self.handle = symmetric_memory.rendezvous(self.slots, self.group)
         self.turn += 1
         return self.turn % SLOTS * self.bytes

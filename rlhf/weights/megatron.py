@@ -92,7 +92,8 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
         if checkpoint.args.get(name, ours) != ours:
             raise UserError(f"{checkpoint.path}: its args say {name} {checkpoint.args[name]}, which is not supported; supported is {ours}")
     for name in NUMBERS:
-        if not isinstance(said := checkpoint.args.get(name) or 0, (int, float)):
+        said = checkpoint.args.get(name)
+        if said is not None and not isinstance(said, (int, float)):
             raise UserError(f"{checkpoint.path}: its args say {name} {said!r}, which is no number: copy the checkpoint again")
     return checkpoint
 

@@ -1,4 +1,4 @@
-"""One rank: the sequence-parallel linear layers against one whole product (tests/gpu/test_linear.py)."""
+"""One rank: the linear layers that exchange tokens, against whole products (tests/test_linear.py)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from rlhf import configuration
+from rlhf.parallel import exchange
 from rlhf.parallel.mesh import Mesh
 
 # isort: split
 from rlhf.model.linear import _Column, _Row
-from rlhf.parallel.exchange import direct
 
-TOKENS, WIDTH, INNER = (40, 1280), 256, 512  # of both numbers of tokens, the second lets the workspace grow
+exchange.GRAIN = 2**14
+TOKENS, WIDTH, INNER = (40, 1280), 256, 512  # of both numbers of tokens, the second lets the slots grow
+TURNS = 200
 
 
 def main() -> None:
@@ -26,35 +28,50 @@ def main() -> None:
         x, slope = (torch.randn(tokens, 1, WIDTH, device=mesh.device) for _ in range(2))
         for dtype in (torch.float32, torch.bfloat16):
             compare(mesh, *(t.to(dtype) for t in (up, down, x, slope)))
-    expected = mesh.device.type == "cuda"
-    assert direct(mesh.tp_group) == expected, "these ranks should reach each other's memory"
+    endure(mesh, up, down)
+    assert exchange.direct(mesh.tp_group) == (mesh.device.type == "cuda"), "these ranks should reach each other's memory"
     print("linear holds", flush=True)
+
+
+def part(mesh: Mesh, t: Tensor, dim: int) -> Tensor:
+    return t.chunk(mesh.layout.tp, dim)[mesh.tp_rank].contiguous()
 
 
 def compare(mesh: Mesh, up: Tensor, down: Tensor, x: Tensor, slope: Tensor) -> None:
     """Outputs, and gradients of inputs and weights, in autograd's way and into float32 sums."""
-
-    def part(t: Tensor, dim: int) -> Tensor:
-        return t.chunk(mesh.layout.tp, dim)[mesh.tp_rank].contiguous()
-
     whole = [t.double().requires_grad_() for t in (x, up, down)]
     out = whole[0] @ whole[1].t() @ whole[2].t()
     grads = torch.autograd.grad(out, whole, slope.double())
-    expected = [part(out, 0), part(grads[0], 0), part(grads[1], 0), part(grads[2], 1)]
+    expected = [part(mesh, t, dim) for t, dim in ((out, 0), (grads[0], 0), (grads[1], 0), (grads[2], 1))]
     for summed in (False, True):
-        mine = [part(t, dim).requires_grad_() for t, dim in ((x, 0), (up, 0), (down, 1))]
+        mine = [part(mesh, t, dim).requires_grad_() for t, dim in ((x, 0), (up, 0), (down, 1))]
         if summed:
             for weight in mine[1:]:
                 weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
         y = _Row.apply(_Column.apply(mine[0], mine[1], mesh.tp_group), mine[2], mesh.tp_group)
-        found = [y, *torch.autograd.grad(y, mine, part(slope, 0))]
+        found = [y, *torch.autograd.grad(y, mine, part(mesh, slope, 0))]
         if summed:
             found[2:] = [weight.main_grad - 1 for weight in mine[1:]]
         for got, want in zip(found, expected, strict=True):
             error = (got.double() - want).norm() / want.norm()
-            assert error < (1e-5 if x.dtype == torch.float32 else 1e-2), (
-                f"{tuple(want.shape)} {x.dtype} summed={summed}: off by {error:.2g}"
-            )
+            within = 1e-5 if x.dtype == torch.float32 else 1e-2
+            assert error < within, f"{tuple(want.shape)} {x.dtype} summed={summed}: off by {error:.2g}"
+
+
+@torch.no_grad()
+def endure(mesh: Mesh, up: Tensor, down: Tensor) -> None:
+    """Many turns for which the host never waits, while ranks fall behind in turns: nobody overwrites what has not been read."""
+    xs = torch.randn(TURNS, 64, 1, WIDTH, device=mesh.device)
+    mine = [part(mesh, x, 0) for x in xs]
+    shards = part(mesh, up, 0), part(mesh, down, 1)
+    found = []
+    for turn, x in enumerate(mine):
+        if mesh.device.type == "cuda" and turn // 3 % mesh.layout.tp == mesh.tp_rank:
+            torch.cuda._sleep(500_000)  # cycles: a quarter of a millisecond
+        found.append(_Row.apply(_Column.apply(x, shards[0], mesh.tp_group), shards[1], mesh.tp_group))
+    for turn, (x, y) in enumerate(zip(xs, found, strict=True)):
+        want = part(mesh, x.double() @ up.double().t() @ down.double().t(), 0)
+        assert (y.double() - want).norm() < 1e-5 * want.norm(), f"turn {turn}"
 
 
 if __name__ == "__main__":
