@@ -13,10 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
-from torch._C._autograd import DeviceType
-from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
 
 SLOTS = 3  # of memory that peers write to, in turns
 GRAIN = 2**25  # bytes by which a slot grows
@@ -51,6 +48,9 @@ def direct(group: dist.ProcessGroup) -> bool:
     """
     if not torch.cuda.is_available():
         return False
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
+
     me = torch.cuda.current_device()
     try:
         links = _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix[me]
@@ -144,6 +144,8 @@ class _Memory:
     def next(self, count: int) -> int:
         """Where the slot of the next turn begins, of `count` bytes or more. All ranks grow at the same turn, and no peer writes then."""
         if count > self.bytes:
+            import torch.distributed._symmetric_memory as symmetric_memory
+
             self.bytes = -(-count // GRAIN) * GRAIN
             torch.cuda.synchronize()
             _all_gather(None, self.group)  # nobody writes to the old slots any more, and but for turns under way they go
