@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # rlhf, wherever a benchmark
 WORLD = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29535"}
 for name, value in WORLD.items():
     os.environ.setdefault(name, value)
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def say(benchmark: str, case: str, result: Mapping[str, Any]) -> None:
@@ -32,6 +33,8 @@ def say(benchmark: str, case: str, result: Mapping[str, Any]) -> None:
     command = f"benchmarks/{Path(sys.argv[0]).name} {' '.join(arguments)}".strip()
     ranks = int(os.environ["WORLD_SIZE"])
     where = {"benchmark": benchmark, "case": case, "device": device(), "ranks": ranks, "command": command, **versions()}
+    if CONNECTIONS in os.environ:  # it changes what runs at a time
+        where[CONNECTIONS] = os.environ[CONNECTIONS]
     print(json.dumps(where | {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
 
 

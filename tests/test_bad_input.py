@@ -167,6 +167,7 @@ def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:
         ({"vocab_size": 16}, ["vocab_size of 16"]),
         ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
         ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
+        ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps '1e-5' is not a number"]),
         ({"rope_scaling": 2}, ["not what a model's config.json says"]),
     ],
 )

@@ -183,12 +183,22 @@ def test_one_rank_writes_what_safetensors_reads(tmp_path: Path):
 
 def test_odd_args_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {name: f"its args say {name} 0.5, which is not supported" for name in megatron.UNSEEN}
-    wanted |= {name: f"its args say {name} '0.5', which is no number" for name in megatron.NUMBERS}
+    wanted |= {name: f"args.{name} '0.5' is not a number" for name in megatron.NUMBERS}
     wanted |= {"num_layers": "args.num_layers '0.5' is not a whole number", "tensor_model_parallel_size": "damaged, or not a checkpoint"}
     for name, message in wanted.items():
         save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: "0.5"})
         with pytest.raises(UserError, match=f"iter_0000003: {message}"):
             files.model(tmp_path / name)
+
+
+def test_an_embedding_that_is_no_matrix_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_as_megatron_does(tmp_path, monkeypatch, LLAMA, 102)
+    first, name = tmp_path / "iter_0000003/mp_rank_00/model_optim_rng.pt", "embedding.word_embeddings.weight"
+    tree = torch.load(first, weights_only=False)
+    tree["model"][name] = torch.tensor(1.0)
+    torch.save(tree, first)
+    with pytest.raises(UserError, match=f"iter_0000003: no matrix {name} in the first rank file"):
+        files.open_folder(tmp_path, LLAMA)
 
 
 def test_a_folder_without_config_json_gets_a_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,13 @@ def check_sizes(where: Path, sizes: Mapping[str, Any]) -> None:
             raise UserError(f"{where}: {key} {value!r} is not a whole number above 0: give the one that belongs to the weights")
 
 
+def check_numbers(where: Path, numbers: Mapping[str, Any]) -> None:
+    """Raise UserError for the first of a model's other values (key -> value) that is not a number."""
+    for key, value in numbers.items():
+        if not isinstance(value, (int, float)):
+            raise UserError(f"{where}: {key} {value!r} is not a number: give the one that belongs to the weights")
+
+
 def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
     family = FAMILIES.get(names[0])
@@ -104,7 +111,8 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
+    check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"], **{key: rope[key] for key in scaling}})
     scalar = config.get("architectures", [""])[0].endswith("SequenceClassification")
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if scalar and labels != 1:
@@ -126,7 +134,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        rope_scaling={k: rope[k] for k in scaling} if kind == "llama3" else {},
+        rope_scaling={k: rope[k] for k in scaling},
     )
 
 

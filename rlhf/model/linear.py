@@ -97,13 +97,13 @@ class ReduceScatter:
 
     def __init__(self, x: Tensor, matrix: Tensor, group: dist.ProcessGroup):
         me, self.size = group.rank(), group.size()
-        for step in [*range(1, self.size), 0]:
-            part = x.unflatten(0, (self.size, -1))[(me + step) % self.size] @ matrix
+        parts = x.unflatten(0, (self.size, -1))
+        for step in range(1, self.size):
+            part = parts[(me + step) % self.size] @ matrix
             if step == 1:
                 self.turn = exchange(part, group)
-            if step:
-                self.turn.send(step, part)
-        self.own = part
+            self.turn.send(step, part)
+        self.own = parts[me] @ matrix
 
     def sum(self) -> Tensor:
         """Over all ranks, of this rank's part [T / tp, ..., n]."""

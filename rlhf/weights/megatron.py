@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.contracts import UserError
-from rlhf.model.architecture import Architecture, check_sizes
+from rlhf.model.architecture import Architecture, check_numbers, check_sizes
 from rlhf.weights import names, pt, torch_dist
 from rlhf.weights.entries import Entry, Shape, intact, kind
 from rlhf.weights.tiles import Tile
@@ -91,10 +91,7 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
     for name, ours in UNSEEN.items():
         if checkpoint.args.get(name, ours) != ours:
             raise UserError(f"{checkpoint.path}: its args say {name} {checkpoint.args[name]}, which is not supported; supported is {ours}")
-    for name in NUMBERS:
-        said = checkpoint.args.get(name)
-        if said is not None and not isinstance(said, (int, float)):
-            raise UserError(f"{checkpoint.path}: its args say {name} {said!r}, which is no number: copy the checkpoint again")
+    check_numbers(checkpoint.path, {f"args.{name}": said for name in NUMBERS if (said := checkpoint.args.get(name)) is not None})
     return checkpoint
 
 
