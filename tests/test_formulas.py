@@ -12,6 +12,7 @@ from streams import EXPECTED, FIXTURE, algorithm, flat, mean, means, packed, row
 from rlhf.algorithms.functional import clipped_surrogate, clipped_value, gae, kl_estimate, preference, repeats, whiten, wins
 from rlhf.algorithms.grpo import group_advantages
 from rlhf.contracts import Sample
+from rlhf.model import operations
 
 NO_KL = "grpo.kl=0"
 HIGHER = "grpo.clip_high=0.28"
@@ -168,3 +169,16 @@ def test_repeats_by_hand() -> None:
     assert repeats(np.array([1, 2, 1, 2, 1]), 2).tolist() == [False, False, False, True, True]
     assert repeats(np.array([7, 7, 7]), 1).tolist() == [False, True, True]
     assert not repeats(np.array([7, 7]), 3).any()
+
+
+def test_adamw_equals_torch() -> None:
+    torch.manual_seed(0)
+    p = torch.randn(500, dtype=torch.float64)
+    twin, moments = torch.nn.Parameter(p.clone()), (torch.zeros_like(p), torch.zeros_like(p))
+    published = torch.optim.AdamW([twin], lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    for step in range(1, 6):
+        grad, shrink = torch.randn_like(p), 0.3 if step % 2 else 1.0
+        twin.grad = grad * shrink
+        published.step()
+        operations.adamw(p, grad, moments, step, 1e-2, (0.9, 0.95), 1e-5, 0.1, shrink)
+        torch.testing.assert_close(p, twin.data, rtol=1e-12, atol=1e-14)

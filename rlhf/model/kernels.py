@@ -1,4 +1,4 @@
-"""Triton kernels for the memory-bound operations of a decoder: each reads its inputs once and writes its outputs once.
+"""Triton kernels for the memory-bound operations of a decoder and its optimizer: each reads inputs once and writes outputs once.
 
 Only rlhf.model.operations calls them, which holds the same operations in plain torch. All arithmetic is in float32, whatever the tensors'
 dtype. Written after Liger Kernel (2410.10989), for the shapes that megatron-core hands around.
@@ -218,3 +218,39 @@ def logp_slope(logits: Tensor, column: Tensor, lse: Tensor, grad: Tensor, real: 
             logits, column, lse, grad, scale, logits.stride(0), width, real, BLOCK=BLOCK, num_warps=8
         )
     return logits
+
+
+@triton.jit
+def _adamw(p, grad, mean, square, count, keep, size, root, part1, beta2, part2, eps, scale, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = place < count
+    g = tl.load(grad + place, mask=real) * scale
+    m = tl.load(mean + place, mask=real)
+    m += (g - m) * part1
+    v = tl.load(square + place, mask=real) * beta2 + g * g * part2
+    tl.store(mean + place, m, mask=real)
+    tl.store(square + place, v, mask=real)
+    x = tl.load(p + place, mask=real)
+    tl.store(p + place, x * keep - size * m / (tl.sqrt(v) / root + eps), mask=real)
+
+
+def adamw(
+    p: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    keep: float,
+    size: float,
+    root: float,
+    betas: tuple[float, float],
+    eps: float,
+    scale: float,
+) -> None:
+    """p becomes p keep - size mean / (sqrt(square) / root + eps), with moments that have taken in grad scale: 28 bytes an element.
+
+    (torch's fused AdamW takes at most 320 blocks to a launch, and writes scaled gradients back.)
+    """
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (p, grad, mean, square)), "adamw takes whole float32 tensors"
+    constants = (keep, size, root, 1 - betas[0], betas[1], 1 - betas[1], eps, scale)
+    if p.numel():
+        _adamw[(triton.cdiv(p.numel(), 1024),)](p, grad, mean, square, p.numel(), *constants, BLOCK=1024)

@@ -1,9 +1,12 @@
-"""The memory-bound operations of a decoder: fused kernels on a GPU, plain torch elsewhere. This is the only place that chooses.
+"""The memory-bound operations of a decoder and its optimizer: fused kernels on a GPU, plain torch elsewhere. Only here is that chosen.
 
 Both compute the same to rounding: the kernels keep in float32 what plain torch rounds to the tensors' dtype in between.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -90,3 +93,28 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left.t() @ right)
+
+
+def adamw(
+    p: Tensor,
+    grad: Tensor,
+    moments: Sequence[Tensor],
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    scale: float,
+) -> None:
+    """Update p and both moments of its gradient in place, by the gradient grad * scale (1711.05101); `step` counts from 1."""
+    keep, size, root = 1 - lr * decay, lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)
+    mean, square = moments
+    if fused(p):
+        from rlhf.model import kernels
+
+        kernels.adamw(p, grad, mean, square, keep, size, root, betas, eps, scale)
+        return
+    grad = grad * scale
+    mean.lerp_(grad, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    p.mul_(keep).addcdiv_(mean, square.sqrt().div_(root).add_(eps), value=-size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 
 from rlhf.config import Optim
+from rlhf.model import operations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -35,7 +37,6 @@ class Optimizer:
 
     def __init__(self, optim: Optim, model: DistributedDataParallel, dtype: torch.dtype, zero: bool):
         self.weight_decay, self.clip = optim.weight_decay, optim.clip
-        self.device = next(model.parameters()).device
         self.megatron = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -66,9 +67,7 @@ class Optimizer:
                 group["lr"] = lr
                 # Megatron marks norms and biases by wd_mult 0 and leaves it to its own scheduler to apply that.
                 group["weight_decay"] = self.weight_decay * group["wd_mult"]
-                group["fused"] = True  # one kernel reads and writes parameters and moments once
-            # It divides the gradients by grad_scale on the way, so that clipping costs no pass of its own.
-            inner.grad_scale = torch.full((), 1.0 / shrink, device=self.device) if shrink < 1.0 else None  # type: ignore[attr-defined]
+            inner.step = partial(adamw, inner, min(1.0, shrink))  # type: ignore[assignment]
         self.megatron.step_with_ready_grads()
         return float(norm)
 
@@ -89,6 +88,7 @@ class Optimizer:
             inner.load_state_dict(adam)
             for moments in inner.state.values():  # of their own: memory that maps a file can be neither emptied nor filled again
                 moments.update({name: moments[name].clone() for name in MOMENTS if name in moments})
+                moments["step"] = moments["step"].cpu()
             for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
                 p.copy_(saved)
 
@@ -101,3 +101,20 @@ class Optimizer:
         """The torch optimizers underneath; a rank without parameters to update has none."""
         parts = self.megatron.chained_optimizers if isinstance(self.megatron, ChainedOptimizer) else [self.megatron]
         return [part.optimizer for part in parts if part.optimizer is not None]
+
+
+@torch.no_grad()
+def adamw(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """A step of torch.optim.AdamW with its state, from gradients times `scale`: clipping costs no pass of its own."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = optimizer.state[p]
+            if not state:
+                state.update({"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in MOMENTS}})
+            state["step"] += 1
+            moments = [state[name] for name in MOMENTS]
+            operations.adamw(
+                p, p.grad, moments, int(state["step"]), group["lr"], group["betas"], group["eps"], group["weight_decay"], scale
+            )

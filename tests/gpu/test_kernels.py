@@ -95,3 +95,18 @@ def test_accumulate(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None
     operations.accumulate(total, left, right)
     gap = (total.double() - wanted).norm() / wanted.norm()
     assert gap < (2e-6 if DEVICE == "cuda" or dtype == torch.float32 else 3e-3), "float32, not rounded to bfloat16 on the way"
+
+
+@pytest.mark.parametrize("count", [1, 5000])
+def test_adamw(count: int) -> None:
+    p, *moments = torch.randn(count, device=DEVICE), torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
+    exact = [t.double() for t in (p, *moments)]
+    for step in range(1, 4):
+        grad = torch.randn(count, device=DEVICE)
+        hyper = (1e-3, (0.9, 0.95), 1e-8, 0.1, 0.3)
+        operations.fusing = True
+        operations.adamw(p, grad, moments, step, *hyper)
+        operations.fusing = False
+        operations.adamw(exact[0], grad.double(), exact[1:], step, *hyper)
+        for found, wanted in zip((p, *moments), exact, strict=True):
+            close(found, wanted, torch.float32)
