@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT [NAME ...]      (with names, only these)
 # What takes longer or needs more runs only where it is named: trl (a GRPO step beside TRL's, 8 minutes), ppo (20 steps of the largest PPO that a GPU
-# of 140 GiB and a host of 128 hold, and one of 1B), two and two_steps (what needs two GPUs, and whole steps on them).
+# of 140 GiB and a host of 128 hold, and one of 1B), two, two_steps (what needs two GPUs, and whole steps on them) and train_tp4 (four).
 #
 # Each has a time limit of its own, so that one that fails does not take the others with it. OUT/results.jsonl collects the JSON lines, which
 # belong into benchmarks/results/ when they are to be kept (benchmarks/table.py makes the README's table of them); OUT/NAME.log is what each said.
@@ -52,9 +52,10 @@ extra two publish_tp 60 "${torchrun[@]}" benchmarks/publish.py --train-tp 2 --en
 extra two publish_pp 60 "${torchrun[@]}" benchmarks/publish.py --train-pp 2 --engine-tp 2
 extra two train_dp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2
 extra two train_tp 90 "${torchrun[@]}" benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 2
-extra two_steps two_grpo 220 "${step[@]}" --limit 205
+extra four train_tp4 90 -m torch.distributed.run --nproc-per-node 4 benchmarks/train.py --kernels fused --cases fixed --repeat 2 --tp 4
+extra two_steps two_grpo 220 "${step[@]}" --layers 32 --limit 205 parallel.tp=2
 extra two_steps two_ppo_1b 150 "${step[@]}" --mode rlhf --model 1b --limit 135
-extra two_steps two_ppo 420 "${step[@]}" --mode rlhf --layers 40 --steps 1 --limit 405 parallel.tp=2 batch.prompts=8
+extra two_steps two_ppo 480 "${step[@]}" --mode rlhf --layers 40 --steps 20 --limit 460 parallel.tp=2 batch.prompts=8
 if [[ $names == *" trl "* ]]; then
   if "$python" -c 'import trl' 2>/dev/null; then
     run trl 560 benchmarks/trl_grpo.py "$scratch"

@@ -15,6 +15,8 @@ MODES = {
     "grpo": "group relative policy optimisation: sample, verify, update",
     "evaluate": "generate with the engine from a Hugging Face folder and score the responses",
 }
+# Tensor-parallel ranks that exchange hidden states beside products, at most: eight were slower than megatron-core (benchmarks/NOTES.md).
+EXCHANGERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,8 @@ class Parallel:
 
     @property
     def exchanges(self) -> bool:
-        """Whether two tensor-parallel ranks cut products (rlhf.model.linear); more, which was not measured, take megatron-core's layers."""
-        return self.sp and self.tp == 2
+        """Whether tensor-parallel ranks cut products (rlhf.model.linear). More than EXCHANGERS have megatron-core's layers."""
+        return self.sp and 1 < self.tp <= EXCHANGERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,7 @@ def test_table_shows_both_trainers() -> None:
     line = {"ratio": 2.104, "command": "benchmarks/trl_grpo.py OUT", "device": "cpu"}
     for side, rate in (("ours", 10521.0), ("trl", 5000.0)):
         line |= {f"{side}/tokens_per_second": rate, f"{side}/response_tokens": 398.7}
-    shown = table().table({("trl", "grpo 7b, float32"): line})
+    shown = table().table({("trl", "grpo 7b, float32"): [line]})
     assert "| 2.10 x: 10,521 and 5,000 tokens/s, responses of 399 and 399 tokens | 2 x | `benchmarks/trl_grpo.py OUT` (cpu) |" in shown
 
 

@@ -31,6 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "tp2-sp1",
                 "tp2-sp0-recomputeselective",
                 "tp2-sp1-recomputefull:llama",
+                "tp2-sp1+megatron:llama",
                 "pp2",
                 "cp2",
                 "dp2-zero1",

@@ -1,6 +1,7 @@
 """Run under torchrun: logits, log-probs, gradients, export, resume and engine of every family at several layouts, against transformers.
 
 usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...      LAYOUT as tp2-pp1-cp1-sp0-zero1-recomputefull
+With +megatron behind it, tensor-parallel ranks have megatron-core's linear layers, as more than config.EXCHANGERS do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import FAMILIES, layout_keys, reference_logits, reference_logp, samples
 
-from rlhf import configuration
+from rlhf import config, configuration
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.contracts import Batch, Sample, Sampling
@@ -33,6 +34,7 @@ from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan, view
 
 LR = 0.1
+EXCHANGERS = config.EXCHANGERS
 
 
 def expected_update(model: torch.nn.Module, mode: str, made: list) -> dict[str, torch.Tensor]:
@@ -174,7 +176,9 @@ class Case:
 
 def main() -> None:
     root, layouts = Path(sys.argv[1]), sys.argv[2:]
-    for layout, _, only in (entry.partition(":") for entry in layouts):
+    for entry, _, only in (entry.partition(":") for entry in layouts):
+        layout, _, megatron = entry.partition("+")
+        config.EXCHANGERS = 1 if megatron else EXCHANGERS
         for family in [only] if only else FAMILIES:
             case = Case(root / family, layout)
             frozen = case.learner(train=False)
@@ -183,8 +187,8 @@ def main() -> None:
             case.check_engine(frozen)
             for mode, budget in (("sft", 10_000), ("grpo", 100), ("grpo", 10_000)):
                 case.check_update(mode, budget)
-            case.check_export(frozen, root / f"out-{family}-{layout}")
-            case.check_resume(root / f"run-{family}-{layout}")
+            case.check_export(frozen, root / f"out-{family}-{entry}")
+            case.check_resume(root / f"run-{family}-{entry}")
             case.check_step_zero(frozen)
             case.mesh.close()
     print("laws hold", flush=True)
