@@ -33,7 +33,7 @@ def learning_rate(optim: Optim, update: int, updates: int) -> float:
 
 
 class Optimizer:
-    """megatron-core's (distributed) AdamW with float32 main parameters."""
+    """megatron-core's (distributed) optimizer with float32 main parameters, which adamw() updates."""
 
     def __init__(self, optim: Optim, model: DistributedDataParallel, dtype: torch.dtype, zero: bool):
         self.weight_decay, self.clip = optim.weight_decay, optim.clip
