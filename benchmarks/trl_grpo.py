@@ -9,7 +9,7 @@ On a machine with several GPUs, in front: CUDA_VISIBLE_DEVICES=0. OUT takes 8 GB
 
 The same job. Ours is step.py's run, and TRL's arguments are read from the configuration that it left: prompts and responses of a
 step, longest response, sampling, learning rate, AdamW, clipping, no KL (so no reference model). Each engine has the memory that its
-trainer leaves; ours parks gradients in host memory for it, and the time for that counts. Both have the same random weights,
+trainer leaves; ours drops gradients for it, and makes them anew. Both have the same random weights,
 prompts from the same file and a coin for a reward; a step is one update; checkpoints are not written.
 Random weights seldom end a response, so that both sides' are about as long as allowed; the mean of both is reported. Both weigh what they
 learn by how engine and learner differ (grpo.mismatch_cap; TRL: vllm_importance_sampling_correction, its default). TRL scores all samples

@@ -57,7 +57,8 @@ class Parallel:
 
     @property
     def exchanges(self) -> bool:
-        """Whether tensor-parallel ranks cut products (rlhf.model.linear). More than EXCHANGERS have megatron-core's layers."""
+        """Whether tensor-parallel ranks cut products (rlhf.model.linear). More than EXCHANGERS have megatron-core's layers; so have more
+        than two without NVLink, which is found out later."""
         return self.sp and 1 < self.tp <= EXCHANGERS
 
 

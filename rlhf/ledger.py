@@ -176,8 +176,7 @@ class Ledger:
         flying = p.pp - stage  # micro-batches whose backward is still to come (1F1B)
         saved = self.size * t * (kept * arch.layers / p.pp * flying + (layer if p.recompute == "full" else 0))
         backward = self.size * t * (3 * arch.ffn / p.tp + 3 * arch.hidden) / GIB
-        step = 4 * shard_parameters(arch, p.tp, p.pp, stage) / self.shards / GIB  # the square root of the second moments
-        return max(saved / GIB + max(backward, self._logits(arch, t, train=True) if last else 0), step)
+        return saved / GIB + max(backward, self._logits(arch, t, train=True) if last else 0)
 
     def _tokens(self) -> float:
         """Of the largest micro-batch, on one context-parallel rank. A pair is never cut."""

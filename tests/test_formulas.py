@@ -175,10 +175,10 @@ def test_adamw_equals_torch() -> None:
     torch.manual_seed(0)
     p = torch.randn(500, dtype=torch.float64)
     twin, moments = torch.nn.Parameter(p.clone()), (torch.zeros_like(p), torch.zeros_like(p))
-    published = torch.optim.AdamW([twin], lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    published = torch.optim.AdamW([twin], lr=1e-2, betas=(0.9, 0.95), eps=0.1, weight_decay=0.1)
     for step in range(1, 6):
         grad, shrink = torch.randn_like(p), 0.3 if step % 2 else 1.0
         twin.grad = grad * shrink
         published.step()
-        operations.adamw(p, grad, moments, step, 1e-2, (0.9, 0.95), 1e-5, 0.1, shrink)
+        operations.adamw(p, grad, moments, step, 1e-2, (0.9, 0.95), 0.1, 0.1, shrink)
         torch.testing.assert_close(p, twin.data, rtol=1e-12, atol=1e-14)

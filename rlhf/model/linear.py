@@ -42,7 +42,7 @@ class RowLinear(RowParallelLinear):
 
 
 def _pays(group: dist.ProcessGroup) -> bool:
-    """On GPUs, more than two ranks that exchange by messages are slower than megatron-core's collectives (benchmarks/NOTES.md)."""
+    """Whether to exchange. On GPUs, more than two ranks do it by messages more slowly than megatron-core's collectives do."""
     return group.size() == 2 or direct(group) or not torch.cuda.is_available()
 
 

@@ -2,7 +2,7 @@
 
 Every rank sends to the rank `step` places after it, in a ring, and receives from the one as many places before it. Where NVLink connects
 the GPUs, copy engines write into the receiver's memory: collectives of NCCL would take multiprocessors from products that run meanwhile.
-Elsewhere they are messages of torch.distributed.
+Elsewhere (two GPUs without NVLink, CPUs) they are messages of torch.distributed.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Optimizer:
             inner.load_state_dict(adam)
             for moments in inner.state.values():  # of their own: memory that maps a file can be neither emptied nor filled again
                 moments.update({name: moments[name].clone() for name in MOMENTS if name in moments})
-                moments["step"] = moments["step"].cpu()
+                moments["step"] = moments["step"].cpu().clone()
             for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
                 p.copy_(saved)
 

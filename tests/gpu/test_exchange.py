@@ -1,4 +1,4 @@
-"""The linear layers that exchange tokens write into each other's memory, on two GPUs that NVLink connects (see tests/ranks/linear.py)."""
+"""The linear layers that exchange tokens write into each other's memory, on GPUs that NVLink connects (see tests/ranks/linear.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from test_linear import run
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_linear_layers_equal_whole_products() -> None:
-    run(2)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_linear_layers_equal_whole_products(ranks: int) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    run(ranks)

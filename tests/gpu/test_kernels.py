@@ -104,7 +104,7 @@ def test_adamw(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     exact = [t.double() for t in (p, *moments)]
     for step in range(1, 4):
         grad = torch.randn(count, device=DEVICE)
-        hyper = (1e-3, (0.9, 0.95), 1e-8, 0.1, 0.3)
+        hyper = (1e-2, (0.9, 0.95), 0.1, 0.1, 0.3)
         operations.adamw(p, grad, moments, step, *hyper)
         operations.adamw(exact[0], grad.double(), exact[1:], step, *hyper)
         for found, wanted in zip((p, *moments), exact, strict=True):
