@@ -32,6 +32,7 @@ for name, value in ENVIRONMENT.items():
 import vllm.model_executor.layers.utils as vllm_layers  # noqa: E402, so late because of the environment
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator  # noqa: E402
+from vllm.distributed.parallel_state import get_tp_group  # noqa: E402
 
 
 class VLLM:
@@ -83,6 +84,8 @@ class VLLM:
                 use_tqdm_on_load=False,
                 **device,
             )
+        # Shared memory for a scheduler that serves all ranks: here each has its own, and at the end it would be reported as leaked.
+        get_tp_group().mq_broadcaster = None
         self._parameters = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
