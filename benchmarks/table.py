@@ -92,15 +92,15 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
 
 def rate(line: dict) -> str:
     moment = f"{line['share_of_matmul']:.0%} of what a large product reaches for a moment ({line['matmul_tflops']:.0f})"
-    said = f"{line['tflops_per_device']:.0f} TFLOP/s, {moment}"
-    if "sustained_tflops" not in line:  # not measured yet
-        return said
-    return f"{said} and {line['share_of_sustained']:.0%} of what it keeps up for seconds ({line['sustained_tflops']:.0f})"
+    lasting = f"{line['share_of_sustained']:.0%} of what it keeps up for seconds ({line['sustained_tflops']:.0f})"
+    return f"{line['tflops_per_device']:.0f} TFLOP/s, {moment} and {lasting}"
 
 
 def transfer(line: dict) -> str:
-    rate = f"{line['link_gb_per_s']:.0f} GB/s, the links' rate in the same run"
-    return f"{1000 * line['seconds']:.0f} ms, {line['ratio']:.2f} x what crosses ({line['bytes_crossing_per_rank'] / 1e9:.1f} GB) at {rate}"
+    links = f"{line['link_gb_per_s']:.0f} GB/s, the links' rate in the same run"
+    return (
+        f"{1000 * line['seconds']:.0f} ms, {line['ratio']:.2f} x what crosses ({line['bytes_crossing_per_rank'] / 1e9:.1f} GB) at {links}"
+    )
 
 
 def beside(line: dict, lines: Lines) -> str:

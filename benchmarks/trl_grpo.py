@@ -7,14 +7,13 @@
                                                                         on a CPU
 On a machine with several GPUs, in front: CUDA_VISIBLE_DEVICES=0. OUT takes 8 GB.
 
-The same job. Ours is step.py's run, and TRL's arguments are read from the configuration that it left: prompts and responses of a
-step, longest response, sampling, learning rate, AdamW, clipping, no KL (so no reference model). Each engine has the memory that its
-trainer leaves; ours drops gradients for it, and makes them anew. Both have the same random weights,
-prompts from the same file and a coin for a reward; a step is one update; checkpoints are not written.
-Random weights seldom end a response, so that both sides' are about as long as allowed; the mean of both is reported. Both weigh what they
-learn by how engine and learner differ (grpo.mismatch_cap; TRL: vllm_importance_sampling_correction, its default). TRL scores all samples
-for that beforehand; ours has the log-probs from learning, as there is one update a step. Without either: grpo.mismatch_cap=0
---trl vllm_importance_sampling_correction=false.
+The same job. Ours is step.py's run, and TRL's arguments are read from the configuration that it left: prompts and responses of a step,
+longest response, sampling, learning rate, AdamW, clipping, no KL (so no reference model). Each engine has the memory that its trainer
+leaves; ours drops gradients for it, and makes them anew. Both have the same random weights, prompts from the same file and a coin for a
+reward; a step is one update; checkpoints are not written. Random weights seldom end a response, so that both sides' are about as long as
+allowed; the mean of both is reported. Both weigh what they learn by how engine and learner differ (grpo.mismatch_cap; TRL:
+vllm_importance_sampling_correction, its default). TRL scores all samples for that beforehand; ours has the log-probs from learning, as
+there is one update a step. Without either: grpo.mismatch_cap=0 --trl vllm_importance_sampling_correction=false.
 
 What is counted, for both: the wall seconds of a whole step, everything in it (TRL's from the end of the step before, with the device idle),
 and the tokens of all its prompts and responses, a prompt once for each of its responses, without padding. tokens/s is the quotient of

@@ -57,8 +57,7 @@ class Parallel:
 
     @property
     def exchanges(self) -> bool:
-        """Whether tensor-parallel ranks cut products (rlhf.model.linear). More than EXCHANGERS have megatron-core's layers; so have more
-        than two without NVLink, which is found out later."""
+        """Whether tensor-parallel ranks may cut products (rlhf.model.linear); the devices decide (rlhf.parallel.exchange.pays)."""
         return self.sp and 1 < self.tp <= EXCHANGERS
 
 

@@ -33,6 +33,7 @@ from rlhf.model.architecture import Architecture
 from rlhf.model.attention import Attention, PackedRow
 from rlhf.model.linear import ColumnLinear, RowLinear
 from rlhf.model.rope import rope_frequencies
+from rlhf.parallel.exchange import pays
 
 # megatron-core's linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
 layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
@@ -130,10 +131,10 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
     )
 
 
-def layer_spec(arch: Architecture, parallel: Parallel) -> ModuleSpec:
+def layer_spec(arch: Architecture, exchanges: bool) -> ModuleSpec:
     """One decoder layer: parallel linears around our norm and our attention."""
     norm = RMSNorm if arch.qk_norm else IdentityOp
-    columns, rows = (ColumnLinear, RowLinear) if parallel.exchanges else (ColumnParallelLinear, RowParallelLinear)
+    columns, rows = (ColumnLinear, RowLinear) if exchanges else (ColumnParallelLinear, RowParallelLinear)
     attention = SelfAttentionSubmodules(linear_qkv=columns, core_attention=Attention, linear_proj=rows, q_layernorm=norm, k_layernorm=norm)
     return ModuleSpec(
         module=TransformerLayer,
@@ -152,9 +153,10 @@ class Decoder(GPTModel):
     """This rank's stage of the model: a GPTModel that takes a packed Batch and ends in hidden states."""
 
     def __init__(self, arch: Architecture, parallel: Parallel, mesh: Mesh, dtype: torch.dtype):
+        layer = layer_spec(arch, parallel.exchanges and pays(mesh.tp_group))
         super().__init__(
             transformer_config(arch, parallel, dtype),
-            TransformerBlockSubmodules(layer_specs=[layer_spec(arch, parallel)] * (arch.layers // parallel.pp), layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[layer] * (arch.layers // parallel.pp), layer_norm=RMSNorm),
             vocab_size=arch.padded_vocab(parallel.tp),
             max_sequence_length=arch.context,
             pre_process=mesh.is_first_stage,

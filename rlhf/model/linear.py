@@ -18,15 +18,13 @@ import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be import
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from rlhf.model import operations
-from rlhf.parallel.exchange import direct, exchange
+from rlhf.parallel.exchange import exchange
 
 
 class ColumnLinear(ColumnParallelLinear):
     """x [T / tp, ..., in], gathered, times the transpose of weight [out / tp, in] -> [T, ..., out / tp]."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        if not _pays(self.tp_group):
-            return super().forward(input_)
         out = _Column.apply(input_, self.weight, self.tp_group)
         return out if self.bias is None else out + self.bias, None
 
@@ -36,14 +34,7 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         assert self.bias is None, "a bias would be added on every rank"
-        if not _pays(self.tp_group):
-            return super().forward(input_)
         return _Row.apply(input_, self.weight, self.tp_group), None
-
-
-def _pays(group: dist.ProcessGroup) -> bool:
-    """Whether to exchange. On GPUs, more than two ranks do it by messages more slowly than megatron-core's collectives do."""
-    return group.size() == 2 or direct(group) or not torch.cuda.is_available()
 
 
 class _Column(torch.autograd.Function):

@@ -40,6 +40,14 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Exchange:
     return _Copies(x, _Memory.of(group)) if direct(group) else _Messages(x, group)
 
 
+def pays(group: dist.ProcessGroup) -> bool:
+    """Whether to cut products and exchange. On GPUs, messages among more than two ranks are slower than megatron-core's collectives.
+
+    The first call may be a collective.
+    """
+    return group.size() == 2 or direct(group) or not torch.cuda.is_available()
+
+
 @cache
 def direct(group: dist.ProcessGroup) -> bool:
     """Whether NVLink connects the GPUs of all ranks of a group. (Over PCIe they could copy, but not meet: it has no atomic operations.)

@@ -1,7 +1,7 @@
 """Run under torchrun: logits, log-probs, gradients, export, resume and engine of every family at several layouts, against transformers.
 
 usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...      LAYOUT as tp2-pp1-cp1-sp0-zero1-recomputefull
-With +megatron behind it, linear layers leave their work to megatron-core's, as where exchanging does not pay.
+With +megatron behind it, tensor-parallel ranks have megatron-core's linear layers, as where exchanging does not pay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.contracts import Batch, Sample, Sampling
 from rlhf.data.packing import microbatches, shares
-from rlhf.model import architecture, linear
+from rlhf.model import architecture, build, linear
 from rlhf.parallel.mesh import Mesh
 from rlhf.rollout.kvcache import KVCache
 from rlhf.train.learner import Learner
@@ -34,7 +34,7 @@ from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan, view
 
 LR = 0.1
-EXCHANGING = linear._pays, linear.exchange
+EXCHANGING = build.pays, linear.exchange
 
 
 def expected_update(model: torch.nn.Module, mode: str, made: list) -> dict[str, torch.Tensor]:
@@ -178,7 +178,7 @@ def main() -> None:
     root, layouts = Path(sys.argv[1]), sys.argv[2:]
     for entry, _, only in (entry.partition(":") for entry in layouts):
         layout, _, megatron = entry.partition("+")
-        linear._pays, linear.exchange = ((lambda group: False), None) if megatron else EXCHANGING  # type: ignore[assignment]
+        build.pays, linear.exchange = ((lambda group: False), None) if megatron else EXCHANGING  # type: ignore[assignment]
         for family in [only] if only else FAMILIES:
             case = Case(root / family, layout)
             frozen = case.learner(train=False)
