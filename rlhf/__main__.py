@@ -15,7 +15,7 @@ from types import TracebackType
 
 from rlhf import cluster, configuration, convert, launcher, variables
 from rlhf.config import MODES, Config
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 ALIASES = {"ppo": "rlhf", "online_dpo": "online-dpo"}
 COMMAND = [sys.executable, "-m", "rlhf"]

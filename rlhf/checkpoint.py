@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rlhf.config import Config
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.interrupt import SAVED, SIGNALS
 
 REQUEUE = (SAVED, 128 + signal.SIGUSR1)  # exit codes of a run that was preempted: in its loop, or before

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf.config import Config
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 # The least value a number may have, where that is not 0 or where 0 means nothing, and the largest, where more means nothing.
 LEAST: dict[str, float] = dict.fromkeys(

@@ -23,10 +23,6 @@ AllSum = Callable[["Tensor"], "Tensor"]  # autograd-aware sum over some process 
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 
-class UserError(Exception):
-    """A mistake in what the user gave us: one line naming the key or file:line, the value and the remedy; exit code 2."""
-
-
 @dataclass(slots=True)
 class Sample:
     """One prompt with one response (a bare prompt is a sample whose mask is all False).

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import files, names
 from rlhf.weights.entries import mapped

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from rlhf.config import Config
-from rlhf.contracts import USES, UserError
+from rlhf.contracts import USES
+from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.prepare import Role, generates
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from rlhf import rewards
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
-from rlhf.contracts import UserError
 from rlhf.data import jsonl
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import files
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALIGN = "rlhf, dpo, online-dpo, grpo"

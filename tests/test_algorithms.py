@@ -12,8 +12,9 @@ from streams import EXPECTED, FIXTURE, algorithm, means, responses
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
-from rlhf.contracts import Batch, Output, Sample, UserError, scored
+from rlhf.contracts import Batch, Output, Sample, scored
 from rlhf.data.packing import pack
+from rlhf.errors import UserError
 from rlhf.train.optimizer import learning_rate
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from rlhf import configuration
 from rlhf.__main__ import main
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.variables import VARIABLES
 from rlhf.weights import names

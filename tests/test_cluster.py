@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from rlhf import cluster
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 # What srun --nodes=2 --ntasks=2 says on the second node, and the batch script of the same job on the first.
 STEP = {

@@ -19,7 +19,7 @@ from test_tiles import FAMILIES, LLAMA, random_hf
 
 from rlhf import convert
 from rlhf.__main__ import main
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.weights import files, hf, megatron
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rlhf.contracts import Engine, Sampling, UserError
+from rlhf.contracts import Engine, Sampling
+from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.rollout import kvcache
 from rlhf.rollout.kvcache import KVCache

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_megatron import save_as_megatron_does
 from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.weights import files, initial, megatron, names
 from rlhf.weights.names import tilings
 

@@ -9,9 +9,9 @@ import pytest
 from rows import first_learned, learned, whole, write
 
 from rlhf.config import MODES, Data
-from rlhf.contracts import UserError
 from rlhf.data.forms import FORMS
 from rlhf.data.records import Records
+from rlhf.errors import UserError
 
 SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A.")))
 OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf import configuration, prepare
 from rlhf.config import Config
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.ledger import CONTEXT, GIB, Ledger, engine_parameters, shard_parameters
 from rlhf.model import architecture
 from rlhf.weights import names

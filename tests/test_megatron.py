@@ -24,7 +24,7 @@ from test_tiles import FAMILIES, LLAMA, mcore_rank, random_hf
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.weights import files, hf, megatron, names, pt
 

@@ -15,10 +15,10 @@ import pytest
 from rows import first_lines, learned, whole, write
 
 from rlhf.config import Data
-from rlhf.contracts import UserError
 from rlhf.data import reader, templates
 from rlhf.data.columns import digest
 from rlhf.data.records import Records, permutation
+from rlhf.errors import UserError
 
 
 @pytest.fixture(scope="session")

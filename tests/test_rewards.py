@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import rewards
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.rewards import Rewards, Score
 
 FUNCTIONS = '''

@@ -7,9 +7,9 @@ import re
 import pytest
 from vocabularies import CHATML, write_byte_level
 
-from rlhf.contracts import UserError
 from rlhf.data.templates import TEMPLATES, encode, num_cue, validate
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is four."}
 AGAIN, FINAL = {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes, sure."}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from vocabularies import CHATML, TEXTS, write_byte_level, write_sentencepiece
 
-from rlhf.contracts import UserError
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 
 MESSAGES = [
     {"role": "system", "content": "You are terse."},

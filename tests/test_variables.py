@@ -10,7 +10,7 @@ import pytest
 
 from rlhf import configuration, variables
 from rlhf.config import MODES, Config, Parallel
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ONE = {

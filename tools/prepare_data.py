@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rlhf.contracts import UserError
 from rlhf.data import forms, jsonl
+from rlhf.errors import UserError
 
 Row = dict[str, Any]
 Text = str | list[Row]  # a dialogue with HH's markers in it, or messages

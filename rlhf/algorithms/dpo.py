@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from rlhf.algorithms.functional import pair_loss, preference, seq_mean, wins
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, UserError
+from rlhf.contracts import Algorithm, Batch, Loss, Output
+from rlhf.errors import UserError
 
 
 class DPO(Algorithm):

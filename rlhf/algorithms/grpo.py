@@ -14,7 +14,8 @@ import numpy as np
 
 from rlhf.algorithms.functional import clipped_surrogate, clipped_weight, kl_estimate, mean_loss, seq_mean, spread, whiten
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, UserError, groups
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, groups
+from rlhf.errors import UserError
 
 
 class GRPO(Algorithm):

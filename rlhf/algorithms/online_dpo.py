@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from rlhf.algorithms.dpo import DPO
 from rlhf.config import Config
-from rlhf.contracts import Sample, Sums, UserError, groups
+from rlhf.contracts import Sample, Sums, groups
+from rlhf.errors import UserError
 
 
 class OnlineDPO(DPO):

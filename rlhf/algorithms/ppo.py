@@ -13,7 +13,8 @@ import torch
 
 from rlhf.algorithms.functional import clipped_surrogate, clipped_value, gae, kl_estimate, mean_loss, repeats, running_deviation, whiten
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, UserError
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
+from rlhf.errors import UserError
 
 ERROR = 0.2  # of the KL relative to ppo.kl_target, at most, that one step answers (1909.08593, section 2.2)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.config import Data
-from rlhf.contracts import UserError
 from rlhf.data import jsonl
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from rlhf.contracts import UserError
 from rlhf.data import templates
 from rlhf.data.templates import Message
+from rlhf.errors import UserError
 
 Row = dict[str, Any]
 Keys = tuple[str, ...]

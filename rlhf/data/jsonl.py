@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 

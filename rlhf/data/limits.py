@@ -1,9 +1,9 @@
 """How long conversations may be, and what becomes of longer ones."""
 
 from rlhf.config import Data
-from rlhf.contracts import UserError
 from rlhf.data import templates
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 
 Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are learned
 

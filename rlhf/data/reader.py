@@ -17,12 +17,12 @@ from threading import Thread
 import numpy as np
 
 from rlhf.config import Data
-from rlhf.contracts import UserError
 from rlhf.data import forms, jsonl, templates
 from rlhf.data.columns import Columns, Conversation, Record
 from rlhf.data.forms import Keys
 from rlhf.data.limits import Limits, trimmed
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 
 CHUNK = 1 << 19  # bytes of lines that a process is given at a time: about 0.2 s of work
 LEAST = 4  # chunks for each process, or its start would not pay

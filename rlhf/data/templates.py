@@ -8,8 +8,8 @@ response always starts a new piece, so that training sees the tokens of a prompt
 from collections.abc import Callable
 from typing import Any
 
-from rlhf.contracts import UserError
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 
 Message = dict[str, Any]  # role and content are strings; other keys are for the tokenizer's own template
 Places = frozenset[int]  # of the messages that are learned

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     import jinja2

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 # config.json's "architectures" -> family. Anything else is refused by name.
 FAMILIES = {

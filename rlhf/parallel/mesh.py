@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.config import Parallel
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.parallel import cpu
 
 cpu.install()

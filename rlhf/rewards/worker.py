@@ -12,7 +12,7 @@ from multiprocessing.connection import Pipe, wait
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.rewards import answers, child
 
 LOADING = 120.0  # seconds that the import of a user's module may take

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from rlhf.contracts import Completion, Sampling, UserError
+from rlhf.contracts import Completion, Sampling
+from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 
 CPU_CACHE = 0.25  # GiB

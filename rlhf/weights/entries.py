@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     import torch

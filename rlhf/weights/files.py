@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 from rlhf.weights import hf, megatron, names, torch_dist

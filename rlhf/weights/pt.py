@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.weights.entries import intact
 
 # What a checkpoint of Megatron-LM may name beside tensors, arrays and plain containers (its own list is megatron.core.safe_globals):

@@ -23,7 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.contracts import UserError
+from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import names, pt
 from rlhf.weights.entries import Entry, Shape, intact, kind

@@ -16,9 +16,10 @@ import torch
 
 from rlhf import configuration
 from rlhf.config import Parallel
-from rlhf.contracts import Sample, UserError, groups
+from rlhf.contracts import Sample, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.rollout.kvcache import KVCache
