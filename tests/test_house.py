@@ -106,7 +106,13 @@ def test_imports_point_one_way():
 
 
 def test_algorithms_import_contracts_and_functional_only():
-    allowed = ("rlhf.errors", "rlhf.contracts", "rlhf.config", "rlhf.algorithms.functional", "rlhf.algorithms.dpo.DPO")  # online DPO extends DPO
+    allowed = (
+        "rlhf.errors",
+        "rlhf.contracts",
+        "rlhf.config",
+        "rlhf.algorithms.functional",
+        "rlhf.algorithms.dpo.DPO",
+    )  # online DPO extends DPO
     algorithms = [path for path in MODULES if part(path) == "algorithms" and path.name != "__init__.py"]  # that one is the table
     assert [d for path in algorithms for d in imports(path) if within(d, "rlhf") and not within(d, *allowed)] == []
 
