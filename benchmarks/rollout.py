@@ -30,7 +30,9 @@ from rlhf.contracts import ABSENT, Sample
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.mesh import Mesh
-from rlhf.rollout.sampler import Sampler
+from rlhf.residence import Residence
+from rlhf.rollout.owner import EngineOwner
+from rlhf.rollout.source import EngineSource
 from rlhf.weights import hf
 
 
@@ -42,7 +44,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine, as rollout.memory")
 
 
-def build(a: argparse.Namespace, folder: Path) -> Sampler:
+def build(a: argparse.Namespace, folder: Path) -> EngineSource:
     """Our sampler around a vLLM that nobody has published to."""
     arch: Architecture = MODELS[a.model]
     demo_task.write(folder / "data", num_sft=512, num_rl=1, num_heldout=1)
@@ -55,15 +57,16 @@ def build(a: argparse.Namespace, folder: Path) -> Sampler:
 
     dtype = "bfloat16" if mesh.device.type == "cuda" else "float32"
     engine = VLLM(str(folder / "model"), arch, tp=1, dtype=dtype, seed=1, max_len=longest, memory=a.memory, cache=0.0)
-    return Sampler(config, mesh, engine, None, Tokenizer.load(folder / "model"), reward, ABSENT)
+    owner = EngineOwner(engine, Residence((), mesh.device))
+    return EngineSource(config, mesh, owner, Tokenizer.load(folder / "model"), ABSENT, reward)
 
 
 def reward(samples: list[Sample]) -> None:
     for sample in samples:
-        sample.reward, sample.meta["failed"] = 0.0, False
+        sample.reward = 0.0
 
 
-def measure(a: argparse.Namespace, sampler: Sampler) -> None:
+def measure(a: argparse.Namespace, sampler: EngineSource) -> None:
     """Four ways to generate the same numbers of tokens."""
     from vllm import SamplingParams
 

@@ -35,7 +35,7 @@ from rlhf import configuration
 from rlhf.ledger import Ledger
 from rlhf.model.architecture import Architecture
 from rlhf.prepare import shapes
-from rlhf.train.parking import capacity
+from rlhf.residence import capacity
 from rlhf.weights import hf
 
 ROOT = Path(__file__).parents[1]

@@ -26,11 +26,12 @@ from train import LR, draw, fill
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.data.packing import microbatches
-from rlhf.rollout.sampler import Sampler
+from rlhf.phases import TENANTS, Kind, Phase, Tenant
+from rlhf.residence import Residence
+from rlhf.rollout.source import EngineSource
 from rlhf.train.learner import Learner
-from rlhf.train.parking import Parking
 
-KINDS = ("weights", "gradients", "optimizer")
+KINDS = TENANTS["train"]
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
@@ -46,31 +47,36 @@ def free() -> float:
     return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
 
 
-def engine(sampler: Sampler, rounds: int) -> None:
+def engine(sampler: EngineSource, rounds: int) -> None:
+    moves = {
+        "sleep": partial(sampler.engine.leave, ()),
+        "wake_weights": partial(sampler.engine.come, (Kind.WEIGHTS,)),
+        "wake": partial(sampler.engine.come, (Kind.WEIGHTS, Kind.CACHE)),
+    }
     found = defaultdict(list)
     for _ in range(rounds):
-        for name in ("sleep", "wake_weights", "wake"):
-            found[name].append(timed(getattr(sampler.engine, name)))
+        for name in moves:
+            found[name].append(timed(moves[name]))
     result = {f"{name}_s": statistics.median(s for s, _ in pairs) for name, pairs in found.items()}
     result |= {f"{name}_first_s": pairs[0][0] for name, pairs in found.items()}
     record.say("switch", "engine", result | {f"{name}_gib": abs(pairs[-1][1]) for name, pairs in found.items()})
 
 
-def parking(a: argparse.Namespace, sampler: Sampler, rounds: int) -> None:
+def parking(a: argparse.Namespace, sampler: EngineSource, rounds: int) -> None:
     """One model that learns, with all it has parked between the phases."""
     config, mesh, arch = sampler.config, sampler.mesh, replace(MODELS[a.model], layers=a.layers)
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    sampler.engine.sleep()
-    lot = Parking({f"policy.{kind}" for kind in KINDS}, mesh.device)
+    sampler.engine.leave(())
+    lot = Residence({Tenant("policy", kind) for kind in KINDS}, mesh.device)
     learner = Learner(arch, config, mesh, dtype, fill=fill, temperature=1.0, train=True)
     lot.add("policy", learner)
     loss = partial(ALGORITHMS["sft"](config).loss, "policy")
     cut = microbatches([draw(1024, 128, arch.vocab, False)], 1024, False)[0]
     found = defaultdict(list)
     for _ in range(rounds):
-        found["unpark"].append(timed(partial(lot.enter, "learn"))[0])
+        found["unpark"].append(timed(partial(lot.enter, Phase.LEARN))[0])
         learner.learn(cut, loss, LR)
-        found["park"].append(timed(partial(lot.enter, "rollout"))[0])
+        found["park"].append(timed(partial(lot.enter, Phase.ROLLOUT))[0])
     gib = {kind: sum(t.nbytes for t in learner.tenants()[kind]) / 2**30 for kind in KINDS}  # moments came with the first update
     moved = gib["weights"] + gib["optimizer"]
     result = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), **{f"{kind}_gib": gib[kind] for kind in KINDS}}

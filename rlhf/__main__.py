@@ -14,10 +14,10 @@ import time
 from types import TracebackType
 
 from rlhf import cluster, configuration, convert, launcher, variables
-from rlhf.config import MODES, Config
+from rlhf.algorithms import ALGORITHMS, ALIASES
+from rlhf.config import Config
 from rlhf.errors import UserError
 
-ALIASES = {"ppo": "rlhf", "online_dpo": "online-dpo"}
 COMMAND = [sys.executable, "-m", "rlhf"]
 
 
@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> int:
         if mode == "convert" or mode in convert.TUTORIAL:
             convert.main(rest if mode == "convert" else [*convert.tutorial(mode, os.environ), *rest])
             return 0
-        if mode not in MODES:
-            raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+        if mode not in ALGORITHMS:
+            raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
         if "-h" in rest or "--help" in rest:
-            print(f"{mode}: {MODES[mode]}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
+            print(f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
             return 0
         dry = "--dry-run" in rest
         rest = [argument for argument in rest if argument != "--dry-run"]
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def usage() -> str:
-    modes = "\n".join(f"  {mode:10} {meaning}" for mode, meaning in MODES.items())
+    modes = "\n".join(f"  {mode:10} {algorithm.summary}" for mode, algorithm in ALGORITHMS.items())
     return (
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
         f"{modes}\n  {'convert':10} weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
@@ -127,9 +127,9 @@ def run(config: Config) -> int:
     sys.excepthook = fail
     if config.parallel.tp > 1 and not config.parallel.exchanges:  # megatron-core relies on it to start transfers before products
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from rlhf import loop
+    from rlhf import assemble
 
-    return loop.run(config)
+    return assemble.run(config)
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

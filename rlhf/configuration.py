@@ -6,21 +6,11 @@ import math
 import tomllib
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from rlhf.config import Config
+from rlhf.algorithms import SECTIONS
+from rlhf.config import Between, Config
 from rlhf.errors import UserError
-
-# The least value a number may have, where that is not 0 or where 0 means nothing, and the largest, where more means nothing.
-LEAST: dict[str, float] = dict.fromkeys(
-    ("steps", "parallel.tp", "parallel.pp", "parallel.cp", "batch.prompts", "batch.minibatches", "batch.epochs", "batch.tokens")
-    + ("rollout.tp", "rollout.group", "rollout.rounds", "rollout.max_tokens", "rollout.bucket")
-    + ("data.max_tokens", "reward.workers", "checkpoint.keep", "log.every"),
-    1,
-) | dict.fromkeys(("rollout.top_p", "rollout.memory"), 0.01)
-MOST = dict.fromkeys(("rollout.top_p", "rollout.memory", "ppo.gamma", "ppo.lam"), 1) | dict.fromkeys(
-    ("optim.beta1", "optim.beta2"), 0.99999
-)
 
 
 def load(mode: str, arguments: list[str]) -> Config:
@@ -54,7 +44,7 @@ def _override(argument: str) -> dict[str, Any]:
     key, text = argument.split("=", 1)
     hint: Any = Config
     for part in key.split("."):
-        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else None
+        hint = keys(hint).get(part) if is_dataclass(hint) else None
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -74,24 +64,37 @@ def _merge(into: dict, more: dict) -> None:
             into[key] = value
 
 
+def keys(cls: Any) -> dict[str, Any]:
+    """Name -> type of the keys and sections of a section; of Config with those of the algorithms."""
+    hints = get_type_hints(cls, include_extras=True)
+    if cls is Config:
+        del hints["sections"]
+        hints |= SECTIONS
+    return hints
+
+
 def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
-    hints, known = get_type_hints(cls), [f.name for f in fields(cls)]
-    values = {}
+    known, values = keys(cls), {}
     for key, value in tree.items():
         path = f"{where}{key}"
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             raise UserError(f"unknown key {path!r}" + (f": did you mean {where + near[0]!r}?" if near else ": see --help for every key"))
-        if is_dataclass(hints[key]):
+        if is_dataclass(known[key]):
             if not isinstance(value, dict):
-                raise UserError(f"{path} is a section, got {value!r}: set one of its keys, such as {path}.{fields(hints[key])[0].name}")
-            values[key] = _build(hints[key], value, path + ".")
+                raise UserError(f"{path} is a section, got {value!r}: set one of its keys, such as {path}.{fields(known[key])[0].name}")
+            values[key] = _build(known[key], value, path + ".")
         else:
-            values[key] = _cast(hints[key], value, path)
+            values[key] = _cast(known[key], value, path)
+    if cls is Config:
+        values["sections"] = {name: values.pop(name, None) or section() for name, section in SECTIONS.items()}
     return cls(**values)
 
 
 def _cast(hint: Any, value: Any, path: str) -> Any:
+    limits = Between()
+    if get_origin(hint) is Annotated:
+        hint, limits = get_args(hint)
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise UserError(f"{path} must be one of {', '.join(get_args(hint))}; got {value!r}")
@@ -108,9 +111,9 @@ def _cast(hint: Any, value: Any, path: str) -> Any:
         value = str(value)
     if type(value) is not hint:
         raise UserError(f"{path} must be {hint.__name__}, got {value!r}")
-    least, most = LEAST.get(path, 0), MOST.get(path, math.inf)
-    if hint in (int, float) and not least <= value <= most:  # nan is in no range
-        raise UserError(f"{path} must be at least {least}" + (f" and at most {most}" if path in MOST else "") + f", got {value!r}")
+    if hint in (int, float) and not limits.least <= value <= limits.most:  # nan is in no range
+        most = f" and at most {limits.most}" if limits.most < math.inf else ""
+        raise UserError(f"{path} must be at least {limits.least}{most}, got {value!r}")
     return value
 
 
@@ -120,16 +123,17 @@ def notes(cls: type) -> dict[str, str]:
     return {left.split(":")[0].strip(): right.strip() for left, right in lines}
 
 
-def manual(cls: type = Config, where: str = "") -> str:
+def manual(cls: Any = Config, where: str = "") -> str:
     """One line per key: name, default and the comment beside the field."""
-    lines, said, hints = [], notes(cls), get_type_hints(cls)
-    for f in fields(cls):
-        if is_dataclass(hints[f.name]):
-            lines.append(f"\n{hints[f.name].__doc__}\n{manual(hints[f.name], f'{where}{f.name}.')}")
-        elif f.name != "mode":
-            choices = get_args(hints[f.name]) if get_origin(hints[f.name]) is Literal else ()
-            default = "[]" if f.default == () else f.default
-            lines.append(f"  {where + f.name + '=' + str(default):32} {said[f.name]}" + (f" ({' | '.join(choices)})" if choices else ""))
+    lines, said = [], notes(cls)
+    defaults = {f.name: f.default for f in fields(cls)}
+    for name, hint in keys(cls).items():
+        if is_dataclass(hint):
+            lines.append(f"\n{hint.__doc__}\n{manual(hint, f'{where}{name}.')}")
+        elif name != "mode":
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            default = "[]" if defaults[name] == () else defaults[name]
+            lines.append(f"  {where + name + '=' + str(default):32} {said[name]}" + (f" ({' | '.join(choices)})" if choices else ""))
     return "\n".join(lines)
 
 
@@ -143,7 +147,9 @@ def to_toml(config: Config) -> str:
             return "[" + ", ".join(map(text, value)) + "]"
         return repr(value) if isinstance(value, (int, float)) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
-    tree = {k: v for k, v in asdict(config).items() if k != "mode"}
+    tree = asdict(config)
+    del tree["mode"]
+    tree |= tree.pop("sections")
     top = [f"{k} = {text(v)}" for k, v in tree.items() if not isinstance(v, dict)]
     sections = [f"\n[{k}]\n" + "\n".join(f"{a} = {text(b)}" for a, b in v.items()) for k, v in tree.items() if isinstance(v, dict)]
     return "\n".join(top + sections).lstrip() + "\n"

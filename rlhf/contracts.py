@@ -1,5 +1,4 @@
-"""The nouns of the project and the protocols between its parts. Imports numpy alone, so that files can be checked
-without loading torch.
+"""The nouns of the project and the protocols between its parts. Needs neither numpy nor torch until a sample is made.
 
 Shape letters   T packed tokens of a micro-batch | S sequences in it | P spans | L predictions of one sample
 Alignment       inputs = tokens[:-1], labels = tokens[1:]. A stream x describes predictions:
@@ -10,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import numpy as np
+from rlhf.config import Config
+from rlhf.lazy import np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,25 @@ if TYPE_CHECKING:
 ABSENT: Any = None  # what nobody has written yet
 AllSum = Callable[["Tensor"], "Tensor"]  # autograd-aware sum over some process group; the identity on one rank
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A sample in words, with the line of the data set that it comes from."""
+
+    row: int = -1  # place of the line among the lines of all files
+    record: Mapping[str, Any] = field(default_factory=dict)  # the line, for reward functions
+    prompt: str = ""
+    response: str = ""  # empty until a response is sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a sampled response was judged to be worth, and by whom. Sample.reward is the sum."""
+
+    rule: float = 0.0  # by the reward function
+    score: float | None = None  # by the reward model; None where there is none
+    failed: bool = False  # the function failed on it, and its rule counts as 0
 
 
 @dataclass(slots=True)
@@ -35,8 +53,10 @@ class Sample:
     group: int  # siblings share it; unique within a step
     reward: float = 0.0  # the response's worth; offline: its given score, or 1.0 chosen and 0.0 rejected
     truncated: bool = False  # the length limit stopped it, not the model
-    meta: dict[str, Any] = field(default_factory=dict)  # row, prompt (text), answer, response (text), ...
+    text: Text = field(default_factory=Text)
+    verdict: Verdict = field(default_factory=Verdict)
 
+    version: np.ndarray = ABSENT  # [L] int32, steps after which the weights that sampled labels[t] were published; -1: not sampled
     sampler_logp: np.ndarray = ABSENT  # [L] float32, the engine's own log-probs
     old_logp: np.ndarray = ABSENT  # [L] float32, policy before this update
     ref_logp: np.ndarray = ABSENT  # [L] float32, frozen reference
@@ -62,14 +82,6 @@ def scored(sample: Sample) -> Sample:
     return replace(sample, tokens=tokens, mask=mask, **dict.fromkeys(STREAMS, ABSENT))
 
 
-# Phase of a step -> the tenants of its role (ROLE.KIND) that must be on the device. In a rollout the engine alone works.
-USES = {
-    "rollout": (),
-    "publish": ("weights",),
-    "score": ("weights",),
-    "learn": ("weights", "gradients", "optimizer"),
-    "save": ("weights", "optimizer"),
-}
 STREAMS = ("sampler_logp", "old_logp", "ref_logp", "values", "advantages", "returns")
 
 
@@ -143,21 +155,43 @@ class Loss:
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count)
 
 
-class Algorithm(Protocol):
-    """What one method adds to the shared loop. Pure tensor code: no groups, engines or files."""
+Form = Literal["demonstrations", "scored", "pairs", "prompts"]  # of the lines of a data set (rlhf.data.forms)
 
-    models: dict[str, str]  # role -> "train" | "frozen"; the first trained one is what the run is for
+
+class Algorithm:
+    """A mode: what it is called, what it needs, and what it adds to the shared loop.
+
+    The class says what is true of every run of the mode, an instance what depends on the configuration. Whatever the rest of the package
+    asks of a mode, it asks here. credit() and loss() are pure tensor code: no process groups, engines or files.
+    """
+
+    summary: ClassVar[str]  # its line in --help
+    form: ClassVar[Form]  # of the lines that it reads
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names on the command line
+    section: ClassVar[tuple[str, type] | None] = None  # of the configuration: name, and dataclass of its keys; two modes may share one
+    trains: ClassVar[bool] = True  # some model learns; data.train is read. Without, data.eval is
+    online: ClassVar[bool] = False  # samples come from an engine, not from the data set
+    whole_groups: ClassVar[bool] = False  # a group must share one micro-batch (pairwise losses)
+    aligns: ClassVar[bool] = True  # starts from a fine-tuned model, unlike the stages before it
+    rule: ClassVar[str] = ""  # reward function that it is usually run with; empty: a reward model
+
+    models: Mapping[str, Literal["train", "frozen"]] = {}  # by role; the first trained one is what the run is for
+    with_lm: tuple[str, ...] = ()  # roles with a scalar head that need their output layer too
     streams: tuple[str, ...] = ()  # scored before credit(): "old_logp", "ref_logp", "values"
-    online: bool = False  # samples come from the engine, not from the data set
-    whole_groups: bool = False  # a group must share one micro-batch (pairwise losses)
-    warmup: Mapping[str, int] = MappingProxyType({})  # role -> steps before its first update
+    warmup: Mapping[str, int] = {}  # role -> steps before its first update
     state: dict[str, float]  # what credit() carries from step to step; checkpoints keep it
 
+    def __init__(self, config: Config):
+        """Raises UserError where keys contradict each other."""
+        self.state = {}
+
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        """Turn rewards into advantages (or pairs), with metrics. Sees all samples of the step, alike on every rank."""
+        """Turn rewards into advantages (or pairs), with metrics. Sees all samples of the step, identical on every rank."""
         return samples, {}
 
-    def loss(self, role: str, batch: Batch, out: Output) -> Loss: ...
+    def loss(self, role: str, batch: Batch, out: Output) -> Loss:
+        """What `role` minimises on one micro-batch."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True, frozen=True)
@@ -202,6 +236,3 @@ class Engine(Protocol):
     def wake(self) -> None:
         """Ready to generate with the parameters as they stand now; whatever was cached of older weights is dropped."""
         ...
-
-
-Reward = Callable[[list[Sample]], list[float]]

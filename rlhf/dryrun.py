@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlhf import configuration
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
+from rlhf.data.forms import COMPARED
 from rlhf.ledger import Ledger
-from rlhf.prepare import generates, shapes
+from rlhf.prepare import shapes
 
 DEVICE = 80.0  # GiB, where memory.device does not say
 
@@ -15,7 +17,8 @@ DEVICE = 80.0  # GiB, where memory.device does not say
 def show(config: Config, world: int) -> None:
     """Print the configuration, the batch arithmetic and the memory ledger. Raises UserError where the run would."""
     print(f"# {config.mode}\n{configuration.to_toml(config)}")
-    if config.mode in ("rlhf", "online-dpo") and not (config.reward.load or config.reward.function or config.critic.load):
+    algorithm = ALGORITHMS[config.mode]
+    if algorithm.online and not algorithm.rule and not (config.reward.load or config.reward.function or config.critic.load):
         print("reward.load is not set: a reward model of the policy's size is assumed\n")
         config = replace(config, reward=replace(config.reward, load=config.policy.load))
     arch, roles = shapes(config, world)
@@ -33,18 +36,19 @@ def batch(config: Config, world: int) -> str:
     """How a step is cut, in words."""
     p, b, longest = config.parallel, config.batch, config.data.max_tokens
     dp = world // (p.tp * p.pp * p.cp)
+    algorithm = ALGORITHMS[config.mode]
     updates = b.epochs * b.minibatches
-    group = config.rollout.group if generates(config) else {"dpo": 2, "reward": 2}.get(config.mode, 1)
+    group = config.rollout.group if algorithm.online else 2 if algorithm.form in COMPARED else 1
     samples = b.prompts * group
     share = samples / b.minibatches / dp
-    responses = f"{group} response{'s' * (group > 1)}{' or more' * (config.mode == 'reward')}"
+    responses = f"{group} response{'s' * (group > 1)}{' or more' * (algorithm.form == 'scored')}"
     lines = [f"{world} ranks: tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"]
-    if generates(config):
+    if algorithm.online:
         lines[0] += f"; {world // config.rollout.tp} engines of {config.rollout.tp}"
     lines.append(
         f"step: {b.prompts} prompts x {responses} = {samples} samples, at most {longest} tokens each, {samples * longest:,} in all"
     )
-    if config.mode != "evaluate":
+    if algorithm.trains:
         many = f"{updates} a step, {updates * config.steps} in {config.steps} steps"
         lines.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
         most = -(-int(share * longest) // b.tokens)

@@ -1,7 +1,7 @@
 """What a run needs of each device's memory, by tenant and phase, and what must be offloaded so that every phase fits.
 
 Arithmetic on shapes alone, without torch: ranks decide alike, and a laptop can say what a cluster will hold. Tenants and phases are those
-of rlhf.train.parking. All sizes are GiB on one rank; pipeline stages differ (embeddings, micro-batches in flight), and the fullest decides.
+of rlhf.phases. All sizes are GiB on one rank; pipeline stages differ (embeddings, micro-batches in flight), and the fullest decides.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
-from rlhf.contracts import USES
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.prepare import Role, generates
+from rlhf.phases import TENANTS, Kind, Phase, Tenant, Visit
+from rlhf.prepare import Role
 
 GIB = 2**30
 # On H200s: what is in use when an engine starts, what libraries have added after a step, and what NCCL adds where there are several ranks.
@@ -24,7 +25,6 @@ ENGINE_TOKENS = 8192  # vLLM's largest batch of prompt tokens
 SLOTS = 3  # of a micro-batch's hidden states, which tensor-parallel ranks write to each other (rlhf.parallel.exchange)
 LOGITS = 2**25  # elements of a chunk of logits (rlhf.model.logp)
 MARGIN = 0.05  # share of the device that is left to the allocator's fragments
-KINDS = {"train": ("weights", "gradients", "optimizer"), "frozen": ("weights",)}
 
 
 class Ledger:
@@ -38,11 +38,12 @@ class Ledger:
         """arch is the policy's, which the engine has too."""
         self.config, self.arch, self.roles, self.world, self.device, self.size = config, arch, roles, world, device, size
         p = config.parallel
-        self.engine = generates(config)
+        self.engine = ALGORITHMS[config.mode].online
         self.shards = world // (p.tp * p.pp) if p.zero else 1  # of an optimizer's state
-        self.tenants = [dict(self._tenants(stage)) for stage in range(p.pp)]  # per stage: ROLE.KIND -> GiB
-        self.phases = [*(["rollout"] if self.engine else []), *(["publish"] if self.engine and "policy" in roles else [])]
-        self.phases += [f"score/{name}" for name in roles] + [f"learn/{name}" for name, role in roles.items() if role.use == "train"]
+        self.tenants = [dict(self._tenants(stage)) for stage in range(p.pp)]  # GiB, per pipeline stage
+        self.visits = [Visit(Phase.ROLLOUT)] * self.engine + [Visit(Phase.PUBLISH)] * (self.engine and "policy" in roles)
+        self.visits += [Visit(Phase.SCORE, name) for name in roles]
+        self.visits += [Visit(Phase.LEARN, name) for name, role in roles.items() if role.use == "train"]
         self.offload = self._choose()
 
     @property
@@ -50,25 +51,23 @@ class Ledger:
         """GiB that may be used."""
         return self.device * (1 - MARGIN)
 
-    def rows(self, phase: str, stage: int, offload: Collection[str] | None = None) -> dict[str, float]:
+    def rows(self, visit: Visit, stage: int, offload: Collection[Tenant] | None = None) -> dict[str, float]:
         """Everything on the device in a phase, by name."""
         away = self.offload if offload is None else offload
-        used = uses(phase)
         context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
         rows = {"context": context if math.isfinite(self.device) else 0.0}
         if self.config.parallel.exchanges and math.isfinite(self.device):
             widest = max((role.arch.hidden for role in self.roles.values()), default=0)
             rows["exchange"] = SLOTS * self.size * self._tokens() * widest / GIB
         if self.engine:
-            rows |= self._engine(phase)
-        rows |= {name: gib for name, gib in self.tenants[stage].items() if name in used or name not in away}
-        kind, _, role = phase.partition("/")
-        rows["work"] = self._work(kind, self.roles[role].arch, stage) if role else 0.0
+            rows |= self._engine(visit)
+        rows |= {str(tenant): gib for tenant, gib in self.tenants[stage].items() if tenant in visit.needs or tenant not in away}
+        rows["work"] = 0.0 if visit.is_engines else self._work(visit.phase, self.roles[visit.role].arch, stage)
         return rows
 
-    def need(self, phase: str, offload: Collection[str] | None = None) -> float:
+    def need(self, visit: Visit, offload: Collection[Tenant] | None = None) -> float:
         """GiB of a phase, on the fullest stage."""
-        return max(sum(self.rows(phase, stage, offload).values()) for stage in range(len(self.tenants)))
+        return max(sum(self.rows(visit, stage, offload).values()) for stage in range(len(self.tenants)))
 
     def check(self, free: float = math.inf) -> None:
         """Raise UserError unless every phase fits, also into the GiB that are free, and the engine's cache holds at least one sequence."""
@@ -76,75 +75,74 @@ class Ledger:
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
             raise UserError(f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}")
-        fullest = max(self.phases, key=self.need)
+        fullest = max(self.visits, key=self.need)
         if self.need(fullest) > free + CONTEXT:  # which this process has already
             raise UserError(
                 f"phase {fullest} needs {self.need(fullest):.1f} GiB, and {free:.1f} of the device are free: end the programs that use it "
                 "(nvidia-smi lists them), or take another device (CUDA_VISIBLE_DEVICES)"
             )
 
-    def table(self, peaks: Mapping[str, float] | None = None, stage: int | None = None) -> str:
-        """GiB by tenant and phase, of a stage or the fullest; with the peaks that parking measured beside what was predicted."""
+    def table(self, peaks: Mapping[Visit, float] | None = None, stage: int | None = None) -> str:
+        """GiB by tenant and phase, of a stage or the fullest; with the peaks that the residence measured beside what was predicted."""
         if stage is None:
-            stage = max(range(len(self.tenants)), key=lambda s: max(sum(self.rows(phase, s).values()) for phase in self.phases))
-        columns = [self.rows(phase, stage) for phase in self.phases]
-        others = dict.fromkeys(name for column in columns for name in column if name not in self.tenants[0] and name != "work")
-        names = [*others, *self.tenants[0], "work"]
-        lines = [["GiB per rank", *self.phases]]
-        lines += [[name + " *" * (name in self.offload), *(f"{c[name]:.1f}" if c.get(name) else "-" for c in columns)] for name in names]
+            stage = max(range(len(self.tenants)), key=lambda s: max(sum(self.rows(visit, s).values()) for visit in self.visits))
+        columns = [self.rows(visit, stage) for visit in self.visits]
+        tenants, away = [str(tenant) for tenant in self.tenants[0]], [str(tenant) for tenant in self.offload]
+        others = dict.fromkeys(name for column in columns for name in column if name not in tenants and name != "work")
+        names = [*others, *tenants, "work"]
+        lines = [["GiB per rank", *map(str, self.visits)]]
+        lines += [[name + " *" * (name in away), *(f"{c[name]:.1f}" if c.get(name) else "-" for c in columns)] for name in names]
         lines.append(["predicted", *(f"{sum(column.values()):.1f}" for column in columns)])
         if peaks is not None:
-            lines.append(["measured", *(f"{peaks[phase]:.1f}" if phase in peaks else "-" for phase in self.phases)])
+            lines.append(["measured", *(f"{peaks[visit]:.1f}" if visit in peaks else "-" for visit in self.visits)])
         first = max(len(line[0]) for line in lines)
-        widths = [max(len(phase), 6) for phase in self.phases]
+        widths = [max(len(str(visit)), 6) for visit in self.visits]
         text = [line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths, strict=True)) for line in lines]
         room = f"{self.room:.1f} of {self.device:g} GiB may be used" if math.isfinite(self.device) else "host memory"
-        away = "nothing is offloaded"
+        note = "nothing is offloaded"
         if self.offload:
-            away = f"* offloaded: on the device only in the phases that use it, else in {self.host(stage):.1f} GiB of host memory"
-        return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {away})"])
+            note = f"* offloaded: on the device only in the phases that use it, else in {self.host(stage):.1f} GiB of host memory"
+        return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {note})"])
 
     def host(self, stage: int) -> float:
         """GiB of host memory where a rank's offloaded tenants wait. Gradients, which start from zero, need none."""
-        return sum(self.tenants[stage][name] for name in self.offload if not name.endswith("gradients"))
+        return sum(self.tenants[stage][tenant] for tenant in self.offload if tenant.kind != Kind.GRADIENTS)
 
-    def _tenants(self, stage: int) -> Iterator[tuple[str, float]]:
+    def _tenants(self, stage: int) -> Iterator[tuple[Tenant, float]]:
         p = self.config.parallel
         for name, role in self.roles.items():
             count = shard_parameters(role.arch, p.tp, p.pp, stage)
             # Main parameters and two moments in float32; float32 weights are their own main parameters.
-            state = {"weights": self.size * count, "gradients": 4 * count, "optimizer": (12 if self.size == 2 else 8) * count / self.shards}
-            yield from ((f"{name}.{kind}", state[kind] / GIB) for kind in KINDS[role.use])
+            state = 12 if self.size == 2 else 8
+            held = {Kind.WEIGHTS: self.size * count, Kind.GRADIENTS: 4 * count, Kind.OPTIMIZER: state * count / self.shards}
+            yield from ((Tenant(name, kind), held[kind] / GIB) for kind in TENANTS[role.use])
 
-    def _choose(self) -> frozenset[str]:
+    def _choose(self) -> frozenset[Tenant]:
         """What leaves the device: only what must, cheapest first. Gradients cost nothing, frozen weights a copy one way, the rest two."""
-        cost = {"gradients": 0, "weights": 3, "optimizer": 2}
-        movable = sorted(self.tenants[0], key=lambda name: 1 if self._frozen(name) else cost[name.split(".")[1]])
+        cost = {Kind.GRADIENTS: 0, Kind.OPTIMIZER: 2, Kind.WEIGHTS: 3}
+        movable = sorted(self.tenants[0], key=lambda tenant: 1 if self.roles[tenant.role].use == "frozen" else cost[tenant.kind])
         if self.config.memory.offload != "auto":
             return frozenset(movable if self.config.memory.offload == "all" else ())
-        chosen: list[str] = []
-        for phase in self.phases:
-            for name in movable:
-                if self.need(phase, chosen) > self.room and name not in chosen and name not in uses(phase):
-                    chosen.append(name)
-        for name in reversed(chosen):  # what others made superfluous stays after all
-            fewer = [other for other in chosen if other != name]
-            if all(self.need(phase, fewer) <= max(self.room, self.need(phase, chosen)) for phase in self.phases):
+        chosen: list[Tenant] = []
+        for visit in self.visits:
+            for tenant in movable:
+                if self.need(visit, chosen) > self.room and tenant not in chosen and tenant not in visit.needs:
+                    chosen.append(tenant)
+        for tenant in reversed(chosen):  # what others made superfluous stays after all
+            fewer = [other for other in chosen if other != tenant]
+            if all(self.need(visit, fewer) <= max(self.room, self.need(visit, chosen)) for visit in self.visits):
                 chosen = fewer
         return frozenset(chosen)
 
-    def _frozen(self, tenant: str) -> bool:
-        return self.roles[tenant.split(".")[0]].use == "frozen"
-
-    def _engine(self, phase: str) -> dict[str, float]:
+    def _engine(self, visit: Visit) -> dict[str, float]:
         """What the engine holds: its weights while they are published, and when the learner's are away, its cache."""
         r, real = self.config.rollout, self.config.rollout.engine == "vllm" and math.isfinite(self.device)
         rows = {"engine graphs": ASLEEP[r.tp > 1] if real else 0.0}
-        if phase in ("publish", "rollout"):
+        if visit.is_engines:
             rows["engine weights"] = self.size * engine_parameters(self.arch, r.tp) / GIB
-        if phase == "publish":
+        if visit.phase == Phase.PUBLISH:
             rows["messages"] = r.bucket / 1024 if self.world > 1 else 0.0
-        if phase == "rollout":
+        if visit.phase == Phase.ROLLOUT:
             rows["engine cache"] = self.cache() if real else 0.0
             rows["engine work"] = _engine_work(self.arch, r.tp, self.size) if real else 0.0
         return rows
@@ -163,10 +161,10 @@ class Ledger:
         each = 2 * arch.layers * max(1, arch.kv_heads // tp) * arch.head_dim * self.size * self.config.data.max_tokens
         return self.cache() * GIB / each
 
-    def _work(self, kind: str, arch: Architecture, stage: int) -> float:
+    def _work(self, phase: Phase, arch: Architecture, stage: int) -> float:
         p, t = self.config.parallel, self._tokens()
         last = stage == p.pp - 1
-        if kind == "score":
+        if phase == Phase.SCORE:
             return self.size * t * (5 * arch.hidden + 3 * arch.ffn / p.tp) / GIB + (self._logits(arch, t, train=False) if last else 0)
         split = p.tp if p.sp else 1  # of what is not split by heads or columns
         q, kv = arch.heads * arch.head_dim / p.tp, arch.kv_heads * arch.head_dim / p.tp
@@ -181,7 +179,7 @@ class Ledger:
 
     def _tokens(self) -> float:
         """Of the largest micro-batch, on one context-parallel rank. A pair is never cut."""
-        whole = 2 if self.config.mode in ("reward", "dpo", "online-dpo") else 1
+        whole = 2 if ALGORITHMS[self.config.mode].whole_groups else 1
         return max(self.config.batch.tokens, whole * self.config.data.max_tokens) / self.config.parallel.cp
 
     def _logits(self, arch: Architecture, t: float, train: bool) -> float:
@@ -195,25 +193,19 @@ class Ledger:
 
     def _fault(self) -> str:
         """The first phase that does not fit, in words; empty: all do."""
-        for phase in self.phases if math.isfinite(self.device) else ():
-            if phase == "rollout" and self.config.rollout.engine == "vllm" and self.sequences() < 1:
+        for visit in self.visits if math.isfinite(self.device) else ():
+            if visit.phase == Phase.ROLLOUT and self.config.rollout.engine == "vllm" and self.sequences() < 1:
                 r = self.config.rollout
                 share = f"rollout.memory={r.memory:g} of {self.device:g} GiB"
                 return f"the engine's share ({share}) leaves {self.cache():.1f} GiB of cache, less than one sequence takes"
-            if self.need(phase) > self.room:
+            if self.need(visit) > self.room:
                 return (
-                    f"phase {phase} needs {self.need(phase):.1f} GiB of a device with {self.device:g}, of which {self.room:.1f} may be used"
+                    f"phase {visit} needs {self.need(visit):.1f} GiB of a device with {self.device:g}, of which {self.room:.1f} may be used"
                 )
         return ""
 
     def _fits(self, config: Config) -> bool:
         return not Ledger(config, self.arch, self.roles, self.world, self.device, self.size)._fault()
-
-
-def uses(phase: str) -> set[str]:
-    """The tenants that a phase cannot do without."""
-    kind, _, role = phase.partition("/")
-    return {f"{role or 'policy'}.{used}" for used in USES[kind]}
 
 
 def shard_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:

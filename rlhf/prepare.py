@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf import rewards
-from rlhf.algorithms import ALGORITHMS
+from rlhf.algorithms import ALGORITHMS, algorithm_of
 from rlhf.config import Config, Parallel
 from rlhf.data import jsonl
 from rlhf.data.records import Records
@@ -44,13 +44,13 @@ class Inputs:
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
     arch, models = shapes(config, world)
-    if config.mode != "evaluate" and not config.resume and (Path(config.out) / "latest").exists():
+    if ALGORITHMS[config.mode].trains and not config.resume and (Path(config.out) / "latest").exists():
         raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
     remarks = _check_folders(config, models, arch)
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
-    for function in _functions(config) if generates(config) else ():
+    for function in _functions(config):
         rewards.check(function)
     return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks)
 
@@ -67,14 +67,9 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     for folder, read in {config.policy.load: arch, **{role.folder: role.arch for role in models.values()}}.items():
         if config.data.max_tokens > read.context:
             raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the context of {folder}, {read.context}: lower it")
-    if generates(config):
+    if ALGORITHMS[config.mode].online:
         _check_sampling(config, arch, world)
     return arch, models
-
-
-def generates(config: Config) -> bool:
-    """Whether an engine samples."""
-    return config.mode == "evaluate" or ALGORITHMS[config.mode](config).online
 
 
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> list[str]:
@@ -98,22 +93,25 @@ def rule(config: Config) -> str:
 
 
 def _functions(config: Config) -> list[str]:
-    """The rules that responses are judged by."""
-    rules = [rule(config)] if config.mode != "evaluate" or not config.evaluate.function else []
+    """The functions that sampled responses are judged by."""
+    algorithm = ALGORITHMS[config.mode]
+    if not algorithm.online:
+        return []
+    rules = [rule(config)] if algorithm.trains or not config.evaluate.function else []
     return [name for name in (*rules, config.evaluate.function) if name]
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
     """What the mode goes through, and what is held out."""
-    samples = generates(config)
-    required = ("answer",) if samples and "math" in _functions(config) else ()
-    max_prompt = config.data.max_tokens - config.rollout.max_tokens if samples else None
+    algorithm = ALGORITHMS[config.mode]
+    required = ("answer",) if "math" in _functions(config) else ()
+    max_prompt = config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None
 
     def read(path: str) -> Records:
         cache = Path(config.out) / "records"
-        return Records.load(path, config.mode, tokenizer, config.data, max_prompt=max_prompt, required=required, cache=cache)
+        return Records.load(path, algorithm.form, tokenizer, config.data, max_prompt=max_prompt, required=required, cache=cache)
 
-    source = "eval" if config.mode == "evaluate" else "train"
+    source = "train" if algorithm.trains else "eval"
     path = {"train": config.data.train, "eval": config.data.eval}[source]
     if not path:
         raise UserError(f"data.{source} is not set: give a jsonl file or a folder of them")
@@ -131,25 +129,25 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
 
     Raises UserError where one is not given or not fit.
     """
-    if config.mode == "evaluate":
-        models = {"reward": "frozen"} if config.reward.load and not config.evaluate.function else {}
-    else:
-        algorithm = ALGORITHMS[config.mode](config)
-        models = dict(algorithm.models)
-        if algorithm.online and config.reward.load:
-            models["reward"] = "frozen"
-    if config.mode == "rlhf" and not (config.reward.load or config.critic.load):
+    algorithm = algorithm_of(config)
+    models = dict(algorithm.models)
+    if algorithm.online and config.reward.load and (algorithm.trains or not config.evaluate.function):
+        models["reward"] = "frozen"
+    if "critic" in models and not (config.reward.load or config.critic.load):
         raise UserError("critic.load and reward.load are not set: PPO needs a model for its critic, give the reward model's folder")
     folders = {
         "policy": config.policy.load,
         "reference": config.reference.load or config.policy.load,
         "critic": config.critic.load or config.reward.load,
-        "reward": config.policy.load if config.mode == "reward" else config.reward.load,
+        "reward": config.policy.load if models.get("reward") == "train" else config.reward.load,
     }
     held = {config.policy.load: policy}  # each folder is described once: Megatron's may have to be opened for it
     for folder in {folders[name] for name in models} - held.keys():
         held[folder] = files.model(folder, config.policy.tokenizer)
-    found = {name: Role(use, folders[name], _with_head(config, name, folders[name], held[folders[name]])) for name, use in models.items()}
+    found = {
+        name: Role(use, folders[name], _with_head(name, folders[name], held[folders[name]], name in algorithm.with_lm))
+        for name, use in models.items()
+    }
     for name, role in found.items():
         if role.arch.vocab != policy.vocab:
             raise UserError(
@@ -159,10 +157,10 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
     return found
 
 
-def _with_head(config: Config, name: str, folder: str, arch: Architecture) -> Architecture:
-    """What the folder holds, with the head that the role needs."""
+def _with_head(name: str, folder: str, arch: Architecture, lm: bool) -> Architecture:
+    """What the folder holds, with the head that the role needs; with lm, beside a scalar one too."""
     if name in ("critic", "reward"):
-        return replace(arch, scalar=True, lm=config.mode == "reward" and config.rm.lm > 0)
+        return replace(arch, scalar=True, lm=lm)
     if not arch.lm:
         raise UserError(f"{name}.load={folder} is a reward model, without an output layer: give a causal language model")
     return arch
@@ -192,7 +190,7 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError(
             f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy it there, or set policy.tokenizer to its folder"
         )
-    if config.mode == "evaluate":
+    if not ALGORITHMS[config.mode].trains:
         return
     if not config.rollout.temperature:
         raise UserError("rollout.temperature=0 samples the likeliest response again and again, which teaches nothing: set it above 0")

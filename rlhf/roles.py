@@ -16,42 +16,46 @@ from rlhf.contracts import Batch, Loss, Output, Sample, Sums, scored
 from rlhf.data.packing import microbatches, shares
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.mesh import Mesh, portion
+from rlhf.phases import Phase
 from rlhf.prepare import Role
+from rlhf.residence import Residence
 from rlhf.train.learner import Learner
-from rlhf.train.parking import Parking
 from rlhf.weights import files, initial, names
 
 LossFunction = Callable[[Batch, Output], Loss]
+SCORED_BY = {"old_logp": "policy", "ref_logp": "reference", "values": "critic"}  # stream -> role
 
 
 class Roles:
     """Every role's learner, taking turns on the device. Samples go in whole and alike on every rank; replicas share the work."""
 
-    def __init__(self, config: Config, mesh: Mesh, roles: dict[str, Role], dtype: torch.dtype, temperature: float, parking: Parking):
+    def __init__(self, config: Config, mesh: Mesh, roles: dict[str, Role], dtype: torch.dtype, temperature: float, residence: Residence):
         self.config, self.mesh, self.roles, self.dtype, self.temperature = config, mesh, roles, dtype, temperature
-        self.parking = parking
+        self.residence = residence
         self.learners: dict[str, Learner] = {}
         for name, role in roles.items():
             self.learners[name] = self._learner(role)
-            parking.add(name, self.learners[name])
+            residence.add(name, self.learners[name])
         self.trained = [name for name, role in roles.items() if role.use == "train"]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.learners
+    @property
+    def subject(self) -> str:
+        """The role that the run is for."""
+        return self.trained[0]
 
     def tilings(self, arch: Architecture) -> list[list]:
         """The tiles of every rank's training shard."""
         return names.tilings(arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
 
-    def visit(self, phase: str) -> Iterator[tuple[str, Learner]]:
+    def visit(self, phase: Phase) -> Iterator[tuple[str, Learner]]:
         """The trained roles, one after another, each made resident for the phase."""
         for name in self.trained:
-            self.parking.enter(phase, name)
+            self.residence.enter(phase, name)
             yield name, self.learners[name]
 
     def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
         """A role's stream [L] (log-probs, or values) of every sample, in order, on every rank."""
-        self.parking.enter("score", name)
+        self.residence.enter(Phase.SCORE, name)
         indexed = {id(sample): i for i, sample in enumerate(samples)}
         cut = self._cut(name, samples, whole_groups=False)
         mine = portion(self.learners[name].score(cut[self.mesh.dp_rank]), *self.mesh.place_in_replica)
@@ -64,20 +68,28 @@ class Roles:
                 streams[indexed[id(sample)]] = stream
         return streams
 
+    def score(self, samples: Sequence[Sample], streams: Sequence[str]) -> None:
+        """Write these streams of every sample, each by the role that it comes from."""
+        for stream in streams:
+            for sample, values in zip(samples, self.read(SCORED_BY[stream], samples), strict=True):
+                setattr(sample, stream, values)
+
     def judge(self, samples: Sequence[Sample]) -> None:
-        """Add the reward model's score of each whole text to its reward; meta keeps both parts."""
+        """Add the reward model's score of each whole text to its reward, where the run has such a model; the verdict keeps it apart."""
+        if "reward" not in self.learners or "reward" in self.trained:
+            return
         for sample, stream in zip(samples, self.read("reward", [scored(s) for s in samples]), strict=True):
-            sample.meta["rule"], sample.meta["score"] = sample.reward, float(stream[-1])
+            sample.verdict = replace(sample.verdict, score=float(stream[-1]))
             sample.reward += float(stream[-1])
 
     def learn(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool, lr: float) -> Sums:
         """One optimizer update of a role that is being visited; this rank's part of the metrics."""
         sums = self.learners[name].learn(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss, lr)
-        return sums if name == self.trained[0] else {f"{name}_{metric}": pair for metric, pair in sums.items()}
+        return sums if name == self.subject else {f"{name}_{metric}": pair for metric, pair in sums.items()}
 
     def evaluate(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool) -> Sums:
         """The metrics of a loss, without learning; this rank's part."""
-        self.parking.enter("score", name)
+        self.residence.enter(Phase.SCORE, name)
         return self.learners[name].evaluate(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss)
 
     def export(self, name: str, folder: Path, format: str) -> None:
@@ -86,7 +98,7 @@ class Roles:
         Every rank calls it.
         """
         role, layout = self.roles[name], self.mesh.layout
-        self.parking.enter("score", name)
+        self.residence.enter(Phase.SCORE, name)
         files.write(
             folder,
             replace(role.arch, lm=not role.arch.scalar),  # the output layer that trained beside a scalar head stays behind

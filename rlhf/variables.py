@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlhf.algorithms import ALGORITHMS
 from rlhf.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ALIGN = "rlhf, dpo, online-dpo, grpo"
-ALL = f"sft, reward, {ALIGN}, evaluate"
-RATED = "rlhf, online-dpo, grpo"
+ALL = ", ".join(ALGORITHMS)
+TRAIN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains)
+BEFORE = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and not made.aligns)  # the stages before alignment
+ALIGN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.aligns)
+RATED = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.online)
+OTHERS = ", ".join(mode for mode, made in ALGORITHMS.items() if made.aligns)
 
 # Name -> (modes that take it, the key it sets, meaning). Conversions take theirs by themselves.
 VARIABLES: dict[str, tuple[str, str, str]] = {
     "model_size": (ALL, "configs/SIZE.toml", "llama2-7B, llama2-13B, llama2-70B: this file is read before those of the command"),
-    "LOAD_PATH": ("sft, reward", "policy.load", "model to start from; convert*: the folder to read"),
-    "POLICY_LOAD": (f"{ALIGN}, evaluate", "policy.load", "model to start from, which is the reference too"),
+    "LOAD_PATH": (BEFORE, "policy.load", "model to start from; convert*: the folder to read"),
+    "POLICY_LOAD": (OTHERS, "policy.load", "model to start from, which is the reference too"),
     "REWARD_LOAD": (
         RATED,
         "reward.load",
@@ -27,17 +31,17 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
     ),
     "REWARD_LOAD_ITERATION": (RATED, "reward.load", "which checkpoint of REWARD_LOAD: 1000 is iter_0001000, or step_001000/hf of a run"),
     "TOKENIZER_MODEL": (ALL, "policy.tokenizer", "tokenizer.model, or the folder it is in"),
-    "DATASET_PATH": (f"sft, reward, {ALIGN}", "data.train", "file; of a folder its train.jsonl, with its dev.jsonl as data.eval"),
+    "DATASET_PATH": (TRAIN, "data.train", "file; of a folder its train.jsonl, with its dev.jsonl as data.eval"),
     "EVAL_DATASET_PATH": (ALL, "data.eval", "file; of a folder its dev.jsonl"),
-    "CHECKPOINT_PATH": ("sft, reward", "out", "folder of the run"),
+    "CHECKPOINT_PATH": (BEFORE, "out", "folder of the run"),
     "output_dir": (ALIGN, "out", "folder of runs: out is output_dir/exp_name"),
     "exp_name": (ALIGN, "out", "name of the run; without it model_size and mode, as llama2-7B-rlhf"),
     "TP": (
-        f"sft, reward, {ALIGN}",
+        TRAIN,
         "parallel.tp",
         "tensor parallel size; parallel.dp is what is left. convert_hf_to_megatron: of the folder it writes",
     ),
-    "PP": (f"sft, reward, {ALIGN}", "parallel.pp", "pipeline parallel size, in the same way"),
+    "PP": (TRAIN, "parallel.pp", "pipeline parallel size, in the same way"),
     "SAVE_PATH": ("convert*", "--to", "the folder to write"),
     "VOCAB_PATH": ("convert*", "--config", "folder of tokenizer, and config.json where LOAD_PATH has none; TOKENIZER_MODEL does the same"),
     "USE_LEGACY_MODELS": ("convert_hf_to_megatron", "--format", "True (the default): Megatron's legacy format; False: megatron-core's"),
@@ -53,8 +57,9 @@ def arguments(mode: str, given: list[str], env: Mapping[str, str]) -> list[str]:
     taken = _taken(mode, env)
     if "model_size" in taken:
         below.append(_size(taken["model_size"]))
-    if mode == "grpo" and "REWARD_LOAD" in taken:
-        below.append("reward.function=math")  # the tutorial's merge: the sum of rule and reward model
+    rule = ALGORITHMS[mode].rule
+    if rule and "REWARD_LOAD" in taken:
+        below.append(f"reward.function={rule}")  # the tutorial's merge: the sum of rule and reward model
     return [*below, *files, *above, *overrides]
 
 

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from rows import first_learned, learned, whole, write
 
-from rlhf.config import MODES, Data
+from rlhf.algorithms import ALGORITHMS
+from rlhf.config import Data
+from rlhf.contracts import Text
 from rlhf.data.forms import FORMS
 from rlhf.data.records import Records
 from rlhf.errors import UserError
 
 SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A.")))
 OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
-PROMPTING = ("rlhf", "online-dpo", "grpo", "evaluate")
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +24,8 @@ def tokenizer(llama3):
     return llama3
 
 
-def test_modes_of_the_configuration_have_forms():
-    assert set(MODES) == set(FORMS)
+def test_every_mode_has_a_form():
+    assert {algorithm.form for algorithm in ALGORITHMS.values()} == set(FORMS)
 
 
 @pytest.mark.parametrize(
@@ -42,15 +43,14 @@ def test_modes_of_the_configuration_have_forms():
     ],
 )
 def test_sft_forms(tmp_path, tokenizer, row):
-    [sample] = Records.load(write(tmp_path / "a.jsonl", row), "sft", tokenizer, Data()).head(0)
+    [sample] = Records.load(write(tmp_path / "a.jsonl", row), "demonstrations", tokenizer, Data()).head(0)
     assert whole(tokenizer, sample) == "<|begin|>Q?A.<|endoftext|>"
     assert learned(tokenizer, sample) == "A.<|endoftext|>"
-    assert sample.meta == {"row": 0, "prompt": "Q?", "record": row}
+    assert sample.text == Text(row=0, prompt="Q?", record=row)
     assert (sample.tokens.dtype, sample.mask.dtype, len(sample.mask)) == (np.int32, bool, len(sample.tokens) - 1)
     assert (sample.truncated, sample.reward) == (False, 0.0)
 
 
-@pytest.mark.parametrize("mode", PROMPTING)
 @pytest.mark.parametrize(
     "row",
     [
@@ -64,28 +64,28 @@ def test_sft_forms(tmp_path, tokenizer, row):
         {"prompt": "Q?", "chosen": "A.", "rejected": "No."},
     ],
 )
-def test_prompt_forms(tmp_path, tokenizer, mode, row):
+def test_prompt_forms(tmp_path, tokenizer, row):
     file = write(tmp_path / "a.jsonl", row)
-    [sample] = Records.load(file, mode, tokenizer, Data(template="human")).head(0)
+    [sample] = Records.load(file, "prompts", tokenizer, Data(template="human")).head(0)
     assert whole(tokenizer, sample) == "<|begin|>\n\nHuman: Q?\n\nAssistant:"
     assert not sample.mask.any()
     assert sample.mask.shape == (len(sample.tokens) - 1,)
-    assert sample.meta == {"row": 0, "prompt": "\n\nHuman: Q?\n\nAssistant:", "record": row}
+    assert sample.text == Text(row=0, prompt="\n\nHuman: Q?\n\nAssistant:", record=row)
 
 
 @pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
 def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
     """The assistant's turns in it are not learned, and it is measured as a prompt."""
     file = write(tmp_path / "a.jsonl", {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, OTHER]}, {"prompt": [SYSTEM, USER, ASSISTANT, AGAIN]})
-    first, second = Records.load(file, "grpo", qwen, Data(template=template)).head(0)
+    first, second = Records.load(file, "prompts", qwen, Data(template=template)).head(0)
     assert not first.mask.any()
     assert first.tokens.tolist() == second.tokens.tolist()
-    assert first.meta["prompt"] == second.meta["prompt"] == whole(qwen, first)
+    assert first.text.prompt == second.text.prompt == whole(qwen, first)
     with pytest.raises(UserError, match=re.escape(f"{file}:1: prompt of {len(first.tokens)} tokens is longer than 5")):
-        Records.load(file, "grpo", qwen, Data(template=template), max_prompt=5)
+        Records.load(file, "prompts", qwen, Data(template=template), max_prompt=5)
 
 
-@pytest.mark.parametrize("mode", ["reward", "dpo"])
+@pytest.mark.parametrize("form", ["scored", "pairs"])
 @pytest.mark.parametrize(
     "row",
     [
@@ -99,15 +99,15 @@ def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
         {"prompt": "Q?", "prompt_id": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "score_chosen": 8.5},
     ],
 )
-def test_pairs(tmp_path, tokenizer, mode, row):
+def test_pairs(tmp_path, tokenizer, form, row):
     """One group, rewards 1 and 0, one prompt, and of both the last response alone is learned."""
     file = write(tmp_path / "a.jsonl", row, row)
-    samples = Records.load(file, mode, tokenizer, Data(template="human", learn="all")).head(0)
+    samples = Records.load(file, form, tokenizer, Data(template="human", learn="all")).head(0)
     assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, 0.0), (1, 1.0), (1, 0.0)]
     for sample, said in zip(samples, ("A.", "No.", "A.", "No."), strict=True):
         assert whole(tokenizer, sample) == f"<|begin|>\n\nHuman: Q?\n\nAssistant: {said}<|endoftext|>"
         assert learned(tokenizer, sample) == f" {said}<|endoftext|>"
-        assert sample.meta["record"] == row
+        assert sample.text.record == row
 
 
 @pytest.mark.parametrize("learn", ["all", "last"])
@@ -118,7 +118,7 @@ def test_pairs_of_several_turns_learn_the_last(tmp_path, tokenizer, learn):
         {"prompt": turns[:2], "chosen": [*turns[2:], ASSISTANT], "rejected": [*turns[2:], OTHER]},
         {"chosen": [*turns, ASSISTANT], "rejected": [*turns, OTHER]},
     ]
-    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "dpo", tokenizer, Data(template="llama2", learn=learn)).head(0)
+    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "pairs", tokenizer, Data(template="llama2", learn=learn)).head(0)
     assert len({whole(tokenizer, sample) for sample in samples}) == 2
     assert [learned(tokenizer, sample) for sample in samples] == [" A. <|endoftext|>", " No. <|endoftext|>"] * 3
 
@@ -130,10 +130,10 @@ def test_scored_responses(tmp_path, tokenizer, query):
         {query: "Q?", "response": ["A.", "No.", "four"], "score": [1, -0.5, 1.0]},
         {query: [USER], "response": ["A.", "No."], "score": [0, 2]},
     ]
-    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "reward", tokenizer, Data()).head(0)
+    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "scored", tokenizer, Data()).head(0)
     assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, -0.5), (0, 1.0), (1, 0.0), (1, 2.0)]
     assert [learned(tokenizer, s) for s in samples] == [f"{said}<|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")]
-    assert {s.meta["prompt"] for s in samples} == {"Q?"}
+    assert {s.text.prompt for s in samples} == {"Q?"}
 
 
 @pytest.mark.parametrize(("learn", "said"), [("all", " Un. Deux.<|endoftext|>"), ("last", " Deux.<|endoftext|>")])
@@ -141,16 +141,16 @@ def test_learned_turns_of_a_conversation(tmp_path, tokenizer, learn, said):
     turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "Un."), ("user", "Two?"), ("assistant", "Deux.")]
     messages = [{"role": role, "content": content} for role, content in turns]
     file = write(tmp_path / "a.jsonl", {"messages": messages})
-    [sample] = Records.load(file, "sft", tokenizer, Data(template="human", learn=learn)).head(0)
+    [sample] = Records.load(file, "demonstrations", tokenizer, Data(template="human", learn=learn)).head(0)
     assert learned(tokenizer, sample) == said
     assert whole(tokenizer, sample) == "<|begin|>Be brief.\n\nHuman: One?\n\nAssistant: Un.\n\nHuman: Two?\n\nAssistant: Deux.<|endoftext|>"
 
 
-@pytest.mark.parametrize("mode", ["sft", "dpo"])
-def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, mode):
+@pytest.mark.parametrize("form", ["demonstrations", "pairs"])
+def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, form):
     """A template may write more there; an engine stops at the stop token, and a reward model reads both alike."""
     row = {"prompt": "Q?", "response": "A.", "chosen": "A.", "rejected": "No."}
-    for sample in Records.load(write(tmp_path / "a.jsonl", row), mode, qwen, Data(template="chatml")).head(0):
+    for sample in Records.load(write(tmp_path / "a.jsonl", row), form, qwen, Data(template="chatml")).head(0):
         assert sample.tokens[-1] == qwen.eos
         assert sample.mask[-1]
 
@@ -170,14 +170,14 @@ def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llam
     assert len(plain) > 80
     assert max(len(row["prompt"]) for row in human) > 5
     for tokenizer in (llama2, llama3, qwen):
-        for mode, learn in (("dpo", "all"), ("sft", "last"), ("rlhf", "all")):
-            a = Records.load(write(tmp_path / "plain.jsonl", *plain), mode, tokenizer, Data(max_tokens=10**5)).head(0)
+        for form, learn in (("pairs", "all"), ("demonstrations", "last"), ("prompts", "all")):
+            a = Records.load(write(tmp_path / "plain.jsonl", *plain), form, tokenizer, Data(max_tokens=10**5)).head(0)
             data = Data(max_tokens=10**5, template="human", learn=learn)
-            b = Records.load(write(tmp_path / "human.jsonl", *human), mode, tokenizer, data).head(0)
+            b = Records.load(write(tmp_path / "human.jsonl", *human), form, tokenizer, data).head(0)
             for x, y in zip(a, b, strict=True):
                 assert x.tokens.tolist() == y.tokens.tolist()
                 assert x.mask.tolist() == y.mask.tolist()
-                assert (x.reward, x.meta["prompt"]) == (y.reward, y.meta["prompt"])
+                assert (x.reward, x.text.prompt) == (y.reward, y.text.prompt)
 
 
 def test_siblings_are_cut_alike(tmp_path, tokenizer):
@@ -185,7 +185,7 @@ def test_siblings_are_cut_alike(tmp_path, tokenizer):
     row = {"prompt": "the question is what they mean by it " * 6, "chosen": "five", "rejected": "the answer is four " * 3}
     file = write(tmp_path / "a.jsonl", row, {"prompt": "Q?", "chosen": "A.", "rejected": "No."})
     data = {"template": "human", "max_tokens": 60}
-    records = Records.load(file, "dpo", tokenizer, Data(overlong="truncate", **data))
+    records = Records.load(file, "pairs", tokenizer, Data(overlong="truncate", **data))
     chosen, rejected, *_ = records.head(0)
     assert (records.counts.kept, records.counts.truncated, records.counts.dropped) == (2, 1, 0)
     assert len(rejected.tokens) == 60
@@ -196,18 +196,18 @@ def test_siblings_are_cut_alike(tmp_path, tokenizer):
     assert learned(tokenizer, rejected) == " " + row["rejected"] + "<|endoftext|>"
     assert tokenizer.decode(chosen.tokens[:start]).endswith("\n\nAssistant:")
 
-    dropped = Records.load(file, "dpo", tokenizer, Data(overlong="drop", **data))
-    assert [(s.meta["row"], s.reward) for s in dropped.head(0)] == [(1, 1.0), (1, 0.0)]
+    dropped = Records.load(file, "pairs", tokenizer, Data(overlong="drop", **data))
+    assert [(s.text.row, s.reward) for s in dropped.head(0)] == [(1, 1.0), (1, 0.0)]
     assert (dropped.counts.kept, dropped.counts.dropped) == (1, 1)
     with pytest.raises(UserError, match=re.escape(f"{file}:1: conversation of ")):
-        Records.load(file, "dpo", tokenizer, Data(**data))
+        Records.load(file, "pairs", tokenizer, Data(**data))
 
 
-def fails(folder, tokenizer, mode, good, line, error):
+def fails(folder, tokenizer, form, good, line, error):
     """A folder with a file whose third line is bad; the second is blank."""
     file = write(folder / "a.jsonl.gz", good, "", line)
     with pytest.raises(UserError, match=re.escape(error)) as caught:
-        Records.load(folder, mode, tokenizer, Data(max_tokens=32))
+        Records.load(folder, form, tokenizer, Data(max_tokens=32))
     assert str(caught.value).startswith(f"{file}:3: ")
     assert "\n" not in str(caught.value)
 
@@ -239,7 +239,7 @@ def fails(folder, tokenizer, mode, good, line, error):
     ],
 )
 def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
-    fails(tmp_path, tokenizer, "grpo", {"prompt": "good"}, line, error)
+    fails(tmp_path, tokenizer, "prompts", {"prompt": "good"}, line, error)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
     ],
 )
 def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
-    fails(tmp_path, tokenizer, "sft", {"prompt": "Q?", "response": "A."}, line, error)
+    fails(tmp_path, tokenizer, "demonstrations", {"prompt": "Q?", "response": "A."}, line, error)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
         ),
     ],
 )
-@pytest.mark.parametrize("mode", ["reward", "dpo"])
-def test_pair_errors_name_the_line(tmp_path, tokenizer, mode, line, error):
-    fails(tmp_path, tokenizer, mode, {"prompt": "Q?", "chosen": "A.", "rejected": "No."}, line, error)
+@pytest.mark.parametrize("form", ["scored", "pairs"])
+def test_pair_errors_name_the_line(tmp_path, tokenizer, form, line, error):
+    fails(tmp_path, tokenizer, form, {"prompt": "Q?", "chosen": "A.", "rejected": "No."}, line, error)
 
 
 @pytest.mark.parametrize(
@@ -301,17 +301,17 @@ def test_pair_errors_name_the_line(tmp_path, tokenizer, mode, line, error):
 )
 def test_score_errors_name_the_line(tmp_path, tokenizer, change, error):
     good = {"query": "Q?", "response": ["A.", "No."], "score": [1, 0]}
-    fails(tmp_path, tokenizer, "reward", good, good | change, error)
+    fails(tmp_path, tokenizer, "scored", good, good | change, error)
 
 
 def test_required_keys(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?", "answer": 4}, {"prompt": "Q?", "answer": None})
-    assert len(Records.load(file, "grpo", tokenizer, Data())) == 2
+    assert len(Records.load(file, "prompts", tokenizer, Data())) == 2
     with pytest.raises(UserError, match=re.escape(f"{file}:2: no 'answer', which the reward needs; add it")):
-        Records.load(file, "grpo", tokenizer, Data(), required=("answer",))
+        Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
     file = write(
         tmp_path / "b.jsonl", {"eval_func": "math_rule", "prompt": "Q?", "answer": 4}, {"eval_func": "code", "prompt": "Q?", "answer": 4}
     )
-    assert len(Records.load(file, "grpo", tokenizer, Data())) == 2
+    assert len(Records.load(file, "prompts", tokenizer, Data())) == 2
     with pytest.raises(UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")):
-        Records.load(file, "grpo", tokenizer, Data(), required=("answer",))
+        Records.load(file, "prompts", tokenizer, Data(), required=("answer",))

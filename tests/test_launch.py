@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import MODES, Config
+from rlhf.algorithms import ALGORITHMS
+from rlhf.config import Config
 from rlhf.configuration import manual
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +27,10 @@ def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> su
 def test_help_lists_the_modes(arguments):
     result = launch(*arguments)
     assert result.returncode == 0, result.stderr
-    for mode, line in MODES.items():
-        assert re.search(rf"^\s*{mode}\s+{re.escape(line)}$", result.stdout, re.MULTILINE), f"{mode} is missing:\n{result.stdout}"
+    for mode, algorithm in ALGORITHMS.items():
+        assert re.search(rf"^\s*{mode}\s+{re.escape(algorithm.summary)}$", result.stdout, re.MULTILINE), (
+            f"{mode} is missing:\n{result.stdout}"
+        )
     for command in ("convert", "prepare_data", "demo", "tutorial", "test"):  # what launch.sh and the command line know beside modes
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), f"{command} is missing:\n{result.stdout}"
 
@@ -40,7 +43,7 @@ def test_help_of_a_mode_prints_every_key():
 
 @pytest.mark.parametrize(("name", "mode"), [("ppo", "rlhf"), ("online_dpo", "online-dpo")])
 def test_modes_by_another_name(name, mode):
-    assert launch(name, "--help").stdout.startswith(f"{mode}: {MODES[mode]}\n")
+    assert launch(name, "--help").stdout.startswith(f"{mode}: {ALGORITHMS[mode].summary}\n")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("grpo", "--help")])

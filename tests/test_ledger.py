@@ -15,10 +15,13 @@ from rlhf.config import Config
 from rlhf.errors import UserError
 from rlhf.ledger import CONTEXT, GIB, Ledger, engine_parameters, shard_parameters
 from rlhf.model import architecture
+from rlhf.phases import Kind, Phase, Tenant, Visit
 from rlhf.weights import names
 
 ROOT = Path(__file__).parents[1]
 MODES = ("sft", "reward", "rlhf", "dpo", "online-dpo", "grpo")
+ROLLOUT, LEARN = Visit(Phase.ROLLOUT), Visit(Phase.LEARN, "policy")
+WEIGHTS, GRADIENTS, OPTIMIZER = (Tenant("policy", kind) for kind in (Kind.WEIGHTS, Kind.GRADIENTS, Kind.OPTIMIZER))
 SIZES = {"7B": (8, 6_738_415_616), "13B": (16, 13_015_864_320), "70B": (32, 68_976_648_192)}  # GPUs of the tutorial, parameters
 
 
@@ -40,11 +43,11 @@ def test_7b_by_hand() -> None:
     """6.74e9 parameters over tp 4: 2 bytes of weights, 4 of gradients, 12 of optimizer over dp 2; norms are whole on every rank."""
     count = (SIZES["7B"][1] - 65 * 4096) // 4 + 65 * 4096
     tenants = ledger("sft", "7B").tenants[0]
-    assert tenants["policy.weights"] * GIB == 2 * count == pytest.approx(3.37e9, rel=1e-3)
-    assert tenants["policy.gradients"] * GIB == 4 * count
-    assert tenants["policy.optimizer"] * GIB == 12 * count / 2
-    assert ledger("sft", "7B", "parallel.zero=false").tenants[0]["policy.optimizer"] * GIB == 12 * count
-    rollout = ledger("grpo", "7B").rows("rollout", 0)
+    assert tenants[WEIGHTS] * GIB == 2 * count == pytest.approx(3.37e9, rel=1e-3)
+    assert tenants[GRADIENTS] * GIB == 4 * count
+    assert tenants[OPTIMIZER] * GIB == 12 * count / 2
+    assert ledger("sft", "7B", "parallel.zero=false").tenants[0][OPTIMIZER] * GIB == 12 * count
+    rollout = ledger("grpo", "7B").rows(ROLLOUT, 0)
     assert rollout["engine weights"] * GIB == 2 * SIZES["7B"][1]
     assert CONTEXT + sum(rollout[name] for name in ("engine weights", "engine cache", "engine work")) == pytest.approx(0.7 * 80)
     # One token's keys and values: 2 x 32 layers x 4096 x 2 bytes = 512 KiB.
@@ -56,15 +59,15 @@ def test_tensor_parallel_ranks_exchange_hidden_states() -> None:
     from rlhf.parallel.exchange import SLOTS
 
     shape = ("parallel.tp=2", "parallel.dp=4", "batch.tokens=8192")
-    assert ledger("sft", "7B", *shape).rows("learn/policy", 0)["exchange"] * GIB == SLOTS * 8192 * 4096 * 2
+    assert ledger("sft", "7B", *shape).rows(LEARN, 0)["exchange"] * GIB == SLOTS * 8192 * 4096 * 2
     for other in ((*shape, "parallel.sp=false"), ("parallel.tp=8", "parallel.dp=1")):
-        assert "exchange" not in ledger("sft", "7B", *other).rows("learn/policy", 0)
+        assert "exchange" not in ledger("sft", "7B", *other).rows(LEARN, 0)
 
 
 def test_activations_by_hand() -> None:
     """7B on one rank keeps, per token and layer, 4 x 4096 around norms, 6 x 4096 of attention and 3 x 11008 of the MLP, 2 bytes each."""
     shape = ("parallel.tp=1", "parallel.dp=8", "batch.tokens=8192")
-    works = [ledger("sft", "7B", *shape, f"parallel.recompute={r}").rows("learn/policy", 0)["work"] for r in ("none", "selective", "full")]
+    works = [ledger("sft", "7B", *shape, f"parallel.recompute={r}").rows(LEARN, 0)["work"] for r in ("none", "selective", "full")]
     token = 2 * (10 * 4096 + 3 * 11008)
     assert (works[0] - works[1]) * GIB == pytest.approx(32 * 8192 * 2 * 2 * 4096)  # rotated queries and keys are made again
     assert (works[0] - works[2]) * GIB == pytest.approx(8192 * (32 * token - 32 * 2 * 4096 - token))
@@ -92,12 +95,12 @@ def test_shipped_configurations_fit(mode: str, size: str) -> None:
     shipped.check()
     for tenant in shipped.offload:
         kept = shipped.offload - {tenant}
-        assert any(shipped.need(phase, kept) > shipped.room for phase in shipped.phases), f"{tenant} could have stayed"
+        assert any(shipped.need(visit, kept) > shipped.room for visit in shipped.visits), f"{tenant} could have stayed"
     assert (ROOT / f"configs/{mode}.toml").read_text().startswith("#")
 
 
 def test_70b_ppo_offloads_its_optimizers() -> None:
-    assert {"policy.optimizer", "critic.optimizer"} <= ledger("rlhf", "70B").offload
+    assert {OPTIMIZER, Tenant("critic", Kind.OPTIMIZER)} <= ledger("rlhf", "70B").offload
 
 
 def test_what_is_offloaded() -> None:
@@ -107,7 +110,7 @@ def test_what_is_offloaded() -> None:
     everything = ledger("rlhf", "7B", "memory.offload=all")
     assert everything.offload == everything.tenants[0].keys()
     assert len(everything.offload) == 8  # two trained roles with three kinds, two frozen ones with one
-    assert ledger("grpo", "7B").offload == {"policy.gradients"}
+    assert ledger("grpo", "7B").offload == {GRADIENTS}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_refusals_name_the_phase_and_the_knob(mode: str, size: str, overrides: l
 def test_a_device_in_use_is_refused() -> None:
     """What the process itself has at the start, its context, is not asked for again."""
     sft = ledger("sft", "7B")
-    most = sft.need("learn/policy")
+    most = sft.need(LEARN)
     sft.check(free=most - CONTEXT + 0.1)
     with pytest.raises(UserError, match=r"phase learn/policy needs 31.9 GiB, and 30.0 of the device are free: end the programs"):
         sft.check(free=30.0)

@@ -65,7 +65,7 @@ def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
     out = folder / "tp2" / "reward"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out / "hf", dtype=torch.float32)
     assert type(model).__name__ == "LlamaForSequenceClassification"
-    samples = Records.load(folder / "data/dev_reward.jsonl", "reward", Tokenizer.load(out / "hf"), Data()).head(0)
+    samples = Records.load(folder / "data/dev_reward.jsonl", "scored", Tokenizer.load(out / "hf"), Data()).head(0)
     with torch.no_grad():
         scores = [model(torch.from_numpy(s.tokens[None].astype("int64"))).logits.item() for s in samples]
     pairs = [(i, j) for i, a in enumerate(samples) for j, b in enumerate(samples) if a.group == b.group and a.reward > b.reward]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rows import first_lines, learned, whole, write
 
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
 from rlhf.data import forms, jsonl
 from rlhf.data.records import Records
@@ -37,7 +38,7 @@ def rows(file):
 
 
 def load(file, mode, tokenizer, template, **more):
-    return Records.load(file, mode, tokenizer, Data(template=template, max_tokens=10**5, learn="last"), **more)
+    return Records.load(file, ALGORITHMS[mode].form, tokenizer, Data(template=template, max_tokens=10**5, learn="last"), **more)
 
 
 HH = {
@@ -162,9 +163,10 @@ def test_every_line_of_the_real_files_has_a_form_of_its_mode(prepared, llama2):
     assert len(files) == 4 + 2 + 2 + 1
     for file in files:
         mode = MODES[file.parent.name]
+        form = ALGORITHMS[mode].form
         required = ("answer",) if mode == "grpo" else ()
         for _, line in jsonl.lines(file):
-            assert len(forms.read(line, mode, required)) == (2 if mode in forms.COMPARED else 1)
+            assert len(forms.read(line, form, required)) == (2 if form in forms.COMPARED else 1)
         records = load(head(file, 50), mode, llama2, template, required=required)
         assert len(records) == 50
         assert all(sample.mask.any() == (mode in ("sft", "reward", "dpo")) for sample in records.head(0))
@@ -195,5 +197,5 @@ def test_real_gsm8k(prepared, llama2, shared_data):
     for row, prompt, solution in zip(first_lines(shared_data / "gsm8k_test.jsonl.gz", 200), math, sft, strict=True):
         assert llama2.decode(prompt.tokens) == f"\n\nHuman: {row['question']}\n\nAssistant:"
         assert whole(llama2, solution).endswith(f"{row['question']}\n\nAssistant: {row['answer']}</s>")
-        assert prompt.meta["record"]["eval_func"] == "math_rule"
-        assert verify(learned(llama2, solution).removesuffix("</s>"), prompt.meta["record"]["answer"]) == 1.0
+        assert prompt.text.record["eval_func"] == "math_rule"
+        assert verify(learned(llama2, solution).removesuffix("</s>"), prompt.text.record["answer"]) == 1.0

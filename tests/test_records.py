@@ -34,17 +34,17 @@ def test_files_and_folders(tmp_path, tokenizer):
     (tmp_path / "README.md").write_text("no data")
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "d.jsonl").write_text("folders in it are not read")
-    samples = Records.load(tmp_path, "grpo", tokenizer, Data()).head(0)
-    assert [sample.meta["prompt"] for sample in samples] == ["one", "two", "three", "four", "fünf 🙂"]
-    assert [sample.meta["row"] for sample in samples] == [0, 1, 2, 3, 4]
+    samples = Records.load(tmp_path, "prompts", tokenizer, Data()).head(0)
+    assert [sample.text.prompt for sample in samples] == ["one", "two", "three", "four", "fünf 🙂"]
+    assert [sample.text.row for sample in samples] == [0, 1, 2, 3, 4]
     assert [sample.group for sample in samples] == [0, 1, 2, 3, 4]
-    assert len(Records.load(tmp_path / "b.jsonl.gz", "grpo", tokenizer, Data())) == 2
+    assert len(Records.load(tmp_path / "b.jsonl.gz", "prompts", tokenizer, Data())) == 2
 
 
 def test_errors_of_files(tmp_path, tokenizer):
     def fails(path, message):
         with pytest.raises(UserError, match=message) as caught:
-            Records.load(path, "sft", tokenizer, Data())
+            Records.load(path, "demonstrations", tokenizer, Data())
         assert str(path) in str(caught.value)
 
     fails(tmp_path / "nowhere.jsonl", "no such file or folder; give a jsonl file")
@@ -63,13 +63,13 @@ def test_overlong_prompts(tmp_path, tokenizer):
     data = Data(template="human", max_tokens=60)
     ids, _ = templates.encode(tokenizer, "human", [{"role": "user", "content": "the answer is four " * 9}])
     with pytest.raises(UserError, match=re.escape(f"{file}:2: prompt of {len(ids)} tokens is longer than 40; shorten it")):
-        Records.load(file, "grpo", tokenizer, data, max_prompt=40)
+        Records.load(file, "prompts", tokenizer, data, max_prompt=40)
 
-    dropped = Records.load(file, "grpo", tokenizer, Data(template="human", overlong="drop"), max_prompt=40)
-    assert [sample.meta["row"] for sample in dropped.head(0)] == [0, 2]
+    dropped = Records.load(file, "prompts", tokenizer, Data(template="human", overlong="drop"), max_prompt=40)
+    assert [sample.text.row for sample in dropped.head(0)] == [0, 2]
     assert asdict(dropped.counts) == {"kept": 2, "truncated": 0, "dropped": 1}
 
-    cut = Records.load(file, "grpo", tokenizer, Data(template="human", overlong="truncate"), max_prompt=40)
+    cut = Records.load(file, "prompts", tokenizer, Data(template="human", overlong="truncate"), max_prompt=40)
     tokens = cut.head(0)[1].tokens.tolist()
     assert tokens == [tokenizer.bos, *ids[-39:]]
     assert tokenizer.decode(tokens).endswith("\n\nAssistant:")
@@ -78,11 +78,11 @@ def test_overlong_prompts(tmp_path, tokenizer):
     assert not any(sample.mask.any() for sample in cut.head(0))
 
     with pytest.raises(UserError, match=r"a.jsonl has no records: 3 lines, all over data.max_tokens; raise it"):
-        Records.load(file, "grpo", tokenizer, Data(overlong="drop"), max_prompt=2)
+        Records.load(file, "prompts", tokenizer, Data(overlong="drop"), max_prompt=2)
     least = 1 + templates.num_cue(tokenizer, "human")
     error = f"{file}:1: data.max_tokens leaves {least} tokens here, but bos and cue alone are {least}; raise it"
     with pytest.raises(UserError, match=re.escape(error)):
-        Records.load(file, "grpo", tokenizer, Data(template="human", overlong="truncate", max_tokens=least))
+        Records.load(file, "prompts", tokenizer, Data(template="human", overlong="truncate", max_tokens=least))
 
 
 @pytest.mark.parametrize("fixture", ["llama3", "llama2"])
@@ -96,7 +96,7 @@ def test_overlong_conversations(tmp_path, request, fixture):
     start, cue = learn.index(True), templates.num_cue(tokenizer, "human")
 
     def load(limit):
-        records = Records.load(file, "sft", tokenizer, Data(template="human", overlong="truncate", max_tokens=limit))
+        records = Records.load(file, "demonstrations", tokenizer, Data(template="human", overlong="truncate", max_tokens=limit))
         assert records.counts.truncated == (limit < len(ids))
         [sample] = records.head(0)
         assert len(sample.tokens) == min(limit, len(ids))
@@ -119,7 +119,7 @@ def test_plain_texts_keep_the_cue_that_they_spell(tmp_path, request, fixture):
     file = write(tmp_path / "a.jsonl", {"prompt": asked, "response": response}, {"prompt": "no marker", "response": response})
     ids = templates.encode(tokenizer, "plain", [{"role": "user", "content": asked}])[0]
     for limit in range(24, 40):
-        spelt, free = Records.load(file, "sft", tokenizer, Data(overlong="truncate", max_tokens=limit)).head(0)
+        spelt, free = Records.load(file, "demonstrations", tokenizer, Data(overlong="truncate", max_tokens=limit)).head(0)
         kept = len(spelt.tokens) - int(spelt.mask.sum())
         assert tokenizer.decode(spelt.tokens[:kept].tolist()).strip() == "Assistant:"
         assert spelt.tokens[1:kept].tolist() == ids[1 - kept :]
@@ -131,7 +131,7 @@ def test_overlong_dialogues_keep_their_last_response(tmp_path, tokenizer):
     user = {"role": "user", "content": "Q?"}
     turns = [user, {"role": "assistant", "content": "the first answer " * 9}, user, {"role": "assistant", "content": "the last one"}]
     file = write(tmp_path / "a.jsonl", {"messages": turns})
-    [sample] = Records.load(file, "sft", tokenizer, Data(template="human", overlong="truncate", max_tokens=60)).head(0)
+    [sample] = Records.load(file, "demonstrations", tokenizer, Data(template="human", overlong="truncate", max_tokens=60)).head(0)
     assert len(sample.tokens) == 60
     assert learned(tokenizer, sample).endswith("the first answer  the last one<|endoftext|>")
     assert whole(tokenizer, sample).startswith("<|begin|>")
@@ -144,7 +144,7 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
     file = write(tmp_path / "a.jsonl", *rows, {"query": "Q?", "response": ["the answer is four " * 9, "no"], "score": [1, 0]})
 
     def load():
-        return Records.load(file, "reward", tokenizer, Data(overlong="drop", max_tokens=40), cache=tmp_path / "cache")
+        return Records.load(file, "scored", tokenizer, Data(overlong="drop", max_tokens=40), cache=tmp_path / "cache")
 
     first = load()
     assert asdict(first.counts) == {"kept": 8, "truncated": 0, "dropped": 1}
@@ -153,7 +153,7 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
     assert again.counts == first.counts
     for a, b in zip(first.draw(1, 5, seed=3), again.draw(1, 5, seed=3), strict=True):
         assert (a.tokens.tolist(), a.mask.tolist()) == (b.tokens.tolist(), b.mask.tolist())
-        assert (a.group, a.reward, a.truncated, a.meta) == (b.group, b.reward, b.truncated, b.meta)
+        assert (a.group, a.reward, a.truncated, a.text) == (b.group, b.reward, b.truncated, b.text)
     [kept] = (tmp_path / "cache").iterdir()
     kept.write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and it will be made again"):
@@ -182,7 +182,7 @@ def test_many_processes_make_what_one_makes(tmp_path, request, fixture, processe
 
     def load(name):
         data, cache = Data(overlong="drop", max_tokens=60), tmp_path / name
-        records = Records.load(file, "reward", request.getfixturevalue(fixture), data, cache=cache)
+        records = Records.load(file, "scored", request.getfixturevalue(fixture), data, cache=cache)
         assert asdict(records.counts) == {"kept": 30, "truncated": 0, "dropped": 10}
         [kept] = cache.iterdir()
         return kept.name, kept.read_bytes()
@@ -199,7 +199,7 @@ def test_many_processes_tell_the_first_mistake(tmp_path, tokenizer, processes):
     rows[31], rows[32], rows[58] = {"prompt": ""}, {"text": "?"}, "{"
     file = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(UserError, match=re.escape(f"{file}:32: 'prompt' is empty; give it a text or remove the line")):
-        Records.load(file, "grpo", tokenizer, Data())
+        Records.load(file, "prompts", tokenizer, Data())
 
 
 def die(_):
@@ -211,7 +211,7 @@ def test_a_killed_process_is_told(tmp_path, tokenizer, processes, monkeypatch):
     monkeypatch.setattr(reader, "_columns", die)
     file = write(tmp_path / "a.jsonl", *({"prompt": f"question {n}"} for n in range(60)))
     with pytest.raises(UserError, match=re.escape(f"data set {file}: a process that tokenizes it was killed; if memory ran out")):
-        Records.load(file, "grpo", tokenizer, Data())
+        Records.load(file, "prompts", tokenizer, Data())
 
 
 def test_processes_end_with_the_one_that_started_them():
@@ -249,17 +249,17 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
 def test_a_folder_that_cannot_be_written(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
     with pytest.raises(UserError, match=r"cannot be written \(.*\); set out to a folder with room"):
-        Records.load(file, "grpo", tokenizer, Data(), cache=file / "records")
+        Records.load(file, "prompts", tokenizer, Data(), cache=file / "records")
 
 
 @pytest.fixture(scope="session")
 def ten(tmp_path_factory, tokenizer):
     file = write(tmp_path_factory.mktemp("ten") / "a.jsonl", *({"prompt": f"number {n}"} for n in range(10)))
-    return Records.load(file, "grpo", tokenizer, Data())
+    return Records.load(file, "prompts", tokenizer, Data())
 
 
 def rows(samples):
-    return [sample.meta["row"] for sample in samples]
+    return [sample.text.row for sample in samples]
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 10, 25])
@@ -302,15 +302,15 @@ def test_head_is_the_first_records_in_order(ten):
 def test_gsm8k(tmp_path, tokenizer, llama2, shared_data):
     """The real files, as prompts and as conversations to learn."""
     file = shared_data / "gsm8k_test.jsonl.gz"
-    prompts = Records.load(file, "grpo", llama2, Data(template="human"), required=("answer",))
+    prompts = Records.load(file, "prompts", llama2, Data(template="human"), required=("answer",))
     assert len(prompts) == 1319
     assert asdict(prompts.counts) == {"kept": 1319, "truncated": 0, "dropped": 0}
     for sample in prompts.draw(3, 16, seed=1):
-        record = sample.meta["record"]
+        record = sample.text.record
         assert "####" in record["answer"]
-        assert llama2.decode(sample.tokens) == f"\n\nHuman: {record['question']}\n\nAssistant:" == sample.meta["prompt"]
+        assert llama2.decode(sample.tokens) == f"\n\nHuman: {record['question']}\n\nAssistant:" == sample.text.prompt
     some = write(tmp_path / "some.jsonl", *first_lines(file, 50))
-    for sample in Records.load(some, "sft", tokenizer, Data(template="chatml")).head(0):
-        record = sample.meta["record"]
+    for sample in Records.load(some, "demonstrations", tokenizer, Data(template="chatml")).head(0):
+        record = sample.text.record
         assert learned(tokenizer, sample) == record["answer"] + "<|im_end|><|endoftext|>"
-        assert sample.meta["prompt"] == f"<|im_start|>user\n{record['question']}<|im_end|>\n<|im_start|>assistant\n"
+        assert sample.text.prompt == f"<|im_start|>user\n{record['question']}<|im_end|>\n<|im_start|>assistant\n"

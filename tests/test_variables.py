@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf import configuration, variables
-from rlhf.config import MODES, Config, Parallel
+from rlhf.algorithms import ALGORITHMS, SECTIONS
+from rlhf.config import Config, Parallel
 from rlhf.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +35,10 @@ def load(mode: str, env: dict[str, str], *given: str) -> Config:
 
 def test_every_variable_is_for_modes_that_exist():
     for modes, _, _ in variables.VARIABLES.values():
-        assert all(mode in MODES or mode.startswith("convert") for mode in modes.split(", "))
+        assert all(mode in ALGORITHMS or mode.startswith("convert") for mode in modes.split(", "))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALGORITHMS)
 def test_keys(mode: str):
     config = load(mode, ONE)
     assert config.policy.load == ("/m/base" if mode in ("sft", "reward") else "/m/sft")
@@ -145,6 +146,9 @@ def test_demo_and_tutorial_do_without(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_modes_that_are_shipped():
     """What the tutorial's scripts do where the papers, and so the defaults, do otherwise."""
     grpo, online = (configuration.load(mode, [f"{ROOT}/configs/{mode}.toml"]) for mode in ("grpo", "online-dpo"))
-    assert (grpo.grpo.kl, grpo.grpo.mean) == (0.1, "token")  # its KL has the weight of dpo, its mean is over a micro-batch's tokens
-    assert (Config().grpo.kl, Config().grpo.mean) == (0.04, "sequence")
-    assert (online.dpo.pairs, online.dpo.beta) == ("all", 0.1)
+    assert (grpo.sections["grpo"].kl, grpo.sections["grpo"].mean) == (
+        0.1,
+        "token",
+    )  # its KL has the weight of dpo, its mean is over a micro-batch's tokens
+    assert (SECTIONS["grpo"]().kl, SECTIONS["grpo"]().mean) == (0.04, "sequence")
+    assert (online.sections["dpo"].pairs, online.sections["dpo"].beta) == ("all", 0.1)

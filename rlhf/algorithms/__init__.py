@@ -1,21 +1,35 @@
-"""The table of algorithms: mode -> class. A new one is a module of a page and a line here (and its name in config.MODES)."""
+"""The table of modes. A new one is a module of a page in this folder and a line here; everything else about it is said on its class.
 
-from collections.abc import Callable
+The modules import the standard library and light parts of this package only (numpy and torch by rlhf.lazy), so that help is quick and works
+where nothing is installed.
+"""
 
-from rlhf.algorithms.dpo import DPO
-from rlhf.algorithms.grpo import GRPO
-from rlhf.algorithms.online_dpo import OnlineDPO
-from rlhf.algorithms.ppo import PPO
-from rlhf.algorithms.reward import RM
-from rlhf.algorithms.sft import SFT
+from importlib import import_module
+
 from rlhf.config import Config
 from rlhf.contracts import Algorithm
 
-ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
-    "sft": SFT,
-    "reward": RM,
-    "rlhf": PPO,
-    "dpo": DPO,
-    "online-dpo": OnlineDPO,
-    "grpo": GRPO,
+MODES = {  # mode -> module in this folder, and class
+    "sft": "sft.SFT",
+    "reward": "reward.RM",
+    "rlhf": "ppo.PPO",
+    "dpo": "dpo.DPO",
+    "online-dpo": "online_dpo.OnlineDPO",
+    "grpo": "grpo.GRPO",
+    "evaluate": "evaluate.Evaluate",
 }
+
+
+def _load(place: str) -> type[Algorithm]:
+    module, _, name = place.partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+ALGORITHMS: dict[str, type[Algorithm]] = {mode: _load(place) for mode, place in MODES.items()}
+ALIASES = {alias: mode for mode, algorithm in ALGORITHMS.items() for alias in algorithm.aliases}
+SECTIONS = dict(algorithm.section for algorithm in ALGORITHMS.values() if algorithm.section)  # of the configuration: name -> keys
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """The algorithm of a run. Raises UserError where its keys contradict each other."""
+    return ALGORITHMS[config.mode](config)

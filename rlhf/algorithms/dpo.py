@@ -8,17 +8,39 @@ token in its chosen response (RPO, 2404.19733).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 from rlhf.algorithms.functional import pair_loss, preference, seq_mean, wins
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output
+from rlhf.contracts import Algorithm, Batch, Form, Loss, Output
 from rlhf.errors import UserError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Direct preference optimisation (2305.18290), offline and online (2402.04792)."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # ipo: 2310.12036
+    beta: float = 0.1  # strength of the pull to the reference
+    smoothing: float = 0.0  # share of pairs taken to be labelled the wrong way round (cDPO)
+    reference: bool = True  # false: log-probs themselves instead of their ratio to the reference (SimPO, 2405.14734)
+    length_normalise: bool = False  # log-probs averaged over tokens instead of summed (SimPO)
+    margin: float = 0.0  # of the rewards, by which the chosen response must win (SimPO's gamma)
+    sft: float = 0.0  # weight of the language-model loss on the chosen response, averaged over its tokens
+    pairs: Literal["best_worst", "all"] = "best_worst"  # online, of each group; ties teach nothing
+
+
 class DPO(Algorithm):
+    summary = "direct preference optimisation on pairs of responses"
+    form: ClassVar[Form] = "pairs"
+    section = "dpo", Keys
     whole_groups = True
 
     def __init__(self, config: Config):
-        self.config = c = config.dpo
+        super().__init__(config)
+        self.keys: Keys = config.sections["dpo"]
+        c = self.keys
         if not c.beta:
             raise UserError("dpo.beta=0 gives every pair the same loss: set it above 0, such as 0.1")
         if c.smoothing >= 0.5:
@@ -27,14 +49,11 @@ class DPO(Algorithm):
             raise UserError(
                 f"dpo.loss=ipo knows no dpo.smoothing={c.smoothing} and dpo.margin={c.margin}: set both to 0, or dpo.loss=sigmoid"
             )
-        self.models = {"policy": "train"}
-        self.state = {}
-        if c.reference:
-            self.models["reference"] = "frozen"
-            self.streams = ("ref_logp",)
+        self.models = {"policy": "train", "reference": "frozen"} if c.reference else {"policy": "train"}
+        self.streams = ("ref_logp",) if c.reference else ()
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        c, (chosen, rejected) = self.config, batch.pairs
+        c, (chosen, rejected) = self.keys, batch.pairs
         logp = out.logp - batch.streams["ref_logp"] if c.reference else out.logp  # [T]
         ratio = seq_mean(logp, batch) if c.length_normalise else batch.seq_sum(logp)  # [S]
         h = ratio[chosen] - ratio[rejected]  # [pairs]

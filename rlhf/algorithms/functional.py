@@ -7,13 +7,13 @@ depend on the split: tokens count on the rank that holds them, sequences and pai
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rlhf.contracts import Batch, Loss, Sample
+from rlhf.lazy import F, np, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mean_loss(per_token: Tensor, batch: Batch, unit: str = "token", length: int = 0, **metrics: Tensor) -> Loss:

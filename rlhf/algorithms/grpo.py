@@ -10,36 +10,57 @@ The paper averages over each response's tokens first, then over responses; grpo.
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Literal
 
 from rlhf.algorithms.functional import clipped_surrogate, clipped_weight, kl_estimate, mean_loss, seq_mean, spread, whiten
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, groups
 from rlhf.errors import UserError
+from rlhf.lazy import np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Group relative policy optimisation (2402.03300) and its relatives."""
+
+    advantage: Literal["std", "none", "leave_one_out", "global"] = "std"  # scale by the group's deviation, not (Dr.GRPO), RLOO, REINFORCE++
+    ratio: Literal["token", "sequence"] = "token"  # sequence: one ratio per response, the geometric mean (GSPO, 2507.18071)
+    objective: Literal["clip", "cispo"] = "clip"  # cispo: the clipped ratio is a constant weight of the log-prob (2506.13585)
+    clip_low: float = 0.2  # ratio >= 1 - clip_low
+    clip_high: float = 0.2  # ratio <= 1 + clip_high
+    kl: float = 0.04  # weight of the KL to the reference in the loss; 0 needs no reference model
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL
+    mean: Literal["sequence", "token", "constant"] = "sequence"  # over each response first, all tokens (DAPO), or a fixed length (Dr.GRPO)
+    mismatch_cap: float = 0.0  # cap of the weight learner / engine probability (truncated importance sampling); 0: off
+    overlong: Literal["keep", "mask", "shape"] = "keep"  # cut responses: as others, not learned, or penalised towards the limit (DAPO)
+    overlong_buffer: int = 0  # tokens before rollout.max_tokens over which the penalty grows from 0 to 1
 
 
 class GRPO(Algorithm):
+    summary = "group relative policy optimisation: sample, verify, update"
+    form = "prompts"
+    section = "grpo", Keys
     online = True
+    rule = "math"
 
     def __init__(self, config: Config):
-        self.config, self.limit = config.grpo, config.rollout.max_tokens
+        super().__init__(config)
+        self.keys: Keys = config.sections["grpo"]
+        self.limit = config.rollout.max_tokens
         if config.rollout.group < 2:
             raise UserError("rollout.group=1 leaves a response nothing to be compared with: sample at least 2 per prompt")
-        if self.config.overlong == "shape" and not 0 < self.config.overlong_buffer <= self.limit:
-            given, limit = self.config.overlong_buffer, self.limit
+        if self.keys.overlong == "shape" and not 0 < self.keys.overlong_buffer <= self.limit:
+            given, limit = self.keys.overlong_buffer, self.limit
             raise UserError(f"grpo.overlong=shape with grpo.overlong_buffer={given}: set it between 1 and rollout.max_tokens={limit}")
-        self.models = {"policy": "train"}
-        self.state = {}
         # A step's first update begins at the policy that sampled. Where it is the only one, nobody has to ask that policy beforehand.
         self.scored = config.batch.epochs * config.batch.minibatches > 1
-        self.streams: tuple[str, ...] = ("old_logp",) if self.scored else ()
-        if self.config.kl:
-            self.models["reference"] = "frozen"
-            self.streams += ("ref_logp",)
+        self.models = {"policy": "train", "reference": "frozen"} if self.keys.kl else {"policy": "train"}
+        self.streams = ("old_logp",) * self.scored + ("ref_logp",) * bool(self.keys.kl)
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
         """Advantages. With overlong=mask, cut responses still shape their group's baseline, but are not among what is returned."""
-        c, drawn, silent = self.config, groups(samples), 0
+        c, drawn, silent = self.keys, groups(samples), 0
         for group in drawn:
             rewards = np.array([s.reward - self._penalty(s) for s in group])
             silent += bool(np.ptp(rewards) == 0.0)
@@ -55,13 +76,13 @@ class GRPO(Algorithm):
 
     def _penalty(self, sample: Sample) -> float:
         """DAPO's soft punishment (2503.14476, eq. 13), positive: 0 before the buffer, 1 at the limit and for cut responses."""
-        if self.config.overlong != "shape":
+        if self.keys.overlong != "shape":
             return 0.0
-        into = float(sample.mask.sum()) - (self.limit - self.config.overlong_buffer)
-        return 1.0 if sample.truncated else min(max(into / self.config.overlong_buffer, 0.0), 1.0)
+        into = float(sample.mask.sum()) - (self.limit - self.keys.overlong_buffer)
+        return 1.0 if sample.truncated else min(max(into / self.keys.overlong_buffer, 0.0), 1.0)
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        c, x, mask = self.config, batch.streams, batch.mask
+        c, x, mask = self.keys, batch.streams, batch.mask
         old = x["old_logp"] if self.scored else out.logp.detach()
         log_ratio = (out.logp - old) * mask  # prompts are not learned and may drift: no exp of theirs
         if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7), whose paper clips at 3e-4 and 4e-4

@@ -12,11 +12,13 @@ from rlhf.errors import UserError
 
 
 class OnlineDPO(DPO):
+    summary = "DPO on pairs that the policy samples and the reward ranks"
+    form = "prompts"
+    aliases = ("online_dpo",)
     online = True
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.pairs = config.dpo.pairs
         if config.rollout.group < 2:
             raise UserError("rollout.group=1 makes no pairs: sample at least 2 responses per prompt")
 
@@ -36,5 +38,5 @@ class OnlineDPO(DPO):
             if best.reward == worst.reward:
                 tied += 1
             else:
-                kept += [best, worst] if self.pairs == "best_worst" else distinct.values()
+                kept += [best, worst] if self.keys.pairs == "best_worst" else distinct.values()
         return kept, {"tied": (float(tied), float(len(drawn))), "reward_gap": (gap, float(len(drawn)))}

@@ -8,41 +8,66 @@ is worth: no EOS is made up, and since nobody computed the value behind its last
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from rlhf.algorithms.functional import clipped_surrogate, clipped_value, gae, kl_estimate, mean_loss, repeats, running_deviation, whiten
-from rlhf.config import Config
+from rlhf.config import Between, Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
 from rlhf.errors import UserError
+from rlhf.lazy import np, torch
 
 ERROR = 0.2  # of the KL relative to ppo.kl_target, at most, that one step answers (1909.08593, section 2.2)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Proximal policy optimisation with a critic (1707.06347, 2203.02155)."""
+
+    clip_low: float = 0.2  # ratio >= 1 - clip_low
+    clip_high: float = 0.2  # ratio <= 1 + clip_high
+    value_clip: float = 0.2  # how far a value may move from its old one before its loss is clipped; 0: no clipping
+    gamma: Annotated[float, Between(0, 1)] = 1.0  # discount of returns
+    lam: Annotated[float, Between(0, 1)] = 0.95  # lambda of generalised advantage estimation (1506.02438)
+    whiten: bool = True  # advantages of the step get mean 0 and deviation 1
+    kl: float = 0.02  # coefficient of the KL to the reference in each token's reward; 0 needs no reference
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"  # estimator of that KL
+    kl_target: float = 0.0  # KL of a whole response that the coefficient is adapted to (1909.08593); 0: it is fixed
+    kl_horizon: float = 10000.0  # responses over which it adapts
+    reward_clip: float = 0.0  # largest absolute reward of a response, after scaling; 0: no clipping
+    reward_scale: bool = False  # divide rewards by their running standard deviation
+    ngram: int = 0  # a token that completes an n-gram of this length again is penalised; 0: none
+    ngram_penalty: float = 1.0  # by this much
+    critic_warmup: int = 0  # steps in which the critic alone learns
+
+
 class PPO(Algorithm):
+    summary = "PPO: sample, score with the reward model, update policy and critic (also called ppo)"
+    form = "prompts"
+    aliases = ("ppo",)
+    section = "ppo", Keys
     online = True
+    models = {"policy": "train", "critic": "train"}
 
     def __init__(self, config: Config):
-        self.config = config.ppo
-        self.models = {"policy": "train", "critic": "train"}
-        self.streams = ("old_logp", "values")
-        self.warmup = {"policy": self.config.critic_warmup}
-        self.state = {}
-        if self.config.kl:
-            self.models["reference"] = "frozen"
-            self.streams += ("ref_logp",)
-        elif self.config.kl_target:
+        super().__init__(config)
+        self.keys: Keys = config.sections["ppo"]
+        self.streams = ("old_logp", "values") + ("ref_logp",) * bool(self.keys.kl)
+        self.warmup = {"policy": self.keys.critic_warmup}
+        if self.keys.kl:
+            self.models = {**self.models, "reference": "frozen"}
+        elif self.keys.kl_target:
             raise UserError("ppo.kl_target adapts ppo.kl, which is 0 and would stay 0: set ppo.kl to where it starts, or ppo.kl_target=0")
-        if self.config.critic_warmup >= config.steps:
-            raise UserError(f"ppo.critic_warmup={self.config.critic_warmup} leaves the policy none of steps={config.steps}: lower it")
+        if self.keys.critic_warmup >= config.steps:
+            raise UserError(f"ppo.critic_warmup={self.keys.critic_warmup} leaves the policy none of steps={config.steps}: lower it")
         responses = config.batch.prompts * config.rollout.group
-        if self.config.kl_target and self.config.kl_horizon <= ERROR * responses:  # the coefficient could turn negative
-            short = f"ppo.kl_horizon={self.config.kl_horizon} is too short for steps of {responses} responses"
+        if self.keys.kl_target and self.keys.kl_horizon <= ERROR * responses:  # the coefficient could turn negative
+            short = f"ppo.kl_horizon={self.keys.kl_horizon} is too short for steps of {responses} responses"
             raise UserError(f"{short}: set it above {ERROR * responses:g}")
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
         """Advantages and returns of every response token. kl is of whole responses: the sum of k1 over tokens, never divided by them."""
-        c, n = self.config, float(len(samples))
+        c, n = self.keys, float(len(samples))
         coefficient = self.state.get("kl_coefficient", c.kl) if c.kl_target else c.kl
         worth = np.array([s.reward for s in samples])
         if c.reward_scale:
@@ -78,7 +103,7 @@ class PPO(Algorithm):
         return samples, sums
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        c, x = self.config, batch.streams
+        c, x = self.keys, batch.streams
         if role == "critic":
             loss, clipped = clipped_value(out.value, x["values"], x["returns"], c.value_clip)
             return mean_loss(loss, batch, clipped=clipped, value=out.value)

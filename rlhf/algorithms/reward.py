@@ -8,28 +8,45 @@ response (the first of equals).
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rlhf.algorithms.functional import pair_loss, wins
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, scored
+from rlhf.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Reward modelling (2203.02155): Bradley-Terry over the ordered pairs of each prompt's scored responses."""
+
+    margin: float = 0.0  # times the difference of the given scores: by how much the better response must win (2307.09288)
+    lm: float = 0.0  # weight of the language-model loss on the best response of each prompt; 0 needs no output layer
 
 
 class RM(Algorithm):
+    summary = "reward model: a scalar head learns which of a prompt's responses people prefer"
+    form = "scored"
+    section = "rm", Keys
     whole_groups = True
+    aligns = False
+    models = {"reward": "train"}
 
     def __init__(self, config: Config):
-        self.config = config.rm
-        self.models = {"reward": "train"}
-        self.state = {}
+        super().__init__(config)
+        self.keys: Keys = config.sections["rm"]
+        if self.keys.lm:
+            self.with_lm = ("reward",)
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
         return [scored(sample) for sample in samples], {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        c, (better, worse) = self.config, batch.pairs
+        c, (better, worse) = self.keys, batch.pairs
         score, owned = batch.at_last(out.value), batch.owned()  # [S]
         margin = score[better] - score[worse]  # [pairs]
         loss = -F.logsigmoid(margin - c.margin * (batch.reward[better] - batch.reward[worse]))

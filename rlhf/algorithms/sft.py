@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from rlhf.algorithms.functional import mean_loss
-from rlhf.config import Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output
 
 
 class SFT(Algorithm):
-    def __init__(self, config: Config):
-        self.models = {"policy": "train"}
-        self.state = {}
+    summary = "supervised fine-tuning on prompts and responses"
+    form = "demonstrations"
+    aligns = False
+    models = {"policy": "train"}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         return mean_loss(-out.logp, batch, entropy=out.entropy)

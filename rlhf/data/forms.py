@@ -1,8 +1,9 @@
-"""The forms that a line of a data set may have, by mode, and what each says: one or several conversations and what they are worth.
+"""The forms that a line of a data set may have, and what each says: one or several conversations and what they are worth.
 
-A line is of the first form of its mode whose keys it has; whatever other keys it has are left to rewards. Texts and messages
-(objects with role and content, as trl writes them) may stand for one another: a text in the place of a prompt is what the user
-says, and in the place of a response what the assistant says. Responses in a list of scored ones are texts.
+An algorithm names the table that its lines are read by (Algorithm.form). A line is of the first form in it whose keys it has; whatever
+other keys it has are left to rewards. Texts and messages (objects with role and content, as trl writes them) may stand for one another: a
+text in the place of a prompt is what the user says, and in the place of a response what the assistant says. Responses in a list of scored
+ones are texts.
 """
 
 import json
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from rlhf.contracts import Form
 from rlhf.data import templates
 from rlhf.data.templates import Message
 from rlhf.errors import UserError
@@ -17,15 +19,15 @@ from rlhf.errors import UserError
 Row = dict[str, Any]
 Keys = tuple[str, ...]
 Told = list[tuple[list[Message], float]]  # conversations and what their last responses are worth; several are siblings of one group
-Form = Callable[[Row, Keys], Told]
+Parse = Callable[[Row, Keys], Told]
 
 
-def read(line: bytes, mode: str, required: Keys = ()) -> Told:
-    """The conversations of a line by the first form of the mode that fits it.
+def read(line: bytes, form: Form, required: Keys = ()) -> Told:
+    """The conversations of a line by the first of the forms that fits it.
 
     required: further keys that the line must have, such as the answer that a reward compares with. Raises UserError.
     """
-    row, forms = parse(line), FORMS[mode]
+    row, forms = parse(line), FORMS[form]
     keys = next((keys for keys in forms if all(key in row for key in keys)), None)
     if keys is None:
         wanted = ", or ".join(" and ".join(map(repr, keys)) for keys in forms)
@@ -141,18 +143,18 @@ def _text(text: object, name: str) -> str:
     return text
 
 
-_PROMPTS: dict[Keys, Form] = {("prompt",): _prompt, ("query",): _prompt, ("question",): _prompt, ("messages",): _unanswered}
-_PAIRS: dict[Keys, Form] = {("prompt", "chosen", "rejected"): _pair, ("query", "chosen", "rejected"): _pair, ("chosen", "rejected"): _pair}
-FORMS: dict[str, dict[Keys, Form]] = {
-    "sft": {
+_PROMPTS: dict[Keys, Parse] = {("prompt",): _prompt, ("query",): _prompt, ("question",): _prompt, ("messages",): _unanswered}
+_PAIRS: dict[Keys, Parse] = {("prompt", "chosen", "rejected"): _pair, ("query", "chosen", "rejected"): _pair, ("chosen", "rejected"): _pair}
+FORMS: dict[Form, dict[Keys, Parse]] = {
+    "demonstrations": {
         ("messages",): _conversation,
         ("prompt", "response"): _exchange,
         ("prompt", "completion"): _exchange,
         ("query", "response"): _exchange,
         ("question", "answer"): _exchange,
     },
-    "reward": {("query", "response", "score"): _scored, ("prompt", "response", "score"): _scored, **_PAIRS},
-    "dpo": _PAIRS,
-    **dict.fromkeys(("rlhf", "online-dpo", "grpo", "evaluate"), _PROMPTS),
+    "scored": {("query", "response", "score"): _scored, ("prompt", "response", "score"): _scored, **_PAIRS},
+    "pairs": _PAIRS,
+    "prompts": _PROMPTS,
 }
-COMPARED = ("reward", "dpo")  # modes that compare the last responses of siblings, and learn nothing but them
+COMPARED: tuple[Form, ...] = ("scored", "pairs")  # they compare the last responses of siblings, and learn nothing but them

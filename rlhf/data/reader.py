@@ -17,6 +17,7 @@ from threading import Thread
 import numpy as np
 
 from rlhf.config import Data
+from rlhf.contracts import Form
 from rlhf.data import forms, jsonl, templates
 from rlhf.data.columns import Columns, Conversation, Record
 from rlhf.data.forms import Keys
@@ -37,7 +38,7 @@ Line = tuple[int, str, bytes]  # its place among the lines of all files, "file:l
 class Reader:
     """How the lines of a data set become tokens."""
 
-    mode: str
+    form: Form
     tokenizer: Tokenizer
     data: Data
     fit: Limits
@@ -59,11 +60,11 @@ class Reader:
 
     def columns(self, chunk: list[Line]) -> Columns:
         """The records of some lines. Raises UserError naming file:line."""
-        learn = "last" if self.mode in forms.COMPARED else self.data.learn
+        learn = "last" if self.form in forms.COMPARED else self.data.learn
         records, truncated, dropped = [], 0, 0
         for row, where, line in chunk:
             try:
-                told = forms.read(line, self.mode, self.required)
+                told = forms.read(line, self.form, self.required)
                 siblings = [trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn)) for messages, _ in told]
                 over = self.fit.over(siblings)
                 if over and self.data.overlong == "drop":  # all of them

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.config import Data
-from rlhf.contracts import Sample
+from rlhf.contracts import Form, Sample, Text
 from rlhf.data import columns
 from rlhf.data.columns import Columns, Conversation, Record
 from rlhf.data.forms import Keys
@@ -40,7 +40,7 @@ class Records:
     def load(
         cls,
         path: str | Path,
-        mode: str,
+        form: Form,
         tokenizer: Tokenizer,
         config: Data,
         *,
@@ -50,16 +50,16 @@ class Records:
     ) -> "Records":
         """Read a file, or all the files of a folder in the order of their names.
 
-        mode decides which forms a line may have (forms.FORMS). max_prompt: most tokens of a prompt to be answered, where that is
+        form: which of forms.FORMS its lines have. max_prompt: most tokens of a prompt to be answered, where that is
         less than data.max_tokens. required: further keys that each line must have, such as the answer that a reward compares with.
         cache: folder for the tokens, which whoever loads the same data next takes from there.
         Raises UserError naming file:line for every line that does not fit, and for a data set without records.
         """
         path = Path(path)
-        file = cache and cache / f"{columns.digest(path, tokenizer, config, mode, max_prompt, required)[:40]}.npz"
+        file = cache and cache / f"{columns.digest(path, tokenizer, config, form, max_prompt, required)[:40]}.npz"
         known = columns.read(file) if file else None
         if known is None:
-            known = Reader(mode, tokenizer, config, Limits(tokenizer, config, max_prompt), required).read(path)
+            known = Reader(form, tokenizer, config, Limits(tokenizer, config, max_prompt), required).read(path)
             if file and not file.exists():  # another node may have made it meanwhile
                 columns.write(file, known)
         return cls(tokenizer, known)
@@ -97,7 +97,7 @@ class Records:
             group=group,
             reward=said.reward,
             truncated=said.truncated,
-            meta={"row": record.row, "prompt": self._tokenizer.decode(prompt, skip_special=False), "record": json.loads(record.line)},
+            text=Text(record.row, json.loads(record.line), self._tokenizer.decode(prompt, skip_special=False)),
         )
 
 

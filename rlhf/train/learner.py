@@ -17,6 +17,7 @@ from rlhf.model.architecture import Architecture
 from rlhf.model.build import Decoder
 from rlhf.model.logp import token_logp
 from rlhf.parallel.mesh import Mesh
+from rlhf.phases import Kind
 from rlhf.train.optimizer import Optimizer
 
 # isort: split
@@ -64,13 +65,13 @@ class Learner:
         """This rank's shards by megatron-core's names."""
         return {name: p.data for name, p in self.decoder.named_parameters()}
 
-    def tenants(self) -> dict[str, list[Tensor]]:
-        """All that this model keeps on the device between phases, by kind, for rlhf.train.parking."""
+    def tenants(self) -> dict[Kind, list[Tensor]]:
+        """All that this model keeps on the device between phases, by kind, for rlhf.residence."""
         weights = [p.data for p in self.decoder.parameters()]
         if self.model is self.decoder:
-            return {"weights": weights}
+            return {Kind.WEIGHTS: weights}
         gradients = [buffer.grad_data for buffer in self.model.buffers]
-        return {"weights": weights, "gradients": gradients, "optimizer": self.optimizer.tensors()}
+        return {Kind.WEIGHTS: weights, Kind.GRADIENTS: gradients, Kind.OPTIMIZER: self.optimizer.tensors()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """This rank's weights and optimizer state, as live tensors."""

@@ -18,9 +18,10 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.contracts import Sample
 from rlhf.ledger import Ledger
 from rlhf.parallel.mesh import Mesh
+from rlhf.phases import Kind, Phase
 from rlhf.prepare import shapes
+from rlhf.residence import Residence, capacity
 from rlhf.train.learner import Learner
-from rlhf.train.parking import Parking, capacity
 
 TOKENS, LENGTH = 8192, 2048
 TOLERANCE = 0.1  # share of the peak
@@ -38,24 +39,24 @@ def fill(parameters: dict[str, torch.Tensor]) -> None:
         tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(std=0.02)
 
 
-def take_turns(parking: Parking, learners: dict[str, Learner], batches: list[list[Sample]], loss: partial) -> None:
+def take_turns(parking: Residence, learners: dict[str, Learner], batches: list[list[Sample]], loss: partial) -> None:
     """Three steps of every phase of an offline mode."""
     for _ in range(3):
         for role, learner in learners.items():
-            parking.enter("score", role)
+            parking.enter(Phase.SCORE, role)
             learner.score(batches)
-        parking.enter("learn")
+        parking.enter(Phase.LEARN)
         learners["policy"].learn(batches, loss, 1e-5)
 
 
-def check_return(parking: Parking, learner: Learner, batches: list[list[Sample]]) -> None:
+def check_return(parking: Residence, learner: Learner, batches: list[list[Sample]]) -> None:
     """After a rollout, in which somebody else overwrote all free memory, weights, moments and log-probs are bitwise what they were."""
-    parking.enter("save")
-    kept = {kind: [t.to("cpu", copy=True) for t in learner.tenants()[kind]] for kind in ("weights", "optimizer")}
-    parking.enter("score")
+    parking.enter(Phase.SAVE)
+    kept = {kind: [t.to("cpu", copy=True) for t in learner.tenants()[kind]] for kind in (Kind.WEIGHTS, Kind.OPTIMIZER)}
+    parking.enter(Phase.SCORE)
     said = learner.score(batches)
     begin = time.perf_counter()
-    parking.enter("rollout")
+    parking.enter(Phase.ROLLOUT)
     torch.cuda.synchronize()
     parked = time.perf_counter() - begin
     assert torch.cuda.memory_allocated() < 1 << 30, f"{torch.cuda.memory_allocated()} bytes are left on the device"
@@ -63,12 +64,12 @@ def check_return(parking: Parking, learner: Learner, batches: list[list[Sample]]
     torch.full((free,), 255, dtype=torch.uint8, device="cuda")
     torch.cuda.empty_cache()
     begin = time.perf_counter()
-    parking.enter("save")
+    parking.enter(Phase.SAVE)
     torch.cuda.synchronize()
     print(f"weights away in {parked:.2f} s; weights and optimizer back in {time.perf_counter() - begin:.2f} s")
     for kind, tensors in kept.items():
         assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors, learner.tenants()[kind], strict=True)), f"{kind} came back changed"
-    parking.enter("score")
+    parking.enter(Phase.SCORE)
     assert all(np.array_equal(a, b) for a, b in zip(said, learner.score(batches), strict=True))
 
 
@@ -78,7 +79,7 @@ def main() -> None:
     mesh = Mesh(config.parallel, 1)
     arch, roles = shapes(config, 1)
     ledger = Ledger(config, arch, roles, 1, capacity(mesh.device), 2)
-    parking, learners = Parking(ledger.offload, mesh.device), {}
+    parking, learners = Residence(ledger.offload, mesh.device), {}
     for name, role in roles.items():
         train = role.use == "train"
         learners[name] = Learner(arch, config, mesh, torch.bfloat16, fill=fill, temperature=1.0, train=train)

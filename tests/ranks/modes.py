@@ -19,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import layout_keys
 
 from rlhf import configuration
+from rlhf.assemble import build, checked_ledger
 from rlhf.config import Config, Memory
-from rlhf.loop import Run
+from rlhf.interrupt import Interrupt
 from rlhf.parallel.mesh import Mesh
+from rlhf.phases import Phase
 from rlhf.prepare import inputs, rule
 from rlhf.rewards import Rewards
 
@@ -61,16 +63,18 @@ def configure(folder: Path, mode: str, layout: str) -> Config:
 def train(config: Config, mesh: Mesh) -> None:
     limits = (config.reward.timeout, config.reward.workers)
     with Rewards(rule(config), *limits) as rewards:
-        run = Run(config, mesh, inputs(config, mesh.world), rewards, rewards)
-        enter = run.roles.parking.enter
+        given = inputs(config, mesh.world)
+        run = build(config, mesh, given, checked_ledger(config, mesh, given), rewards, rewards, Interrupt())
+        enter = run.roles.residence.enter
 
-        def watched(phase: str, role: str = "policy") -> None:
+        def watched(phase: Phase, role: str = "policy") -> None:
             """Whoever else uses the device, the engine sleeps."""
-            awake = run.sampler and any(weight.untyped_storage().nbytes() for weight in run.sampler.engine.parameters().values())
-            assert not awake or phase in ("publish", "rollout"), f"the engine is awake when phase {phase} begins"
             enter(phase, role)
+            engine = run.source.engine._engine if run.algorithm.online else None
+            awake = engine and any(weight.untyped_storage().nbytes() for weight in engine.parameters().values())
+            assert not awake or phase in (Phase.PUBLISH, Phase.ROLLOUT), f"the engine is awake in phase {phase}"
 
-        run.roles.parking.enter = watched
+        run.roles.residence.enter = watched
         run.train()
 
 

@@ -18,18 +18,19 @@ from models import layout_keys, samples
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
-from rlhf.contracts import USES
 from rlhf.data.packing import microbatches, shares
 from rlhf.ledger import GIB, LOGITS, Ledger
 from rlhf.model import architecture
 from rlhf.model.logp import CHUNK_ELEMENTS
 from rlhf.parallel.mesh import Mesh
+from rlhf.phases import TENANTS, Kind, Phase, Tenant
 from rlhf.prepare import shapes
+from rlhf.residence import Residence
 from rlhf.train.learner import Learner
-from rlhf.train.parking import Parking
 from rlhf.weights import files, names
 
-ALL = {f"{role}.{kind}" for role in ("policy", "reference") for kind in USES["learn"]} - {"reference.gradients", "reference.optimizer"}
+ALL = {Tenant(role, kind) for role, use in (("policy", "train"), ("reference", "frozen")) for kind in TENANTS[use]}
+POLICY = Tenant("policy", Kind.WEIGHTS)
 
 
 class Pair:
@@ -50,28 +51,28 @@ class Pair:
         torch.manual_seed(1)  # of the vocabulary's padding, which no file fills
         return Learner(self.arch, self.config, self.mesh, self.dtype, fill=self.fill, temperature=1.0, train=train)
 
-    def train(self, offload: set[str]) -> list[torch.Tensor]:
+    def train(self, offload: set[Tenant]) -> list[torch.Tensor]:
         """Three steps through every phase: what both models say in each, and all that the policy has become."""
-        parking, learners = Parking(offload, self.mesh.device), {}
+        parking, learners = Residence(offload, self.mesh.device), {}
         for role, train in (("policy", True), ("reference", False)):
             learners[role] = self.learner(train)
             parking.add(role, learners[role])
         said = []
         for _ in range(3):
-            parking.enter("rollout")
+            parking.enter(Phase.ROLLOUT)
             check_away(learners, offload)
             for role, learner in learners.items():
-                parking.enter("score", role)
-                check_away(learners, offload - {f"{role}.weights"})
+                parking.enter(Phase.SCORE, role)
+                check_away(learners, offload - {Tenant(role, Kind.WEIGHTS)})
                 said += map(torch.from_numpy, learner.score(self.cut))
-            parking.enter("learn")
+            parking.enter(Phase.LEARN)
             for buffer in learners["policy"].model.buffers:
                 buffer.grad_data.fill_(torch.nan)  # what comes back of a dropped tenant may hold anything
             learners["policy"].learn(self.cut, self.loss, 0.01)
-            parking.enter("publish")
-            check_away(learners, offload - {"policy.weights"})
+            parking.enter(Phase.PUBLISH)
+            check_away(learners, offload - {POLICY})
             said += [p.float().clone() for p in learners["policy"].parameters().values()]
-        parking.enter("save")
+        parking.enter(Phase.SAVE)
         return said + [t.float().clone() for t in learners["policy"].optimizer.tensors()]
 
     def check_ledger(self) -> None:
@@ -83,19 +84,19 @@ class Pair:
         for kind, tensors in learner.tenants().items():
             storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors) if s._cdata not in seen}
             seen |= storages.keys()
-            predicted = ledger.tenants[self.mesh.pp_rank][f"policy.{kind}"] * GIB
+            predicted = ledger.tenants[self.mesh.pp_rank][Tenant("policy", kind)] * GIB
             assert abs(sum(storages.values()) - predicted) < 8192, f"{kind}: {sum(storages.values())} bytes, predicted {predicted}"
 
 
-def check_away(learners: dict[str, Learner], away: set[str]) -> None:
+def check_away(learners: dict[str, Learner], away: set[Tenant]) -> None:
     """Exactly the tenants `away` take no memory. Without a distributed optimizer, main parameters in float32 are the weights themselves."""
     for role, learner in learners.items():
         tenants = learner.tenants()
-        weights = {t.untyped_storage()._cdata for t in tenants["weights"]}
+        weights = {t.untyped_storage()._cdata for t in tenants[Kind.WEIGHTS]}
         for kind, tensors in tenants.items():
             storages = {s._cdata: s for s in (t.untyped_storage() for t in tensors)}
-            sizes = [s.nbytes() for key, s in storages.items() if kind == "weights" or key not in weights]
-            if f"{role}.{kind}" in away:
+            sizes = [s.nbytes() for key, s in storages.items() if kind == Kind.WEIGHTS or key not in weights]
+            if Tenant(role, kind) in away:
                 assert not any(sizes), f"{role}.{kind} is still on the device"
             else:
                 assert all(sizes), f"{role}.{kind} is not on the device"
@@ -111,7 +112,7 @@ def main() -> None:
             kept, parked = pair.train(set()), pair.train(ALL)
             assert all(torch.equal(a, b) for a, b in zip(kept, parked, strict=True)), f"{layout} {dtype}"
             assert all(a.isfinite().all() for a in kept)
-            partly = pair.train({"policy.optimizer", "reference.weights"})
+            partly = pair.train({Tenant("policy", Kind.OPTIMIZER), Tenant("reference", Kind.WEIGHTS)})
             assert all(torch.equal(a, b) for a, b in zip(kept, partly, strict=True)), f"{layout} {dtype}: some tenants parked"
             pair.mesh.close()
     print("parking holds", flush=True)

@@ -22,30 +22,31 @@ from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
+from rlhf.residence import Residence
 from rlhf.rollout.kvcache import KVCache
-from rlhf.rollout.sampler import Sampler, summary
+from rlhf.rollout.owner import EngineOwner
+from rlhf.rollout.source import EngineSource, summary
 from rlhf.weights import initial, names
 
 
-def build(folder: Path, mesh: Mesh, *overrides: str) -> Sampler:
+def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
     config = configuration.load("grpo", ["data.max_tokens=96", "rollout.max_tokens=16", "rollout.group=3", "batch.prompts=4", *overrides])
     arch, tokenizer = architecture.read(folder / "model"), Tokenizer.load(folder / "model")
     engine = KVCache(arch, tp=1, tp_rank=0, group=None, dtype=torch.float32, device="cpu", max_len=96)
     initial.fill(arch, names.tiles(arch, "vllm"), engine.parameters(), seed=5)
-    engine.sleep = lambda: None  # nobody publishes here, and sleep drops the weights
 
     def reward(samples: list[Sample]) -> None:
         for sample in samples:
-            sample.reward, sample.meta["failed"] = float(len(sample.meta["response"])), False
+            sample.reward = float(len(sample.text.response))
 
-    records = Records.load(folder / "train_rl.jsonl", "grpo", tokenizer, config.data, max_prompt=80)
-    return Sampler(config, mesh, engine, None, tokenizer, reward, records)
+    records = Records.load(folder / "train_rl.jsonl", "prompts", tokenizer, config.data, max_prompt=80)
+    return EngineSource(config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, reward)
 
 
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
     """And every rank knows all samples alike."""
     sampler = build(folder, mesh)
-    first, again, later = (sampler.draw(step)[0] for step in (3, 3, 4))
+    first, again, later = (sampler.take(step)[0] for step in (3, 3, 4))
     assert [s.tokens.tolist() for s in first] == [s.tokens.tolist() for s in again]
     assert [s.tokens.tolist() for s in first] != [s.tokens.tolist() for s in later]
     assert [s.group for s in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -59,13 +60,13 @@ def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> 
     apart = build(folder, mesh)
     together = build(folder, mesh, f"rollout.tp={mesh.world}")  # the same whole engine on every rank, told that it is one of several
     rewarded = []
-    reward = together.reward
-    together.reward = lambda samples: rewarded.append(len(samples)) or reward(samples)
+    reward = together.judge
+    together.judge = lambda samples: rewarded.append(len(samples)) or reward(samples)
 
     def said(samples: list[Sample]) -> list[tuple]:
-        return [(s.group, s.tokens.tolist(), s.reward, s.meta) for s in samples]
+        return [(s.group, s.tokens.tolist(), s.reward, s.text, s.verdict, s.version.tolist()) for s in samples]
 
-    drawn, same = together.draw(2)[0], apart.draw(2)[0]
+    drawn, same = together.take(2)[0], apart.take(2)[0]
     assert said(drawn) == said(same)
     assert all(np.allclose(a.sampler_logp, b.sampler_logp, atol=1e-5) for a, b in zip(drawn, same, strict=True))
     assert rewarded == [12 // mesh.world], rewarded
@@ -76,26 +77,28 @@ def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> 
 def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
     """The mask covers the response alone, log-probs stand on their labels, and a response without a stop token is truncated."""
     sampler = build(folder, mesh)
-    for s in sampler.draw(0)[0]:
+    for s in sampler.take(0)[0]:
         prompt = len(s.tokens) - int(s.mask.sum())
         assert s.mask.tolist() == [t >= prompt - 1 for t in range(len(s.tokens) - 1)]
         assert (s.sampler_logp[s.mask] < 0).all()
         assert (s.sampler_logp[~s.mask] == 0).all()
+        assert (s.version[s.mask] == 0).all()
+        assert (s.version[~s.mask] == -1).all()
         assert s.truncated == (s.tokens[-1] not in sampler.tokenizer.stop_ids)
         assert s.tokens[prompt:].tolist() == s.tokens[s.mask.argmax() + 1 :].tolist()
-        assert s.meta["response"] == sampler.tokenizer.decode(s.tokens[prompt:])
-        assert s.reward == len(s.meta["response"])
+        assert s.text.response == sampler.tokenizer.decode(s.tokens[prompt:])
+        assert s.reward == len(s.text.response)
 
 
 def check_stop_string_cuts_tokens(folder: Path, mesh: Mesh) -> None:
     """With a stop string every response is the unstopped one up to and with that string, in the same tokens."""
-    free, _ = build(folder, mesh).draw(0)
-    letter = next(c for s in free for c in s.meta["response"][2:] if c.isalpha())
-    stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").draw(0)[0]
+    free, _ = build(folder, mesh).take(0)
+    letter = next(c for s in free for c in s.text.response[2:] if c.isalpha())
+    stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").take(0)[0]
     for a, b in zip(free, stopped, strict=True):
         assert b.tokens.tolist() == a.tokens[: len(b.tokens)].tolist()
-        if letter in a.meta["response"]:
-            assert letter in b.meta["response"]
+        if letter in a.text.response:
+            assert letter in b.text.response
             assert letter not in sampler_text_without_last(folder, b)
             assert not b.truncated
         else:
@@ -110,8 +113,8 @@ def sampler_text_without_last(folder: Path, sample: Sample) -> str:
 def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
     sampler = build(folder, mesh)
     prompts = sampler.records.head(5)
-    samples = sampler.answer(prompts, sampler.reward)
-    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.answer(prompts, sampler.reward)]
+    samples = sampler.answer(prompts, sampler.judge)
+    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.answer(prompts, sampler.judge)]
     sums = summary(samples)
     assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
     assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
@@ -123,18 +126,18 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
 
     def parity(samples: list[Sample]) -> None:
         for sample in samples:
-            sample.reward, sample.meta["failed"] = float(len(sample.meta["response"]) % 3 == 0), False
+            sample.reward = float(len(sample.text.response) % 3 == 0)
 
-    sampler.reward = parity
-    samples, sums = sampler.draw(0)
+    sampler.judge = parity
+    samples, sums = sampler.take(0)
     kept = groups(samples)
     assert len(kept) == 4
     assert all(len({s.reward for s in group}) == 2 and len(group) == 2 for group in kept)
     rounds, found = sums["rounds"][0], sums["groups_kept"]
     assert 1 < rounds <= 5, "the case needs more than one round"
     assert 4 <= found[0] <= found[1] == 4 * rounds
-    sampler.reward = lambda samples: [s.meta.update(failed=False) for s in samples] and None  # everything is worth 0
-    samples, sums = sampler.draw(0)
+    sampler.judge = lambda samples: None  # everything is worth 0
+    samples, sums = sampler.take(0)
     assert len(groups(samples)) == 4, "the last round's groups, where none has unequal rewards"
     assert sums["groups_kept"] == (0.0, 20.0)
 
@@ -167,7 +170,7 @@ def main() -> None:
     check_stop_string_cuts_tokens(folder, mesh)
     check_greedy_and_summary(folder, mesh)
     check_dynamic_sampling(folder, mesh)
-    drawn = [s.tokens.tolist() for s in build(folder, mesh).draw(0)[0]]
+    drawn = [s.tokens.tolist() for s in build(folder, mesh).take(0)[0]]
     if mesh.rank == 0:  # all ranks have been checked to know the same
         print("drawn", drawn, flush=True)
     mesh.barrier()

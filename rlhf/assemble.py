@@ -1,0 +1,206 @@
+"""From a configuration to the parts of a run: which engine, which models, where samples come from. The loop itself is rlhf.loop."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from rlhf import configuration
+from rlhf.algorithms import algorithm_of
+from rlhf.checkpoint import Checkpoints
+from rlhf.config import Config
+from rlhf.contracts import Engine, Sample
+from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation
+from rlhf.interrupt import SAVED, Interrupt
+from rlhf.ledger import Ledger
+from rlhf.loop import Run
+from rlhf.metrics import Metrics, say
+from rlhf.parallel.mesh import Mesh
+from rlhf.phases import POLICY, Phase
+from rlhf.prepare import Inputs, inputs, rule
+from rlhf.residence import Residence, capacity, unused
+from rlhf.rewards import Rewards
+from rlhf.roles import Roles
+from rlhf.rollout.owner import EngineOwner
+from rlhf.rollout.source import DataSource, EngineSource, Source, judge
+from rlhf.weights import files, names
+from rlhf.weights.publish import Publisher
+from rlhf.weights.tiles import plan
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner| of log-probs; forgotten weights show as more
+
+
+def run(config: Config) -> int:
+    """One rank, from beginning to end; every rank calls it. Returns the exit code: 0, or SAVED if a signal ended a training run early."""
+    mesh = Mesh(config.parallel, config.seed)
+    given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
+    if mesh.rank == 0:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / "config.toml").write_text(
+            f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}"
+        )
+    limits = (config.reward.timeout, config.reward.workers)
+    with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
+        if not algorithm_of(config).trains:
+            evaluate(config, mesh, given, held_out_rewards)
+            return 0
+        return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
+
+
+def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards) -> bool:
+    """A training run. False: a signal came before the last step was done."""
+    interrupt = Interrupt()  # before anything that takes long
+    ledger = checked_ledger(config, mesh, given)
+    training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt)
+    announce(training, given, ledger)
+    finished = training.train()
+    if finished and mesh.rank == 0 and training.roles.residence.peaks:
+        say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # what was predicted, and what was measured
+    return finished
+
+
+def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> None:
+    """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
+    dtype = dtype_of(config, mesh)
+    residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
+    owner = EngineOwner(
+        build_engine(config, mesh, given, dtype, load=True),
+        residence,
+        fill=None if loads_itself(config) else partial(fill, config, mesh, given),
+    )
+    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, partial(judge, rewards, mesh))
+
+    def model(samples: list[Sample]) -> None:
+        residence.enter(Phase.SCORE, "reward")  # the engine leaves the device before the reward model is built
+        Roles(config, mesh, given.roles, dtype, 1.0, residence).judge(samples)
+
+    metrics = Metrics(config, mesh, start=-1)
+    if mesh.rank == 0:
+        say(f"{given.records.counts} of {config.data.eval}")
+    ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
+    metrics.write(config.steps)
+
+
+def build(
+    config: Config, mesh: Mesh, given: Inputs, ledger: Ledger, rewards: Rewards, held_out_rewards: Rewards, interrupt: Interrupt
+) -> Run:
+    """The parts of a training run, in the order in which they take the device's memory.
+
+    rewards says what samples are worth, held_out_rewards what responses to held-out prompts are.
+    """
+    algorithm, dtype, held_out = algorithm_of(config), dtype_of(config, mesh), given.held_out
+    residence = Residence(ledger.offload, mesh.device)
+    if algorithm.online:  # the engine first: it sizes its memory by what is free
+        engine = build_engine(config, mesh, given, dtype)
+        owner = EngineOwner(engine, residence, publisher=publisher(config, mesh, given, dtype), verify=config.rollout.check)
+    roles = Roles(config, mesh, given.roles, dtype, config.rollout.temperature if algorithm.online else 1.0, residence)
+    source: Source = DataSource(config, given.records)
+    evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
+    if algorithm.online:
+        rule, held_out_rule = (partial(judge, function, mesh) for function in (rewards, held_out_rewards))
+        score = partial(roles.read, POLICY)
+        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, rule, score, TOLERANCE[dtype])
+        evaluation = ResponseEvaluation(config, source, held_out, held_out_rule, roles.judge) if held_out else None
+    checkpoints = Checkpoints(config, mesh, dtype)
+    start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0
+
+    def export(folder: Path) -> None:
+        roles.export(roles.subject, folder, folder.name)
+        if mesh.rank == 0:
+            given.tokenizer.save(folder)
+
+    return Run(
+        config, mesh, start, algorithm, source, roles, evaluation, checkpoints, export, interrupt, metrics=Metrics(config, mesh, start)
+    )
+
+
+def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:
+    """Of weights and activations."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+
+
+def checked_ledger(config: Config, mesh: Mesh, given: Inputs) -> Ledger:
+    """The memory ledger of this run on these devices. Raises UserError where it does not fit."""
+    size = dtype_of(config, mesh).itemsize
+    ledger = Ledger(config, given.arch, given.roles, mesh.world, config.memory.device or capacity(mesh.device), size)
+    ledger.check(unused(mesh.device))
+    return ledger
+
+
+def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool = False) -> Engine:
+    """The engine of this rank. With load, vLLM reads the weights of a Hugging Face folder by itself; other weights come later."""
+    tp = config.rollout.tp
+    if config.rollout.engine == "kvcache":
+        from rlhf.rollout.kvcache import KVCache
+
+        return KVCache(
+            given.arch,
+            tp=tp,
+            tp_rank=mesh.rank % tp,
+            group=mesh.subgroup(tp),
+            dtype=dtype,
+            device=mesh.device,
+            max_len=config.data.max_tokens,
+        )
+    from rlhf.rollout.vllm import VLLM
+
+    return VLLM(
+        str(files.described(config.policy.load, config.policy.tokenizer)),
+        given.arch,
+        tp=tp,
+        dtype=str(dtype).removeprefix("torch."),
+        seed=config.seed,
+        max_len=config.data.max_tokens,
+        memory=config.rollout.memory,
+        cache=config.rollout.cache,
+        load=load and loads_itself(config),
+    )
+
+
+def loads_itself(config: Config) -> bool:
+    """Whether the engine can read policy.load: vLLM reads Hugging Face folders."""
+    return config.rollout.engine == "vllm" and not files.is_checkpoint(config.policy.load)
+
+
+def fill(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str, Tensor]) -> None:
+    """Read this rank's shard of policy.load into the engine's parameters."""
+    tp = config.rollout.tp
+    files.read(config.policy.load, given.arch, names.tiles(given.arch, "vllm", (mesh.rank % tp, tp)), parameters)
+
+
+def publisher(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Publisher:
+    """What carries the policy's shards to the engines' shards."""
+    training = names.tilings(given.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
+    engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
+    return Publisher(plan(training, engines, mesh.nodes()), mesh.rank, dtype, config.rollout.bucket << 20)
+
+
+def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
+    """Say what is about to run, on the first rank."""
+    mesh, config, layout = run.mesh, run.config, run.mesh.layout
+    if mesh.rank:
+        return
+    axes = f"tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
+    say(f"{config.mode}: {mesh.world} ranks on {mesh.device.type} in {str(dtype_of(config, mesh)).removeprefix('torch.')}: {axes}")
+    for name, role in given.roles.items():
+        say(f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}")
+    for remark in given.remarks:
+        say(f"  {remark}")
+    say(f"{given.records.counts} of {config.data.train}; out: {config.out}")
+    if given.held_out:
+        say(f"{given.held_out.counts} of {config.data.eval} are held out")
+    for remark in run.source.remarks():
+        say(remark)
+    if run.start:
+        say(f"resumed after step {run.start}" + (f", and steps={config.steps} are done" if run.start >= config.steps else ""))
+    if mesh.device.type == "cuda":
+        say(ledger.table())
+    waiting, host = ledger.host(mesh.pp_rank) * mesh.ranks_per_node, psutil.virtual_memory().total / 2**30
+    if waiting > host:
+        say(f"warning: what this node's ranks offload takes {waiting:.0f} GiB of host memory, and it has {host:.0f}")

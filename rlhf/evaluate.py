@@ -1,0 +1,68 @@
+"""How good the model is on held-out records: the reward of fresh responses, or the loss where nothing is generated."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from rlhf.config import Config
+from rlhf.contracts import Algorithm, Sample
+from rlhf.data.records import Records
+from rlhf.metrics import Metrics, say
+from rlhf.roles import Roles
+from rlhf.rollout.source import EngineSource, Judge, summary
+
+
+class Evaluation(Protocol):
+    """One measurement. Every rank calls it; names of metrics begin with eval_."""
+
+    def __call__(self, metrics: Metrics) -> None: ...
+
+
+@dataclass(slots=True)
+class ResponseEvaluation:
+    """The reward of one fresh response to each of the first evaluate.prompts held-out prompts. Mode evaluate is this and nothing else.
+
+    rule: writes what a reward function of its own says. model: adds the score of the reward model, unless evaluate.function is set.
+    """
+
+    config: Config
+    source: EngineSource
+    held_out: Records
+    rule: Judge
+    model: Judge
+
+    def __call__(self, metrics: Metrics) -> None:
+        samples = self.source.answer(self.held_out.head(self.config.evaluate.prompts), self.rule)
+        if not self.config.evaluate.function:
+            self.model(samples)
+        if metrics.mesh.rank == 0:
+            show(samples[: self.config.evaluate.show])
+        metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
+
+
+@dataclass(slots=True)
+class LossEvaluation:
+    """The loss of the model that the run is for, with the metrics that come with it."""
+
+    config: Config
+    roles: Roles
+    algorithm: Algorithm
+    held_out: Records
+
+    def __call__(self, metrics: Metrics) -> None:
+        role, algorithm = self.roles.subject, self.algorithm
+        samples = self.held_out.head(self.config.evaluate.prompts)
+        self.roles.score(samples, algorithm.streams)
+        samples, _ = algorithm.credit(samples)
+        sums = self.roles.evaluate(role, samples, partial(algorithm.loss, role), algorithm.whole_groups)
+        metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
+
+
+def show(samples: list[Sample]) -> None:
+    """Print rollouts to read; call on rank 0."""
+    for sample in samples:
+        text = f"{sample.text.prompt} => {sample.text.response}" + (" [cut]" if sample.truncated else "")
+        say(textwrap.indent(f"reward {sample.reward:g} | {text}", "    "))

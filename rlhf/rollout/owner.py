@@ -1,0 +1,86 @@
+"""The engine's one owner: it wakes it, gives it weights, lets it generate and puts it to sleep. No other file calls an engine's methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from torch import Tensor
+
+from rlhf.contracts import Completion, Engine, Sampling
+from rlhf.phases import Kind, Phase
+from rlhf.residence import Residence
+from rlhf.weights.publish import Publisher
+
+AWAKE = frozenset({Kind.WEIGHTS, Kind.CACHE})
+
+
+class EngineOwner:
+    """Generates with the weights that were offered last, whatever the device was used for since.
+
+    An engine loses its weights when it sleeps, so it gets them again before it generates.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        residence: Residence,
+        *,
+        publisher: Publisher | None = None,
+        verify: bool = False,
+        fill: Callable[[dict[str, Tensor]], None] | None = None,
+    ):
+        """An engine with a publisher sleeps until weights are offered. One without has loaded its own, or fill(parameters) writes them.
+
+        verify: compare checksums after every publish.
+        """
+        self._engine, self._residence, self._publisher, self._verify = engine, residence, publisher, verify
+        self._weights: Mapping[str, Tensor] = {}
+        self._resident, self._fresh = AWAKE, publisher is None
+        self.version = 0  # steps after which the weights that it generates with were offered
+        residence.add_engine(self)
+        if publisher:
+            self.leave(())
+        if fill:
+            fill(engine.parameters())
+
+    def offer(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Generate with these weights from now on: the learner's live shards, by megatron-core's names."""
+        self._weights, self.version = weights, version
+        self._publish()
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        """One completion per prompt, in order. seeds[i] alone decides the random draws of prompt i."""
+        if not self._fresh:
+            self._publish()
+        return self._engine.generate(prompts, sampling, seeds)
+
+    def volume(self) -> tuple[int, int]:
+        """Bytes of a publish that stay on their ranks, and that cross, over all ranks."""
+        assert self._publisher, "an engine that loaded its own weights is never published to"
+        stay, cross = self._publisher.plan.volume()
+        return stay * self._publisher.dtype.itemsize, cross * self._publisher.dtype.itemsize
+
+    def leave(self, keep: Collection[Kind]) -> None:
+        """Give back the memory of all kinds but these. It goes as a whole. For the residence, as is come()."""
+        if self._resident - set(keep):
+            self._engine.sleep()
+            self._resident, self._fresh = frozenset(), False
+
+    def come(self, needed: Collection[Kind]) -> None:
+        """Have these kinds on the device."""
+        missing = set(needed) - self._resident
+        if Kind.WEIGHTS in missing:
+            self._engine.wake_weights()
+        if Kind.CACHE in missing:
+            self._engine.wake()
+        self._resident |= missing
+
+    def _publish(self) -> None:
+        assert self._publisher, "an engine that loaded its own weights cannot get them back after it slept"
+        self._residence.enter(Phase.PUBLISH)
+        held = self._engine.parameters()
+        self._publisher.publish(self._weights, held)
+        if self._verify:
+            self._publisher.verify(self._weights, held)
+        self._residence.enter(Phase.ROLLOUT)  # the policy's weights leave before the cache comes
+        self._fresh = True
