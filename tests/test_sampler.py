@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import demo_task
-from vocabularies import write_byte_level
+from vocabularies import write_byte_level, write_sentencepiece
 
 from rlhf import configuration
 from rlhf.contracts import Completion
@@ -50,3 +58,71 @@ def test_a_special_token_may_be_a_stop_string(tmp_path: Path) -> None:
         assert tokenizer.decode(cut.tokens, skip_special=False).startswith(kept)
         assert len(cut.logp) == len(cut.tokens)
         assert cut.finish == ("length" if said == kept else "stop")
+
+
+def write_byte_fallback(folder: Path) -> Path:
+    """A tokenizer.json that spells bytes as Llama 2's does: a run of them that is not valid as a whole is broken as a whole."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"\u2581{c}" for c in "ab"), *"ab\u2581"]
+    backend = Backend(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    backend.add_special_tokens(["<unk>", "</s>"])
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder
+
+
+def every_prefix(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> int | None:
+    """Where a response ends, as it was found at first: the text of every prefix is read."""
+
+    def stopped(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens, skip_special=False)
+        return any(stop in text for stop in stops)
+
+    return next(n for n in range(1, len(tokens) + 1) if stopped(tokens[:n])) if stopped(tokens) else None
+
+
+def kinds(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Tokens to draw from: all (and two beyond the vocabulary), and those that make texts with characters of several bytes."""
+    spelled = [i for text in ("a b\n a\tb", "\n\u6f22\u5b57 \u00e9\n", "\U0001f642\n") for i in tokenizer.encode(text)]
+    return {"all": [*range(tokenizer.vocab + 2)], "spelled": spelled, "ascii": tokenizer.encode("a b\n a\tb")}
+
+
+@pytest.mark.parametrize("write", [write_byte_level, write_sentencepiece, write_byte_fallback])
+def test_the_end_is_the_first_prefix_with_a_stop_string(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    """Of random tokens, whole and broken characters among them; also for stop strings with a broken character in them."""
+    tokenizer = Tokenizer.load(write(tmp_path / "tokenizer"))
+    rng = np.random.default_rng(1)
+    found = dict.fromkeys(("none", "late", "hidden"), 0)
+    sampler = EngineSource(configuration.load("grpo", []), None, None, tokenizer, None, None)
+    for among in kinds(tokenizer).values():
+        for turn in range(240):
+            tokens = rng.choice(among, rng.integers(1, 32)).tolist()
+            text = tokenizer.decode(tokens, skip_special=False)
+            start = int(rng.integers(0, max(1, len(text) - 2)))
+            said = text[start : start + int(rng.integers(1, 4))] or "x"  # one that is there, if only in the end
+            stops = [[said], [said, "a"], ["\n"], ["b\n", " a"], ["\ufffd"], ["\n", "\ufffd\n"]][turn % 6]
+            sampler.config = replace(sampler.config, rollout=replace(sampler.config.rollout, stop=tuple(stops)))
+            end = every_prefix(tokenizer, tokens, stops)
+            cut = sampler._cut(Completion(tokens, [-1.0] * len(tokens), "length"))
+            assert (cut.tokens, cut.finish) == ((tokens, "length") if end is None else (tokens[:end], "stop")), (tokens, stops)
+            found["none"] += end is None
+            found["late"] += end is not None and end > 8
+            later = [tokenizer.decode(tokens[:n], skip_special=False) for n in range(end or len(tokens), len(tokens))]
+            found["hidden"] += any(not any(stop in text for stop in stops) for text in later)
+    assert all(found.values()), "each of these was met"
+
+
+def test_a_long_response_is_decoded_a_few_times(llama3: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once without its stop string, about log2 of its tokens with it, and not at all where there is no stop string to find."""
+    decoded: list[int] = []
+    decode = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **keys: decoded.append(len(ids)) or decode(self, ids, **keys))
+    words = llama3.encode("the answer is four ") * 600
+    end = llama3.encode("STOP now")
+    for stops, tokens, most in (([], words, 0), (["STOP"], words, 1), (["STOP"], [*words, *end, *words], 16)):
+        decoded.clear()
+        config = configuration.load("grpo", [f"rollout.stop={json.dumps(stops)}"])
+        EngineSource(config, None, None, llama3, None, None)._cut(Completion(tokens, [-1.0] * len(tokens), "length"))
+        assert len(decoded) <= most

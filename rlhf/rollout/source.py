@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,6 +20,7 @@ from rlhf.parallel.mesh import Mesh, portion
 from rlhf.rewards import Rewards
 from rlhf.rollout.owner import EngineOwner
 
+BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 Weights = Mapping[str, Tensor]
 Judge = Callable[[list[Sample]], None]  # writes reward and verdict
 
@@ -182,15 +184,34 @@ class EngineSource:
 
     def _cut(self, completion: Completion) -> Completion:
         """End the response behind the first stop string. Tokens are cut, never made again from text."""
+        n = self._end(completion.tokens) if self.config.rollout.stop else None
+        return completion if n is None else Completion(completion.tokens[:n], completion.logp[:n], "stop")
 
-        def stopped(tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token, as <|im_end|>
-            return any(stop in text for stop in self.config.rollout.stop)
+    def _end(self, tokens: list[int]) -> int | None:
+        """How many tokens the shortest prefix has whose text has a stop string in it; None where the text of all has none.
 
-        if not stopped(completion.tokens):
-            return completion
-        n = next(n for n in range(1, len(completion.tokens) + 1) if stopped(completion.tokens[:n]))
-        return Completion(completion.tokens[:n], completion.logp[:n], "stop")
+        Text that tokens have spelled stays when more come, so whether a prefix has a stop string is bisected. Only bytes that are no
+        character by themselves can change what is before them: some tokenizers then give up the whole run of bytes, with a stop string
+        in it. So if a character is broken in the text, prefixes that end before such bytes are asked first.
+        """
+
+        def text(tokens: list[int]) -> str:
+            return self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token, as <|im_end|>
+
+        def stopped(n: int) -> bool:
+            said = text(tokens[:n])
+            return any(stop in said for stop in self.config.rollout.stop)
+
+        def first(end: int) -> int:  # in 1..end, of which end is stopped
+            return bisect_left(range(end), True, lo=1, key=stopped)
+
+        if not stopped(len(tokens)):
+            return None
+        end = first(len(tokens))
+        if BROKEN not in text(tokens[:end]):
+            return end
+        breaks = (n for n in range(1, end) if BROKEN in text([tokens[n]]))
+        return first(next(filter(stopped, breaks), end))
 
 
 def judge(rewards: Rewards, mesh: Mesh, samples: list[Sample]) -> None:
