@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums, scored
-from rlhf.data.packing import microbatches, shares
+from rlhf.data.packing import plan
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.mesh import Mesh, portion
 from rlhf.phases import Phase
@@ -37,6 +37,7 @@ class Roles:
             self.learners[name] = self._learner(role)
             residence.add(name, self.learners[name])
         self.trained = [name for name, role in roles.items() if role.use == "train"]
+        self._plan = lru_cache(maxsize=16)(plan)  # a step asks for the same cut for each stream, role and pass; the next one does not
 
     @property
     def subject(self) -> str:
@@ -133,8 +134,10 @@ class Roles:
 
     def _cut(self, name: str, samples: Sequence[Sample], whole_groups: bool) -> list[list[list[Sample]]]:
         """Everybody's micro-batches, by data-parallel rank."""
-        dealt = shares(samples, self.mesh.layout.dp, self.roles[name].arch.hidden)
-        return microbatches(dealt, self.config.batch.tokens, whole_groups)
+        lengths, group = tuple(len(s.mask) for s in samples), tuple(s.group for s in samples)
+        hidden = self.roles[name].arch.hidden
+        cut = self._plan(lengths, group, self.mesh.layout.dp, hidden, self.config.batch.tokens, whole_groups)
+        return [[[samples[i] for i in items] for items in bins] for bins in cut]
 
 
 def describe(config: dict, arch: Architecture) -> dict:

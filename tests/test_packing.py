@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from models import samples
 
-from rlhf.data.packing import balance, fill, microbatches, pack, shares, unpack
+from rlhf import configuration, roles
+from rlhf.contracts import Sample, groups
+from rlhf.data.packing import balance, cost, fill, microbatches, pack, plan, shares, unpack
+from rlhf.roles import Roles
 
 
 def test_alignment_by_hand() -> None:
@@ -83,3 +90,91 @@ def test_an_item_over_the_budget_gets_a_bin_of_its_own() -> None:
 def test_balance_is_even() -> None:
     loads = [sum(b) for b in [[list(range(1, 41))[i] for i in share] for share in balance([float(x) for x in range(1, 41)], 4)]]
     assert max(loads) - min(loads) <= 2
+
+
+def balance_by_hand(costs: Sequence[float], shares: int) -> list[list[int]]:
+    """balance() as it was at first: every item looks at all loads."""
+    loads, dealt = [0.0] * shares, [[] for _ in range(shares)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        share = min(range(shares), key=lambda s: (loads[s], s))
+        loads[share] += costs[item]
+        dealt[share].append(item)
+    return [sorted(items) for items in dealt]
+
+
+def fill_by_hand(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]:
+    """fill() as it was at first: every item looks at all bins."""
+    count = max(least, -(-sum(lengths) // budget))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while True:
+        loads, bins = [0] * count, [[] for _ in range(count)]
+        for item in order:
+            emptiest = min(range(count), key=lambda b: (loads[b], b))
+            if loads[emptiest] and loads[emptiest] + lengths[item] > budget:
+                break
+            loads[emptiest] += lengths[item]
+            bins[emptiest].append(item)
+        else:
+            return [sorted(items) for items in bins]
+        count += 1
+
+
+def cut_by_hand(samples: Sequence[Sample], dp: int, hidden: int, budget: int, whole_groups: bool) -> list[list[list[Sample]]]:
+    """shares() and microbatches() as they were at first: the number of bins grows by one until every share fits."""
+    members = groups(samples)
+    dealt = balance_by_hand([sum(cost(len(s.mask), hidden) for s in group) for group in members], dp)
+    shared = [[sample for i in items for sample in members[i]] for items in dealt]
+    units = [groups(share) if whole_groups else [[s] for s in share] for share in shared]
+    lengths = [[sum(len(s.mask) for s in unit) for unit in share] for share in units]
+    count = max(len(fill_by_hand(share, budget)) for share in lengths)
+    while any(len(fill_by_hand(share, budget, count)) > count for share in lengths):
+        count += 1
+    cut = [fill_by_hand(share, budget, count) for share in lengths]
+    return [[[s for i in items for s in units[r][i]] for items in bins] for r, bins in enumerate(cut)]
+
+
+def test_heaps_deal_and_fill_as_by_hand() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        lengths = rng.integers(1, rng.choice([3, 30, 300]), rng.integers(0, 60)).tolist()  # many of them equal, where few are possible
+        count, budget = int(rng.integers(1, 9)), int(rng.integers(1, 400))
+        costs = [cost(n, 8) for n in lengths]
+        assert balance(costs, count) == balance_by_hand(costs, count)
+        assert fill(lengths, budget, count) == fill_by_hand(lengths, budget, count)
+
+
+def test_microbatches_are_those_cut_by_hand() -> None:
+    """For all sorts of lengths, groups and layouts, of the samples and of their indices; where shares differ in what they need, too."""
+    rng = np.random.default_rng(2)
+    (base,) = samples(1)
+    apart = 0
+    for turn in range(300):
+        lengths = rng.integers(1, rng.choice([3, 30, 300]), rng.integers(1, 50)).tolist()
+        made = [replace(base, mask=np.ones(n, bool), group=int(rng.integers(0, 12))) for n in lengths]
+        dp, hidden, budget, whole = int(rng.integers(1, 6)), 8, int(rng.integers(20, 400)), bool(turn % 2)
+        wanted = [[list(map(id, b)) for b in bins] for bins in cut_by_hand(made, dp, hidden, budget, whole)]
+        shared = shares(made, dp, hidden)
+        assert [[list(map(id, b)) for b in bins] for bins in microbatches(shared, budget, whole)] == wanted
+        cut = plan(lengths, [s.group for s in made], dp, hidden, budget, whole)
+        assert [[[id(made[i]) for i in b] for b in bins] for bins in cut] == wanted
+        apart += len({len(fill([len(s.mask) for s in share], budget)) for share in shared}) > 1
+    assert apart > 20
+
+
+def test_a_step_cuts_the_same_samples_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every role of one width and every pass; others of the same lengths and groups get their own samples back."""
+    calls = []
+    monkeypatch.setattr(roles, "plan", lambda *known: calls.append(known) or plan(*known))
+    models = {name: SimpleNamespace(arch=SimpleNamespace(hidden=h), use="train") for name, h in (("a", 64), ("b", 64), ("c", 8))}
+    monkeypatch.setattr(Roles, "_learner", lambda *_: None)
+    config = configuration.load("grpo", ["batch.tokens=128"])
+    mesh, parking = SimpleNamespace(layout=SimpleNamespace(dp=2)), SimpleNamespace(add=lambda *_: None)
+    known = Roles(config, mesh, models, torch.float32, 1.0, parking)
+    made = samples(20)
+    for given in (made, [replace(s) for s in made], made[::-1]):
+        for name, width in (("a", 64), ("b", 64), ("c", 8)):
+            for whole in (False, True):
+                wanted = cut_by_hand(given, 2, width, 128, whole)
+                cut = known._cut(name, given, whole)
+                assert [[list(map(id, b)) for b in bins] for bins in cut] == [[list(map(id, b)) for b in bins] for bins in wanted]
+    assert len(calls) == 2 * 2 * 2, "two orders, two widths, groups whole or not"

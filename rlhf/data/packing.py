@@ -5,13 +5,15 @@ Who trains on what is a pure function of the samples' lengths, so every rank com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from heapq import heapreplace
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans, groups
+from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans
 
 
 def cost(length: int, hidden: int) -> float:
@@ -21,10 +23,11 @@ def cost(length: int, hidden: int) -> float:
 
 def balance(costs: Sequence[float], shares: int) -> list[list[int]]:
     """Indices of the items, dealt into equally loaded shares (longest processing time first)."""
-    loads, dealt = [0.0] * shares, [[] for _ in range(shares)]  # type: tuple[list[float], list[list[int]]]
+    loads = [(0.0, share) for share in range(shares)]  # a heap: of equal loads the first share's comes first
+    dealt: list[list[int]] = [[] for _ in range(shares)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        share = min(range(shares), key=lambda s: (loads[s], s))
-        loads[share] += costs[item]
+        load, share = loads[0]
+        heapreplace(loads, (load + costs[item], share))
         dealt[share].append(item)
     return [sorted(items) for items in dealt]
 
@@ -34,38 +37,66 @@ def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]
     count = max(least, -(-sum(lengths) // budget))
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while True:
-        loads, bins = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
+        loads = [(0, b) for b in range(count)]  # a heap: of equal loads the first bin's comes first
+        bins: list[list[int]] = [[] for _ in range(count)]
         for item in order:
-            emptiest = min(range(count), key=lambda b: (loads[b], b))
-            if loads[emptiest] and loads[emptiest] + lengths[item] > budget:
+            load, emptiest = loads[0]
+            if load and load + lengths[item] > budget:
                 break
-            loads[emptiest] += lengths[item]
+            heapreplace(loads, (load + lengths[item], emptiest))
             bins[emptiest].append(item)
         else:
             return [sorted(items) for items in bins]
         count += 1
 
 
+def plan(lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int, budget: int, whole_groups: bool) -> list[list[list[int]]]:
+    """shares() and microbatches() of samples of these lengths and groups, as their indices: [rank][micro-batch][sample]."""
+    return _cut(lengths, group, _deal(lengths, group, dp, hidden), budget, whole_groups)
+
+
 def shares(samples: Sequence[Sample], dp: int, hidden: int) -> list[list[Sample]]:
     """What each data-parallel rank trains on. Groups stay whole."""
-    members = groups(samples)
-    dealt = balance([sum(cost(len(s.mask), hidden) for s in group) for group in members], dp)
-    return [[sample for i in items for sample in members[i]] for items in dealt]
+    return [[samples[i] for i in share] for share in _deal(*_known(samples), dp, hidden)]
 
 
 def microbatches(shared: Sequence[Sequence[Sample]], budget: int, whole_groups: bool) -> list[list[list[Sample]]]:
     """Every share cut into the same number of micro-batches of at most `budget` tokens; short shares get empty ones."""
-    units = [_units(share, whole_groups) for share in shared]
-    lengths = [[sum(len(s.mask) for s in unit) for unit in share] for share in units]
-    count = max(len(fill(share, budget)) for share in lengths)
-    while any(len(fill(share, budget, count)) > count for share in lengths):
-        count += 1
-    cut = [fill(share, budget, count) for share in lengths]
-    return [[[s for i in items for s in units[r][i]] for items in bins] for r, bins in enumerate(cut)]
+    samples = [sample for share in shared for sample in share]
+    places = iter(range(len(samples)))
+    cut = _cut(*_known(samples), [list(islice(places, len(share))) for share in shared], budget, whole_groups)
+    return [[[samples[i] for i in items] for items in bins] for bins in cut]
 
 
-def _units(samples: Sequence[Sample], whole_groups: bool) -> list[list[Sample]]:
-    return groups(samples) if whole_groups else [[sample] for sample in samples]
+def _known(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
+    """All that the cut depends on: the samples' lengths and groups."""
+    return [len(s.mask) for s in samples], [s.group for s in samples]
+
+
+def _deal(lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int) -> list[list[int]]:
+    members = _members(group, range(len(lengths)))
+    dealt = balance([sum(cost(lengths[i], hidden) for i in indices) for indices in members], dp)
+    return [[i for m in items for i in members[m]] for items in dealt]
+
+
+def _cut(
+    lengths: Sequence[int], group: Sequence[int], shared: Sequence[Sequence[int]], budget: int, whole_groups: bool
+) -> list[list[list[int]]]:
+    units = [_members(group, share) if whole_groups else [[i] for i in share] for share in shared]
+    sizes = [[sum(lengths[i] for i in unit) for unit in share] for share in units]
+    cut = [fill(share, budget) for share in sizes]
+    while len({len(bins) for bins in cut}) > 1:  # fill() takes the next number of bins that is enough, so none is left out
+        count = max(len(bins) for bins in cut)
+        cut = [bins if len(bins) == count else fill(share, budget, count) for bins, share in zip(cut, sizes, strict=True)]
+    return [[[i for u in items for i in units[rank][u]] for items in bins] for rank, bins in enumerate(cut)]
+
+
+def _members(group: Sequence[int], indices: Iterable[int]) -> list[list[int]]:
+    """Some samples' indices by group, in order of first appearance."""
+    members: dict[int, list[int]] = {}
+    for i in indices:
+        members.setdefault(group[i], []).append(i)
+    return list(members.values())
 
 
 def pack(
