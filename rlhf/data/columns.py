@@ -1,12 +1,13 @@
-"""A tokenized data set as a few long arrays, and the file that keeps them, so that the ranks need not do again what the launcher did.
+"""A tokenized data set as a few long arrays, and the folder that keeps them, so that the ranks need not do again what the launcher did.
 
-The name of the file is a digest of all that the arrays depend on: the lines, the tokenizer's files, the keys, and this package's own code.
-So it is never out of date, several ranks may write it at once, and it may be deleted at any time.
+Its name is a digest of all that the arrays depend on: the lines, the tokenizer's files, the keys, and this package's own code. So it is
+never out of date, several ranks may write it at once, and it may be deleted when no run uses it. Its files are mapped and not read: the
+ranks of a node share one copy, in the system's cache of files.
 """
 
+import errno
 import hashlib
 import tempfile
-import zipfile
 from dataclasses import dataclass, fields, replace
 from datetime import date
 from importlib.metadata import version
@@ -92,6 +93,24 @@ class Columns:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def check(self) -> None:
+        """Raises ValueError where the arrays do not belong together."""
+        conversations, tokens, size = (int(ends[-1]) if len(ends) else 0 for ends in (self.sibling_ends, self.token_ends, self.line_ends))
+        lengths = {
+            "tokens": tokens,
+            "learn": tokens,
+            "token_ends": conversations,
+            "truncated": conversations,
+            "rewards": conversations,
+            "sibling_ends": len(self),
+            "lines": size,
+            "line_ends": len(self),
+            "counts": 3,
+        }
+        for name, length in lengths.items():
+            if getattr(self, name).shape != (length,):
+                raise ValueError(f"{name} has not the length that the others tell, {length}")
+
     def record(self, i: int) -> Record:
         siblings = []
         for c in range(*_span(self.sibling_ends, i)):
@@ -104,27 +123,38 @@ def _span(ends: np.ndarray, i: int) -> tuple[int, int]:
     return int(ends[i - 1]) if i else 0, int(ends[i])
 
 
-def read(file: Path) -> Columns | None:
-    """What write() wrote; None if there is no such file. Raises UserError if it is damaged."""
-    if not file.exists():
+def read(folder: Path) -> Columns | None:
+    """What write() wrote, mapped and not to be written to; None if there is no such folder. Raises UserError if it is damaged."""
+    if not folder.exists():
         return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return Columns(**{field.name: arrays[field.name] for field in fields(Columns)})
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file}: cannot be read ({error}); delete it, and it will be made again") from None
+        columns = Columns(**{name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in _files(folder).items()})
+        columns.check()
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read ({error}); delete it, and it will be made again") from None
+    return columns
 
 
-def write(file: Path, columns: Columns) -> None:
-    """Put the whole file in its place at once. Raises UserError where it cannot be written."""
+def write(folder: Path, columns: Columns) -> None:
+    """Put the whole folder in its place at once, unless another did so meanwhile. Raises UserError where it cannot be written."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            part = Path(folder) / file.name
-            np.savez(part, **{field.name: getattr(columns, field.name) for field in fields(Columns)})
-            part.replace(file)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            part = Path(made) / folder.name
+            part.mkdir()
+            for name, file in _files(part).items():
+                np.save(file, getattr(columns, name))
+            try:
+                part.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
     except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); set out to a folder with room") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); set out to a folder with room") from None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {field.name: folder / f"{field.name}.npy" for field in fields(Columns)}
 
 
 def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -> str:

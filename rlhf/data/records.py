@@ -30,7 +30,7 @@ class Counts:
 
 
 class Records:
-    """A data set in memory: 5 bytes per token, beside the lines themselves."""
+    """A data set: 5 bytes per token, beside the lines themselves. Where there is a cache, the processes of a node share them."""
 
     def __init__(self, tokenizer: Tokenizer, columns: Columns) -> None:
         self.counts = Counts(*columns.counts.tolist())
@@ -56,12 +56,13 @@ class Records:
         Raises UserError naming file:line for every line that does not fit, and for a data set without records.
         """
         path = Path(path)
-        file = cache and cache / f"{columns.digest(path, tokenizer, config, form, max_prompt, required)[:40]}.npz"
-        known = columns.read(file) if file else None
+        folder = cache and cache / columns.digest(path, tokenizer, config, form, max_prompt, required)[:40]
+        known = columns.read(folder) if folder else None
         if known is None:
             known = Reader(form, tokenizer, config, Limits(tokenizer, config, max_prompt), required).read(path)
-            if file and not file.exists():  # another node may have made it meanwhile
-                columns.write(file, known)
+            if folder:
+                columns.write(folder, known)
+                known = columns.read(folder) or known  # mapped: nobody keeps a copy of its own
         return cls(tokenizer, known)
 
     def __len__(self) -> int:
@@ -92,8 +93,8 @@ class Records:
         if prompt[:1] == [self._tokenizer.bos]:
             prompt = prompt[1:]
         return Sample(
-            tokens=said.ids.copy(),
-            mask=said.learn[1:].copy(),
+            tokens=np.array(said.ids),  # a copy: what is mapped is not to be written to
+            mask=np.array(said.learn[1:]),
             group=group,
             reward=said.reward,
             truncated=said.truncated,

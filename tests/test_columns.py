@@ -1,0 +1,96 @@
+"""The folder that keeps a tokenized data set: mapped, whole, and named by all that decides it."""
+
+import re
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from rows import write
+
+from rlhf.config import Data
+from rlhf.data import columns
+from rlhf.data.columns import Columns, digest
+from rlhf.data.records import Records
+from rlhf.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def tokenizer(llama3):
+    return llama3
+
+
+def test_tokens_that_were_kept_are_mapped(tmp_path, tokenizer):
+    """By whoever loads them, the first one too; what is drawn is a copy in plain memory."""
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?"}, {"prompt": "Q!"})
+    old = tmp_path / "cache" / "0.npz"  # what earlier versions wrote
+    old.parent.mkdir()
+    old.write_bytes(b"?")
+    first, again = (Records.load(file, "prompts", tokenizer, Data(), cache=old.parent) for _ in range(2))
+    for records in (first, again):
+        for field in fields(Columns):
+            array = getattr(records._columns, field.name)
+            assert isinstance(array, np.memmap)
+            assert not array.flags.writeable
+        for sample in records.head(0):
+            for array in (sample.tokens, sample.mask):
+                assert type(array) is np.ndarray
+                assert array.flags.owndata
+                assert array.flags.writeable
+    assert old.read_bytes() == b"?"
+    nothing = Columns.of([], (0, 0, 3))
+    columns.write(tmp_path / "nothing", nothing)
+    found = columns.read(tmp_path / "nothing")
+    for field in fields(Columns):
+        kept, made = getattr(found, field.name), getattr(nothing, field.name)
+        assert (kept.dtype, kept.tolist()) == (made.dtype, made.tolist())
+
+
+def test_damaged_tokens_are_told(tmp_path, tokenizer):
+    """Files that are cut, missing, of another kind, or of another data set."""
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?"}, {"prompt": "what do they mean by it?"})
+    cache = tmp_path / "cache"
+    Records.load(file, "prompts", tokenizer, Data(), cache=cache)
+    [kept] = cache.iterdir()
+    whole = (kept / "tokens.npy").read_bytes()
+    np.save(tmp_path / "short.npy", np.zeros(3, np.int32))
+    for damaged in (whole[:-4], whole[:40], b"", b"?" * 200, (tmp_path / "short.npy").read_bytes(), None):
+        if damaged is None:
+            (kept / "tokens.npy").unlink()
+        else:
+            (kept / "tokens.npy").write_bytes(damaged)
+        with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and it will be made again"):
+            Records.load(file, "prompts", tokenizer, Data(), cache=cache)
+
+
+def test_whoever_writes_tokens_second_leaves_the_first(tmp_path):
+    """Several nodes may make the same folder at once; nothing else stays behind."""
+    made = Columns.of([], (0, 0, 0))
+    for _ in range(2):
+        columns.write(tmp_path / "cache" / "name", made)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["name"]
+    assert len(columns.read(tmp_path / "cache" / "name")) == 0
+
+
+def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, tokenizer, llama2):
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
+    other = write(tmp_path / "b.jsonl", {"prompt": "Q!"})
+    changes = [Data(template="human"), Data(template="tokenizer"), Data(learn="last"), Data(overlong="drop"), Data(max_tokens=7)]
+    names = [digest(file, tokenizer, data, "grpo", 7) for data in (Data(), *changes)]
+    names += [
+        digest(file, tokenizer, Data(), "sft", 7),
+        digest(file, tokenizer, Data(), "grpo", 8),
+        digest(file, llama2, Data(), "grpo", 7),
+    ]
+    names += [digest(other, tokenizer, Data(), "grpo", 7), digest(tmp_path, tokenizer, Data(), "grpo", 7)]
+    assert len(set(names)) == len(names)
+    assert (
+        names[0]
+        == digest(file, tokenizer, Data(train="elsewhere"), "grpo", 7)
+        == digest(write(file, {"prompt": "Q?"}), tokenizer, Data(), "grpo", 7)
+    )
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); set out to a folder with room"):
+        Records.load(file, "prompts", tokenizer, Data(), cache=file / "records")
