@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 import math
 import tomllib
 from dataclasses import asdict, fields, is_dataclass
@@ -145,7 +146,9 @@ def to_toml(config: Config) -> str:
             return str(value).lower()
         if isinstance(value, (tuple, list)):
             return "[" + ", ".join(map(text, value)) + "]"
-        return repr(value) if isinstance(value, (int, float)) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        if isinstance(value, (int, float)):
+            return repr(value)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, which also wants DEL escaped
 
     tree = asdict(config)
     del tree["mode"]

@@ -1,0 +1,121 @@
+"""From files and key=value to a configuration and back."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf import configuration
+from rlhf.config import MODES, Config
+from rlhf.errors import UserError
+
+EVERY_CONTROL = "".join(map(chr, range(32))) + "\x7f\x85\u2028"
+ODD = [
+    "a\\b",
+    "\n\nHuman:",
+    '"',
+    "'",
+    "\r\n",
+    "\t",
+    EVERY_CONTROL,
+    "\\n",
+    "\\u0041",
+    '"""',
+    "# no comment",
+    "",
+    " ",
+    "é€😀",
+    "[a]",
+    "true",
+    "1",
+]
+
+
+def there_and_back(config: Config, folder: Path) -> Config:
+    """Through a file, as a run writes it and its user starts from it."""
+    (folder / "config.toml").write_text(configuration.to_toml(config))
+    return configuration.load(config.mode, [str(folder / "config.toml")])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_defaults_there_and_back(tmp_path: Path, mode: str) -> None:
+    assert there_and_back(configuration.load(mode, []), tmp_path) == configuration.load(mode, [])
+
+
+@pytest.mark.parametrize("text", ODD, ids=ascii)
+def test_texts_there_and_back(tmp_path: Path, text: str) -> None:
+    """A stop string may be anything, and so may a folder's name: lines, quotes, backslashes, control characters."""
+    config = configuration.load("grpo", [])
+    config = replace(config, out=text, rollout=replace(config.rollout, stop=(text, "x" + text)))
+    assert there_and_back(config, tmp_path) == config
+
+
+def test_escapes_of_the_command_line(tmp_path: Path) -> None:
+    """A list of strings is TOML on the command line, too."""
+    config = configuration.load("grpo", [r'rollout.stop=["\n\nHuman:", "a\\b"]', r"out=a\b"])
+    assert config.rollout.stop == ("\n\nHuman:", r"a\b")
+    assert config.out == r"a\b"
+    assert there_and_back(config, tmp_path) == config
+
+
+def test_every_key_there_and_back(tmp_path: Path) -> None:
+    """Also what no default is: another number for every number, the other truth for every truth."""
+    config = configuration.load("grpo", [])
+    overrides = []
+    for section in fields(Config):
+        value = getattr(config, section.name)
+        named = [(f"{section.name}.{f.name}", getattr(value, f.name)) for f in fields(value)] if is_dataclass(value) else []
+        overrides += [f"{key}={str(other(old)).lower()}" for key, old in [*named, (section.name, value)] if other(old) is not None]
+    made = configuration.load("grpo", overrides)
+    assert len(overrides) > 60
+    assert there_and_back(made, tmp_path) == made
+    assert made != config
+
+
+def other(value: Any) -> Any:
+    """Another value of the same type that every key of it allows; None for what is neither number nor truth."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return value / 2 + 0.0625 if isinstance(value, float) else None
+
+
+def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
+    """A section of one file does not take back the keys of the same section of another."""
+    (tmp_path / "one.toml").write_text("steps = 7\n[optim]\nlr = 0.5\nclip = 2\n")
+    (tmp_path / "two.toml").write_text("[optim]\nlr = 0.25\n")
+    files = [str(tmp_path / name) for name in ("one.toml", "two.toml")]
+    config = configuration.load("sft", [*files, "optim.beta1=0.5", "optim.beta1=0.75"])
+    assert (config.steps, config.optim.lr, config.optim.clip, config.optim.beta1) == (7, 0.25, 2.0, 0.75)
+    assert configuration.load("sft", files[::-1]).optim.lr == 0.5
+    assert configuration.load("sft", ["optim.lr=1", *files]).optim.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("steps=true", "steps must be int, got True"),
+        ("steps=1.0", "steps must be int, got 1.0"),
+        ("optim.lr=true", "optim.lr must be float, got True"),
+        ("parallel.zero=1", "parallel.zero must be bool, got 1"),
+        ("rollout.stop=[1]", "rollout.stop must be a list of strings"),
+        ("optimm.lr=1", "unknown key 'optimm': did you mean 'optim'?"),
+        ("optim.l.r=1", "optim.lr"),
+        ("optim=1", "optim is a section, got 1: set one of its keys, such as optim.lr"),
+        ("steps.many=1", "steps must be int"),
+        ("mode=grpo", "key 'mode' cannot be set in a file"),
+    ],
+)
+def test_what_is_no_value_of_a_key(argument: str, wanted: str) -> None:
+    with pytest.raises(UserError) as error:
+        configuration.load("sft", [argument])
+    assert wanted in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_of_strings_may_be_one_string() -> None:
+    assert configuration.load("grpo", ["rollout.stop=Human:"]).rollout.stop == ("Human:",)
