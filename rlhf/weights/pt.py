@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from rlhf.weights.entries import intact
 
 # What a checkpoint of Megatron-LM may name beside tensors, arrays and plain containers (its own list is megatron.core.safe_globals):
 # in args, in states of random generators and reruns, and as the extra states of Transformer Engine's layers. Nobody here needs their
-# values, so all of them are stood in for.
+# values, so all of them are stood in for. A member of an enum is CLASS(value), or, as some releases of Python 3.11 write it (Debian's
+# 3.11.2 is one), getattr(CLASS, name); these and older ones write a member of signal.Signals as a global, signal.SIGTERM.
 CLASSES = (
     "megatron.core.enums.ModelType",
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
@@ -48,6 +51,8 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
 
     known: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(x)) for x in ("u4", "i8", "f8"))]
     known += [(StandIn, name) for name in CLASSES]
+    known += [(StandIn(member.name), f"signal.{member.name}") for member in signal.Signals]
+    known += [(partial(_member, path), "builtins.getattr")]
     for made in (np.empty(0), np.float64(0)):
         function: Any = made.__reduce__()[0]
         known += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
@@ -58,12 +63,22 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
     with _allowed(known), intact(path, "a checkpoint"):
         refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(_opened(path, place)))
         if refused:
-            asked = ", ".join(sorted(refused))
-            raise UserError(f"{path}: it asks for {asked}, and only weights and numbers are read: do not trust this file")
+            raise _distrust(path, ", ".join(sorted(refused)))
         tree = torch.load(_opened(path, place), map_location="cpu", weights_only=True, mmap=not place)
         tree = tree[0] if place else tree
         assert isinstance(tree, dict), f"it holds a {type(tree).__name__}, not a dict"
     return tree
+
+
+def _member(path: Path, owner: Any, name: Any) -> StandIn:
+    """What a file's getattr gives: a stand-in for a member of an enum that is one itself. No attribute of anything is looked up."""
+    if owner is not StandIn or not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+        raise _distrust(path, f"getattr({owner!r}, {name!r})")
+    return StandIn(name)
+
+
+def _distrust(path: Path, asked: str) -> UserError:
+    return UserError(f"{path}: it asks for {asked}, and only weights and numbers are read: do not trust this file")
 
 
 def _opened(path: Path, place: tuple[int, int] | None) -> Any:
