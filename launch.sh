@@ -2,10 +2,13 @@
 #SBATCH --requeue --open-mode=append --signal=USR1@120
 # The one entry:  ./launch.sh MODE [CONFIG.toml ...] [key=value ...]     (./launch.sh --help lists the modes)
 #
-# The first call makes .venv and installs a complete lock into it: requirements/gpu.txt where there is an NVIDIA GPU, else
-# requirements/cpu.txt. Later calls only start Python, until that lock changes.
+# The first call makes an environment and installs a complete lock into it: .venv-gpu with requirements/gpu.txt where there is an NVIDIA GPU,
+# else .venv-cpu with requirements/cpu.txt. Later calls only start Python, until that lock changes. The other environment is left alone, and
+# so is .venv, where earlier releases installed either lock: it is used while what it holds is the lock that is wanted.
+#   ./launch.sh install cpu|gpu   install that one, whatever this machine has
 #   RLHF_PYTHON=/path/to/python   use this interpreter and install nothing
 #   CUDA_VISIBLE_DEVICES=         (set, but empty) pretend that there is no GPU
+# --help and --dry-run install nothing: they run in whichever environment there is, or else with the system's Python.
 # On Slurm:  sbatch --nodes=N [--gpus-per-node=8] launch.sh MODE ...  starts it on every node; preempted, or two minutes before its time is
 # over (the #SBATCH line above), the run saves the step at hand, is requeued, and continues.
 set -euo pipefail
@@ -14,7 +17,6 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 if [[ ! -d $root/rlhf && -n ${SLURM_JOB_ID-} ]]; then # sbatch runs a copy of this file, somewhere else
   root=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/launch\.sh.*|\1|p')
 fi
-venv=$root/.venv
 torch_cpu=https://download.pytorch.org/whl/cpu/torch/ # PyPI's torch is a CUDA build
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
@@ -23,18 +25,26 @@ fail() {
   exit 2
 }
 
-lock_file() { # device files, because nvidia-smi can take seconds to answer
+asks_for() { # one of the words in $1, among the arguments
+  local argument
+  for argument in "${@:2}"; do
+    if [[ " $1 " == *" $argument "* ]]; then return 0; fi
+  done
+  return 1
+}
+
+this_machine() { # device files, because nvidia-smi can take seconds to answer
   if [[ ${CUDA_VISIBLE_DEVICES-all} != @(|-1) ]] && compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
-    echo "$root/requirements/gpu.txt"
+    echo gpu
   else
-    echo "$root/requirements/cpu.txt"
+    echo cpu
   fi
 }
 
-find_python() { # one that can make virtual environments and that the locks have wheels for
+find_python() { # one that the locks have wheels for, and that has the module $1
   local python
   for python in python3 python3.13 python3.12 python3.11; do
-    if "$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    if "$python" -c "import sys, $1; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" 2>/dev/null; then
       echo "$python"
       return
     fi
@@ -42,49 +52,61 @@ find_python() { # one that can make virtual environments and that the locks have
   fail "no Python 3.11 to 3.13 with venv: install one (on Debian and Ubuntu: apt install python3-venv), or set RLHF_PYTHON"
 }
 
-installed() { # the stamp is a copy of the lock, written last, so a broken installation has none
-  [[ -x $venv/bin/python ]] && cmp -s "$lock" "$venv/lock.txt"
+holds() { # folder $1 the lock $2; the stamp is a copy of the lock, written last, so a broken installation has none
+  [[ -x $1/bin/python ]] && cmp -s "$root/requirements/$2.txt" "$1/lock.txt"
 }
 
-install() { # anew, never over an older lock; of several callers one installs and the others wait
-  local python hint="" options=(--no-deps --no-compile --only-binary=:all: --no-input --disable-pip-version-check)
+install() { # lock $1, anew, never over an older one; of several callers one installs and the others wait
+  local name=.venv-$1 venv=$root/.venv-$1 lock=requirements/$1.txt
+  local base hint="" options=(--no-deps --no-compile --only-binary=:all: --no-input --disable-pip-version-check)
   (
     flock 9
-    installed && exit
-    python=$(find_python)
-    echo "launch.sh: installing ${lock#"$root/"} into .venv (a few minutes; output in .venv/install.log)" >&2
-    "$python" -m venv --clear "$venv"
-    if [[ $lock == */cpu.txt ]]; then
-      if reachable "$torch_cpu"; then options+=(--find-links "$torch_cpu"); else hint="; $torch_cpu is out of reach"; fi
+    if holds "$venv" "$1"; then exit; fi
+    base=$(find_python ensurepip)
+    echo "launch.sh: installing $lock into $name (a few minutes; output in $name/install.log)" >&2
+    "$base" -m venv --clear "$venv"
+    if [[ $1 == cpu ]]; then
+      if reachable "$venv" "$torch_cpu"; then options+=(--find-links "$torch_cpu"); else hint="; $torch_cpu is out of reach"; fi
     fi
     # -I: what the caller's PYTHONPATH holds does not count as installed.
-    if ! "$venv/bin/python" -I -m pip install "${options[@]}" --requirement "$lock" >"$venv/install.log" 2>&1; then
-      fail "pip: $(grep '^ERROR' "$venv/install.log" | tail -n 1)$hint; all of its output is in .venv/install.log"
+    if ! "$venv/bin/python" -I -m pip install "${options[@]}" --requirement "$root/$lock" >"$venv/install.log" 2>&1; then
+      fail "pip: $(grep '^ERROR' "$venv/install.log" | tail -n 1)$hint; all of its output is in $name/install.log"
     fi
-    cp "$lock" "$venv/lock.txt"
+    cp "$root/$lock" "$venv/lock.txt"
   ) 9>"$venv.lock"
 }
 
 reachable() {
-  timeout 5 "$venv/bin/python" -I -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=3)' "$1" 2>/dev/null
+  timeout 5 "$1/bin/python" -I -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=3)' "$2" 2>/dev/null
 }
 
-choose_python() { # sets python
-  if [[ -n ${RLHF_PYTHON-} ]]; then
-    python=$(command -v "$RLHF_PYTHON") || fail "RLHF_PYTHON=$RLHF_PYTHON is not an executable: give the path of a Python, or unset it"
-    return
-  fi
-  lock=$(lock_file)
-  installed || install
-  python=$venv/bin/python
-}
-
-asks_for_help() { # no argument at all does, too
-  local argument
-  for argument in "${@:---help}"; do
-    if [[ $argument == --help || $argument == -h ]]; then return 0; fi
+any_python() { # of whatever environment is complete, or else the system's
+  local venv
+  for venv in "$root/.venv-$(this_machine)" "$root"/.venv{,-cpu,-gpu}; do
+    if [[ -x $venv/bin/python && -f $venv/lock.txt ]]; then
+      echo "$venv/bin/python"
+      return
+    fi
   done
-  return 1
+  find_python sys
+}
+
+choose_python() { # sets python to that of this machine's lock, which is installed if need be; it is to run the arguments
+  local kind venv
+  if [[ -n $python ]]; then return; fi
+  kind=$(this_machine)
+  for venv in "$root/.venv-$kind" "$root/.venv"; do
+    if holds "$venv" "$kind"; then
+      python=$venv/bin/python
+      return
+    fi
+  done
+  if (($#)); then # a mistyped mode is told before an installation, not after it
+    python=$(any_python)
+    "$python" "$@" --help >/dev/null || exit
+  fi
+  install "$kind"
+  python=$root/.venv-$kind/bin/python
 }
 
 check() { # everything that CI checks; with arguments, only those tests
@@ -98,23 +120,36 @@ check() { # everything that CI checks; with arguments, only those tests
   exec "$python" -m pytest --durations=15
 }
 
+python=""
+if [[ -n ${RLHF_PYTHON-} ]]; then
+  python=$(command -v "$RLHF_PYTHON") || fail "RLHF_PYTHON=$RLHF_PYTHON is not an executable: give the path of a Python, or unset it"
+fi
+if [[ ${1-} == @(install|test) ]] && asks_for "-h --help" "$@"; then
+  set -- --help
+fi
+light="-h --help" # what asks for these installs nothing
 case ${1-} in
+  install)
+    [[ $# == 2 && $2 == @(cpu|gpu) ]] || fail "install takes cpu or gpu, not '${*:2}': ./launch.sh install cpu"
+    [[ -z $python ]] || fail "install $2: RLHF_PYTHON is set, and nothing is installed for that; unset it"
+    install "$2"
+    echo "launch.sh: requirements/$2.txt is installed in $root/.venv-$2"
+    exit
+    ;;
   test)
     choose_python
     check "${@:2}"
     ;;
-  demo | tutorial)
-    choose_python
-    exec "$python" "$root/tools/$1.py" "${@:2}"
+  demo | tutorial | prepare_data)
+    run=("$root/tools/$1.py" "${@:2}")
     ;;
-  prepare_data)
-    choose_python
-    exec "$python" "$root/tools/prepare_data.py" "${@:2}"
+  *)
+    run=(-m rlhf "${@:---help}")
+    light+=" --dry-run"
     ;;
 esac
-if asks_for_help "$@" && [[ -z ${RLHF_PYTHON-} && ! -x $venv/bin/python ]]; then
-  python=$(find_python) # help needs nothing but Python, and should not wait for an installation
-else
-  choose_python
+if [[ -z $python ]] && asks_for "$light" "${@:---help}"; then
+  python=$(any_python)
 fi
-exec "$python" -m rlhf "${@:---help}"
+choose_python "${run[@]}"
+exec "$python" "${run[@]}"

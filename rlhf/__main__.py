@@ -66,7 +66,9 @@ def usage() -> str:
         f"{modes}\n  {'convert':10} weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
         f"  {'prepare_data'} public data sets, as they are downloaded, to the files that the modes read\n"
         f"  {'demo':10} the short way on a small task, from nothing to an aligned model\n"
-        f"  {'tutorial':10} all six modes on a small task, and a table of its five models\n  {'test':10} lint and tests\n\n"
+        f"  {'tutorial':10} all six modes on a small task, and a table of its five models\n"
+        f"  {'test':10} lint, types and all tests; with arguments only those tests, as pytest takes them\n"
+        f"  {'install':10} cpu or gpu: all packages, into .venv-cpu or .venv-gpu (a mode does it by itself, as its machine needs it)\n\n"
         "./launch.sh MODE --help lists every key; with --dry-run a run is not started, but explained: its batch, its memory.\n\n"
         "Shell variables (they win over files and lose to key=value):\n"
         + "\n".join(f"  {name:22} {key:18} {meaning} [{modes}]" for name, key, modes, meaning in variables.rows())
@@ -75,10 +77,13 @@ def usage() -> str:
 
 def explain(config: Config) -> int:
     """Show what a run would be, on the nodes that the environment tells of."""
-    from rlhf import dryrun
-
     nodes = cluster.number(os.environ, "WORLD_SIZE", cluster.number(os.environ, "SLURM_NNODES", 1))
-    dryrun.show(config, nodes * ranks_per_node(config, nodes))
+    try:
+        from rlhf import dryrun
+
+        dryrun.show(config, nodes * ranks_per_node(config, nodes))
+    except ModuleNotFoundError as error:  # launch.sh takes any Python for it
+        raise UserError(f"--dry-run needs the package {error.name}: run ./launch.sh install cpu (or gpu) first") from None
     return 0
 
 
@@ -147,4 +152,6 @@ def end(code: int) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help", "--dry-run"} & {*sys.argv[1:]}:  # only text, of which head or less may want a part: then it ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     end(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf import dryrun
+from rlhf.__main__ import main
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.configuration import manual
@@ -87,30 +90,114 @@ def test_an_interpreter_that_is_not_there():
 
 
 @pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A checkout of this package with nothing installed, on a machine whose Python has nothing but the standard library."""
+    root = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / "python"], check=True)
+    shutil.copy(ROOT / "launch.sh", root)
+    for folder in ("requirements", "rlhf", "tools"):
+        (root / folder).symlink_to(ROOT / folder)
+    env = {"PATH": f"{root}/python/bin:/usr/bin:/bin", "HOME": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    for package in ("numpy", "torch"):
+        absent = subprocess.run(["python3", "-c", f"import {package}"], env=env, cwd=root, capture_output=True, text=True)
+        assert f"No module named '{package}'" in absent.stderr
+    return root, env
+
+
+HELP = [(), *(("--help",), ("-h",), ("grpo", "--help"), ("sft", "nowhere.toml", "-h"), ("convert", "--help"), ("prepare_data", "--help"))]
+HELP += [("demo", "--help"), ("tutorial", "--help"), ("test", "--help"), ("install", "--help"), ("install", "gpu", "--help")]
+
+
+@pytest.mark.parametrize("arguments", HELP)
+def test_help_needs_nothing_but_python(bare, arguments):
+    """No package, no installation, and half a second of a processor at the best of three: what else runs here does not count."""
+    root, env = bare
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = launch(*arguments, root=root, env=env)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout
+    assert min(seconds) < 0.5
+    assert not [path.name for path in root.iterdir() if path.name.startswith(".venv")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gprm",), "rlhf: unknown mode 'gprm': choose one of"),
+        (("gprm", "steps=1", "--dry-run"), "rlhf: unknown mode 'gprm': choose one of"),
+        (("grpo", "optim.lrr=1", "--dry-run"), "optim.lrr"),
+        (("install",), "launch.sh: install takes cpu or gpu, not '': ./launch.sh install cpu"),
+        (("install", "tpu"), "launch.sh: install takes cpu or gpu, not 'tpu': ./launch.sh install cpu"),
+        (("install", "cpu", "gpu"), "launch.sh: install takes cpu or gpu, not 'cpu gpu': ./launch.sh install cpu"),
+    ],
+)
+def test_a_mistake_is_told_before_an_installation(bare, arguments, said):
+    root, env = bare
+    result = launch(*arguments, root=root, env=env)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert said in result.stderr
+    assert not [path.name for path in root.iterdir() if path.name.startswith(".venv")]
+
+
+def test_the_package_itself_helps_without_others(bare):
+    """python -m rlhf, where nothing is found beside the package, not even by PYTHONPATH."""
+    _, env = bare
+    for arguments, code in ((("--help",), 0), (("grpo", "--help"), 0), (("gprm",), 2)):
+        done = subprocess.run(["python3", "-m", "rlhf", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, code // 2), done.stderr
+
+
+def test_a_dry_run_names_the_package_that_it_lacks(monkeypatch, capsys):
+    def show(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr(dryrun, "show", show)
+    assert main(["grpo", "policy.load=model", "data.train=rows.jsonl", "--dry-run"]) == 2
+    assert capsys.readouterr().err == "rlhf: --dry-run needs the package numpy: run ./launch.sh install cpu (or gpu) first\n"
+
+
+@pytest.mark.parametrize("reader", ["head -n 1", "true"])
+@pytest.mark.parametrize("arguments", ["--help", "grpo --help", "convert --help"])
+def test_help_ends_quietly_when_its_reader_does(arguments, reader):
+    piped = subprocess.run(f"./launch.sh {arguments} | {reader}", shell=True, cwd=ROOT, env=HERE, capture_output=True, text=True)
+    assert (piped.returncode, piped.stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """launch.sh beside an empty lock and a package that prints its arguments, on a machine where nothing is installed yet."""
     root = tmp_path_factory.mktemp("fresh")
     shutil.copy(ROOT / "launch.sh", root)
     for folder in ("requirements", "rlhf"):
         (root / folder).mkdir()
-    (root / "requirements" / "cpu.txt").write_text("# nothing\n")
+    for kind in ("cpu", "gpu"):
+        (root / "requirements" / f"{kind}.txt").write_text(f"# nothing for a {kind}\n")
     (root / "rlhf" / "__main__.py").write_text("import sys\nprint(sys.prefix, *sys.argv[1:])\n")
     env = {key: value for key, value in HERE.items() if key not in ("RLHF_PYTHON", "PYTHONPATH", "VIRTUAL_ENV")}
     return root, env
 
 
 def test_installation(fresh):
-    """Help needs none; of two first calls one installs; later calls start at once; a changed lock installs anew, a broken one says so."""
+    """Of two first calls one installs; later calls start at once; a changed lock installs anew, a broken one says so. Help and dry runs
+    install nothing, before and after that."""
     root, env = fresh
-    lock, venv = root / "requirements" / "cpu.txt", root / ".venv"
+    lock, venv = root / "requirements" / "cpu.txt", root / ".venv-cpu"
 
-    assert launch(root=root, env=env).stdout.endswith(" --help\n")
+    for arguments in ("--help",), ("sft", "--help"), ("sft", "steps=1", "--dry-run"):
+        result = launch(*arguments, root=root, env=env)
+        assert result.stdout.endswith(f" {' '.join(arguments)}\n")
+        assert result.stderr == ""
     assert not venv.exists()
 
     first = [subprocess.Popen([root / "launch.sh", "sft"], cwd=root, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=300)[1] for process in first]
     assert [process.returncode for process in first] == [0, 0]
-    assert sorted(line.count("installing requirements/cpu.txt into .venv") for line in said) == [0, 1]
+    assert sorted(line.count("installing requirements/cpu.txt into .venv-cpu ") for line in said) == [0, 1]
 
     again, seconds = launch("sft", "a b.toml", "steps=1", root=root, env=env), []
     assert again.stdout == f"{venv} sft a b.toml steps=1\n"
@@ -121,6 +208,11 @@ def test_installation(fresh):
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.3
 
+    lock.write_text("# another lock\n")
+    for argument in ("--help", "--dry-run"):
+        assert launch("sft", argument, root=root, env=env).stdout == f"{venv} sft {argument}\n"
+    assert (venv / "lock.txt").read_text() != lock.read_text()
+
     lock.write_text("absent @ file:///no/such/absent-1-py3-none-any.whl\n")
     broken = launch("sft", root=root, env=env)
     assert broken.returncode == 2
@@ -129,6 +221,42 @@ def test_installation(fresh):
     lock.write_text("# nothing, and nothing is broken\n")
     assert "installing" in launch("sft", root=root, env=env).stderr
     assert launch("sft", root=root, env=env).stderr == ""
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """What tells whether anything was written there."""
+    paths = [path for path in (folder, *folder.rglob("*")) if "__pycache__" not in path.parts]
+    return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in paths}
+
+
+def test_an_environment_of_another_lock_is_left_alone(fresh, tmp_path):
+    """install gpu, a mode on a node without a GPU, and one on a node with: each has its folder, and an old .venv is read at most."""
+    root, env = fresh[0] / "two", fresh[1]
+    shutil.copytree(fresh[0], root, ignore=shutil.ignore_patterns(".venv*", "two"))
+    script = (root / "launch.sh").read_text()
+    assert script.count("'/dev/nvidia[0-9]*'") == 1
+    (root / "launch.sh").write_text(script.replace("'/dev/nvidia[0-9]*'", f"'{tmp_path}/nvidia[0-9]*'"))
+    (tmp_path / "nvidia0").touch()
+    on_gpus = {key: value for key, value in env.items() if key != "CUDA_VISIBLE_DEVICES"}
+
+    said = launch("install", "gpu", root=root, env=env)  # the login node
+    assert said.stdout == f"launch.sh: requirements/gpu.txt is installed in {root}/.venv-gpu\n"
+    gpu = contents(root / ".venv-gpu")
+    assert launch("install", "gpu", root=root, env=env).stdout == said.stdout
+    assert launch("sft", "--dry-run", root=root, env=env).stdout == f"{root}/.venv-gpu sft --dry-run\n"
+    refused = launch("install", "gpu", root=root, env={**env, "RLHF_PYTHON": sys.executable})
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+
+    assert launch("sft", root=root, env=env).stdout == f"{root}/.venv-cpu sft\n"
+    assert launch("sft", root=root, env=on_gpus).stdout == f"{root}/.venv-gpu sft\n"
+
+    (root / ".venv-cpu").rename(root / ".venv")  # as an earlier release left it
+    old = contents(root / ".venv")
+    assert launch("sft", root=root, env=env).stdout == f"{root}/.venv sft\n"
+    (root / "requirements" / "cpu.txt").write_text("# a newer lock\n")
+    assert "installing requirements/cpu.txt into .venv-cpu " in launch("sft", root=root, env=env).stderr
+    assert launch("sft", root=root, env=on_gpus).stdout == f"{root}/.venv-gpu sft\n"
+    assert (contents(root / ".venv"), contents(root / ".venv-gpu")) == (old, gpu)
 
 
 def test_sbatch_runs_a_copy(fresh, tmp_path):

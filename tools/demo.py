@@ -1,4 +1,4 @@
-"""The whole way on a small task, from nothing to an aligned model: python tools/demo.py [key=value ... for the GRPO stage].
+"""The whole way on a small task, from nothing to an aligned model: ./launch.sh demo [key=value ... for the GRPO stage].
 
 Makes a data set, a tokenizer and a tiny model under runs/demo; supervised fine-tuning until the model is mediocre; GRPO with a verifier as
 reward; then a fresh process loads the exported Hugging Face folder in vLLM and is measured once more.
@@ -26,6 +26,9 @@ EVALUATION = ["configs/demo/grpo.toml", "evaluate.prompts=0", "parallel.tp=1"]
 
 
 def main(overrides: list[str]) -> int:
+    if {"-h", "--help"} & {*overrides}:
+        print(__doc__)
+        return 0
     began = time.time()
     shutil.rmtree(RUNS, ignore_errors=True)
     demo_task.write(RUNS / "data")
