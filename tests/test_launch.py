@@ -259,6 +259,21 @@ def test_an_environment_of_another_lock_is_left_alone(fresh, tmp_path):
     assert (contents(root / ".venv"), contents(root / ".venv-gpu")) == (old, gpu)
 
 
+def test_ci_takes_the_python_of_the_system(tmp_path):
+    """Whatever stands first in PATH."""
+    code = "import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
+    if not Path("/usr/bin/python3").exists() or subprocess.run(["/usr/bin/python3", "-c", code], capture_output=True).returncode:
+        pytest.skip("/usr/bin/python3 is none that is supported, with venv")
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    for name, line in (("launch.sh", "command -v python3"), ("python3", "exit 1"), ("slurmctld", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**HERE, "PATH": f"{tmp_path}:{HERE['PATH']}"}
+    done = subprocess.run([tmp_path / ".ci" / "run"], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "/usr/bin/python3\n")
+
+
 def test_sbatch_runs_a_copy(fresh, tmp_path):
     """Slurm puts the batch script somewhere else; the checkout is where the job's command says, and that may have a space in it."""
     root, env = fresh
