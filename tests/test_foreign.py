@@ -16,7 +16,7 @@ from rows import write
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import demo_task
+import demo_task  # noqa: E402
 
 LINES = {"kto": "kto.KTO", "reinforce": "reinforce.Reinforce"}  # mode -> its line in the table
 KEYS = ["data.max_tokens=64", "rollout.max_tokens=16", "rollout.group=4", "rollout.engine=kvcache", "batch.prompts=4", "batch.tokens=256"]
