@@ -1,0 +1,86 @@
+"""What becomes of a step's sums: over ranks, over phases, and in metrics.jsonl when a run goes on or begins again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf import configuration
+from rlhf.metrics import Metrics
+
+
+def made(out: Path, start: int = 0, rank: int = 0, others: tuple[dict, ...] = (), *overrides: str) -> Metrics:
+    """On a rank that hears of the others' sums."""
+    mesh = SimpleNamespace(rank=rank, all_gather=lambda mine: [mine, *others])
+    return Metrics(configuration.load("sft", [f"out={out}", "steps=9", *overrides]), mesh, start)  # type: ignore[arg-type]
+
+
+def steps(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (-1, [])])
+def test_lines_that_a_run_will_write_again_are_dropped(tmp_path: Path, start: int, kept: list[int]) -> None:
+    """A run that begins again says everything anew, step 0 too; one that goes on keeps what was said up to its checkpoint."""
+    before = made(tmp_path)
+    for step in range(4):
+        before.write(step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # torn
+    made(tmp_path, start).write(max(start, -1) + 1)
+    assert steps(tmp_path) == [*kept, max(start, -1) + 1]
+
+
+def test_only_the_first_rank_writes(tmp_path: Path) -> None:
+    made(tmp_path, rank=1).write(1)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_sums_run_over_ranks_and_calls(tmp_path: Path) -> None:
+    """A mean is one quotient of two sums, whoever brought them; what every rank knows alike counts once; no count is no number."""
+    for rank in range(2):
+        metrics = made(tmp_path, 0, rank, ({"loss": (5.0, 1.0), "theirs": (1.0, 2.0)},))
+        metrics.add({"loss": (1.0, 2.0), "never": (0.0, 0.0)})
+        metrics.add({"loss": (2.0, 1.0)})
+        metrics.add_common({"reward": (3.0, 2.0)})
+        values = metrics.write(1)
+        assert values["loss"] == 8.0 / 4.0
+        assert values["theirs"] == 0.5
+        assert "never" not in values
+        assert values.get("reward") == (1.5 if rank == 0 else None)
+        again = metrics.write(2)  # what was written is forgotten; the others bring theirs again
+        assert again["loss"] == 5.0
+        assert "reward" not in again
+
+
+def test_times(tmp_path: Path) -> None:
+    """Phases of one name add up; a step begins where begin() says; tokens per second are of the whole step."""
+    start = time.perf_counter()
+    metrics = made(tmp_path)
+    time.sleep(0.2)
+    metrics.begin()
+    for phase, seconds in (("learn", 0.05), ("publish", 0.01), ("learn", 0.1)):
+        with metrics.time(phase):
+            time.sleep(seconds)
+    values = metrics.write(1, tokens=100)
+    assert 0.15 <= values["time/learn"] <= values["time/step"] - 0.01
+    assert values["time/publish"] >= 0.01
+    assert values["time/step"] <= time.perf_counter() - start - 0.2
+    assert values["tokens_per_second"] == pytest.approx(100 / values["time/step"])
+    assert "tokens_per_second" not in metrics.write(2)
+
+
+def test_lines_for_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every log.every steps, and the last; metrics.jsonl has them all."""
+    metrics = made(tmp_path, 0, 0, (), "log.every=4")
+    for step in range(10):
+        metrics.add({"loss": (0.5, 1.0), "grad_norm": (1.0, 1.0)})
+        metrics.write(step)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["0/9", "4/9", "8/9", "9/9"]
+    assert all("loss 0.5" in line and "grad_norm" not in line for line in lines)
+    assert steps(tmp_path) == list(range(10))
