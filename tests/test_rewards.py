@@ -26,7 +26,9 @@ def act(prompt, response, record):
     if response == "hang inside C":
         re.match("(a+)+$", "a" * 60 + "b")
     if response == "hang with a child":
-        subprocess.run(["sleep", "61.25"])
+        with subprocess.Popen(["sleep", "61.25"]) as child:
+            if record:
+                open(record["file"], "w").write(str(child.pid))
     if response == "end":
         os._exit(3)
     if response == "exit":
@@ -131,6 +133,41 @@ def test_processes_are_kept_and_replaced(file):
         assert gone(first)
         assert Path(f"/proc/{other}").exists()
     assert gone(other)
+
+
+def test_a_time_out_ends_what_the_function_started(file, tmp_path):
+    """The whole group of processes, and nothing of them stays open here."""
+    before = set(os.listdir("/proc/self/fd"))
+    with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
+        given = ("abc", "hang with a child", {"file": str(tmp_path / "child")})
+        assert function.score([*items("half"), given, *items("half")]) == [Score(1.5, False), Score(0.0, True), Score(1.5, False)]
+        assert gone(int((tmp_path / "child").read_text()))
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_module_may_load_longer_than_a_response_may_take(file):
+    """As those that import torch do: the limit is one for each response."""
+    (file.parent / "slow.py").write_text("import time\ntime.sleep(1.2)\n\ndef one(prompt, response, record):\n    return 1\n")
+    with Rewards(f"{file.parent}/slow.py:one", timeout=0.5, workers=2) as function:
+        assert function.score(items("a", "b", "c")) == [Score(1.0, False)] * 3
+
+
+def test_results_of_an_interrupted_call_do_not_reach_the_next(file):
+    """Ctrl-C while a function works on a response; its process has been used before, and would be used again."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with Rewards(f"{file}:echo", timeout=10, workers=1) as function:
+        assert function.score([("", "1", {"seconds": 0})]) == [Score(1.0, False)]
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                function.score([("", "2", {"seconds": 1.0}), ("", "3", {"seconds": 0})])
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert function.score([("", "4", {"seconds": 0}), ("", "5", {"seconds": 0})]) == [Score(4.0, False), Score(5.0, False)]
 
 
 def test_a_process_that_ended_while_idle_fails_one_response_only(file):
