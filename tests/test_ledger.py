@@ -73,6 +73,23 @@ def test_activations_by_hand() -> None:
     assert (works[0] - works[2]) * GIB == pytest.approx(8192 * (32 * token - 32 * 2 * 4096 - token))
 
 
+def test_activations_of_pipeline_stages() -> None:
+    """Under 1F1B the first of two stages has two micro-batches in flight, the last one: what a layer saves counts as often."""
+    shape = ("parallel.tp=1", "parallel.pp=2", "parallel.dp=4", "batch.tokens=8192")
+    made = [ledger("sft", "7B", *shape, f"parallel.recompute={recompute}") for recompute in ("none", "selective")]
+    saved = [[each.rows("learn/policy", stage)["work"] * GIB for stage in range(2)] for each in made]
+    rotated = 16 * 8192 * 2 * 2 * 4096  # queries and keys of half of the layers
+    assert [full - less for full, less in zip(*saved, strict=True)] == pytest.approx([2 * rotated, rotated])
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(4, 2), (8, 1), (16, 1)])
+def test_cache_of_grouped_queries(tp: int, heads: int) -> None:
+    """70B keeps keys and values of 8 heads of 128 for its 64 query heads; ranks that outnumber them have a whole one each."""
+    made = ledger("grpo", "70B", f"rollout.tp={tp}", "rollout.cache=10", "data.max_tokens=4096")
+    assert made.rows("rollout", 0)["engine cache"] == 10.0
+    assert made.sequences() == pytest.approx(10 * GIB / (4096 * 2 * 80 * heads * 128 * 2))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (8, 4)])
 def test_shards_hold_what_their_tiles_cover(size: str, tp: int, pp: int) -> None:
