@@ -70,6 +70,7 @@ def test_empty_microbatch_has_no_weight(mode: str) -> None:
         ("grpo", [], {"policy": "train", "reference": "frozen"}, ("old_logp", "ref_logp")),
         ("grpo", ["grpo.kl=0"], {"policy": "train"}, ("old_logp",)),
         ("grpo", ["batch.minibatches=1"], {"policy": "train", "reference": "frozen"}, ("ref_logp",)),
+        ("grpo", ["batch.minibatches=1", "batch.epochs=2"], {"policy": "train", "reference": "frozen"}, ("old_logp", "ref_logp")),
     ],
 )
 def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, str], streams: tuple[str, ...]) -> None:

@@ -55,6 +55,11 @@ def test_grpo_overlong() -> None:
     samples = drawn()
     samples[3].reward = 5.0
     assert advantages(samples, *limit, "grpo.overlong=mask") == [-1.0] * 3  # it is no longer learned, but still in the mean of 2
+    learned, _ = algorithm("grpo", *limit[:1], "grpo.overlong=mask", "grpo.advantage=global").credit(samples + responses([0.0, 2.0], 1))
+    assert len(learned) == 5
+    assert not any(s.truncated for s in learned)
+    whitened = np.concatenate([s.advantages[s.mask] for s in learned])  # of what is learned, and of nothing else
+    assert (whitened.mean(), whitened.std()) == pytest.approx((0.0, 1.0), abs=1e-6)
 
 
 @pytest.mark.parametrize("unit", ["token", "sequence", "constant"])
