@@ -95,7 +95,20 @@ def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path) -> None:
     assert f"out={tmp_path}" in fail("sft", f"out={tmp_path}", "resume=false")
 
 
-def test_resuming_another_run(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "saved", "here"),
+    [
+        ("mode", "sft", "reward"),
+        ("seed", 2, 1),
+        ("dtype", "torch.bfloat16", "torch.float32"),
+        ("zero", False, True),
+        ("tp", 4, 2),
+        ("pp", 2, 1),
+        ("cp", 2, 1),
+        ("dp", 2, 1),
+    ],
+)
+def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: object, here: object) -> None:
     """The remedy is one that works: resume=false over old checkpoints is a mistake as well."""
     from rlhf.checkpoint import Checkpoints
     from rlhf.parallel.mesh import Layout
@@ -104,8 +117,10 @@ def test_resuming_another_run(made: Path, tmp_path: Path) -> None:
     checkpoints = Checkpoints(config, SimpleNamespace(layout=Layout(2, 1, 1, 1), rank=0), torch.float32)
     (tmp_path / "latest").write_text("step_000007")
     (tmp_path / "step_000007").mkdir()
-    (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, "tp": 4}))
-    with pytest.raises(UserError, match=r"step_000007 was saved with tp=4, this run has 2: run it alike, or set another out$"):
+    (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, key: saved}))
+    with pytest.raises(
+        UserError, match=rf"step_000007 was saved with {key}={saved}, this run has {here}: run it alike, or set another out$"
+    ):
         checkpoints.resume([], {})
 
 
