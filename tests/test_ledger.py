@@ -77,7 +77,7 @@ def test_activations_of_pipeline_stages() -> None:
     """Under 1F1B the first of two stages has two micro-batches in flight, the last one: what a layer saves counts as often."""
     shape = ("parallel.tp=1", "parallel.pp=2", "parallel.dp=4", "batch.tokens=8192")
     made = [ledger("sft", "7B", *shape, f"parallel.recompute={recompute}") for recompute in ("none", "selective")]
-    saved = [[each.rows("learn/policy", stage)["work"] * GIB for stage in range(2)] for each in made]
+    saved = [[each.rows(LEARN, stage)["work"] * GIB for stage in range(2)] for each in made]
     rotated = 16 * 8192 * 2 * 2 * 4096  # queries and keys of half of the layers
     assert [full - less for full, less in zip(*saved, strict=True)] == pytest.approx([2 * rotated, rotated])
 
@@ -86,7 +86,7 @@ def test_activations_of_pipeline_stages() -> None:
 def test_cache_of_grouped_queries(tp: int, heads: int) -> None:
     """70B keeps keys and values of 8 heads of 128 for its 64 query heads; ranks that outnumber them have a whole one each."""
     made = ledger("grpo", "70B", f"rollout.tp={tp}", "rollout.cache=10", "data.max_tokens=4096")
-    assert made.rows("rollout", 0)["engine cache"] == 10.0
+    assert made.rows(ROLLOUT, 0)["engine cache"] == 10.0
     assert made.sequences() == pytest.approx(10 * GIB / (4096 * 2 * 80 * heads * 128 * 2))
 
 
@@ -167,7 +167,7 @@ def test_on_a_cpu_nothing_has_to_fit() -> None:
 
 
 def test_measured_stands_beside_predicted() -> None:
-    table = ledger("sft", "7B").table(peaks={"learn/policy": 28.04})
+    table = ledger("sft", "7B").table(peaks={LEARN: 28.04})
     assert table.splitlines()[-2].split() == ["measured", "-", "28.0"]
 
 

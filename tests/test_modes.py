@@ -88,7 +88,7 @@ def test_a_step_on_every_public_file(folder: Path, shared_data: Path, tmp_path: 
     """Through tools/prepare_data.py, and one update of each mode that the files are for."""
     import prepare_data
 
-    assert {path.name for path in shared_data.iterdir()} == PUBLIC.keys()
+    assert PUBLIC.keys() <= {path.name for path in shared_data.iterdir()}
     jobs = []
     for name, (task, kinds) in PUBLIC.items():
         assert prepare_data.main([task, "--from", str(shared_data / name), "--to", str(tmp_path / name)]) == 0
