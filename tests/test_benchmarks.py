@@ -69,6 +69,16 @@ def test_step(tmp_path: Path) -> None:
     assert found["rise/host"] < 0.01, "GiB"
 
 
+def test_host() -> None:
+    """What the host does, at two sizes each; tokens of a data set are mapped, so a process has none of its own."""
+    found = lines("host", "--stop-strings", "64", "128", "--packing", "32", "64", "--data-cache", "400000", "2000000")
+    sizes = {"stop-strings": (64, 128), "packing": (32, 64), "data-cache": (400_000, 2_000_000)}
+    named = [(line["case"], line.get("tokens", line.get("samples"))) for line in found]
+    assert named == [(name, size) for name, both in sizes.items() for size in both]
+    assert all(line["seconds"] > 0 for line in found)
+    assert found[-1]["own_after_use_mib"] < 4 < found[-1]["resident_after_use_mib"], "of 10 MiB"
+
+
 @pytest.mark.skipif(not TRL, reason="trl is not installed: pip install trl==1.16.0 datasets")
 def test_trl(tmp_path: Path) -> None:
     """Both trainers do the same job, each with vLLM, and the engine that TRL samples with has what TRL has learned."""

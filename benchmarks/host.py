@@ -1,0 +1,166 @@
+"""How long what the host does takes as it grows: stop strings, packing, and loading the tokens of a data set.
+
+    python benchmarks/host.py                                                   all of it, on one core
+    python benchmarks/host.py --packing 1024 2048 --stop-strings --data-cache   these sizes; a name alone leaves it out
+
+It calls what earlier versions have too, so it can be copied beside their benchmarks and run there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import vocabularies
+
+from rlhf import configuration
+from rlhf.contracts import Completion, Sample
+from rlhf.data import columns
+from rlhf.data.columns import Columns
+from rlhf.data.packing import microbatches, shares
+from rlhf.data.tokenizer import Tokenizer
+from rlhf.rollout.sampler import Sampler
+
+Result = dict[str, float]
+ABSENT: Any = None
+SENTENCE, STOP = " The answer is four, and the question is what they mean by it.", " STOP"
+
+
+def stop_strings(sizes: list[int]) -> dict[int, Result]:
+    """Cut a response of so many tokens, which ends with a stop string, and one that has none in it; and one where none is set."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Tokenizer.load(vocabularies.write_byte_level(Path(folder)))
+    configs = {stop: configuration.load("grpo", [f"rollout.stop={json.dumps([stop] if stop else [])}"]) for stop in (STOP, "")}
+    samplers = {stop: Sampler(config, ABSENT, ABSENT, None, tokenizer, ABSENT, ABSENT) for stop, config in configs.items()}
+    end = tokenizer.encode(STOP)
+    words = tokenizer.encode(SENTENCE) * (max(sizes) // 8 + 1)
+
+    def seconds(tokens: list[int], stop: str) -> float:
+        completion = Completion(tokens, [-1.0] * len(tokens), "length")
+        return record.seconds(lambda: samplers[stop]._cut(completion), repeat=1, warm=0)
+
+    seconds(words[: min(sizes)], STOP)
+    found = {}
+    for size in sizes:
+        kinds = {"seconds": ([*words[: size - len(end)], *end], STOP), "without_s": (words[:size], STOP), "unset_s": (words[:size], "")}
+        found[size] = {name: seconds(*kind) for name, kind in kinds.items()}
+    return found
+
+
+def packing(sizes: list[int]) -> dict[int, Result]:
+    """Cut so many samples, in groups of 8, of lognormal lengths (0.8, median 400, at most 4,096) into micro-batches of 16,384 tokens."""
+    found = {}
+    for size in sizes:
+        lengths = np.clip(np.random.default_rng(1).lognormal(6, 0.8, size), 16, 4096).astype(int).tolist()
+        samples = [Sample(np.empty(n + 1, np.int32), np.ones(n, bool), group=i // 8) for i, n in enumerate(lengths)]
+        start = time.perf_counter()
+        cut = microbatches(shares(samples, 1, 4096), 16384, False)
+        found[size] = {"seconds": time.perf_counter() - start, "microbatches": len(cut[0])}
+    return found
+
+
+def data_cache(sizes: list[int]) -> dict[int, Result]:
+    """Load so many tokens that another process has made, in records of 400; and what that adds to the memory of this one."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            kept = Path(folder) / f"{size}.npz"  # earlier versions wrote a file, which needs its ending
+            columns.write(kept, _columns(size))
+            with ProcessPoolExecutor(1, get_context("fork")) as pool:  # in a process that has read nothing before
+                found[size] = pool.submit(_load, kept).result()
+    return found
+
+
+def _columns(size: int) -> Columns:
+    count = max(1, size // 400)
+    ends = np.arange(1, count + 1, dtype=np.int64)
+    tokens = np.resize(np.arange(30011, dtype=np.int32), 400 * count)
+    line = np.frombuffer(b'{"prompt": "Q?"}', np.uint8)
+    return Columns(
+        tokens=tokens,
+        learn=tokens % 2 == 0,
+        token_ends=400 * ends,
+        truncated=np.zeros(count, bool),
+        rewards=np.zeros(count),
+        sibling_ends=ends,
+        rows=ends - 1,
+        lines=np.resize(line, len(line) * count),
+        line_ends=len(line) * ends,
+        counts=np.array((count, 0, 0)),
+    )
+
+
+def _load(kept: Path) -> Result:
+    before, start = _memory(), time.perf_counter()
+    known = columns.read(kept)
+    taken, loaded = time.perf_counter() - start, _memory()
+    assert known
+    total = int(known.tokens.sum())  # every token is looked at once: now all of their pages are there
+    assert total > 0
+    return {
+        "seconds": taken,
+        "own_mib": loaded["RssAnon"] - before["RssAnon"],
+        "resident_mib": loaded["VmRSS"] - before["VmRSS"],
+        "own_after_use_mib": _memory()["RssAnon"] - before["RssAnon"],
+        "resident_after_use_mib": _memory()["VmRSS"] - before["VmRSS"],
+    }
+
+
+def _memory() -> Result:
+    """MiB of this process: RssAnon is its own, VmRSS has pages of files in it, which all processes share."""
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(value.split()[0]) / 1024 for name, _, value in lines if name in ("RssAnon", "VmRSS")}
+
+
+# name | what a size counts | sizes | seconds and more for each
+ROWS: list[tuple[str, str, list[int], Callable[[list[int]], dict[int, Result]]]] = [
+    ("stop-strings", "tokens", [1024, 2048, 4096, 8192], stop_strings),
+    ("packing", "samples", [2048, 4096, 8192, 16384], packing),
+    ("data-cache", "tokens", [7_500_000, 15_000_000, 30_000_000, 60_000_000], data_cache),
+]
+
+
+def table(name: str, unit: str, found: dict[int, Result]) -> str:
+    """One line for each size, and how many times as long as the size before it took."""
+    keys = list(next(iter(found.values())))
+    rows = [f"| {name}: {unit} | {' | '.join(keys)} | growth |", "|" + "---|" * (len(keys) + 2)]
+    last = 0.0
+    for size, result in found.items():
+        growth = f"{result['seconds'] / last:.1f} x" if last else ""
+        rows.append(f"| {size:,} | {' | '.join(f'{result[key]:,.4g}' for key in keys)} | {growth} |")
+        last = result["seconds"]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--commit", default="", help="to be written into the results, as another one's are kept beside them")
+    for name, unit, sizes, _ in ROWS:
+        p.add_argument(f"--{name}", type=int, nargs="*", default=sizes, help=f"{unit} (default: {' '.join(map(str, sizes))})")
+    a = vars(p.parse_args())
+    tables = []
+    for name, unit, _, measure in ROWS:
+        if sizes := a[name.replace("-", "_")]:
+            found = measure(sorted(sizes))
+            tables.append(table(name, unit, found))
+            for size, result in found.items():
+                about = {"commit": a["commit"]} if a["commit"] else {}
+                record.say("host", name, {**about, unit: size, **result})
+    print("\n" + "\n\n".join(tables), flush=True)
+
+
+if __name__ == "__main__":
+    main()
