@@ -118,9 +118,9 @@ def memory(config: Path, mode: str, rows: list[dict]) -> dict[str, float]:
     if torch.cuda.is_available():
         chosen, world = configuration.load(mode, [str(config)]), torch.cuda.device_count()
         ledger = Ledger(chosen, *shapes(chosen, world), world, capacity(torch.device("cuda")), 2)
-        measured = {phase: max(row.get(f"memory/{phase}", 0.0) for row in rows) for phase in ledger.phases}
-        found |= {f"predicted/{phase}": ledger.need(phase) for phase in measured}
-        found["ledger_error"] = max((ledger.need(phase) / gib - 1 for phase, gib in measured.items() if gib), key=abs)
+        measured = {visit: max(row.get(f"memory/{visit}", 0.0) for row in rows) for visit in ledger.visits}
+        found |= {f"predicted/{visit}": ledger.need(visit) for visit in measured}
+        found["ledger_error"] = max((ledger.need(visit) / gib - 1 for visit, gib in measured.items() if gib), key=abs)
     return found
 
 
