@@ -25,6 +25,7 @@ import record
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import vocabularies
+from rlhf.rollout.sampler import Sampler
 
 from rlhf import configuration
 from rlhf.contracts import Completion, Sample
@@ -32,7 +33,6 @@ from rlhf.data import columns
 from rlhf.data.columns import Columns
 from rlhf.data.packing import microbatches, shares
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.rollout.sampler import Sampler
 
 Result = dict[str, float]
 ABSENT: Any = None

@@ -73,6 +73,16 @@ def groups(samples: Sequence[Sample]) -> list[list[Sample]]:
     return list(members.values())
 
 
+def worth(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Rewards [S] float32. Wherever rewards are compared, they are compared in this precision: 0.1 + 0.2 and 0.3 are equal."""
+    return np.array(rewards, np.float32)
+
+
+def differ(rewards: Sequence[float] | np.ndarray) -> bool:
+    """Whether a group's rewards tell its responses apart."""
+    return bool(np.ptp(worth(rewards)) > 0)
+
+
 def scored(sample: Sample) -> Sample:
     """The sample with one more place, the last, whose value is the reward model's score of the whole text.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from streams import algorithm, mean, means, packed, responses, rows, said
 
-from rlhf.contracts import Output, Sample
+from rlhf.contracts import Output, Sample, differ
 from rlhf.data.packing import pack
 
 # GRPO
@@ -289,3 +289,14 @@ def test_prompts_cannot_overflow() -> None:
         made.loss("policy", batch, Output(logp=logp, entropy=torch.zeros_like(logp))).total.backward()
         assert logp.grad.isfinite().all()
         assert logp.grad.abs().sum() > 0
+
+
+def test_rewards_that_float32_cannot_tell_apart_tie() -> None:
+    """0.1 + 0.2 and 0.3: no pair, and counted as tied, silent and not worth keeping alike."""
+    samples = responses([0.1 + 0.2, 0.3], group=0)
+    assert samples[0].reward != samples[1].reward
+    assert pack(samples).pairs.shape == (2, 0)
+    assert not differ([s.reward for s in samples])
+    kept, sums = algorithm("online-dpo", "rollout.group=2").credit(samples)
+    assert (kept, sums["tied"]) == ([], (1.0, 1.0))
+    assert algorithm("grpo", "rollout.group=2").credit(samples)[1]["silent"] == (1.0, 1.0)

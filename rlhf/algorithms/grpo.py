@@ -15,7 +15,7 @@ from typing import Literal
 
 from rlhf.algorithms.functional import clipped_surrogate, clipped_weight, kl_estimate, mean_loss, seq_mean, spread, whiten
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, groups
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, differ, groups
 from rlhf.errors import UserError
 from rlhf.lazy import np
 
@@ -63,7 +63,7 @@ class GRPO(Algorithm):
         c, drawn, silent = self.keys, groups(samples), 0
         for group in drawn:
             rewards = np.array([s.reward - self._penalty(s) for s in group])
-            silent += bool(np.ptp(rewards) == 0.0)
+            silent += not differ(rewards)
             for sample, advantage in zip(group, group_advantages(rewards, c.advantage), strict=True):
                 sample.advantages = np.where(sample.mask, advantage, 0.0).astype(np.float32)
         learned = [s for s in samples if not (c.overlong == "mask" and s.truncated)]

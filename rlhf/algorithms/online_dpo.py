@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rlhf.algorithms.dpo import DPO
 from rlhf.config import Config
-from rlhf.contracts import Sample, Sums, groups
+from rlhf.contracts import Sample, Sums, differ, groups, worth
 from rlhf.errors import UserError
 
 
@@ -33,10 +33,12 @@ class OnlineDPO(DPO):
             distinct: dict[bytes, Sample] = {}
             for sample in group:
                 distinct.setdefault(sample.tokens.tobytes(), sample)
-            best, worst = (choose(distinct.values(), key=lambda s: s.reward) for choose in (max, min))
+            members = list(distinct.values())
+            ranked = worth([s.reward for s in members])
+            best, worst = members[ranked.argmax()], members[ranked.argmin()]
             gap += best.reward - worst.reward
-            if best.reward == worst.reward:
+            if not differ([best.reward, worst.reward]):
                 tied += 1
             else:
-                kept += [best, worst] if self.keys.pairs == "best_worst" else distinct.values()
+                kept += [best, worst] if self.keys.pairs == "best_worst" else members
         return kept, {"tied": (float(tied), float(len(drawn))), "reward_gap": (gap, float(len(drawn)))}

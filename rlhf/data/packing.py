@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans
+from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans, worth
 
 
 def cost(length: int, hidden: int) -> float:
@@ -151,7 +151,7 @@ def pack(
         last=local(row([_last(s.mask) for s in samples], np.float32)),
         segment=local(np.repeat(np.arange(len(segments), dtype=np.int64), segments)),
         group=move(np.array([s.group for s in samples], np.int64)),
-        reward=move(np.array([s.reward for s in samples], np.float32)),
+        reward=move(worth([s.reward for s in samples])),
         pairs=move(_pairs(samples)),
         streams=streams,
         cp_sum=cp_sum,
@@ -166,7 +166,7 @@ def unpack(row: np.ndarray, samples: Sequence[Sample]) -> list[np.ndarray]:
 def _pairs(samples: Sequence[Sample]) -> np.ndarray:
     """Here and not on the device, which would have to say how many there are before anybody could go on."""
     group = np.array([s.group for s in samples], np.int64)
-    reward = np.array([s.reward for s in samples], np.float32)
+    reward = worth([s.reward for s in samples])
     return np.stack(np.nonzero((group[:, None] == group) & (reward[:, None] > reward)))
 
 

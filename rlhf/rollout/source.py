@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from rlhf.config import Config
-from rlhf.contracts import ABSENT, Completion, Sample, Sampling, Sums, Verdict, groups
+from rlhf.contracts import ABSENT, Completion, Sample, Sampling, Sums, Verdict, differ, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.metrics import say
@@ -92,7 +92,7 @@ class EngineSource:
             for prompt in prompts:
                 prompt.group += turn * count
             drawn = groups(self.sample(prompts, self.sampling(), self.config.rollout.group, step, self.judge))
-            kept += drawn if rounds == 1 else [g for g in drawn if len({s.reward for s in g}) > 1]
+            kept += drawn if rounds == 1 else [group for group in drawn if differ([s.reward for s in group])]
             if len(kept) >= count:
                 break
         sums = {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))} if rounds > 1 else {}
