@@ -3,7 +3,7 @@
     python benchmarks/host.py                                                   all of it, on one core
     python benchmarks/host.py --packing 1024 2048 --stop-strings --data-cache   these sizes; a name alone leaves it out
 
-It calls what earlier versions have too, so it can be copied beside their benchmarks and run there.
+Results of an earlier commit, where --commit names one, were measured by this file beside that commit's benchmarks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import record
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import vocabularies
-from rlhf.rollout.sampler import Sampler
 
 from rlhf import configuration
 from rlhf.contracts import Completion, Sample
@@ -33,6 +32,7 @@ from rlhf.data import columns
 from rlhf.data.columns import Columns
 from rlhf.data.packing import microbatches, shares
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.rollout.source import EngineSource
 
 Result = dict[str, float]
 ABSENT: Any = None
@@ -44,13 +44,13 @@ def stop_strings(sizes: list[int]) -> dict[int, Result]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Tokenizer.load(vocabularies.write_byte_level(Path(folder)))
     configs = {stop: configuration.load("grpo", [f"rollout.stop={json.dumps([stop] if stop else [])}"]) for stop in (STOP, "")}
-    samplers = {stop: Sampler(config, ABSENT, ABSENT, None, tokenizer, ABSENT, ABSENT) for stop, config in configs.items()}
+    sources = {stop: EngineSource(config, ABSENT, ABSENT, tokenizer, ABSENT, ABSENT) for stop, config in configs.items()}
     end = tokenizer.encode(STOP)
     words = tokenizer.encode(SENTENCE) * (max(sizes) // 8 + 1)
 
     def seconds(tokens: list[int], stop: str) -> float:
         completion = Completion(tokens, [-1.0] * len(tokens), "length")
-        return record.seconds(lambda: samplers[stop]._cut(completion), repeat=1, warm=0)
+        return record.seconds(lambda: sources[stop]._cut(completion), repeat=1, warm=0)
 
     seconds(words[: min(sizes)], STOP)
     found = {}
