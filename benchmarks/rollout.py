@@ -73,8 +73,8 @@ def measure(a: argparse.Namespace, sampler: EngineSource) -> None:
     rng = np.random.default_rng(1)
     vocab = MODELS[a.model].vocab
     tokens = [rng.integers(3, vocab, a.length).astype(np.int32) for _ in range(a.prompts)]
-    prompts = [Sample(t, np.zeros(a.length - 1, bool), group=i, meta={"prompt": "", "record": {}}) for i, t in enumerate(tokens)]
-    llm = sampler.engine.llm
+    prompts = [Sample(t, np.zeros(a.length - 1, bool), group=i) for i, t in enumerate(tokens)]
+    llm = sampler.owner.engine.llm
     plain = {"temperature": 1.0, "max_tokens": a.new, "ignore_eos": True, "detokenize": False}
 
     def alone(seeded: bool, count: int = a.prompts, **more: Any) -> None:

@@ -49,9 +49,9 @@ def free() -> float:
 
 def engine(sampler: EngineSource, rounds: int) -> None:
     moves = {
-        "sleep": partial(sampler.engine.leave, ()),
-        "wake_weights": partial(sampler.engine.come, (Kind.WEIGHTS,)),
-        "wake": partial(sampler.engine.come, (Kind.WEIGHTS, Kind.CACHE)),
+        "sleep": partial(sampler.owner.leave, ()),
+        "wake_weights": partial(sampler.owner.come, (Kind.WEIGHTS,)),
+        "wake": partial(sampler.owner.come, (Kind.WEIGHTS, Kind.CACHE)),
     }
     found = defaultdict(list)
     for _ in range(rounds):
@@ -66,7 +66,7 @@ def parking(a: argparse.Namespace, sampler: EngineSource, rounds: int) -> None:
     """One model that learns, with all it has parked between the phases."""
     config, mesh, arch = sampler.config, sampler.mesh, replace(MODELS[a.model], layers=a.layers)
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    sampler.engine.leave(())
+    sampler.owner.leave(())
     lot = Residence({Tenant("policy", kind) for kind in KINDS}, mesh.device)
     learner = Learner(arch, config, mesh, dtype, fill=fill, temperature=1.0, train=True)
     lot.add("policy", learner)

@@ -144,10 +144,10 @@ def test_an_engine_has_one_owner():
         "rollout/owner.py",
         "rollout/source.py",
     }
-    assert [called for place, called in calling if place == "rollout/source.py"] == ["self.engine.generate"]  # the owner's
+    assert [called for place, called in calling if place == "rollout/source.py"] == ["self.owner.generate"]
     built = [(path, node) for path in MODULES for node in nodes(path) if last(getattr(node, "annotation", None)) == "Engine"]
     assert {name(path) for path, _ in built} == {"rollout/owner.py"}
-    source = [node for node in nodes(PACKAGE / "rollout/source.py") if isinstance(node, ast.AnnAssign) and last(node.target) == "engine"]
+    source = [node for node in nodes(PACKAGE / "rollout/source.py") if isinstance(node, ast.AnnAssign) and last(node.target) == "owner"]
     assert [last(node.annotation) for node in source] == ["EngineOwner"]
 
 

@@ -33,7 +33,7 @@ class EngineOwner:
 
         verify: compare checksums after every publish.
         """
-        self._engine, self._residence, self._publisher, self._verify = engine, residence, publisher, verify
+        self.engine, self._residence, self._publisher, self._verify = engine, residence, publisher, verify
         self._weights: Mapping[str, Tensor] = {}
         self._resident, self._fresh = AWAKE, publisher is None
         self.version = 0  # steps after which the weights that it generates with were offered
@@ -52,7 +52,7 @@ class EngineOwner:
         """One completion per prompt, in order. seeds[i] alone decides the random draws of prompt i."""
         if not self._fresh:
             self._publish()
-        return self._engine.generate(prompts, sampling, seeds)
+        return self.engine.generate(prompts, sampling, seeds)
 
     def volume(self) -> tuple[int, int]:
         """Bytes of a publish that stay on their ranks, and that cross, over all ranks."""
@@ -63,22 +63,22 @@ class EngineOwner:
     def leave(self, keep: Collection[Kind]) -> None:
         """Give back the memory of all kinds but these. It goes as a whole. For the residence, as is come()."""
         if self._resident - set(keep):
-            self._engine.sleep()
+            self.engine.sleep()
             self._resident, self._fresh = frozenset(), False
 
     def come(self, needed: Collection[Kind]) -> None:
         """Have these kinds on the device."""
         missing = set(needed) - self._resident
         if Kind.WEIGHTS in missing:
-            self._engine.wake_weights()
+            self.engine.wake_weights()
         if Kind.CACHE in missing:
-            self._engine.wake()
+            self.engine.wake()
         self._resident |= missing
 
     def _publish(self) -> None:
         assert self._publisher, "an engine that loaded its own weights cannot get them back after it slept"
         self._residence.enter(Phase.PUBLISH)
-        held = self._engine.parameters()
+        held = self.engine.parameters()
         self._publisher.publish(self._weights, held)
         if self._verify:
             self._publisher.verify(self._weights, held)

@@ -71,7 +71,7 @@ class EngineSource:
 
     config: Config
     mesh: Mesh
-    engine: EngineOwner
+    owner: EngineOwner
     tokenizer: Tokenizer
     records: Records
     judge: Judge
@@ -99,7 +99,7 @@ class EngineSource:
         return [sample for group in (kept or drawn)[:count] for sample in group], sums
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
-        self.engine.offer(weights, version)
+        self.owner.offer(weights, version)
         if check or self.config.rollout.check:
             self._compare()
 
@@ -112,7 +112,7 @@ class EngineSource:
         return sums
 
     def remarks(self) -> list[str]:
-        stay, cross = self.engine.volume()
+        stay, cross = self.owner.volume()
         return [f"publish: {stay / 1e9:.3g} GB of weights stay on their ranks, {cross / 1e9:.3g} GB cross"]
 
     def answer(self, prompts: list[Sample], judge: Judge) -> list[Sample]:
@@ -154,7 +154,7 @@ class EngineSource:
         engines, engine = self.mesh.world // tp, self.mesh.rank // tp
         mine = [i for i in range(len(prompts)) if i % engines == engine]
         jobs = [(i, k) for i in mine for k in range(group)]
-        completions = self.engine.generate(
+        completions = self.owner.generate(
             [prompts[i].tokens.tolist() for i, _ in jobs], sampling, [_seed(self.config.seed, step, prompts[i].group, k) for i, k in jobs]
         )
         answered = [(prompts[i], completion) for (i, _), completion in zip(jobs, completions, strict=True)]
@@ -171,7 +171,7 @@ class EngineSource:
         tokens = np.concatenate([prompt.tokens, np.array(completion.tokens, np.int32)])
         first = len(prompt.tokens) - 1
         mask, logp, version = np.zeros(len(tokens) - 1, bool), np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
-        mask[first:], logp[first:], version[first:] = True, completion.logp, self.engine.version
+        mask[first:], logp[first:], version[first:] = True, completion.logp, self.owner.version
         return Sample(
             tokens,
             mask,

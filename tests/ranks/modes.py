@@ -70,7 +70,7 @@ def train(config: Config, mesh: Mesh) -> None:
         def watched(phase: Phase, role: str = "policy") -> None:
             """Whoever else uses the device, the engine sleeps."""
             enter(phase, role)
-            engine = run.source.engine._engine if run.algorithm.online else None
+            engine = run.source.owner.engine if run.algorithm.online else None
             awake = engine and any(weight.untyped_storage().nbytes() for weight in engine.parameters().values())
             assert not awake or phase in (Phase.PUBLISH, Phase.ROLLOUT), f"the engine is awake in phase {phase}"
 
