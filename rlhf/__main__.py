@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
     mode, rest = ALIASES.get(arguments[0], arguments[0]), arguments[1:]
     try:
         if mode == "convert" or mode in convert.TUTORIAL:
-            convert.main(rest if mode == "convert" else [*convert.tutorial(mode, os.environ), *rest])
+            stands_alone = mode == "convert" or "-h" in rest or "--help" in rest
+            convert.main(rest if stands_alone else [*convert.tutorial(mode, os.environ), *rest])
             return 0
         if mode not in ALGORITHMS:
             raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")

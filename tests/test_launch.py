@@ -6,7 +6,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,17 @@ HERE = {**os.environ, "RLHF_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(root / "launch.sh"), *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=300)
+
+
+def seconds(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> float:
+    """Of a processor, at the best of three calls: the other work of the machine does not count."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        launch(*arguments, root=root, env=env)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(taken)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ()])
@@ -51,13 +61,8 @@ def test_modes_by_another_name(name, mode):
 
 @pytest.mark.parametrize("arguments", [("--help",), ("grpo", "--help")])
 def test_help_is_quick(arguments):
-    """Under a second at the best of three, because it loads neither torch nor an engine."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        launch(*arguments)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1
+    """Because it loads neither torch nor an engine."""
+    assert seconds(*arguments) < 0.5
     trace = subprocess.run([sys.executable, "-X", "importtime", "-m", "rlhf", *arguments], cwd=ROOT, capture_output=True, text=True)
     loaded = {line.rpartition("|")[2].strip() for line in trace.stderr.splitlines()}
     assert "rlhf.config" in loaded
@@ -105,22 +110,24 @@ def bare(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 
 HELP = [(), *(("--help",), ("-h",), ("grpo", "--help"), ("sft", "nowhere.toml", "-h"), ("convert", "--help"), ("prepare_data", "--help"))]
-HELP += [("demo", "--help"), ("tutorial", "--help"), ("test", "--help"), ("install", "--help"), ("install", "gpu", "--help")]
+HELP += [
+    ("convert_hf_to_megatron", "--help"),
+    ("demo", "--help"),
+    ("tutorial", "--help"),
+    ("test", "--help"),
+    ("install", "--help"),
+    ("install", "gpu", "--help"),
+]
 
 
 @pytest.mark.parametrize("arguments", HELP)
 def test_help_needs_nothing_but_python(bare, arguments):
-    """No package, no installation, and half a second of a processor at the best of three: what else runs here does not count."""
+    """No package and no installation."""
     root, env = bare
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = launch(*arguments, root=root, env=env)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout
-    assert min(seconds) < 0.5
+    result = launch(*arguments, root=root, env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout
+    assert seconds(*arguments, root=root, env=env) < 0.5
     assert not [path.name for path in root.iterdir() if path.name.startswith(".venv")]
 
 
@@ -199,14 +206,10 @@ def test_installation(fresh):
     assert [process.returncode for process in first] == [0, 0]
     assert sorted(line.count("installing requirements/cpu.txt into .venv-cpu ") for line in said) == [0, 1]
 
-    again, seconds = launch("sft", "a b.toml", "steps=1", root=root, env=env), []
+    again = launch("sft", "a b.toml", "steps=1", root=root, env=env)
     assert again.stdout == f"{venv} sft a b.toml steps=1\n"
     assert again.stderr == ""
-    for _ in range(3):
-        start = time.perf_counter()
-        launch("sft", root=root, env=env)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
+    assert seconds("sft", root=root, env=env) < 0.3
 
     lock.write_text("# another lock\n")
     for argument in ("--help", "--dry-run"):
