@@ -1,0 +1,195 @@
+"""The folder of a run's checkpoints: what is kept, what `latest` and the links name, and what a crash at any moment leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf import checkpoint, configuration
+from rlhf.checkpoint import Checkpoints
+from rlhf.parallel.mesh import Layout
+
+MESH = SimpleNamespace(
+    rank=0, dp_rank=0, cp_rank=0, tp_rank=0, pp_rank=0, layout=Layout(1, 1, 1, 1), device=torch.device("cpu"), barrier=lambda: None
+)
+
+
+class Learner:
+    """A weight and a number of updates."""
+
+    def __init__(self, weight: float = 0.0) -> None:
+        self.weight, self.updates = torch.tensor([weight]), 0
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        return {"weight": self.weight}, {"updates": self.updates}
+
+    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, int]) -> None:
+        self.weight, self.updates = weights["weight"].clone(), optimizer["updates"]
+
+
+class Run:
+    """Two roles that learn, saved as a run saves them."""
+
+    def __init__(self, out: Path, *overrides: str):
+        self.out, self.roles, self.state = out, {"policy": Learner(), "critic": Learner(100.0)}, {"coefficient": 0.0}
+        self.checkpoints = Checkpoints(configuration.load("rlhf", [f"out={out}", *overrides]), MESH, torch.float32)  # type: ignore[arg-type]
+
+    def save(self, step: int, export: bool = False) -> None:
+        for learner in self.roles.values():
+            learner.weight, learner.updates = learner.weight + 1, step
+        self.state["coefficient"] = step / 2
+        self.checkpoints.save(step, self.roles.items(), self.state, self.export if export else None)
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model").write_text(f"{folder.name} of {self.roles['policy'].updates}")
+
+    def folders(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step_")) for path in self.out.glob("step_??????"))
+
+
+def check_resumes_at(out: Path, step: int) -> None:
+    """Everything of that step, by role."""
+    run = Run(out)
+    assert run.checkpoints.resume(run.roles.items(), run.state) == step
+    assert [learner.updates for learner in run.roles.values()] == [step, step]
+    assert run.roles["critic"].weight - run.roles["policy"].weight == 100.0
+    assert run.state == {"coefficient": step / 2}
+
+
+def test_a_run_without_checkpoints_starts_from_the_first_step(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.checkpoints.resume(run.roles.items(), run.state) == 0
+    assert run.state == {"coefficient": 0.0}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    run = Run(tmp_path, f"checkpoint.keep={keep}")
+    for step in (8, 9, 10, 100):  # their names sort as their numbers do
+        run.save(step)
+        check_resumes_at(tmp_path, step)
+    assert run.folders() == [8, 9, 10, 100][-keep:]
+
+
+def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
+    """By a run that went back to an earlier checkpoint, say."""
+    run = Run(tmp_path)
+    for step in (1, 2, 2):
+        run.save(step)
+    assert run.folders() == [1, 2]
+    check_resumes_at(tmp_path, 2)
+
+
+def test_links_name_the_newest_export(tmp_path: Path) -> None:
+    """Which is not always in the newest checkpoint."""
+    run = Run(tmp_path, 'checkpoint.format=["hf", "mcore"]', "checkpoint.keep=3")
+    for step, export in ((1, True), (2, True), (3, False)):
+        run.save(step, export)
+    for name in ("hf", "mcore"):
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / name / "model").read_text() == f"{name} of 2"
+        assert (tmp_path / "step_000001" / name / "model").read_text() == f"{name} of 1"
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert (moved / "hf/model").read_text() == "hf of 2", "a run's folder may be moved"
+
+
+def crash(*_: object, **__: object) -> None:
+    raise InterruptedError("the machine is gone")
+
+
+def during_a_rename(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "rename", crash)
+
+
+def during_a_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "replace", crash)
+
+
+def during_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "export", crash)
+
+
+def during_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "dumps", crash)
+
+
+def during_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "symlink_to", crash)
+
+
+def during_the_deletion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the old checkpoint; a call that is told to ignore errors is not it."""
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: remove(path, True) if ignore_errors else crash())
+
+
+def while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second file of the checkpoint, after a part of it."""
+    written = []
+
+    def save(state: object, file: object) -> None:
+        written.append(state)
+        file.write(b"half") if len(written) == 2 else torch_save(state, file)  # type: ignore[attr-defined]
+        if len(written) == 2:
+            crash()
+
+    torch_save = torch.save
+    monkeypatch.setattr(checkpoint.torch, "save", save)
+
+
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        (while_writing, 1),
+        (during_the_export, 1),
+        (during_the_description, 1),
+        (during_a_rename, 1),
+        (during_a_replacement, 1),
+        (during_a_link, 2),
+        (during_the_deletion, 2),
+    ],
+)
+def test_a_crash_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: Callable[[pytest.MonkeyPatch], None], left: int
+) -> None:
+    """Whatever the moment, `latest` names a folder that is complete; the next run continues from it and saves over what was left."""
+    run = Run(tmp_path, "checkpoint.keep=1")
+    run.save(1, export=True)
+    with monkeypatch.context() as patch:
+        moment(patch)
+        with pytest.raises(InterruptedError):
+            run.save(2, export=True)
+    check_resumes_at(tmp_path, left)
+    assert (tmp_path / "hf/model").read_text().startswith("hf of ")
+    again = Run(tmp_path, "checkpoint.keep=1")
+    again.checkpoints.resume(again.roles.items(), again.state)
+    again.save(2, export=True)
+    check_resumes_at(tmp_path, 2)
+    assert again.folders() == [2]
+    assert (tmp_path / "hf/model").read_text() == "hf of 2"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_every_rank_saves_what_is_its_own(tmp_path: Path, rank: int) -> None:
+    """Weights once per (tp, pp) shard, optimizer and random state of every rank."""
+    layout = Layout(2, 1, 1, 2)
+    tp, cp, dp, pp = layout.coordinates(rank)
+    (tmp_path / "step_000001.partial").mkdir()
+    run = Run(tmp_path)
+    run.checkpoints.mesh = SimpleNamespace(  # type: ignore[assignment]
+        **{**vars(MESH), "rank": rank, "layout": layout, "tp_rank": tp, "cp_rank": cp, "dp_rank": dp, "pp_rank": pp}
+    )
+    run.save(1)
+    (folder,) = tmp_path.glob("step_*")
+    wanted = {f"random_rank{rank}.pt"} | {f"optimizer_{role}_rank{rank}.pt" for role in run.roles}
+    wanted |= {f"model_{role}_tp{tp}_pp0.pt" for role in run.roles} if dp == 0 else set()
+    assert {path.name for path in folder.glob("*.pt")} == wanted
+    assert (folder / "meta.json").exists() == (tmp_path / "latest").exists() == (rank == 0)
