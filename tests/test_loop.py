@@ -1,0 +1,190 @@
+"""The loop's arithmetic by itself: which samples meet in which update, at which learning rate, and who scores what.
+
+Roles and metrics only write down what they are told. made() is the one place that knows how a Run is put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from rlhf import configuration
+from rlhf.algorithms import ALGORITHMS
+from rlhf.config import Config
+from rlhf.contracts import Sample
+from rlhf.loop import Run, due
+
+GROUPS, SIBLINGS = 12, 2
+FOLDERS = ["policy.load=p", "reward.load=r"]
+
+
+class Update(NamedTuple):
+    """One call of Roles.learn()."""
+
+    role: str
+    samples: list[tuple[int, int]]  # (group, number of the sibling)
+    lr: float
+
+
+class Roles:
+    """Models that remember what they were to learn, and say as a stream who they are."""
+
+    NAMES = ("policy", "critic", "reference")
+
+    def __init__(self, trained: list[str]):
+        self.trained, self.updates, self.visits = trained, list[Update](), list[str]()
+
+    def visit(self, phase: str) -> Iterator[tuple[str, None]]:
+        for name in self.trained:
+            self.visits.append(f"{phase} {name}")
+            yield name, None
+
+    def learn(self, name: str, samples: Sequence[Sample], loss: Callable, whole_groups: bool, lr: float) -> dict[str, tuple[float, float]]:
+        self.updates.append(Update(name, [(s.group, int(s.reward)) for s in samples], lr))
+        return {"lr": (lr, 1.0)}
+
+    def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return [np.full(len(s.mask), self.NAMES.index(name), np.float32) for s in samples]
+
+
+class Metrics:
+    """Nothing is written."""
+
+    def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
+        pass
+
+
+def made(config: Config) -> tuple[Run, Roles]:
+    """A run that can score and learn, on no device; its samples come from the data."""
+    run: Any = object.__new__(Run)
+    run.config, run.algorithm, run.metrics, run.sampler = config, ALGORITHMS[config.mode](config), Metrics(), None
+    run.roles = Roles([name for name, use in run.algorithm.models.items() if use == "train"])
+    return run, run.roles
+
+
+def samples(groups: int = GROUPS, siblings: int = SIBLINGS) -> list[Sample]:
+    """Of groups whose numbers have gaps, as where some were left out; the reward tells siblings apart."""
+    tokens, mask = np.arange(4, dtype=np.int32), np.ones(3, bool)
+    return [Sample(tokens, mask, group=3 * g, reward=float(k)) for g in range(groups) for k in range(siblings)]
+
+
+def learned(mode: str, *overrides: str, steps: Sequence[int] = (0,), given: list[Sample] | None = None) -> list[list[Update]]:
+    """The updates of each step."""
+    run, roles = made(configuration.load(mode, [*FOLDERS, *overrides]))
+    found = []
+    for step in steps:
+        roles.updates = []
+        run.learn(samples() if given is None else given, step)
+        found.append(roles.updates)
+    return found
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 4), (2, 5)])
+def test_every_pass_sees_every_sample_once(epochs: int, minibatches: int) -> None:
+    """In `minibatches` updates of equally many groups (or one less), and a group is in one of them."""
+    (updates,) = learned("grpo", f"batch.epochs={epochs}", f"batch.minibatches={minibatches}")
+    assert len(updates) == epochs * minibatches
+    everything = [(s.group, int(s.reward)) for s in samples()]
+    for epoch in range(epochs):
+        batches = [update.samples for update in updates[epoch * minibatches :][:minibatches]]
+        assert sorted(pair for batch in batches for pair in batch) == everything
+        assert len({group for batch in batches for group in {g for g, _ in batch}}) == GROUPS
+        sizes = [len({group for group, _ in batch}) for batch in batches]
+        assert sum(sizes) == GROUPS
+        assert max(sizes) - min(sizes) <= 1
+        assert all(batch == sorted(batch) for batch in batches)
+
+
+def test_minibatches_are_drawn_anew() -> None:
+    """Another order in every pass of every step and for every seed, and the same again for the same."""
+    keys = ["batch.epochs=3", "batch.minibatches=3"]
+
+    def passes(*overrides: str) -> list[tuple]:
+        updates = [u for found in learned("grpo", *keys, *overrides, steps=(0, 1)) for u in found]
+        parts = [frozenset(group for group, _ in u.samples) for u in updates]
+        return [tuple(parts[i : i + 3]) for i in range(0, len(parts), 3)]
+
+    drawn = passes()
+    assert len({frozenset(parts) for parts in drawn}) == 6
+    assert drawn == passes()
+    assert not set(drawn) & set(passes("seed=2"))
+    in_order = [frozenset(3 * g for g in part) for part in np.array_split(np.arange(GROUPS), 3)]
+    assert all(set(parts) != set(in_order) for parts in drawn)
+
+
+def rates(updates: list[Update], role: str) -> list[float]:
+    return [update.lr for update in updates if update.role == role]
+
+
+def test_the_schedule_ends_with_the_last_update() -> None:
+    """Of steps x epochs x minibatches updates, at min_lr after the last; linear, by hand."""
+    keys = ["optim.lr=1", "optim.min_lr=0.2", "optim.schedule=linear", "steps=3", "batch.epochs=2", "batch.minibatches=2", "optim.warmup=2"]
+    found = [rates(updates, "policy") for updates in learned("grpo", *keys, steps=range(3))]
+    assert found[0] == pytest.approx([0.5, 1.0, 1.0, 0.92])
+    assert found[1] == pytest.approx([0.84, 0.76, 0.68, 0.6])
+    assert found[2] == pytest.approx([0.52, 0.44, 0.36, 0.28])
+
+
+def test_the_critic_warms_up_alone() -> None:
+    """For ppo.critic_warmup steps the policy waits; then its schedule begins, and it ends with the critic's."""
+    keys = ["optim.lr=1", "optim.schedule=linear", "optim.warmup=2", "steps=4", "batch.minibatches=2", "ppo.critic_warmup=2", "critic.lr=3"]
+    updates = learned("rlhf", *keys, steps=range(4))
+    assert [rates(step, "policy") for step in updates[:2]] == [[], []]
+    assert rates(updates[2], "policy") + rates(updates[3], "policy") == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    critic = [lr for step in updates for lr in rates(step, "critic")]
+    assert critic == pytest.approx([1.5, 3.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5])
+    assert [update.role for update in updates[2]] == ["policy", "policy", "critic", "critic"], "one role after the other"
+
+
+def test_the_critic_has_a_learning_rate_of_its_own() -> None:
+    """critic.lr, or optim.lr where that is 0; nobody else has it."""
+    for keys, wanted in ((["critic.lr=3"], 3.0), ([], 1.0)):
+        (updates,) = learned("rlhf", "optim.lr=1", *keys)
+        assert rates(updates, "policy") == [1.0]
+        assert rates(updates, "critic") == [wanted]
+    for mode in ("sft", "reward", "dpo"):
+        (updates,) = learned(mode, "optim.lr=1", "critic.lr=3")
+        assert [update.lr for update in updates] == [1.0]
+
+
+def test_few_groups() -> None:
+    """Mini-batches without a group are no updates, and no samples at all nobody's turn; the schedule goes on as if they were."""
+    keys = ["optim.lr=1", "optim.schedule=linear", "steps=2", "batch.minibatches=4"]
+    few, none = learned("online-dpo", *keys, given=samples(3)), learned("online-dpo", *keys, given=[])
+    assert [len({group for group, _ in update.samples}) for update in few[0]] == [1, 1, 1]
+    assert rates(few[0], "policy") == pytest.approx([1.0, 0.875, 0.75])
+    assert none == [[]]
+    run, roles = made(configuration.load("online-dpo", [*FOLDERS, *keys]))
+    run.learn([], 0)
+    assert roles.visits == [], "nothing is moved to the device"
+
+
+@pytest.mark.parametrize(
+    ("mode", "speakers"),
+    [
+        ("sft", {}),
+        ("reward", {}),
+        ("dpo", {"ref_logp": "reference"}),
+        ("rlhf", {"old_logp": "policy", "ref_logp": "reference", "values": "critic"}),
+    ],
+)
+def test_who_scores_what(mode: str, speakers: dict[str, str]) -> None:
+    run, roles = made(configuration.load(mode, FOLDERS))
+    scored = samples()
+    run.score(scored)
+    for stream in ("old_logp", "ref_logp", "values"):
+        for sample in scored:
+            found = getattr(sample, stream)
+            if stream in speakers:
+                assert found.tolist() == [roles.NAMES.index(speakers[stream])] * 3
+            else:
+                assert found is None
+
+
+def test_what_happens_every_so_many_steps() -> None:
+    assert [done for done in range(1, 8) if due(done, 3, 7)] == [3, 6, 7]
+    assert [done for done in range(1, 8) if due(done, 0, 7)] == [7]
+    assert [done for done in range(1, 8) if due(done, 1, 7)] == [1, 2, 3, 4, 5, 6, 7]
