@@ -1,4 +1,4 @@
-"""What the sampler asks of an engine, and what it makes of the answers: by an engine that writes everything down."""
+"""What the source asks of an engine, and what it makes of the answers: by an engine that writes everything down."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from rows import write
 
 from rlhf import configuration
-from rlhf.contracts import Completion, Sample, Sampling, groups
+from rlhf.contracts import Completion, Sample, Sampling, Verdict, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.rollout.sampler import Sampler, summary
+from rlhf.rollout.source import EngineSource, summary
 
 ALONE = SimpleNamespace(rank=0, world=1, all_gather=lambda value: [value])
 KEYS = ["data.max_tokens=64", "rollout.max_tokens=4", "rollout.group=3", "batch.prompts=4"]
@@ -33,7 +33,7 @@ class Scribe:
     """An engine that answers every prompt with what `says` makes of its seed."""
 
     def __init__(self, says: Callable[[int], Completion]):
-        self.says, self.asked = says, list[Asked]()
+        self.says, self.asked, self.version = says, list[Asked](), 3
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         self.asked.append(Asked([tuple(prompt) for prompt in prompts], sampling, seeds))
@@ -42,7 +42,7 @@ class Scribe:
 
 def worthless(samples: list[Sample]) -> None:
     for sample in samples:
-        sample.reward, sample.meta["failed"] = 0.0, False
+        sample.reward = 0.0
 
 
 def by_sibling(samples: list[Sample]) -> None:
@@ -53,39 +53,39 @@ def by_sibling(samples: list[Sample]) -> None:
 
 
 @pytest.fixture
-def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[Sampler, Scribe]]:
-    """build(*overrides, says=..., reward=...): a sampler over 20 records, and its engine."""
+def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[EngineSource, Scribe]]:
+    """build(*overrides, says=..., reward=...): a source over 20 records, and its engine."""
     path = write(tmp_path / "train.jsonl", *({"prompt": f"What is {n}?", "answer": str(n)} for n in range(20)))
 
-    def made(*overrides: str, says: Callable[[int], Completion] | None = None, reward: Callable = worthless) -> tuple[Sampler, Scribe]:
+    def made(*overrides: str, says: Callable[[int], Completion] | None = None, reward: Callable = worthless) -> tuple[EngineSource, Scribe]:
         config = configuration.load("grpo", [*KEYS, *overrides])
         engine = Scribe(says or (lambda seed: Completion([5 + seed % 50, llama2.eos], [-0.5, -0.25], "stop")))
-        records = Records.load(path, "grpo", llama2, config.data, max_prompt=60)
-        return Sampler(config, ALONE, engine, None, llama2, reward, records), engine  # type: ignore[arg-type]
+        records = Records.load(path, "prompts", llama2, config.data, max_prompt=60)
+        return EngineSource(config, ALONE, engine, llama2, records, reward), engine  # type: ignore[arg-type]
 
     return made
 
 
 def test_every_draw_has_a_seed_of_its_own(build) -> None:
     """It depends on the run's seed, the step, the prompt's place in it and the sibling's in its group: on each of them, and no more."""
-    sampler, engine = build()
-    prompts = sampler.records.head(4)
+    source, engine = build()
+    prompts = source.records.head(4)
     for step in (3, 4, 3):
-        sampler.sample(prompts, sampler.sampling(), 3, step, worthless)
+        source.sample(prompts, source.sampling(), 3, step, worthless)
     other, others = build("seed=2")
     other.sample(prompts, other.sampling(), 3, 3, worthless)
     third, fourth, again, another = (call.seeds for call in (*engine.asked, *others.asked))
     assert third == again
     assert len({*third, *fourth, *another}) == 3 * 12
     assert engine.asked[0].prompts == [tuple(p.tokens.tolist()) for p in prompts for _ in range(3)]
-    sampler.sample([prompts[2]], sampler.sampling(), 2, 3, worthless)
+    source.sample([prompts[2]], source.sampling(), 2, 3, worthless)
     assert engine.asked[3].seeds == third[6:8], "whoever is drawn beside it"
 
 
 def test_one_prompt_in_two_groups_of_a_step(build) -> None:
     """Batches may be larger than the data: its draws are new ones."""
-    sampler, engine = build("batch.prompts=40")
-    samples, _ = sampler.draw(0)
+    source, engine = build("batch.prompts=40")
+    samples, _ = source.take(0)
     (asked,) = engine.asked
     assert len(set(asked.prompts)) == 20
     assert len(set(asked.seeds)) == 120
@@ -94,10 +94,10 @@ def test_one_prompt_in_two_groups_of_a_step(build) -> None:
 
 def test_a_step_has_its_own_prompts(build) -> None:
     """Those that the records give for (step, seed)."""
-    sampler, engine = build("seed=5")
+    source, engine = build("seed=5")
     for step in range(5):
-        samples, sums = sampler.draw(step)
-        wanted = [tuple(prompt.tokens.tolist()) for prompt in sampler.records.draw(step, 4, 5)]
+        samples, sums = source.take(step)
+        wanted = [tuple(prompt.tokens.tolist()) for prompt in source.records.draw(step, 4, 5)]
         assert engine.asked[step].prompts == [prompt for prompt in wanted for _ in range(3)]
         assert [s.group for s in samples] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
         assert sums == {}
@@ -106,15 +106,15 @@ def test_a_step_has_its_own_prompts(build) -> None:
 
 def test_rounds_ask_new_prompts(build) -> None:
     """The first round is that of a run without more; each further one has prompts and draws of its own, all of them by step."""
-    sampler, engine = build("rollout.rounds=3")
-    samples, sums = sampler.draw(1)
+    source, engine = build("rollout.rounds=3")
+    samples, sums = source.take(1)
     assert sums == {"rounds": (3.0, 1.0), "groups_kept": (0.0, 12.0)}
     assert [s.group for s in samples] == sorted([8, 9, 10, 11] * 3), "the last round's, where nothing is kept"
     first, second, third = engine.asked
-    assert first.prompts[::3] == [tuple(prompt.tokens.tolist()) for prompt in sampler.records.draw(1, 4, 1)]
+    assert first.prompts[::3] == [tuple(prompt.tokens.tolist()) for prompt in source.records.draw(1, 4, 1)]
     assert len({tuple(asked.prompts) for asked in engine.asked}) == 3
     assert len({*first.seeds, *second.seeds, *third.seeds}) == 36
-    sampler.draw(2)
+    source.take(2)
     assert not {*engine.asked[1].seeds} & {*engine.asked[4].seeds}
     assert engine.asked[1].prompts != engine.asked[4].prompts
 
@@ -128,8 +128,8 @@ def test_rounds_end_when_there_are_enough(build) -> None:
         by_sibling(samples)
         groups(samples)[turns[-1] % 4][0].reward = 0.0
 
-    sampler, engine = build("rollout.rounds=5", reward=reward)
-    samples, sums = sampler.draw(0)
+    source, engine = build("rollout.rounds=5", reward=reward)
+    samples, sums = source.take(0)
     assert len(engine.asked) == 2
     assert sums == {"rounds": (2.0, 1.0), "groups_kept": (6.0, 8.0)}
     kept = groups(samples)
@@ -141,8 +141,8 @@ def test_rounds_end_when_there_are_enough(build) -> None:
 @pytest.mark.parametrize("length", [2, 4])
 def test_the_engine_says_whether_a_response_was_cut(build, finish: str, length: int) -> None:
     """Not its length: a stop token may be the last that is allowed, and the limit of the whole text may come before that."""
-    sampler, _ = build(says=lambda seed: Completion([9] * length, [-1.0] * length, finish))
-    samples, _ = sampler.draw(0)
+    source, _ = build(says=lambda seed: Completion([9] * length, [-1.0] * length, finish))
+    samples, _ = source.take(0)
     assert all(s.truncated == (finish == "length") for s in samples)
     assert summary(samples)["truncated"] == (12.0 * (finish == "length"), 12.0)
     assert summary(samples)["response_tokens"] == (12.0 * length, 12.0)
@@ -150,8 +150,8 @@ def test_the_engine_says_whether_a_response_was_cut(build, finish: str, length: 
 
 def test_a_stop_string_ends_a_response_that_the_limit_cut(build, llama2: Tokenizer) -> None:
     tokens = llama2.encode("a b c", continues=True)
-    sampler, _ = build('rollout.stop=["b"]', says=lambda seed: Completion(tokens, [-1.0] * len(tokens), "length"))
-    samples, _ = sampler.draw(0)
+    source, _ = build('rollout.stop=["b"]', says=lambda seed: Completion(tokens, [-1.0] * len(tokens), "length"))
+    samples, _ = source.take(0)
     assert not any(s.truncated for s in samples)
     assert all(len(s.tokens) - s.mask.argmax() - 1 < len(tokens) for s in samples)
 
@@ -159,11 +159,11 @@ def test_a_stop_string_ends_a_response_that_the_limit_cut(build, llama2: Tokeniz
 def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
     """Training as rollout says; held-out prompts at evaluate.temperature, unfiltered; a probe at the learner's temperature, unfiltered."""
     keys = ["rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=11", "rollout.max_tokens=20", "evaluate.temperature=0.3"]
-    sampler, engine = build(*keys)
-    sampler.draw(0)
-    sampler.answer(sampler.records.head(2), worthless)
-    sampler.answer(sampler.records.head(2), worthless)
-    sampler.probe(sampler.records.head(2))
+    source, engine = build(*keys)
+    source.take(0)
+    source.answer(source.records.head(2), worthless)
+    source.answer(source.records.head(2), worthless)
+    source.probe(source.records.head(2))
     train, held_out, again, probe = (asked.sampling for asked in engine.asked)
     assert train == Sampling(max_tokens=20, temperature=0.7, top_p=0.9, top_k=11, stop_ids=llama2.stop_ids)
     assert held_out == again == Sampling(max_tokens=20, temperature=0.3, top_p=1.0, top_k=0, stop_ids=llama2.stop_ids)
@@ -176,24 +176,25 @@ def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
 
 
 def test_who_rewards(build) -> None:
-    """Training samples the sampler's own reward, held-out ones the judge that is given; a probe nobody."""
-    sampler, _ = build(reward=by_sibling)
+    """Training samples the source's own reward, held-out ones the judge that is given; a probe nobody."""
+    source, _ = build(reward=by_sibling)
 
     def judge(samples: list[Sample]) -> None:
         for sample in samples:
-            sample.reward, sample.meta["failed"] = 7.0, True
+            sample.reward, sample.verdict = 7.0, Verdict(rule=7.0, failed=True)
 
-    assert {s.reward for s in sampler.draw(0)[0]} == {0.0, 1.0}
-    judged = sampler.answer(sampler.records.head(2), judge)
+    assert {s.reward for s in source.take(0)[0]} == {0.0, 1.0}
+    judged = source.answer(source.records.head(2), judge)
     assert [s.reward for s in judged] == [7.0, 7.0]
     assert summary(judged) | {"reward": (14.0, 2.0), "reward_failed": (2.0, 2.0)} == summary(judged)
-    assert [s.reward for s in sampler.probe(sampler.records.head(2))] == [0.0, 0.0]
+    assert [s.reward for s in source.probe(source.records.head(2))] == [0.0, 0.0]
 
 
 def test_log_probs_stand_on_their_labels(build) -> None:
-    sampler, _ = build(says=lambda seed: Completion([7, 8, 9], [-1.0, -2.0, -3.0], "stop"))
-    for sample in sampler.draw(0)[0]:
+    source, _ = build(says=lambda seed: Completion([7, 8, 9], [-1.0, -2.0, -3.0], "stop"))
+    for sample in source.take(0)[0]:
         prompt = len(sample.tokens) - 3
         assert sample.tokens[prompt:].tolist() == [7, 8, 9]
         assert sample.sampler_logp.tolist() == [0.0] * (prompt - 1) + [-1.0, -2.0, -3.0]
         assert np.array_equal(sample.mask, sample.sampler_logp < 0)
+        assert sample.version.tolist() == [-1] * (prompt - 1) + [3, 3, 3]
