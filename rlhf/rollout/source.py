@@ -101,7 +101,8 @@ class EngineSource:
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
         self.owner.offer(weights, version)
         if check or self.config.rollout.check:
-            self._compare()
+            self._compare()  # the policy scores, and the engine sleeps meanwhile
+            self.owner.offer(weights, version)
 
     def describe(self, samples: list[Sample]) -> Sums:
         """As summary(), with the mean |engine - learner| of log-probs where the policy has scored them."""
