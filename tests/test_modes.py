@@ -16,6 +16,15 @@ sys.path.insert(0, str(ROOT / "tools"))
 import demo_task  # noqa: E402
 import tutorial_task  # noqa: E402
 
+RULES = """
+def quarter(prompt, response, record):
+    return 0.25
+
+
+def length(prompt, response, record):
+    return len(response) / 100
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,18 +48,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, root / "reward/model.safetensors", metadata={"format": "pt"})
     classifier = {**config, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     (root / "reward/config.json").write_text(json.dumps(classifier))
+    (root / "rules.py").write_text(RULES)
     return root
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), [(1, ["tp1"]), (2, ["tp2", "pp2", "cp2", "dp2"])], ids=["one", "two"])
-def test_modes(folder: Path, ranks: int, layouts: list[str]) -> None:
-    """See tests/ranks/modes.py; the second case compares with the metrics of the first."""
+def launch(ranks: int, program: str, *arguments: str) -> str:
+    """What ranks of tests/ranks/ say."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, str(ROOT / "tests/ranks/modes.py"), str(folder), *layouts]
+    command = [*torchrun, str(ROOT / "tests/ranks" / program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert "modes agree" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [(1, ["tp1:sft,reward,dpo"]), (1, ["tp1:online-dpo,grpo,rlhf"]), (2, ["tp2", "pp2", "cp2", "dp2"])],
+    ids=["data", "engine", "two"],
+)
+def test_modes(folder: Path, ranks: int, layouts: list[str]) -> None:
+    """See tests/ranks/modes.py; the last case compares with the metrics of the others."""
+    assert "modes agree" in launch(ranks, "modes.py", str(folder), *layouts)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "tp1"), (2, "dp2")])
+def test_programs(folder: Path, ranks: int, layout: str) -> None:
+    """See tests/ranks/programs.py."""
+    assert "programs end well" in launch(ranks, "programs.py", str(folder), layout)
 
 
 def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
@@ -73,6 +98,19 @@ def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
     said = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert abs(said["eval_loss"] - 0.6931) > 1e-3, "the model has learned nothing that could be compared"
     assert loss == pytest.approx(said["eval_loss"], abs=1e-5)
+
+
+def test_judged_texts_have_the_scores_of_transformers(folder: Path) -> None:
+    """What a run says of prompts by its reward model."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
+    for mode in ("online-dpo", "grpo", "rlhf"):
+        judged = json.loads((folder / "tp1" / mode / "judged.json").read_text())
+        assert len(judged) == 5
+        with torch.no_grad():
+            assert all(model(torch.tensor([tokens])).logits.item() == pytest.approx(score, abs=1e-5) for tokens, score in judged)
 
 
 # file of the public data -> the task that prepares it -> what each kind of its lines is for

@@ -1,6 +1,7 @@
 """Run under torchrun: every mode from beginning to end, by the loop itself, at several layouts.
 
-usage: torchrun --nproc-per-node N tests/ranks/modes.py FOLDER LAYOUT ...      LAYOUT as tp2; FOLDER holds data/, model/, sft/ and reward/
+usage: torchrun --nproc-per-node N tests/ranks/modes.py FOLDER LAYOUT[:MODE,...] ...
+LAYOUT as tp2; FOLDER holds data/, model/, sft/, reward/ and rules.py, and what one rank made where other layouts are compared with that.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,7 +26,10 @@ from models import layout_keys
 from rlhf import configuration
 from rlhf.assemble import build, checked_ledger
 from rlhf.config import Config, Memory
+from rlhf.contracts import Sample
+from rlhf.data.records import Records
 from rlhf.interrupt import Interrupt
+from rlhf.loop import Run
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Phase
 from rlhf.prepare import inputs, rule
@@ -34,37 +42,54 @@ STEP_ZERO = {
     "dpo": [(0, "eval_loss", math.log(2)), (1, "loss", math.log(2)), (1, "margin", 0.0)],
     "online-dpo": [(1, "loss", math.log(2)), (1, "margin", 0.0)],
     "grpo": [(1, "kl", 0.0), (1, "clipped", 0.0)],
-    "rlhf": [(1, "kl", 0.0), (2, "lr", 0.75e-4)],  # the policy warms up from its own first update
+    "rlhf": [(1, "kl", 0.0)],
     "sft": [],
 }
+# What has moved when two updates are done: mode -> (metric of step 3, least magnitude). Before, a model is compared with itself.
+MOVED = {"dpo": ("margin", 0.05), "online-dpo": ("chosen_reward", 1e-4), "grpo": ("kl", 1e-5), "rlhf": ("kl", 1e-4)}
+# Mean learning rates of the steps, by hand: warm-up over two updates, then linear to 0; the policy's begins with its own first update.
+RATES = {"lr": {2: 0.75e-4, 3: 0.75e-4}, "critic_lr": {1: 2.25e-4, 2: 2.625e-4, 3: 1.125e-4}}
+PAIRS = {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"}
+JUDGED = {"reward", "reward_rule", "reward_score", "reward_failed", "response_tokens", "truncated"}
+CREDIT = {"shaped_reward", "kl", "kl_coefficient", "values", "returns", "advantages", "explained_variance"}
+NAMES = {  # mode -> what a loss and a step's samples are told by
+    "sft": ({"loss", "entropy"}, set()),
+    "reward": ({"loss", "accuracy", "margin", "score"}, set()),
+    "dpo": (PAIRS, set()),
+    "online-dpo": (PAIRS, {*JUDGED, "tied", "reward_gap"}),
+    "grpo": ({"loss", "clipped", "entropy", "kl", "mismatch"}, {*JUDGED, "silent"}),
+    "rlhf": ({"loss", "clipped", "entropy", "drift"}, {*JUDGED, *CREDIT, "mismatch"}),
+}
+CRITIC = {f"critic_{name}" for name in ("loss", "clipped", "value", "grad_norm", "lr")}
 UNLIKE = ("time/", "memory/", "tokens_per_second", "mismatch")  # differ between layouts, or are noise
 KEYS = {
-    "sft": ["optim.lr=1e-3"],
+    "sft": ["optim.lr=1e-3", "evaluate.every=2"],
     "reward": ["optim.lr=1e-3"],
     "dpo": ["optim.lr=1e-3"],
-    "online-dpo": ["rollout.group=4", "dpo.pairs=all"],
-    "grpo": ["rollout.group=4"],
+    "online-dpo": ["rollout.group=4", "dpo.pairs=all", "reward.function={folder}/rules.py:length"],
+    "grpo": ["rollout.group=4", "rollout.temperature=0.7", "evaluate.function={folder}/rules.py:quarter"],
     "rlhf": ["rollout.group=1", "batch.minibatches=2", "ppo.kl_target=1", "ppo.kl_horizon=1000", "ppo.reward_scale=true"]
-    + ["ppo.critic_warmup=1", "optim.warmup=2"],
+    + ["ppo.critic_warmup=1", "optim.warmup=2", "optim.schedule=linear", "critic.lr=3e-4", "rollout.temperature=1.3"],
 }
 COMMON = ["data.max_tokens=80", "batch.prompts=6", "batch.tokens=512", "optim.lr=1e-4", "evaluate.prompts=8", "evaluate.show=0"]
 COMMON += ["rollout.engine=kvcache", "rollout.max_tokens=16", f"checkpoint.every={CHECKPOINT}", "checkpoint.keep=3", f"steps={STEPS}"]
 
 
-def configure(folder: Path, mode: str, layout: str) -> Config:
+def configure(folder: Path, mode: str, layout: str, *overrides: str) -> Config:
     kind = mode if mode in ("sft", "reward", "dpo") else "prompts"
     data = [f"data.train={folder}/data/train_{kind}.jsonl", f"data.eval={folder}/data/dev_{kind}.jsonl"]
     load = [f"policy.load={folder}/{'model' if mode == 'sft' else 'sft'}"]
     if kind == "prompts":
         load.append(f"reward.load={folder}/reward")
-    return configuration.load(mode, [*COMMON, *KEYS[mode], *layout_keys(layout), *data, *load, f"out={folder}/{layout}/{mode}"])
+    keys = [key.format(folder=folder) for key in KEYS.get(mode, [])]
+    return configuration.load(mode, [*COMMON, *keys, *layout_keys(layout), *data, *load, f"out={folder}/{layout}/{mode}", *overrides])
 
 
-def train(config: Config, mesh: Mesh) -> None:
+def train(config: Config, mesh: Mesh, first: int = 0) -> Run:
+    """All steps from `first` on; the engine sleeps whenever somebody else uses the device, and each step draws its own samples."""
     limits = (config.reward.timeout, config.reward.workers)
-    with Rewards(rule(config), *limits) as rewards:
-        given = inputs(config, mesh.world)
-        run = build(config, mesh, given, checked_ledger(config, mesh, given), rewards, rewards, Interrupt())
+    with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as judge:
+        run, steps = assembled(config, mesh, rewards, judge), list[int]()
         enter = run.roles.residence.enter
 
         def watched(phase: Phase, role: str = "policy") -> None:
@@ -75,7 +100,29 @@ def train(config: Config, mesh: Mesh) -> None:
             assert not awake or phase in (Phase.PUBLISH, Phase.ROLLOUT), f"the engine is awake in phase {phase}"
 
         run.roles.residence.enter = watched
-        run.train()
+        with drawing(steps.append):
+            run.train()
+    assert steps == list(range(first, config.steps)), f"{config.mode} drew the samples of steps {steps}"
+    return run
+
+
+def assembled(config: Config, mesh: Mesh, rewards: Rewards, judge: Rewards) -> Run:
+    given = inputs(config, mesh.world)
+    return build(config, mesh, given, checked_ledger(config, mesh, given), rewards, judge, Interrupt())
+
+
+@contextmanager
+def drawing(call: Callable[[int], object]) -> Iterator[None]:
+    """call(step) whenever a step's samples, or prompts, are taken from the data."""
+    draw = Records.draw
+
+    def noted(self: Records, step: int, count: int, seed: int) -> list[Sample]:
+        call(step)
+        return draw(self, step, count, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "draw", noted)
+        yield
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
@@ -86,6 +133,58 @@ def metrics(folder: Path) -> dict[int, dict[str, float]]:
 def check_step_zero(mode: str, found: dict[int, dict[str, float]]) -> None:
     for step, name, wanted in STEP_ZERO[mode]:
         assert abs(found[step][name] - wanted) < 1e-5, f"{mode}: {name} is {found[step][name]} at step {step}"
+
+
+def check_rows(config: Config, found: dict[int, dict[str, float]]) -> None:
+    """What is told of a step, at which steps something is held out, and numbers by hand."""
+    mode, (loss, drawn), last = config.mode, NAMES[config.mode], found[STEPS]
+    held_out = drawn & JUDGED if drawn else loss
+    if config.evaluate.function:
+        held_out = held_out - {"reward_rule", "reward_score"}
+    wanted = {"step", "grad_norm", "lr"} | loss | drawn | {f"eval_{name}" for name in held_out} | (CRITIC if mode == "rlhf" else set())
+    assert last.keys() == wanted - {"mismatch"}, f"{mode}: {last.keys() ^ wanted}"
+    told = [step for step, row in found.items() if any(name.startswith("eval_") for name in row)]
+    assert told == ([0, 2, 3] if mode == "sft" else [0, 3]), f"{mode}: held-out numbers at steps {told}"
+    if mode in MOVED:
+        name, least = MOVED[mode]
+        assert abs(last[name]) > least, f"{mode}: {name} is {last[name]}, as if nothing had been learned"
+    if mode == "rlhf":
+        assert not {"loss", "lr", "grad_norm"} & found[1].keys(), "the critic warms up alone"
+        for name, rates in RATES.items():
+            assert {step: row[name] for step, row in found.items() if name in row} == pytest.approx(rates, rel=1e-6)
+    if config.evaluate.function:
+        assert [found[step]["eval_reward"] for step in told] == [0.25] * 2, "the judge's"
+    for row in found.values():
+        for name in [name for name in row if name.endswith("reward_score")]:
+            parts = row[name.replace("_score", "_rule")], row[name]
+            assert math.isclose(row[name.removesuffix("_score")], sum(parts), abs_tol=1e-5), f"{mode}: reward is not the sum of {parts}"
+            assert parts[1] != 0.0
+            assert (parts[0] != 0.0) == bool(config.reward.function)
+
+
+def check_mismatch(config: Config) -> None:
+    """What the engine says of its samples is what the policy says of them before it learns, at the rollout's temperature."""
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    gaps = [row["mismatch"] for row in rows if "mismatch" in row]
+    assert len(gaps) == (STEPS if config.mode in ("grpo", "rlhf") else 0)
+    assert all(gap < 1e-5 for gap in gaps), f"{config.mode}: mismatch {gaps}"
+
+
+def check_judge(run: Run) -> None:
+    """A text's score is what the reward model says at its last token, whatever comes behind it; it is added to the rule's reward."""
+    if "reward" not in run.roles.learners or "reward" in run.roles.trained:
+        return
+    samples = run.source.records.head(5)
+    longer = [replace(s, tokens=np.append(s.tokens, s.tokens[:9]), mask=np.ones(len(s.mask) + 9, bool)) for s in samples]
+    wanted = [stream[len(s.mask)] for s, stream in zip(samples, run.roles.read("reward", longer), strict=True)]
+    for i, sample in enumerate(samples):
+        sample.reward = float(i)
+    run.roles.judge(samples)
+    assert [s.reward for s in samples] == pytest.approx([i + score for i, score in enumerate(wanted)], abs=1e-5)
+    assert np.ptp(wanted) > 0.01
+    if run.mesh.rank == 0:  # for transformers to say the same
+        judged = [[sample.tokens.tolist(), sample.reward - i] for i, sample in enumerate(samples)]
+        Path(run.config.out, "judged.json").write_text(json.dumps(judged))
 
 
 def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> None:
@@ -113,7 +212,7 @@ def check_resume(config: Config, mesh: Mesh, mode: str) -> None:
     if mesh.rank == 0:
         (out / "latest").write_text(f"step_{CHECKPOINT:06}")
     mesh.barrier()
-    train(replace(config, memory=Memory(offload="all")), mesh)
+    train(replace(config, memory=Memory(offload="all")), mesh, first=CHECKPOINT)
     assert metrics(out) == rows, f"{mode}: metrics differ after resuming"
     for name in files:
         after = torch.load(out / f"step_{STEPS:06}" / name)
@@ -130,17 +229,24 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
+def check_mode(folder: Path, mode: str, layout: str, mesh: Mesh) -> None:
+    config = configure(folder, mode, layout)
+    run = train(config, mesh)
+    found = metrics(Path(config.out))
+    check_step_zero(mode, found)
+    check_rows(config, found)
+    check_mismatch(config)
+    check_judge(run)
+    check_split(folder, mode, found)
+    check_resume(config, mesh, f"{mode} at {layout}")
+
+
 def main() -> None:
-    folder, layouts = Path(sys.argv[1]), sys.argv[2:]
-    for layout in layouts:
+    folder = Path(sys.argv[1])
+    for layout, _, only in (entry.partition(":") for entry in sys.argv[2:]):
         mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
-        for mode in KEYS:
-            config = configure(folder, mode, layout)
-            train(config, mesh)
-            found = metrics(Path(config.out))
-            check_step_zero(mode, found)
-            check_split(folder, mode, found)
-            check_resume(config, mesh, f"{mode} at {layout}")
+        for mode in only.split(",") if only else KEYS:
+            check_mode(folder, mode, layout, mesh)
         mesh.close()
     mesh.barrier()
     if mesh.rank == 0:

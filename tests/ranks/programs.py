@@ -1,0 +1,122 @@
+"""Run under torchrun: whole programs that meet a signal, an engine without the weights, or what another one has made.
+
+usage: torchrun --nproc-per-node N tests/ranks/programs.py FOLDER LAYOUT      FOLDER as for modes.py
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
+
+from rlhf import assemble, configuration
+from rlhf.config import Config
+from rlhf.interrupt import SAVED
+from rlhf.parallel.mesh import Mesh
+from rlhf.prepare import rule
+from rlhf.rewards import Rewards
+from rlhf.rollout.kvcache import KVCache
+
+
+def start(config: Config, mesh: Mesh) -> int:
+    """The exit code of a rank's whole life, which begins with a mesh of its own."""
+    mesh.close()
+    return assemble.run(config)
+
+
+def check_engine_without_the_weights(folder: Path, layout: str, mesh: Mesh) -> None:
+    """It is told: before the first step, and with rollout.check at any later one."""
+    step, wake = 0, KVCache.wake
+
+    def drawn(now: int) -> None:
+        nonlocal step
+        step = now
+
+    def spoilt(engine: KVCache) -> None:
+        wake(engine)
+        if step >= begin:
+            engine.parameters()["lm_head.weight"].mul_(0.9)
+
+    with pytest.MonkeyPatch.context() as patch, drawing(drawn):
+        patch.setattr(KVCache, "wake", spoilt)
+        for begin, keys in ((0, []), (2, ["rollout.check=true"])):
+            with pytest.raises(RuntimeError, match="it does not generate with the weights that were trained"):
+                start(configure(folder, "grpo", layout, f"out={folder}/spoilt{begin}", "checkpoint.every=0", *keys), mesh)
+            assert step == begin
+
+
+def check_signal(folder: Path, layout: str, mesh: Mesh) -> None:
+    """The step at hand is finished and saved, the exit code says so, and the next run goes on; what config.toml says is the run."""
+    rules = [f"reward.function={folder}/rules.py:length", f"evaluate.function={folder}/rules.py:quarter"]
+    config = configure(folder, "grpo", layout, f"out={folder}/program", "steps=2", *rules)
+    with drawing(lambda step: os.kill(os.getpid(), signal.SIGUSR1)):
+        assert start(config, mesh) == SAVED
+    assert (folder / "program/latest").read_text() == "step_000001"
+    assert start(config, mesh) == 0
+    rows = metrics(folder / "program")
+    assert list(rows) == [0, 1, 2]
+    assert rows[2]["eval_reward"] == 0.25, "the judge's"
+    assert rows[2]["reward_rule"] != 0.25
+    assert configuration.load("grpo", [f"{folder}/program/config.toml"]) == config
+
+
+def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
+    """Mode evaluate says of an exported folder what the run said at its end: by rule and reward model, or by the judge alone."""
+    assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1"), mesh) == 0
+    wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
+    keys = [f"policy.load={folder}/pairs/hf", *(key.format(folder=folder) for key in KEYS["online-dpo"])]
+    found = {}
+    for name, more in (
+        ("both", []),
+        ("both", ["resume=false"]),  # over what the first one wrote
+        ("judge", [f"evaluate.function={folder}/rules.py:quarter"]),
+        ("hot", ["evaluate.temperature=1"]),
+    ):
+        assert start(configure(folder, "evaluate", layout, *keys, f"out={folder}/fresh-{name}", *more), mesh) == 0
+        (found[name],) = metrics(folder / f"fresh-{name}").values()
+    assert found["both"] == pytest.approx({"step": STEPS, **wanted}, abs=1e-5)
+    assert found["judge"]["eval_reward"] == 0.25
+    assert found["hot"]["eval_reward"] != pytest.approx(found["both"]["eval_reward"], abs=1e-3)
+
+
+def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
+    """All ranks stop after the same step, and go on where they stopped: the numbers are those of a run that was left alone."""
+    faulthandler.dump_traceback_later(90, exit=True)  # ranks that do not agree wait for each other
+    whole, cut = (configure(folder, "sft", layout, f"out={folder}/{name}") for name in ("whole", "cut"))
+    train(whole, mesh)
+
+    def last_rank_alone(step: int) -> None:
+        if mesh.rank == mesh.world - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with drawing(last_rank_alone), Rewards(rule(cut), 1, 1) as rewards:
+        assert not assembled(cut, mesh, rewards, rewards).train()
+    assert sorted(path.name for path in (folder / "cut").glob("step_*")) == ["step_000001"]
+    train(cut, mesh, first=1)
+    assert metrics(folder / "cut") == metrics(folder / "whole")
+    faulthandler.cancel_dump_traceback_later()
+
+
+def main() -> None:
+    folder, layout = Path(sys.argv[1]), sys.argv[2]
+    mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
+    if mesh.world > 1:
+        check_signal_to_one_rank(folder, layout, mesh)
+    else:
+        for check in (check_engine_without_the_weights, check_signal, check_evaluation):
+            check(folder, layout, mesh)
+    mesh.barrier()
+    if mesh.rank == 0:
+        print("programs end well", flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
