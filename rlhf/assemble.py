@@ -67,11 +67,8 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
     """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
     dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
-    owner = EngineOwner(
-        build_engine(config, mesh, given, dtype, load=True),
-        residence,
-        fill=None if loads_itself(config) else partial(fill, config, mesh, given),
-    )
+    engine = build_engine(config, mesh, given, dtype, load=True)
+    owner = EngineOwner(engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given))
     source = EngineSource(config, mesh, owner, given.tokenizer, given.records, partial(judge, rewards, mesh))
 
     def model(samples: list[Sample]) -> None:
@@ -96,7 +93,7 @@ def build(
     residence = Residence(ledger.offload, mesh.device)
     if algorithm.online:  # the engine first: it sizes its memory by what is free
         engine = build_engine(config, mesh, given, dtype)
-        owner = EngineOwner(engine, residence, publisher=publisher(config, mesh, given, dtype), verify=config.rollout.check)
+        owner = EngineOwner(engine, residence, publisher=build_publisher(config, mesh, given, dtype), verify=config.rollout.check)
     roles = Roles(config, mesh, given.roles, dtype, config.rollout.temperature if algorithm.online else 1.0, residence)
     source: Source = DataSource(config, given.records)
     evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
@@ -159,22 +156,22 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
         max_len=config.data.max_tokens,
         memory=config.rollout.memory,
         cache=config.rollout.cache,
-        load=load and loads_itself(config),
+        load=load and engine_loads(config),
     )
 
 
-def loads_itself(config: Config) -> bool:
+def engine_loads(config: Config) -> bool:
     """Whether the engine can read policy.load: vLLM reads Hugging Face folders."""
     return config.rollout.engine == "vllm" and not files.is_checkpoint(config.policy.load)
 
 
-def fill(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str, Tensor]) -> None:
+def fill_engine(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str, Tensor]) -> None:
     """Read this rank's shard of policy.load into the engine's parameters."""
     tp = config.rollout.tp
     files.read(config.policy.load, given.arch, names.tiles(given.arch, "vllm", (mesh.rank % tp, tp)), parameters)
 
 
-def publisher(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Publisher:
+def build_publisher(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Publisher:
     """What carries the policy's shards to the engines' shards."""
     training = names.tilings(given.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
     engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
