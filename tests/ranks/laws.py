@@ -74,9 +74,9 @@ class Case:
         self.sharding = names.tilings(self.arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
         self.samples = samples()
 
-    def learner(self, train: bool) -> Learner:
+    def learner(self, train: bool, dtype: torch.dtype = torch.float32) -> Learner:
         fill = partial(files.read, self.folder, self.arch, self.sharding[self.mesh.rank])
-        return Learner(self.arch, self.config, self.mesh, torch.float32, fill=fill, temperature=1.0, train=train)
+        return Learner(self.arch, self.config, self.mesh, dtype, fill=fill, temperature=1.0, train=train)
 
     def cut(self, budget: int) -> list[list[Sample]]:
         return microbatches(shares(self.samples, self.mesh.layout.dp, self.arch.hidden), budget, False)[self.mesh.dp_rank]
@@ -149,18 +149,20 @@ class Case:
             if name in ("kl", "clipped"):
                 assert abs(total / count) < 1e-9, f"{self.what}: {name} is {total / count}"
 
-    def check_resume(self, out: Path) -> None:
-        """Two updates, a checkpoint, one more: bit by bit what a new learner makes of that checkpoint."""
+    def check_resume(self, out: Path, dtype: torch.dtype) -> None:
+        """Two updates, a checkpoint, one more: bit by bit what a new learner has, and then makes, of that checkpoint."""
         config = dataclasses.replace(self.config, out=str(out))
-        checkpoints, loss = Checkpoints(config, self.mesh, torch.float32), partial(ALGORITHMS["grpo"](config).loss, "policy")
-        first, second = self.learner(train=True), self.learner(train=True)
+        checkpoints, loss = Checkpoints(config, self.mesh, dtype), partial(ALGORITHMS["grpo"](config).loss, "policy")
+        first, second = self.learner(True, dtype), self.learner(True, dtype)
         for _ in range(2):
             first.learn(self.cut(100), loss, LR)
         checkpoints.save(2, {"policy": first}.items(), {"coefficient": 0.1})
+        saved = {name: p.clone() for name, p in first.parameters().items()}
         first.learn(self.cut(100), loss, LR)
         state: dict[str, float] = {}
         assert checkpoints.resume({"policy": second}.items(), state) == 2
         assert state == {"coefficient": 0.1}
+        assert all(torch.equal(saved[name], p) for name, p in second.parameters().items()), f"{self.what}: not what was saved"
         second.learn(self.cut(100), loss, LR)
         wanted = first.parameters()
         assert all(torch.equal(wanted[name], p) for name, p in second.parameters().items()), f"{self.what}: resume is not bitwise"
@@ -188,7 +190,8 @@ def main() -> None:
             for mode, budget in (("sft", 10_000), ("grpo", 100), ("grpo", 10_000)):
                 case.check_update(mode, budget)
             case.check_export(frozen, root / f"out-{family}-{entry}")
-            case.check_resume(root / f"run-{family}-{entry}")
+            for dtype in (torch.float32, torch.bfloat16)[: 1 + (family == "llama3-tied")]:  # bfloat16 has main parameters of its own
+                case.check_resume(root / f"run-{family}-{entry}-{dtype}", dtype)
             case.check_step_zero(frozen)
             case.mesh.close()
     print("laws hold", flush=True)
