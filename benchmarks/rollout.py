@@ -58,12 +58,17 @@ def build(a: argparse.Namespace, folder: Path) -> EngineSource:
     dtype = "bfloat16" if mesh.device.type == "cuda" else "float32"
     engine = VLLM(str(folder / "model"), arch, tp=1, dtype=dtype, seed=1, max_len=longest, memory=a.memory, cache=0.0)
     owner = EngineOwner(engine, Residence((), mesh.device))
-    return EngineSource(config, mesh, owner, Tokenizer.load(folder / "model"), ABSENT, reward)
+    return EngineSource(config, mesh, owner, Tokenizer.load(folder / "model"), ABSENT, Free())
 
 
-def reward(samples: list[Sample]) -> None:
-    for sample in samples:
-        sample.reward = 0.0
+class Free:
+    """A judge to whom every response is worth 0."""
+
+    def give(self, sample: Sample) -> None:
+        pass
+
+    def collect(self, block: bool = False) -> None:
+        pass
 
 
 def measure(a: argparse.Namespace, sampler: EngineSource) -> None:
@@ -82,7 +87,7 @@ def measure(a: argparse.Namespace, sampler: EngineSource) -> None:
         llm.generate([{"prompt_token_ids": t.tolist()} for t in tokens[:count]], requests, use_tqdm=False)
 
     def ours() -> None:
-        samples = sampler.sample(prompts, sampler.sampling(), 1, 0, reward)
+        samples = sampler.sample(prompts, sampler.sampling(), 1, 0, Free())
         made.append(sum(int(s.mask.sum()) for s in samples))
 
     made: list[int] = []

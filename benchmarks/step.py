@@ -58,6 +58,7 @@ LLAMA1B = Architecture(
 SIZES = {**MODELS, "1b": LLAMA1B}
 KEYS = ["data.max_tokens=512", "batch.prompts=64", "batch.tokens=16384", "rollout.group=8", "rollout.max_tokens=400", "optim.lr=1e-6"]
 KEYS += ["rollout.memory=0.5", "checkpoint.every=0", "evaluate.every=0", "reward.function=tools/demo_task.py:noise"]
+WITHIN = ("time/step", "time/switch", "time/reward")  # the whole, and parts of the phases
 MODES = {"grpo": [], "rlhf": ["ppo.kl=0.02"]}
 
 
@@ -140,7 +141,7 @@ def main() -> None:
     }
     kept |= {name: means[name] for name in ("response_tokens", "truncated") if name in means}
     kept |= memory(a.out / "run" / "config.toml", a.mode, rows)
-    phases = sum(value for name, value in kept.items() if name.startswith("time/") and name not in ("time/step", "time/switch"))
+    phases = sum(value for name, value in kept.items() if name.startswith("time/") and name not in WITHIN)
     gpus = torch.cuda.device_count()
     about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": len(rows), "gpus": gpus}
     record.say(

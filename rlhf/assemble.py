@@ -26,7 +26,7 @@ from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Rewards
 from rlhf.roles import Roles
 from rlhf.rollout.owner import EngineOwner
-from rlhf.rollout.source import DataSource, EngineSource, Source, judge
+from rlhf.rollout.source import DataSource, EngineSource, Rule, Source
 from rlhf.weights import files, names
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
@@ -58,6 +58,7 @@ def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_
     training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt)
     announce(training, given, ledger)
     finished = training.train()
+    training.metrics.close()
     if finished and mesh.rank == 0 and training.roles.residence.peaks:
         say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # what was predicted, and what was measured
     return finished
@@ -69,7 +70,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
     engine = build_engine(config, mesh, given, dtype, load=True)
     owner = EngineOwner(engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given))
-    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, partial(judge, rewards, mesh))
+    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh))
 
     def model(samples: list[Sample]) -> None:
         residence.enter(Phase.SCORE, "reward")  # the engine leaves the device before the reward model is built
@@ -80,6 +81,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
         say(f"{given.records.counts} of {config.data.eval}")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
     metrics.write(config.steps)
+    metrics.close()
 
 
 def build(
@@ -98,10 +100,9 @@ def build(
     source: Source = DataSource(config, given.records)
     evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
     if algorithm.online:
-        rule, held_out_rule = (partial(judge, function, mesh) for function in (rewards, held_out_rewards))
         score = partial(roles.read, POLICY)
-        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, rule, score, TOLERANCE[dtype])
-        evaluation = ResponseEvaluation(config, source, held_out, held_out_rule, roles.judge) if held_out else None
+        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), score, TOLERANCE[dtype])
+        evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge) if held_out else None
     checkpoints = Checkpoints(config, mesh, dtype)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0
 

@@ -7,9 +7,10 @@ Alignment       inputs = tokens[:-1], labels = tokens[1:]. A stream x describes 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf.config import Config
 from rlhf.lazy import np
@@ -213,6 +214,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()  # generation ends after one of these; it stays in the tokens
+    stops: tuple[str, ...] = ()  # strings of several tokens that end it, which Request.ends watches for
 
 
 @dataclass(slots=True)
@@ -224,25 +226,52 @@ class Completion:
     finish: str  # "stop" (a stop token was drawn) | "length" (cut by a limit)
 
 
-class Engine(Protocol):
-    """Generates with whatever stands in its live parameters, which publish() writes box by box."""
+@dataclass(slots=True)
+class Request:
+    """A prompt for an engine to continue."""
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order. seeds[i] alone decides the random draws of prompt i."""
-        ...
+    key: int  # the caller's name for it, unique among those that the engine holds
+    prompt: list[int]
+    sampling: Sampling
+    seed: int  # it alone decides the random draws; 0 <= seed < 2**63
+    ends: Callable[[list[int]], bool] | None = None  # asked after every token of the response: whether it is complete (a stop string)
 
+
+class Engine(ABC):
+    """Generates with whatever stands in its live parameters, which publish() writes box by box.
+
+    It works in steps, so that a response can be used as soon as it is complete. All ranks of an engine make the same calls.
+    """
+
+    @abstractmethod
+    def submit(self, requests: list[Request]) -> None:
+        """Take up requests, behind those that are waiting. A prompt must not be empty, and leave room for a token."""
+
+    @abstractmethod
+    def advance(self) -> list[tuple[int, Completion]]:
+        """Draw a token for as many requests as run at a time; those that this has completed, by their keys."""
+
+    @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
         """This rank's shards by the engine's own names; valid between wake_weights() and sleep()."""
-        ...
 
+    @abstractmethod
     def sleep(self) -> None:
-        """Give the device memory back; weights and KV cache are lost."""
-        ...
+        """Give the device memory back; weights and KV cache are lost. No request is held by then."""
 
+    @abstractmethod
     def wake_weights(self) -> None:
         """Make parameters() writable again (their content is undefined until the next publish)."""
-        ...
 
+    @abstractmethod
     def wake(self) -> None:
         """Ready to generate with the parameters as they stand now; whatever was cached of older weights is dropped."""
-        ...
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        """One completion per prompt, in order, of an engine that holds no other requests."""
+        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
+        self.submit([Request(i, prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))])
+        found: dict[int, Completion] = {}
+        while len(found) < len(prompts):
+            found.update(self.advance())
+        return [found[i] for i in range(len(prompts))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -32,12 +33,13 @@ class ResponseEvaluation:
     source: EngineSource
     held_out: Records
     rule: Judge
-    model: Judge
+    model: Callable[[list[Sample]], None]
 
     def __call__(self, metrics: Metrics) -> None:
         samples = self.source.answer(self.held_out.head(self.config.evaluate.prompts), self.rule)
         if not self.config.evaluate.function:
             self.model(samples)
+        metrics.keep("evaluate", samples)
         if metrics.mesh.rank == 0:
             show(samples[: self.config.evaluate.show])
         metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})

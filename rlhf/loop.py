@@ -72,9 +72,10 @@ class Run:
             self.roles.score(samples, self.algorithm.streams)
             self.roles.judge(samples)
             metrics.add_common(self.source.describe(samples))
-        tokens = sum(len(s.tokens) for s in samples)
+        tokens, drawn = sum(len(s.tokens) for s in samples), samples
         samples, sums = self.algorithm.credit(samples)
         metrics.add_common(sums)
+        metrics.keep("train", drawn)
         with metrics.time("learn"):
             self.learn(samples, step)
         with metrics.time("publish"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from rlhf.config import Config
+from rlhf.contracts import Sample
 from rlhf.parallel.mesh import Mesh
+from rlhf.recorder import Recorder, Use
 
 LINE = (
     *("loss", "accuracy", "reward", "eval_reward", "eval_loss", "eval_accuracy", "kl", "clipped", "entropy", "critic_loss"),
@@ -25,8 +28,10 @@ class Metrics:
         self.mesh, self.steps, self.every = mesh, config.steps, config.log.every
         self.sums: dict[str, tuple[float, float]] = {}
         self.events = None
+        self.recorder: Recorder | None = None
         self.begin()
         if mesh.rank == 0:
+            self.recorder = Recorder(Path(config.out), config.log.samples, start) if config.log.samples else None
             self.path = Path(config.out) / "metrics.jsonl"
             _forget(self.path, start or -1)  # a run from the start says everything anew
             if config.log.tensorboard:
@@ -75,7 +80,19 @@ class Metrics:
             self._record(step, values)
         return values
 
+    def keep(self, use: Use, samples: Sequence[Sample]) -> None:
+        """Samples, identical on every rank, of which some are kept for people to read."""
+        if self.recorder:
+            self.recorder.keep(use, samples)
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        if self.recorder:
+            self.recorder.finish()
+
     def _record(self, step: int, values: dict[str, float]) -> None:
+        if self.recorder:
+            self.recorder.write(step)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.events:
@@ -92,6 +109,33 @@ class Metrics:
             return text
         done = round(20 * step / self.steps)
         return f"{text} [{'#' * done}{'.' * (20 - done)}]"
+
+
+class Progress:
+    """How far something long is, on one line of a terminal that is written over; nothing where there is none."""
+
+    def __init__(self, name: str, units: str, total: int, shown: bool):
+        self.name, self.units, self.total, self.shown = name, units, total, shown and sys.stdout.isatty()
+        self.done = self.tokens = 0
+        self.began = self.said = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            print("\r\033[K", end="", flush=True)  # the step's line takes its place
+
+    def add(self, done: int, tokens: int) -> None:
+        """So many more are done, with so many tokens."""
+        self.done += done
+        self.tokens += tokens
+        now = time.perf_counter()
+        if self.shown and now - self.said > 0.5:
+            self.said, seconds = now, now - self.began
+            left = seconds * (self.total - self.done) / self.done  # as if the rest took as long as these
+            rate = f"{self.tokens / seconds:,.0f} tokens/s, about {left:.0f} s to go"
+            print(f"\r\033[K{self.name}: {self.done} of {self.total} {self.units}, {rate}", end="", flush=True)
 
 
 def say(text: str) -> None:

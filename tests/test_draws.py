@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from judges import FREE, Judging
 from rows import write
 
 from rlhf import configuration
-from rlhf.contracts import Completion, Sample, Sampling, Verdict, groups
+from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.rollout.source import EngineSource, summary
@@ -33,11 +34,13 @@ class Scribe:
     """An engine that answers every prompt with what `says` makes of its seed."""
 
     def __init__(self, says: Callable[[int], Completion]):
-        self.says, self.asked, self.version = says, list[Asked](), 3
+        self.says, self.asked, self.version, self.order = says, list[Asked](), 3, 1
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
-        self.asked.append(Asked([tuple(prompt) for prompt in prompts], sampling, seeds))
-        return [self.says(seed) for seed in seeds]
+    def stream(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        prompts, seeds = [tuple(request.prompt) for request in requests], [request.seed for request in requests]
+        self.asked.append(Asked(prompts, requests[0].sampling, seeds))
+        for request in requests[:: self.order]:
+            yield [(request.key, self.says(request.seed))]
 
 
 def worthless(samples: list[Sample]) -> None:
@@ -61,7 +64,7 @@ def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[EngineSource
         config = configuration.load("grpo", [*KEYS, *overrides])
         engine = Scribe(says or (lambda seed: Completion([5 + seed % 50, llama2.eos], [-0.5, -0.25], "stop")))
         records = Records.load(path, "prompts", llama2, config.data, max_prompt=60)
-        return EngineSource(config, ALONE, engine, llama2, records, reward), engine  # type: ignore[arg-type]
+        return EngineSource(config, ALONE, engine, llama2, records, Judging(reward)), engine  # type: ignore[arg-type]
 
     return made
 
@@ -71,14 +74,14 @@ def test_every_draw_has_a_seed_of_its_own(build) -> None:
     source, engine = build()
     prompts = source.records.head(4)
     for step in (3, 4, 3):
-        source.sample(prompts, source.sampling(), 3, step, worthless)
+        source.sample(prompts, source.sampling(), 3, step, FREE)
     other, others = build("seed=2")
-    other.sample(prompts, other.sampling(), 3, 3, worthless)
+    other.sample(prompts, other.sampling(), 3, 3, FREE)
     third, fourth, again, another = (call.seeds for call in (*engine.asked, *others.asked))
     assert third == again
     assert len({*third, *fourth, *another}) == 3 * 12
     assert engine.asked[0].prompts == [tuple(p.tokens.tolist()) for p in prompts for _ in range(3)]
-    source.sample([prompts[2]], source.sampling(), 2, 3, worthless)
+    source.sample([prompts[2]], source.sampling(), 2, 3, FREE)
     assert engine.asked[3].seeds == third[6:8], "whoever is drawn beside it"
 
 
@@ -100,7 +103,7 @@ def test_a_step_has_its_own_prompts(build) -> None:
         wanted = [tuple(prompt.tokens.tolist()) for prompt in source.records.draw(step, 4, 5)]
         assert engine.asked[step].prompts == [prompt for prompt in wanted for _ in range(3)]
         assert [s.group for s in samples] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-        assert sums == {}
+        assert sums.keys() == {"time/reward"}
     assert len({prompt for asked in engine.asked for prompt in asked.prompts}) == 20, "an epoch"
 
 
@@ -108,7 +111,7 @@ def test_rounds_ask_new_prompts(build) -> None:
     """The first round is that of a run without more; each further one has prompts and draws of its own, all of them by step."""
     source, engine = build("rollout.rounds=3")
     samples, sums = source.take(1)
-    assert sums == {"rounds": (3.0, 1.0), "groups_kept": (0.0, 12.0)}
+    assert (sums["rounds"], sums["groups_kept"]) == ((3.0, 1.0), (0.0, 12.0))
     assert [s.group for s in samples] == sorted([8, 9, 10, 11] * 3), "the last round's, where nothing is kept"
     first, second, third = engine.asked
     assert first.prompts[::3] == [tuple(prompt.tokens.tolist()) for prompt in source.records.draw(1, 4, 1)]
@@ -131,7 +134,7 @@ def test_rounds_end_when_there_are_enough(build) -> None:
     source, engine = build("rollout.rounds=5", reward=reward)
     samples, sums = source.take(0)
     assert len(engine.asked) == 2
-    assert sums == {"rounds": (2.0, 1.0), "groups_kept": (6.0, 8.0)}
+    assert (sums["rounds"], sums["groups_kept"]) == ((2.0, 1.0), (6.0, 8.0))
     kept = groups(samples)
     assert [group[0].group for group in kept] == [1, 2, 3, 4]
     assert all([s.reward for s in group] == [1.0, 0.0, 0.0] for group in kept)
@@ -161,8 +164,8 @@ def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
     keys = ["rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=11", "rollout.max_tokens=20", "evaluate.temperature=0.3"]
     source, engine = build(*keys)
     source.take(0)
-    source.answer(source.records.head(2), worthless)
-    source.answer(source.records.head(2), worthless)
+    source.answer(source.records.head(2), FREE)
+    source.answer(source.records.head(2), FREE)
     source.probe(source.records.head(2))
     train, held_out, again, probe = (asked.sampling for asked in engine.asked)
     assert train == Sampling(max_tokens=20, temperature=0.7, top_p=0.9, top_k=11, stop_ids=llama2.stop_ids)
@@ -184,7 +187,7 @@ def test_who_rewards(build) -> None:
             sample.reward, sample.verdict = 7.0, Verdict(rule=7.0, failed=True)
 
     assert {s.reward for s in source.take(0)[0]} == {0.0, 1.0}
-    judged = source.answer(source.records.head(2), judge)
+    judged = source.answer(source.records.head(2), Judging(judge))
     assert [s.reward for s in judged] == [7.0, 7.0]
     assert summary(judged) | {"reward": (14.0, 2.0), "reward_failed": (2.0, 2.0)} == summary(judged)
     assert [s.reward for s in source.probe(source.records.head(2))] == [0.0, 0.0]
@@ -198,3 +201,14 @@ def test_log_probs_stand_on_their_labels(build) -> None:
         assert sample.sampler_logp.tolist() == [0.0] * (prompt - 1) + [-1.0, -2.0, -3.0]
         assert np.array_equal(sample.mask, sample.sampler_logp < 0)
         assert sample.version.tolist() == [-1] * (prompt - 1) + [3, 3, 3]
+
+
+def test_responses_are_complete_in_any_order(build) -> None:
+    """The samples are the same, and the judge gets each as soon as it is there."""
+    source, engine = build(says=lambda seed: Completion([5 + seed % 50] * (1 + seed % 3), [-0.5] * (1 + seed % 3), "stop"))
+    given = []
+    source.judge = Judging(lambda samples: given.append(len(samples)))
+    wanted = [(s.group, s.tokens.tolist()) for s in source.take(0)[0]]
+    engine.order = -1
+    assert [(s.group, s.tokens.tolist()) for s in source.take(0)[0]] == wanted
+    assert given == [12, 12]

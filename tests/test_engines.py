@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rlhf.contracts import Engine, Sampling
+from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.rollout import kvcache
@@ -141,6 +141,28 @@ def check_many(engine: Engine) -> None:
         assert together[i].tokens == engine.generate([many[i]], sampling, [i])[0].tokens
 
 
+def check_stream(engine: Engine) -> None:
+    """A response comes out when it is complete, while others go on. A request whose tokens are watched ends where it is told to."""
+    sampling, asked = Sampling(max_tokens=12, temperature=1.0), []
+    whole = engine.generate(PROMPTS, sampling, SEEDS)
+
+    def ends(tokens: list[int]) -> bool:
+        asked.append(list(tokens))
+        return len(tokens) == 3
+
+    pairs = zip(PROMPTS, SEEDS, strict=True)
+    engine.submit([Request(10 + i, prompt, sampling, seed, None if i else ends) for i, (prompt, seed) in enumerate(pairs)])
+    steps: list[list[tuple[int, Completion]]] = []
+    while sum(map(len, steps)) < len(PROMPTS):
+        steps.append(engine.advance())
+    found = dict(pair for step in steps for pair in step)
+    assert [key for key, _ in next(step for step in steps if step)] == [10], "before the others"
+    assert (found[10].tokens, found[10].logp, found[10].finish) == (whole[0].tokens[:3], pytest.approx(whole[0].logp[:3]), "stop")
+    assert asked == [whole[0].tokens[:n] for n in (1, 2, 3)]
+    assert [found[10 + i].tokens for i in range(1, len(PROMPTS))] == [c.tokens for c in whole[1:]]
+    assert engine.generate(PROMPTS, sampling, SEEDS) == whole, "nothing is left of a request that ended early"
+
+
 def check_limits(engine: Engine) -> None:
     greedy = engine.generate(PROMPTS, GREEDY, SEEDS)
     stop = greedy[0].tokens[2]
@@ -166,6 +188,7 @@ def test_kvcache_equals_transformers(kind, tmp_path):
     check_greedy(model, engine, 1e-5)
     check_sampled(model, engine, 1e-5)
     check_limits(engine)
+    check_stream(engine)
 
 
 def test_kvcache_sleeps_and_wakes_with_new_weights(tmp_path):
@@ -247,6 +270,7 @@ def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
     engine = vllm_engine(folder(old, tmp_path), load=True)
     check_greedy(old, engine, 2e-5)
     check_limits(engine)
+    check_stream(engine)
     engine.sleep()
     engine.wake_weights()
     publish(new, architecture.read(tmp_path), engine)

@@ -25,7 +25,7 @@ EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for 
 LAYERS = (
     ("errors", "lazy", "phases", "config"),
     ("contracts",),
-    ("algorithms",),
+    ("algorithms", "recorder"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence"),
     ("train", "rollout", "checkpoint"),
@@ -137,14 +137,11 @@ def test_a_mode_is_named_in_one_place():
 def test_an_engine_has_one_owner():
     """Its methods are called in rlhf/rollout/owner.py and, below it, by the engines themselves."""
     methods = {m for m in vars(Engine) if not m.startswith("_")} - {"parameters"}  # models have parameters, too
-    assert methods == {"generate", "sleep", "wake_weights", "wake"}
+    assert methods == {"submit", "advance", "generate", "sleep", "wake_weights", "wake"}
     calls = [(path, c) for path in MODULES for c in nodes(path) if isinstance(c, ast.Call) and isinstance(c.func, ast.Attribute)]
-    calling = {(name(path), dotted_name(c.func)) for path, c in calls if c.func.attr in methods}
-    assert {place for place, called in calling if called not in ("time.sleep", "self.llm.sleep", "self.llm.generate")} == {
-        "rollout/owner.py",
-        "rollout/source.py",
-    }
-    assert [called for place, called in calling if place == "rollout/source.py"] == ["self.owner.generate"]
+    assert {name(path) for path, c in calls if last(c.func.value) == "engine" and c.func.attr in methods} == {"rollout/owner.py"}
+    sleeping = {(name(path), dotted_name(c.func)) for path, c in calls if c.func.attr in ("sleep", "wake_weights", "wake")}
+    assert {place for place, called in sleeping if called not in ("time.sleep", "self.llm.sleep")} == {"rollout/owner.py"}
     built = [(path, node) for path in MODULES for node in nodes(path) if last(getattr(node, "annotation", None)) == "Engine"]
     assert {name(path) for path, _ in built} == {"rollout/owner.py"}
     source = [node for node in nodes(PACKAGE / "rollout/source.py") if isinstance(node, ast.AnnAssign) and last(node.target) == "owner"]

@@ -128,6 +128,8 @@ class Rewards:
         self.spec, self.timeout, self.num_workers = spec, timeout, workers
         self.pool: list[Worker] = []
         self.failure = ""
+        self._waiting: deque[tuple[int, Item]] = deque()
+        self._open = 0  # items given whose scores have not been taken
 
     def __enter__(self) -> Self:
         return self
@@ -140,34 +142,62 @@ class Rewards:
             worker.kill()
         self.pool = []
 
-    def score(self, items: list[Item]) -> list[Score]:
-        """One score per (prompt, response, record), in order. A process that hung or ended is replaced."""
-        if self.spec in REWARDS:
-            return [Score(REWARDS[self.spec](*item), failed=False) for item in items]
-        scores: dict[int, Score] = {}
-        waiting = deque(enumerate(items))
-        try:
-            while len(scores) < len(items):
-                busy = self._hand_out(waiting, len(items) - len(scores))
-                wait([worker.connection for worker in busy], min(worker.seconds_left() for worker in busy))
-                for worker in busy:
-                    index, outcome = worker.item, worker.advance()
-                    if index is not None and outcome is not None:
-                        value, error = outcome
-                        scores[index] = Score(value, failed=bool(error))
-                        self.failure = self.failure or error
-        finally:
-            for worker in self.pool:  # after an error: the results of this call must not reach the next
-                if worker.item is not None:
-                    worker.kill()
-        return [scores[index] for index in range(len(items))]
+    def give(self, key: int, item: Item) -> None:
+        """Take up a (prompt, response, record); its score comes out of take() under this key."""
+        self._waiting.append((key, item))
+        self._open += 1
 
-    def _hand_out(self, waiting: deque[tuple[int, Item]], num_open: int) -> list[Worker]:
+    def take(self, block: bool = False) -> dict[int, Score]:
+        """The scores that are there now; with block, all of them. A process that hung or ended is replaced.
+
+        Raises UserError if the function cannot be loaded; what was given until then is forgotten.
+        """
+        found: dict[int, Score] = {}
+        complete = False
+        try:
+            if self.spec in REWARDS:
+                found = {key: Score(REWARDS[self.spec](*item), failed=False) for key, item in self._waiting}
+                self._waiting.clear()
+            while self._open > len(found):
+                busy = self._hand_out(self._open - len(found))
+                wait([worker.connection for worker in busy], min(worker.seconds_left() for worker in busy) if block else 0)
+                before = len(found)
+                for worker in busy:
+                    key, outcome = worker.item, worker.advance()
+                    if key is not None and outcome is not None:
+                        value, error = outcome
+                        found[key] = Score(value, failed=bool(error))
+                        self.failure = self.failure or error
+                if not block and len(found) == before:
+                    break
+            complete = True
+        finally:
+            if not complete:
+                self.forget()
+        self._open -= len(found)
+        return found
+
+    def forget(self) -> None:
+        """Drop what was given: after an error, its results must not be taken for those of other items."""
+        for worker in self.pool:
+            if worker.item is not None:
+                worker.kill()
+        self._waiting.clear()
+        self._open = 0
+
+    def score(self, items: list[Item]) -> list[Score]:
+        """One score per (prompt, response, record), in order."""
+        for key, item in enumerate(items):
+            self.give(key, item)
+        scores = self.take(block=True)
+        return [scores[key] for key in range(len(items))]
+
+    def _hand_out(self, num_open: int) -> list[Worker]:
         """Keep as many processes as there is work for, give each idle one an item, and return those with something to do."""
         self.pool = [worker for worker in self.pool if not worker.connection.closed]
         while len(self.pool) < min(self.num_workers, num_open):
             self.pool.append(Worker(self.spec))
         for worker in self.pool:
-            if waiting and worker.loaded and worker.item is None:
-                worker.give(*waiting.popleft(), self.timeout)
+            if self._waiting and worker.loaded and worker.item is None:
+                worker.give(*self._waiting.popleft(), self.timeout)
         return [worker for worker in self.pool if not worker.loaded or worker.item is not None]

@@ -4,6 +4,8 @@ vLLM cannot run.
 Shapes: B sequences, Q new tokens each, K tokens cached, H query heads, G key/value heads (both of this rank), D head_dim.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
@@ -11,14 +13,63 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.contracts import Completion, Sampling
+from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.model.architecture import Architecture
 from rlhf.model.rope import rope_frequencies, rotate
 
 BATCH = 2**15  # tokens in the KV cache at once; longer lists of prompts run as several batches
 
 
-class KVCache:
+class Batch:
+    """Requests that run together, with `length` cached tokens each. Those that are complete idle until the last one is."""
+
+    def __init__(self, model: KVCache, requests: list[Request], length: int):
+        self.model, self.requests, self.length = model, requests, length
+        self.sampling, device, prompts = requests[0].sampling, model.device, [request.prompt for request in requests]
+        self.sizes = torch.tensor([len(p) for p in prompts], device=device)
+        self.room = (model.max_len - self.sizes).clamp(max=self.sampling.max_tokens)
+        # Padding on the right is never seen: a generated token overwrites it before any query reaches its position.
+        width = int(self.sizes.max())
+        self.tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
+        self.positions = torch.arange(width, device=device).expand_as(self.tokens)
+        shape = (model.arch.layers, 2, len(prompts), length, model.kv_heads, model.arch.head_dim)
+        self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
+        # All draws are made before generation starts, so neither batch nor order can touch them.
+        count, kind = self.sampling.max_tokens, torch.float64
+        draws = [torch.rand(count, generator=torch.Generator().manual_seed(request.seed), dtype=kind) for request in requests]
+        self.draw = torch.stack(draws, dim=1).to(device)  # [max_tokens, B]
+        self.stop = torch.tensor(self.sampling.stop_ids, dtype=torch.int64, device=device)
+        self.rows, self.last = torch.arange(len(prompts), device=device), self.sizes - 1  # where the hidden state that predicts is
+        self.done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self.drawn = [Completion([], [], "length") for _ in requests]
+        self.steps = 0
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Draw a token for every request that is not complete; those that are complete by that, by their keys."""
+        hidden = self.model.forward(self.tokens, self.positions, self.cache)
+        token, logp = choose(self.model.logits(hidden[self.rows, self.last]), self.sampling, self.draw[self.steps])
+        stopped = torch.isin(token, self.stop)
+        ending = stopped | (self.steps + 1 >= self.room)
+        found = []
+        columns = zip(*(x.tolist() for x in (self.done, token, logp, stopped, ending)), strict=True)
+        for i, (done, drawn, value, is_stop, is_end) in enumerate(columns):
+            if done:
+                continue
+            request, completion = self.requests[i], self.drawn[i]
+            completion.tokens.append(drawn)
+            completion.logp.append(value)
+            if is_stop or (request.ends and request.ends(completion.tokens)):
+                completion.finish = "stop"
+            if is_end or completion.finish == "stop":
+                self.done[i] = True
+                found.append((request.key, completion))
+        self.tokens, self.last = token[:, None], torch.zeros_like(self.sizes)
+        self.positions = (self.sizes + self.steps).clamp(max=self.length - 1)[:, None]  # complete ones idle at the end
+        self.steps += 1
+        return found
+
+
+class KVCache(Engine):
     """A dense decoder with a preallocated KV cache and parameters by vLLM's fused names; prompt and response share max_len tokens.
 
     Tensor parallel over `group` (None if tp is 1): its ranks make the same calls, gather the same logits and so draw the same tokens.
@@ -41,25 +92,33 @@ class KVCache:
         self.dtype, self.device, self.max_len = dtype, device, max_len
         self.heads, self.kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
         self.frequencies = rope_frequencies(arch).to(device)
+        self.waiting: list[Request] = []
+        self.running: Batch | None = None
         self.weights = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes(arch, tp).items()}
 
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order; the same call on every rank of the group.
+    def submit(self, requests: list[Request]) -> None:
+        """Log-probs are of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution."""
+        for request in requests:
+            assert 0 < len(request.prompt) < self.max_len, f"a prompt is empty or leaves no room in {self.max_len} tokens"
+        self.waiting += requests
 
-        logp is of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution.
-        """
-        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-        assert all(0 < len(prompt) < self.max_len for prompt in prompts), f"a prompt is empty or leaves no room in {self.max_len} tokens"
-        completions: dict[int, Completion] = {}
-        todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length pad each other least
-        while todo:
-            length = min(len(prompts[todo[-1]]) + sampling.max_tokens, self.max_len)  # of the longest left
+    @torch.no_grad()
+    def advance(self) -> list[tuple[int, Completion]]:
+        """Requests run in batches of like length; the next begins when the last of a batch is complete."""
+        if not self.running and self.waiting:
+            self.waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length pad each other least
+            longest = self.waiting[-1]
+            length = min(len(longest.prompt) + longest.sampling.max_tokens, self.max_len)
             size = max(1, BATCH // length)
-            batch, todo = todo[-size:], todo[:-size]
-            drawn = self._complete([prompts[i] for i in batch], sampling, [seeds[i] for i in batch], length)
-            completions.update(zip(batch, drawn, strict=True))
-        return [completions[i] for i in range(len(prompts))]
+            batch, self.waiting = self.waiting[-size:], self.waiting[:-size]
+            assert all(request.sampling == longest.sampling for request in batch), "one batch is sampled in one way"
+            self.running = Batch(self, batch, length)
+        if not self.running:
+            return []
+        found = self.running.step()
+        if self.running.done.all():
+            self.running = None
+        return found
 
     def parameters(self) -> dict[str, Tensor]:
         return self.weights
@@ -77,38 +136,7 @@ class KVCache:
     def wake(self) -> None:
         assert self.weights["model.norm.weight"].untyped_storage().nbytes(), "wake_weights() and a publish come before wake()"
 
-    def _complete(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], length: int) -> list[Completion]:
-        """Generate for one batch, with `length` cached tokens per sequence."""
-        arch = self.arch
-        sizes = torch.tensor([len(p) for p in prompts], device=self.device)
-        room = (self.max_len - sizes).clamp(max=sampling.max_tokens)
-        # Padding on the right is never seen: a generated token overwrites it before any query reaches its position.
-        width = int(sizes.max())
-        tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)
-        positions = torch.arange(width, device=self.device).expand_as(tokens)
-        cache = torch.zeros(arch.layers, 2, len(prompts), length, self.kv_heads, arch.head_dim, dtype=self.dtype, device=self.device)
-        # All draws are made before generation starts, so neither batch nor order can touch them.
-        draws = [torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-        draw = torch.stack(draws, dim=1).to(self.device)  # [max_tokens, B]
-        stop = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=self.device)
-        rows, last = torch.arange(len(prompts), device=self.device), sizes - 1  # where the hidden state that predicts is
-        stopped, sampled, logps = [], [], []
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        for step in range(int(room.max())):
-            hidden = self._forward(tokens, positions, cache)
-            token, logp = choose(self._logits(hidden[rows, last]), sampling, draw[step])
-            sampled.append(token)
-            logps.append(logp)
-            stopped.append(torch.isin(token, stop))
-            done |= stopped[-1] | (step + 1 >= room)
-            if done.all():
-                break
-            tokens, last = token[:, None], torch.zeros_like(sizes)
-            positions = (sizes + step).clamp(max=length - 1)[:, None]  # finished sequences idle at the end
-        columns = zip(*(torch.stack(x, dim=1).tolist() for x in (sampled, logps, stopped)), room.tolist(), strict=True)
-        return [_cut(*row) for row in columns]
-
-    def _forward(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
         """tokens, positions [B, Q] -> final hidden states [B, Q, hidden]; the tokens' keys and values go into the cache."""
         arch, w = self.arch, self.weights
         angles = positions[..., None, None] * self.frequencies  # [B, Q, 1, D/2]
@@ -145,7 +173,7 @@ class KVCache:
         mine = (local >= 0) & (local < len(table))
         return self._sum(F.embedding(local.where(mine, 0), table) * mine[..., None])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, hidden] -> float32 logits [B, vocab], the same on every rank."""
         weight = self.weights["model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"]
         shard = F.linear(hidden, weight).float()
@@ -202,9 +230,3 @@ def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> tuple[Tensor, Te
     mass = logp.double().exp().cumsum(dim=-1)
     token = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True)
     return token[:, 0], logp.gather(-1, token)[:, 0]
-
-
-def _cut(tokens: list[int], logp: list[float], stopped: list[bool], room: int) -> Completion:
-    """The response within one row of a batch, which ran on until its last sequence ended."""
-    end = stopped.index(True) + 1 if True in stopped[:room] else room
-    return Completion(tokens[:end], logp[:end], "stop" if stopped[end - 1] else "length")

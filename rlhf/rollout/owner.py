@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import gc
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
-from rlhf.contracts import Completion, Engine, Sampling
+from rlhf.contracts import Completion, Engine, Request
 from rlhf.phases import Kind, Phase
 from rlhf.residence import Residence
 from rlhf.weights.publish import Publisher
@@ -48,11 +50,17 @@ class EngineOwner:
         self._weights, self.version = weights, version
         self._publish()
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order. seeds[i] alone decides the random draws of prompt i."""
+    def stream(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        """After every step of the engine what it has completed, by the requests' keys, until all are complete."""
         if not self._fresh:
             self._publish()
-        return self.engine.generate(prompts, sampling, seeds)
+        self.engine.submit(requests)
+        waiting = len(requests)
+        with uncollected():
+            while waiting:
+                found = self.engine.advance()
+                waiting -= len(found)
+                yield found
 
     def volume(self) -> tuple[int, int]:
         """Bytes of a publish that stay on their ranks, and that cross, over all ranks."""
@@ -84,3 +92,15 @@ class EngineOwner:
             self._publisher.verify(self._weights, held)
         self._residence.enter(Phase.ROLLOUT)  # the policy's weights leave before the cache comes
         self._fresh = True
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector away: vLLM's scheduler makes so many short-lived objects that it took 15 % of a rollout's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

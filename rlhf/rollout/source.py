@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from rlhf.config import Config
-from rlhf.contracts import ABSENT, Completion, Sample, Sampling, Sums, Verdict, differ, groups
+from rlhf.contracts import ABSENT, Completion, Request, Sample, Sampling, Sums, Verdict, differ, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.metrics import say
+from rlhf.metrics import Progress, say
 from rlhf.parallel.mesh import Mesh, portion
 from rlhf.rewards import Rewards
 from rlhf.rollout.owner import EngineOwner
 
 BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 Weights = Mapping[str, Tensor]
-Judge = Callable[[list[Sample]], None]  # writes reward and verdict
+
+
+class Judge(Protocol):
+    """Says what responses are worth, while others are still being generated."""
+
+    def give(self, sample: Sample) -> None:
+        """Take up a response."""
+        ...
+
+    def collect(self, block: bool = False) -> None:
+        """Write reward and verdict into the responses that are judged by now; with block, into all that were given."""
+        ...
 
 
 class Source(Protocol):
@@ -77,6 +89,8 @@ class EngineSource:
     judge: Judge
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
     tolerance: float = 0.0  # of the mean |engine - policy| over log-probs
+    enders: dict[int, bool] = field(default_factory=dict)  # tokens that were asked: whether they may complete a stop string
+    waited: float = 0.0  # seconds since the last step in which rewards alone were awaited
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
         """The step's samples, grouped by prompt.
@@ -95,7 +109,10 @@ class EngineSource:
             kept += drawn if rounds == 1 else [group for group in drawn if differ([s.reward for s in group])]
             if len(kept) >= count:
                 break
-        sums = {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))} if rounds > 1 else {}
+        sums: Sums = {"time/reward": (self.waited, 1.0)}  # within the rollout's time
+        self.waited = 0.0
+        if rounds > 1:
+            sums |= {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))}
         return [sample for group in (kept or drawn)[:count] for sample in group], sums
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
@@ -124,19 +141,28 @@ class EngineSource:
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """A few tokens after each prompt, drawn from the unfiltered distribution, to compare log-probs with; never rewarded."""
         sampling = replace(self.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
-        return self._gather(self._generate(prompts, sampling, 1, 0))
+        return self._gather(self._generate(prompts, sampling, 1, 0, None))
 
     def sampling(self) -> Sampling:
-        """How the configuration says to sample. A stop string that is a single token ends generation at once."""
+        """How the configuration says to sample. A stop string of one token is a stop id; for others the tokens are watched."""
         r = self.config.rollout
-        single = [ids[0] for text in r.stop if len(ids := self.tokenizer.encode(text, continues=True, control=True)) == 1]
-        stop_ids = (*self.tokenizer.stop_ids, *single)
-        return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
+        spelled = {text: self.tokenizer.encode(text, continues=True, control=True) for text in r.stop}
+        single = [ids[0] for ids in spelled.values() if len(ids) == 1]
+        return Sampling(
+            max_tokens=r.max_tokens,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            top_k=r.top_k,
+            stop_ids=(*self.tokenizer.stop_ids, *single),
+            stops=tuple(text for text, ids in spelled.items() if len(ids) > 1),
+        )
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
         """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
-        samples = self._generate(prompts, sampling, group, step)
-        judge(samples)
+        samples = self._generate(prompts, sampling, group, step, judge)
+        start = time.perf_counter()
+        judge.collect(block=True)
+        self.waited += time.perf_counter() - start
         return self._gather(samples)
 
     def _compare(self) -> None:
@@ -149,17 +175,29 @@ class EngineSource:
                 f" ({gaps.max():.3g} at most): it does not generate with the weights that were trained"
             )
 
-    def _generate(self, prompts: list[Sample], sampling: Sampling, group: int, step: int) -> list[Sample]:
-        """This rank's portion of the responses of its engine, all of whose ranks know them."""
+    def _generate(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge | None) -> list[Sample]:
+        """This rank's portion of the responses of its engine, all of whose ranks know them. The judge gets each when it is complete."""
         tp = self.config.rollout.tp
         engines, engine = self.mesh.world // tp, self.mesh.rank // tp
-        mine = [i for i in range(len(prompts)) if i % engines == engine]
-        jobs = [(i, k) for i in mine for k in range(group)]
-        completions = self.owner.generate(
-            [prompts[i].tokens.tolist() for i, _ in jobs], sampling, [_seed(self.config.seed, step, prompts[i].group, k) for i, k in jobs]
-        )
-        answered = [(prompts[i], completion) for (i, _), completion in zip(jobs, completions, strict=True)]
-        return [self._sample(*pair) for pair in portion(answered, self.mesh.rank % tp, tp)]
+        jobs = [(i, k) for i in range(len(prompts)) if i % engines == engine for k in range(group)]
+        mine = set(portion(range(len(jobs)), self.mesh.rank % tp, tp))
+        ends = self._ends if sampling.stops else None
+        requests = [
+            Request(n, prompts[i].tokens.tolist(), sampling, _seed(self.config.seed, step, prompts[i].group, k), ends)
+            for n, (i, k) in enumerate(jobs)
+        ]
+        samples: dict[int, Sample] = {}
+        with Progress("rollout", "responses", len(jobs), shown=self.mesh.rank == 0) as progress:
+            for completed in self.owner.stream(requests):
+                for n, completion in completed:
+                    progress.add(1, len(completion.tokens))
+                    if n in mine:
+                        samples[n] = self._sample(prompts[jobs[n][0]], completion)
+                        if judge:
+                            judge.give(samples[n])
+                if judge:
+                    judge.collect()
+        return [samples[n] for n in sorted(samples)]
 
     def _gather(self, samples: list[Sample]) -> list[Sample]:
         """The samples of all ranks on every rank, by group; siblings keep their order."""
@@ -182,6 +220,22 @@ class EngineSource:
             version=version,
             sampler_logp=logp,
         )
+
+    def _ends(self, tokens: list[int]) -> bool:
+        """Whether the last token has completed a stop string. It may miss one that only the whole text shows; _cut() finds that."""
+        if not self._may_end(tokens[-1]):
+            return False
+        longest = max(len(stop.encode()) for stop in self.config.rollout.stop)  # a token is a byte or more
+        text = self.tokenizer.decode(tokens[-longest - 1 :], skip_special=False)
+        return any(stop in text for stop in self.config.rollout.stop)
+
+    def _may_end(self, token: int) -> bool:
+        """Whether a token's text has the last character of a stop string in it, or part of one."""
+        known = self.enders.get(token)
+        if known is None:
+            text = self.tokenizer.decode([token], skip_special=False)
+            known = self.enders[token] = BROKEN in text or any(stop[-1] in text for stop in self.config.rollout.stop)
+        return known
 
     def _cut(self, completion: Completion) -> Completion:
         """End the response behind the first stop string. Tokens are cut, never made again from text."""
@@ -215,16 +269,27 @@ class EngineSource:
         return first(next(filter(stopped, breaks), end))
 
 
-def judge(rewards: Rewards, mesh: Mesh, samples: list[Sample]) -> None:
-    """Score sampled responses in place by a reward function. The first failure on each node is shown; all are counted."""
-    if not rewards.spec:  # the reward model alone judges
-        return
-    silent = not rewards.failure and mesh.is_first_on_node
-    scores = rewards.score([(s.text.prompt, s.text.response, dict(s.text.record)) for s in samples])
-    for sample, score in zip(samples, scores, strict=True):
-        sample.reward, sample.verdict = score.value, Verdict(rule=score.value, failed=score.failed)
-    if silent and rewards.failure:
-        say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{textwrap.indent(rewards.failure, '    ')}")
+class Rule:
+    """A reward function as a judge. The first failure on each node is shown; all are counted."""
+
+    def __init__(self, rewards: Rewards, mesh: Mesh):
+        self.rewards, self.mesh = rewards, mesh
+        self._given: list[Sample] = []
+
+    def give(self, sample: Sample) -> None:
+        if self.rewards.spec:  # without, the reward model alone judges
+            self.rewards.give(len(self._given), (sample.text.prompt, sample.text.response, dict(sample.text.record)))
+            self._given.append(sample)
+
+    def collect(self, block: bool = False) -> None:
+        silent = not self.rewards.failure and self.mesh.is_first_on_node
+        for key, score in self.rewards.take(block).items():
+            self._given[key].reward, self._given[key].verdict = score.value, Verdict(rule=score.value, failed=score.failed)
+        if silent and self.rewards.failure:
+            reason = textwrap.indent(self.rewards.failure, "    ")
+            say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{reason}")
+        if block:
+            self._given = []
 
 
 def summary(samples: list[Sample]) -> Sums:

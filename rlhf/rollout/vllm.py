@@ -3,15 +3,12 @@
 Works with vLLM 0.25 on a GPU and vLLM 0.32 on a CPU. Token ids go in and come out; no tokenizer is loaded.
 """
 
-import gc
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
-from rlhf.contracts import Completion, Sampling
+from rlhf.contracts import Completion, Engine, Request
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 
@@ -23,6 +20,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it can neither seed requests one by one nor return their log-probs, and may be absent
     "VLLM_LOGGING_LEVEL": "ERROR",  # dozens of lines per rank of how vLLM configures itself otherwise
     "VLLM_NO_USAGE_STATS": "1",  # nothing about a run leaves the machine
+    "TQDM_DISABLE": "1",  # bars of loading and of capturing CUDA graphs
     "DO_NOT_TRACK": "1",  # the same, for the libraries below vLLM
 }
 if not torch.cuda.is_available():
@@ -34,9 +32,10 @@ import vllm.model_executor.layers.utils as vllm_layers  # noqa: E402, so late be
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator  # noqa: E402
 from vllm.distributed.parallel_state import get_tp_group  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 
-class VLLM:
+class VLLM(Engine):
     """The protocol Engine over vLLM's `external_launcher`: every rank runs its own scheduler, and ranks of one engine agree
     because they get the same prompts and the same seed for every request.
 
@@ -87,37 +86,50 @@ class VLLM:
             )
         # Shared memory for a scheduler that serves all ranks: here each has its own, and at the end it would be reported as leaked.
         get_tp_group().mq_broadcaster = None
+        self.held: dict[int, Request] = {}
         self._parameters = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order; the same call on every rank of the engine.
+    def submit(self, requests: list[Request]) -> None:
+        """Log-probs are of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution.
 
-        logp is of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution.
-        Every request needs its own seed (0 <= seed < 2**63): without one, ranks of an engine would draw from global random
-        states that differ; with a shared one, siblings of a group would come out alike.
+        Every request needs its own seed: without one, ranks of an engine would draw from global random states that differ; with a shared
+        one, siblings of a group would come out alike.
         """
-        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-        assert all(0 < len(prompt) < self.max_len for prompt in prompts), f"a prompt is empty or leaves no room in {self.max_len} tokens"
-        requests = [
-            SamplingParams(
-                seed=seed,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                stop_token_ids=list(sampling.stop_ids),
+        for request in requests:
+            assert 0 < len(request.prompt) < self.max_len, f"a prompt is empty or leaves no room in {self.max_len} tokens"
+            assert request.key not in self.held, f"two requests have the key {request.key}"
+            self.held[request.key] = request
+            s = request.sampling
+            params = SamplingParams(
+                seed=request.seed,
+                max_tokens=s.max_tokens,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                top_k=s.top_k,
+                stop_token_ids=list(s.stop_ids),
                 ignore_eos=True,  # the caller's stop ids alone end a response
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,  # lists of numbers instead of one dict per token
                 detokenize=False,
+                # What is not watched costs no Python in each step.
+                output_kind=RequestOutputKind.CUMULATIVE if request.ends else RequestOutputKind.FINAL_ONLY,
             )
-            for seed in seeds
-        ]
-        # The CPU sampler draws from the global generator even for seeded requests.
-        with torch.random.fork_rng(devices=[]), uncollected():
-            outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], requests, use_tqdm=False)
-        drawn = [output.outputs[0] for output in outputs]
-        return [Completion(list(d.token_ids), list(d.logprobs.logprobs), d.finish_reason) for d in drawn]
+            self.llm.llm_engine.add_request(str(request.key), {"prompt_token_ids": request.prompt}, params)
+
+    def advance(self) -> list[tuple[int, Completion]]:
+        with torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator even for seeded requests
+            outputs = self.llm.llm_engine.step()
+        found = []
+        for output in outputs:
+            key, drawn = int(output.request_id), output.outputs[0]
+            ends, finish = self.held[key].ends, drawn.finish_reason
+            if not output.finished and ends and ends(drawn.token_ids):
+                self.llm.llm_engine.abort_request([output.request_id])
+                finish = "stop"
+            if finish:
+                del self.held[key]
+                found.append((key, Completion(list(drawn.token_ids), list(drawn.logprobs.logprobs), finish)))
+        return found
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's shards by vLLM's fused names; a tied lm_head is not listed. Write them in place."""
@@ -135,18 +147,6 @@ class VLLM:
         if self.on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # its blocks were computed with older weights
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep Python's garbage collector away: vLLM's scheduler makes so many short-lived objects that it took 15 % of a rollout's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def adapt_to_cpu(folder: str, arch: Architecture) -> None:

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from judges import FREE, Judging
+
 from rlhf import configuration
 from rlhf.config import Parallel
 from rlhf.contracts import Sample, groups
@@ -40,7 +44,7 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
             sample.reward = float(len(sample.text.response))
 
     records = Records.load(folder / "train_rl.jsonl", "prompts", tokenizer, config.data, max_prompt=80)
-    return EngineSource(config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, reward)
+    return EngineSource(config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, Judging(reward))
 
 
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
@@ -60,8 +64,8 @@ def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> 
     apart = build(folder, mesh)
     together = build(folder, mesh, f"rollout.tp={mesh.world}")  # the same whole engine on every rank, told that it is one of several
     rewarded = []
-    reward = together.judge
-    together.judge = lambda samples: rewarded.append(len(samples)) or reward(samples)
+    reward = together.judge.call
+    together.judge = Judging(lambda samples: rewarded.append(len(samples)) or reward(samples))
 
     def said(samples: list[Sample]) -> list[tuple]:
         return [(s.group, s.tokens.tolist(), s.reward, s.text, s.verdict, s.version.tolist()) for s in samples]
@@ -128,7 +132,7 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
         for sample in samples:
             sample.reward = float(len(sample.text.response) % 3 == 0)
 
-    sampler.judge = parity
+    sampler.judge = Judging(parity)
     samples, sums = sampler.take(0)
     kept = groups(samples)
     assert len(kept) == 4
@@ -136,7 +140,7 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
     rounds, found = sums["rounds"][0], sums["groups_kept"]
     assert 1 < rounds <= 5, "the case needs more than one round"
     assert 4 <= found[0] <= found[1] == 4 * rounds
-    sampler.judge = lambda samples: None  # everything is worth 0
+    sampler.judge = FREE
     samples, sums = sampler.take(0)
     assert len(groups(samples)) == 4, "the last round's groups, where none has unequal rewards"
     assert sums["groups_kept"] == (0.0, 20.0)

@@ -1,0 +1,76 @@
+"""What was sampled is kept: out/samples/step_NNNNNN.jsonl, a line for each response of a step and of the evaluation behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.contracts import ABSENT, Sample
+
+Use = Literal["train", "evaluate"]
+
+
+class Recorder:
+    """Writes on a thread of its own, so that no step waits for it. A file is there as a whole or not at all.
+
+    count   responses kept of each use in each step, the first ones; -1: all
+    start   steps that a run has done when it begins: the files of later ones are removed, as it will write them again; -1: none are
+    """
+
+    def __init__(self, out: Path, count: int, start: int):
+        self.folder, self.count = out / "samples", count
+        self._kept: list[tuple[Use, Sample]] = []
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        for file in self.folder.glob("step_*.jsonl") if start >= 0 else ():
+            if start == 0 or int(file.stem.removeprefix("step_")) > start:
+                file.unlink()
+
+    def keep(self, use: Use, samples: Sequence[Sample]) -> None:
+        """Keep samples for the file of the step at hand, unless they are records of the data set."""
+        sampled = [sample for sample in samples if sample.version is not ABSENT]
+        self._kept += [(use, sample) for sample in (sampled if self.count < 0 else sampled[: self.count])]
+
+    def write(self, step: int) -> None:
+        """Begin to write the file of a step, after the one before is written."""
+        kept, self._kept = self._kept, []
+        if kept:
+            self.finish()
+            self._writing = self._writer.submit(_write, self.folder / f"step_{step:06}.jsonl", step, kept)
+
+    def finish(self) -> None:
+        """Wait for the file that is being written. Raises what went wrong with it."""
+        if self._writing:
+            self._writing.result()
+
+
+def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
+    """A line. tokens are those of prompt and response; advantage is the mean over the response, where the algorithm gives one."""
+    text, verdict, first = sample.text, sample.verdict, int(sample.mask.argmax()) + 1
+    return {
+        "step": step,
+        "use": use,
+        "row": text.row,
+        "group": sample.group,
+        "prompt": text.prompt,
+        "response": text.response,
+        "reward": sample.reward,
+        "rule": verdict.rule,
+        "score": verdict.score,
+        "failed": verdict.failed,
+        "advantage": None if sample.advantages is ABSENT else float(sample.advantages[sample.mask].mean()),
+        "finish": "length" if sample.truncated else "stop",
+        "versions": sorted({int(version) for version in sample.version[sample.mask]}),  # of the weights that sampled it
+        "prompt_tokens": sample.tokens[:first].tolist(),
+        "response_tokens": sample.tokens[first:].tolist(),
+    }
+
+
+def _write(file: Path, step: int, kept: list[tuple[Use, Sample]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(describe(step, use, sample)) + "\n" for use, sample in kept))
+    partial.replace(file)
