@@ -102,6 +102,8 @@ def train(config: Config, mesh: Mesh, first: int = 0) -> Run:
         run.roles.residence.enter = watched
         with drawing(steps.append):
             run.train()
+    run.metrics.close()
+    mesh.barrier()
     assert steps == list(range(first, config.steps)), f"{config.mode} drew the samples of steps {steps}"
     return run
 
@@ -162,6 +164,17 @@ def check_rows(config: Config, found: dict[int, dict[str, float]]) -> None:
             assert (parts[0] != 0.0) == bool(config.reward.function)
 
 
+def kept(out: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted((out / "samples").glob("*"))}
+
+
+def check_samples(config: Config, online: bool) -> None:
+    """Each step's responses were sampled with the weights before it, and those of its evaluation with the weights behind it."""
+    found = [json.loads(line) for text in kept(Path(config.out)).values() for line in text.splitlines()]
+    wanted = {("train", step, step - 1) for step in range(1, STEPS + 1)} | {("evaluate", step, step) for step in (0, STEPS)}
+    assert {(line["use"], line["step"], *line["versions"]) for line in found} == (wanted if online else set()), config.mode
+
+
 def check_mismatch(config: Config) -> None:
     """What the engine says of its samples is what the policy says of them before it learns, at the rollout's temperature."""
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
@@ -207,13 +220,14 @@ def check_resume(config: Config, mesh: Mesh, mode: str) -> None:
     out = Path(config.out)
     files = sorted(path.name for path in (out / f"step_{STEPS:06}").glob("*.pt") if not path.name.startswith("random"))
     before = {name: torch.load(out / f"step_{STEPS:06}" / name) for name in files}
-    rows = metrics(out)
+    rows, samples = metrics(out), kept(out)
     mesh.barrier()
     if mesh.rank == 0:
         (out / "latest").write_text(f"step_{CHECKPOINT:06}")
     mesh.barrier()
     train(replace(config, memory=Memory(offload="all")), mesh, first=CHECKPOINT)
     assert metrics(out) == rows, f"{mode}: metrics differ after resuming"
+    assert kept(out) == samples, f"{mode}: samples differ after resuming"
     for name in files:
         after = torch.load(out / f"step_{STEPS:06}" / name)
         assert equal(before[name], after), f"{mode}: {name} differs after resuming"
@@ -235,6 +249,7 @@ def check_mode(folder: Path, mode: str, layout: str, mesh: Mesh) -> None:
     found = metrics(Path(config.out))
     check_step_zero(mode, found)
     check_rows(config, found)
+    check_samples(config, run.algorithm.online)
     check_mismatch(config)
     check_judge(run)
     check_split(folder, mode, found)
