@@ -126,6 +126,7 @@ def run(config: Config) -> int:
     import logging
     import warnings
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of vLLM's start; tqdm reads it when it is imported
     # What the engines say to their own developers: absent optional packages, deprecations, experimental modules.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|torch\.cuda")
     for name in ("megatron", "torch._library"):

@@ -20,7 +20,6 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it can neither seed requests one by one nor return their log-probs, and may be absent
     "VLLM_LOGGING_LEVEL": "ERROR",  # dozens of lines per rank of how vLLM configures itself otherwise
     "VLLM_NO_USAGE_STATS": "1",  # nothing about a run leaves the machine
-    "TQDM_DISABLE": "1",  # bars of loading and of capturing CUDA graphs
     "DO_NOT_TRACK": "1",  # the same, for the libraries below vLLM
 }
 if not torch.cuda.is_available():
