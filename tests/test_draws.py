@@ -105,6 +105,7 @@ def test_a_step_has_its_own_prompts(build) -> None:
         assert [s.group for s in samples] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
         assert sums.keys() == {"time/reward"}
     assert len({prompt for asked in engine.asked for prompt in asked.prompts}) == 20, "an epoch"
+    assert len({seed for asked in engine.asked for seed in asked.seeds}) == 5 * 12
 
 
 def test_rounds_ask_new_prompts(build) -> None:

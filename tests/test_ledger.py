@@ -73,6 +73,28 @@ def test_activations_by_hand() -> None:
     assert (works[0] - works[2]) * GIB == pytest.approx(8192 * (32 * token - 32 * 2 * 4096 - token))
 
 
+def test_tokens_of_the_largest_micro_batch() -> None:
+    """batch.tokens, or a text that is longer, or two of them where a pair shares a micro-batch; context-parallel ranks split it."""
+    for mode, texts in (("sft", 1), ("grpo", 1), ("reward", 2), ("dpo", 2), ("online-dpo", 2)):
+        for longest in (512, 4096):
+            keys = ("parallel.tp=1", "parallel.dp=8", "rollout.max_tokens=256")
+            made = ledger(mode, "7B", *keys, "batch.tokens=2048", f"data.max_tokens={longest}")
+            whole = ledger(mode, "7B", *keys, f"batch.tokens={max(2048, texts * longest)}", "data.max_tokens=512")
+            for phase in made.phases[-2:]:
+                assert made.rows(phase, 0)["work"] == whole.rows(phase, 0)["work"] > 0
+    shape = ("parallel.tp=1", "parallel.recompute=full", "batch.tokens=8192")
+    split = [ledger("reward", "7B", *shape, f"parallel.cp={cp}", f"parallel.dp={8 // cp}") for cp in (1, 2)]
+    whole, half = (made.rows("learn/reward", 0)["work"] for made in split)  # of a model without logits, which come in chunks
+    assert whole == pytest.approx(2 * half)
+
+
+def test_sequence_parallel_ranks_split_norms_and_residuals() -> None:
+    """Under tp 2 a token and layer of 7B keeps 4 x 4096 around norms whole without it, and half of them with it."""
+    shape = ("parallel.tp=2", "parallel.dp=4", "batch.tokens=8192")
+    whole, split = (ledger("sft", "7B", *shape, f"parallel.sp={sp}").rows("learn/policy", 0)["work"] for sp in ("false", "true"))
+    assert (whole - split) * GIB == pytest.approx(32 * 8192 * 2 * 4 * 4096 / 2)
+
+
 def test_activations_of_pipeline_stages() -> None:
     """Under 1F1B the first of two stages has two micro-batches in flight, the last one: what a layer saves counts as often."""
     shape = ("parallel.tp=1", "parallel.pp=2", "parallel.dp=4", "batch.tokens=8192")
