@@ -86,10 +86,22 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
     assert found["hot"]["eval_reward"] != pytest.approx(found["both"]["eval_reward"], abs=1e-3)
 
 
+def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
+    """policy.init=random needs no weights: they are those of the seed, as make_weights() wrote them for another folder."""
+    rows = []
+    for name, init, seed in (("sft", "load", 1), ("model", "random", 1), ("model", "random", 2)):
+        keys = [f"policy.load={folder}/{name}", f"policy.init={init}", f"seed={seed}", "steps=1"]
+        assert start(configure(folder, "sft", layout, f"out={folder}/{init}{seed}", *keys), mesh) == 0
+        rows.append(metrics(folder / f"{init}{seed}"))
+    loaded, same, other = rows
+    assert same == loaded
+    assert other[0]["eval_loss"] != loaded[0]["eval_loss"]
+
+
 def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
     """All ranks stop after the same step, and go on where they stopped: the numbers are those of a run that was left alone."""
     faulthandler.dump_traceback_later(90, exit=True)  # ranks that do not agree wait for each other
-    whole, cut = (configure(folder, "sft", layout, f"out={folder}/{name}") for name in ("whole", "cut"))
+    whole, cut = (configure(folder, "sft", layout, f"out={folder}/{name}", "data.eval=") for name in ("whole", "cut"))
     train(whole, mesh)
 
     def last_rank_alone(step: int) -> None:
@@ -99,6 +111,7 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
     with drawing(last_rank_alone), Rewards(rule(cut), 1, 1) as rewards:
         assert not assembled(cut, mesh, rewards, rewards).train()
     assert sorted(path.name for path in (folder / "cut").glob("step_*")) == ["step_000001"]
+    assert list(metrics(folder / "cut")) == [1], "nothing is held out"
     train(cut, mesh, first=1)
     assert metrics(folder / "cut") == metrics(folder / "whole")
     faulthandler.cancel_dump_traceback_later()
@@ -110,7 +123,7 @@ def main() -> None:
     if mesh.world > 1:
         check_signal_to_one_rank(folder, layout, mesh)
     else:
-        for check in (check_engine_without_the_weights, check_signal, check_evaluation):
+        for check in (check_engine_without_the_weights, check_signal, check_evaluation, check_random_weights):
             check(folder, layout, mesh)
     mesh.barrier()
     if mesh.rank == 0:
