@@ -80,18 +80,18 @@ def test_tokens_of_the_largest_micro_batch() -> None:
             keys = ("parallel.tp=1", "parallel.dp=8", "rollout.max_tokens=256")
             made = ledger(mode, "7B", *keys, "batch.tokens=2048", f"data.max_tokens={longest}")
             whole = ledger(mode, "7B", *keys, f"batch.tokens={max(2048, texts * longest)}", "data.max_tokens=512")
-            for phase in made.phases[-2:]:
-                assert made.rows(phase, 0)["work"] == whole.rows(phase, 0)["work"] > 0
+            for visit in made.visits[-2:]:
+                assert made.rows(visit, 0)["work"] == whole.rows(visit, 0)["work"] > 0
     shape = ("parallel.tp=1", "parallel.recompute=full", "batch.tokens=8192")
     split = [ledger("reward", "7B", *shape, f"parallel.cp={cp}", f"parallel.dp={8 // cp}") for cp in (1, 2)]
-    whole, half = (made.rows("learn/reward", 0)["work"] for made in split)  # of a model without logits, which come in chunks
+    whole, half = (made.rows(Visit(Phase.LEARN, "reward"), 0)["work"] for made in split)  # of a model without logits, which come in chunks
     assert whole == pytest.approx(2 * half)
 
 
 def test_sequence_parallel_ranks_split_norms_and_residuals() -> None:
     """Under tp 2 a token and layer of 7B keeps 4 x 4096 around norms whole without it, and half of them with it."""
     shape = ("parallel.tp=2", "parallel.dp=4", "batch.tokens=8192")
-    whole, split = (ledger("sft", "7B", *shape, f"parallel.sp={sp}").rows("learn/policy", 0)["work"] for sp in ("false", "true"))
+    whole, split = (ledger("sft", "7B", *shape, f"parallel.sp={sp}").rows(LEARN, 0)["work"] for sp in ("false", "true"))
     assert (whole - split) * GIB == pytest.approx(32 * 8192 * 2 * 4 * 4096 / 2)
 
 
