@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf import configuration
-from rlhf.config import MODES, Config
+from rlhf.algorithms import ALGORITHMS
+from rlhf.config import Config
 from rlhf.errors import UserError
 
 EVERY_CONTROL = "".join(map(chr, range(32))) + "\x7f\x85\u2028"
@@ -40,7 +41,7 @@ def there_and_back(config: Config, folder: Path) -> Config:
     return configuration.load(config.mode, [str(folder / "config.toml")])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALGORITHMS)
 def test_defaults_there_and_back(tmp_path: Path, mode: str) -> None:
     assert there_and_back(configuration.load(mode, []), tmp_path) == configuration.load(mode, [])
 
@@ -65,10 +66,10 @@ def test_every_key_there_and_back(tmp_path: Path) -> None:
     """Also what no default is: another number for every number, the other truth for every truth."""
     config = configuration.load("grpo", [])
     overrides = []
-    for section in fields(Config):
-        value = getattr(config, section.name)
-        named = [(f"{section.name}.{f.name}", getattr(value, f.name)) for f in fields(value)] if is_dataclass(value) else []
-        overrides += [f"{key}={str(other(old)).lower()}" for key, old in [*named, (section.name, value)] if other(old) is not None]
+    top = {f.name: getattr(config, f.name) for f in fields(Config) if f.name != "sections"}
+    for section, value in {**top, **config.sections}.items():
+        named = [(f"{section}.{f.name}", getattr(value, f.name)) for f in fields(value)] if is_dataclass(value) else []
+        overrides += [f"{key}={str(other(old)).lower()}" for key, old in [*named, (section, value)] if other(old) is not None]
     made = configuration.load("grpo", overrides)
     assert len(overrides) > 60
     assert there_and_back(made, tmp_path) == made
