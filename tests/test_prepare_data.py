@@ -145,7 +145,7 @@ def prepared(request, tmp_path_factory, shared_data):
     folder = tmp_path_factory.mktemp("prepared")
     tasks = {"hh_harmless_test.jsonl.gz": "hh", "gsm8k_test.jsonl.gz": "gsm8k", "gsm8k_train_2000.jsonl.gz": "gsm8k"}
     tasks["mt_bench_question.jsonl"] = "mtbench"
-    assert {file.name for file in shared_data.iterdir()} == tasks.keys(), "every file goes through a task"
+    assert tasks.keys() <= {file.name for file in shared_data.iterdir()}, "what else is there is for judges"
     for name, task in tasks.items():
         code, said = run(task, "--from", shared_data / name, "--to", folder / name, "--as", request.param)
         assert code == 0, said
