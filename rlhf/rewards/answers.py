@@ -1,29 +1,24 @@
-"""Final answers of mathematics: where they stand in a text, and whether two of them are equal.
+"""Whether a response states the right answer of a mathematical problem: extraction.py finds it, spelling.py spells it plainly,
+reader.py reads it as a statement, and here two answers are compared.
 
-An answer is read into a value, and values are compared exactly: rational numbers, square roots and multiples of pi, tuples, intervals,
-sets and unions of these; anything else is text. Nothing is evaluated: `3 * 6` and `2^4` are text, so work left undone earns nothing. A
-decimal is what it says (0.33 is not 1/3). Units and currencies are dropped, as the gold answers of GSM8K drop them, and percent is such
-a unit: 50% equals 50, never 0.5. A list without brackets is a set, and so is a value with a plus-minus sign.
+Values are compared exactly, and nothing is evaluated as code. The rules, one sentence each, are in docs/verifier.md.
 """
 
-import math
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-READ = 10**5  # characters at the end of a text, where its answer stands
-LONGEST = 300  # characters of an answer that is read; a longer one equals only the same text
-DEEPEST = 20  # brackets in an answer that is read
-LARGEST_RADICAND = 10**6  # under a square root: trial division takes it apart in 0.1 ms
+from rlhf.rewards.extraction import extract
+from rlhf.rewards.polynomials import Algebra, Quotient, UnreadableError
+from rlhf.rewards.quantities import ratio
+from rlhf.rewards.reader import LONGEST, Reader, words
+from rlhf.rewards.spelling import plain
+from rlhf.rewards.statements import Bracket, Choice, Congruence, Matrix, Named, Node, Quantity, Ratio, Relation, Several, Words
 
-Surd = dict[
-    tuple[int, int], Fraction
-]  # (square-free radicand, power of pi) -> coefficient, none 0: 1/2 + 3 sqrt(5) is {(1, 0): 1/2, (5, 0): 3}
-ONE = (1, 0)
+DECIMAL = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
+MOST_PAIRS = 400  # comparisons of members of two lists whose members are not equal at sight
 
-
-class UnreadableError(ValueError):
-    """Not a number of ours: the answer is compared as text."""
+__all__ = ["equal", "extract", "verify"]
 
 
 def verify(response: str, answer: str) -> float:
@@ -32,275 +27,216 @@ def verify(response: str, answer: str) -> float:
     return float(given is not None and equal(given, extract(answer) or answer))
 
 
-def extract(text: str) -> str | None:
-    r"""The final answer that a text states: behind `####` (GSM8K) or in `\boxed{}` (MATH), whichever comes last; else behind the last
-    "answer is" or "answer:", to the end of the sentence. A number that merely stands somewhere is no answer: None.
-    """
-    text = text[-READ:]
-    box, hashes = text.rfind("\\boxed"), text.rfind("####")
-    if box > hashes:
-        return _braced(text[box + len("\\boxed") :].lstrip())
-    if hashes >= 0:
-        return _first_line(text[hashes + len("####") :])
-    stated = list(re.finditer(r"\banswer[\s*]*(?:is\b|:)", text, re.IGNORECASE))
-    if not stated:
-        return None
-    line = _first_line(text[stated[-1].end() :].lstrip(" :*"))
-    return line and re.split(r"\.(?:\s|$)", line, maxsplit=1)[0]
-
-
-def _first_line(text: str) -> str | None:
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else None
-
-
-def _braced(text: str) -> str | None:
-    r"""What stands between the first brace and the one that closes it (None if nothing does), or the first word: \boxed 5."""
-    if not text.startswith("{"):
-        return re.split(r"[\s$]", text, maxsplit=1)[0] or None
-    depth = 0
-    for at, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[1:at].strip() or None
-    return None
-
-
 def equal(a: str, b: str) -> bool:
     """Whether two bare answers have the same value. Takes milliseconds for any text."""
-    value = _value(_clean(a))
-    return value != "" and value == _value(_clean(b))
-
-
-# LaTeX and typography -> one plain spelling, in this order.
-SPELLING = {
-    "\\\\": "¦",  # a new row of a matrix
-    **dict.fromkeys(("\\left", "\\right", "\\displaystyle", "\\!", "\\(", "\\)", "\\[", "\\]", "\\$", "$", "€", "£", "¥", "₹", "¢"), ""),
-    **dict.fromkeys(("\\dfrac", "\\tfrac", "\\cfrac"), "\\frac"),
-    **dict.fromkeys(("\\cdot", "\\times", "×", "·"), "*"),
-    **dict.fromkeys(("\\div", "÷", "⁄"), "/"),
-    **dict.fromkeys(("−", "–"), "-"),
-    **dict.fromkeys(("~", "\u00a0", "\u202f", "\\quad"), " "),
-    **{"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "²": "^2", "³": "^3"},
-    **{"{,}": ",", "\\{": "{", "\\}": "}", "\\%": "%", "\\sqrt": "√", "\\infty": "∞", "\\cup": "∪", "\\pi": "π", "\\pm": "±"},
-    **dict.fromkeys(("\\emptyset", "\\varnothing"), "∅"),
-}
-REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boldsymbol|mbox)\s?\{([^{}]*)\}", r" \1 "),
-        (r"(?<=[0-9])\\[,;: ](?=[0-9]{3})", ""),  # 10\,000
-        (r"\\[,;: ]", " "),
-        (r"(?:\^\{\\circ\}|\^?\\circ|°)\s?(?:[CF]\b)?", " "),
-        (r"\^\{([0-9A-Za-z])\}", r"^\1"),
-        (r"\\frac\s?([0-9])\s?([0-9])", r"\\frac{\1}{\2}"),
-        (r"(?<=[0-9.])\s?\*\s?10\s?\^\s?(?:\{\s?)?([+-]?[0-9]{1,2})(?![0-9])(?:\s?\})?", r"e\1"),  # 3 * 10^{8}
-        (r"(?<![A-Za-z])pi\b", "π"),
-        (r"(?<![A-Za-z])sqrt\s?(?=[({])", "√"),
-        (r"\b(?:and|or)\b", ","),
-        (r"(^|,)\s*(?:\\?[A-Za-z]\w?|\([a-z](?:,\s?[a-z])+\))\s?(?:=|\\in\b|∈)", r"\1"),  # x = 5, (x, y) = (1, 2)
-        (r"^\s?(?:USD|EUR|GBP|Rs\.?|US|CA|AU|NZ)\s?(?=[0-9])", ""),
-        (r"\{\s?\}", "∅"),
-        (r"\s+", " "),
-    )
-]
-
-
-def _clean(text: str) -> str:
-    if len(text) > LONGEST:
-        return text
-    text = re.sub(r"\s+", " ", text)
-    for spelling, plain in SPELLING.items():
-        text = text.replace(spelling, plain)
-    for pattern, replacement in REWRITES:
-        text = pattern.sub(replacement, text)
-    return text.lstrip(" *`:;,").rstrip(" *`:;,.")
-
-
-def _value(text: str) -> Hashable:
-    """Equal values are equal answers: sorted pairs for a number, (open, values, close) for tuples and intervals, frozensets, or text."""
-    if len(text) > LONGEST or sum(map(text.count, "([{")) > DEEPEST:
-        return text
-    parts = _split(text, "∪")
-    if len(parts) > 1:
-        return "∪", frozenset(map(_value, parts))
-    if _is_enclosed(text):
-        parts = _members(text[1:-1])
-        if len(parts) == 1:
-            return _value(parts[0])
-        values = tuple(map(_value, parts))
-        return frozenset(values) if text[0] == "{" else (text[0], values, text[-1])
-    number = _number(text)
-    if number is not None:
-        return number
-    parts = _members(text)
-    return frozenset(map(_value, parts)) if len(parts) > 1 else _plain(text)
-
-
-def _plain(text: str) -> str:
-    """Text that is compared as such: without spaces and case, x/3 for a fraction."""
-    text = re.sub(r"\s", "", text).casefold()
-    text = re.sub(r"\\frac\{(\w+)\}\{(\w+)\}", r"\1/\2", text)
-    return re.sub(r"([_^])\{(\w+)\}", r"\1\2", text)
-
-
-def _members(text: str) -> list[str]:
-    """The parts between commas, of which one with a plus-minus sign is two."""
-    every = []
-    for part in _split(text, ","):
-        every += [part.replace("±", "+"), part.replace("±", "-")] if part.count("±") == 1 else [part]
-    return every
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """The parts between separators that stand in no bracket."""
-    parts, depth, start = [], 0, 0
-    for at, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == separator and depth == 0:
-            parts.append(text[start:at])
-            start = at + 1
-    return [part.strip() for part in (*parts, text[start:])]
-
-
-def _is_enclosed(text: str) -> bool:
-    """Whether the first character is a bracket that the last one closes."""
-    depth = 0
-    for at, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0:
-            return at > 0 and at == len(text) - 1
-    return False
-
-
-TOKEN = re.compile(
-    r"\\frac|√(?:\[[2-9]\])?|[-+*/^%()π]"
-    r"|[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
-    r"|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2}(?![0-9A-Za-z.]))?"
-    r"|\s?[A-Za-z]+|\s"
-)
-_ABBREVIATED = "sq|mm|cm|km|mi|ft|in|yd|mg|kg|oz|lbs?|ml|mL|hrs?|mins?|secs?|mph|kph"
-_WORD = rf"(?:{_ABBREVIATED}|[mgshlL]|[A-Za-z]{{3,}})(?:\^[23])?"
-# What may follow a number without changing it. Short words count only where they are units: 2x and 2 xy are no numbers.
-UNIT = re.compile(rf"\s?%|(?:(?:{_ABBREVIATED})(?:\^[23])?|\s{_WORD})(?:(?:\s?/\s?|\s|\*)(?:{_WORD}|an?|of|to|by|on|at))*")
-NO_UNIT = re.compile(
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen|half|halves|thirds|squared|cubed|plus|minus|times|over)", re.IGNORECASE
-)
-
-
-def _number(text: str) -> tuple | None:
-    """Pairs of a surd that is a number with or without a unit, by recursive descent; None if the text is none.
-
-    number  = ["-"] product {("+" | "-") product}      of unlike terms: 1 + sqrt(2), but not 16 - 3
-    product = atom {["*"] atom} ["/" atom]             with at most one rational factor
-    atom    = decimal | mixed number | "π" | "√" atom | "\\frac" atom atom | "(" number ")"
-    """
-    text = text.replace("{", "(").replace("}", ")")
-    tokens = TOKEN.findall(text)
-    if "".join(tokens) != text:
-        return None
-    stack = [token for token in reversed(tokens) if not token.isspace()]
+    if max(len(a), len(b)) > LONGEST:
+        return a.strip() == b.strip() != ""
+    if DECIMAL.fullmatch(a) and DECIMAL.fullmatch(b):  # most answers: no need to read them any further
+        return Fraction(a.replace(",", "")) == Fraction(b.replace(",", ""))
+    a, b = plain(a), plain(b)
+    if not a or not b or a == b:
+        return a == b != ""
+    comparison = Comparison()
     try:
-        value = _sum(stack)
-    except UnreadableError:
-        return None
-    unit = "".join(reversed(stack))
-    if unit and (not UNIT.fullmatch(unit) or NO_UNIT.search(unit)):
-        return None
-    return tuple(sorted(value.items()))
+        return comparison.same(comparison.read(a), comparison.read(b))
+    except UnreadableError:  # more work than one answer is worth
+        return words(a) == words(b)
 
 
-def _sum(stack: list[str]) -> Surd:
-    total: Surd = {}
-    sign = stack.pop() if stack and stack[-1] in "+-" else "+"
-    while True:
-        for radicand, coefficient in _product(stack).items():
-            if radicand in total:
-                raise UnreadableError("like terms")
-            total[radicand] = -coefficient if sign == "-" else coefficient
-        if not stack or stack[-1] not in "+-":
-            return total
-        sign = stack.pop()
+class Comparison:
+    """Two answers that share one limit of work."""
+
+    def __init__(self) -> None:
+        self.algebra = Algebra()
+        self.reader = Reader(self.algebra)
+        self.pairs = MOST_PAIRS
+
+    def read(self, text: str) -> Node:
+        return self.reader.read(text, top=True)
+
+    def same(self, a: Node, b: Node) -> bool:
+        if a is b or a == b:
+            return True
+        if type(a) is type(b):
+            return SAME[type(a)](self, a, b)
+        for first, second, compare in MIXED:
+            for one, other in ((a, b), (b, a)):
+                if isinstance(one, first) and isinstance(other, second):
+                    return compare(self, one, other)
+        return False
+
+    def values(self, a: Quotient, b: Quotient) -> bool:
+        return self.algebra.equal(a, b)
+
+    def quantities(self, a: Quantity, b: Quantity) -> bool:
+        """Of the same unit, or one without; a percentage is so many, or so many hundredths where the other side is a fraction."""
+        if a.undone != b.undone:
+            return False
+        size = ratio(a.unit, b.unit)
+        if size is None:
+            return False
+        if self.values(self.algebra.times(a.value, Quotient({frozenset(): size}, {frozenset(): Fraction(1)})), b.value):
+            return True
+        for percent, other in ((a, b), (b, a)):
+            if percent.unit.kind == "percent" and not other.unit.kind and other.fraction:
+                hundred = Quotient({frozenset(): Fraction(100)}, {frozenset(): Fraction(1)})
+                return self.values(percent.value, self.algebra.times(other.value, hundred))
+        return False
+
+    def brackets(self, a: Bracket, b: Bracket) -> bool:
+        return (a.opening, a.closing) == (b.opening, b.closing) and self.in_order(a.members, b.members)
+
+    def in_order(self, a: Sequence[Node], b: Sequence[Node]) -> bool:
+        return len(a) == len(b) and all(map(self.same, a, b))
+
+    def in_any_order(self, a: Sequence[Node], b: Sequence[Node]) -> bool:
+        """Whether the members of one can be paired with those of the other."""
+        if len(a) != len(b):
+            return False
+        rest = list(b)
+        for member in a:
+            for at, other in enumerate(rest):
+                self.pairs -= 1
+                if self.pairs < 0:
+                    raise UnreadableError("too many members")
+                if self.same(member, other):
+                    del rest[at]
+                    break
+            else:
+                return False
+        return True
+
+    def several(self, a: Several, b: Several) -> bool:
+        if "union" in (a.kind, b.kind) and a.kind != b.kind:
+            return False
+        a_names, b_names = _names(a), _names(b)
+        if a.kind == b.kind == "list" and (a_names is None) != (b_names is None):
+            return self.by_names_and_bare(a, b) if a_names else self.by_names_and_bare(b, a)
+        if a.kind == b.kind == "list":
+            return self.in_any_order(a.members, b.members)
+        return self.in_any_order(self.distinct(a), self.distinct(b)) if a.kind == b.kind else self.in_any_order(a.members, b.members)
+
+    def by_names_and_bare(self, named: Several, bare: Several) -> bool:
+        """x = 1, y = 2 is 1, 2 in this order; x_1 = 1, x_2 = 2 are two values of x, in any."""
+        values = [member.value for member in named.members if isinstance(member, Named)]
+        if len({name[0] for name in _names(named) or ()}) == 1:
+            return self.in_any_order(values, bare.members)
+        return self.in_order(values, bare.members)
+
+    def distinct(self, several: Several) -> list[Node]:
+        members: list[Node] = []
+        for member in several.members:
+            self.pairs -= len(members)
+            if self.pairs < 0:
+                raise UnreadableError("too many members")
+            if not any(self.same(member, other) for other in members):
+                members.append(member)
+        return members
+
+    def named(self, a: Named, b: Named) -> bool:
+        if a.name == b.name and self.same(a.value, b.value):
+            return True
+        return a.rule is not None and b.rule is not None and self.relations(a.rule, b.rule)
+
+    def proportional(self, a: Quotient, b: Quotient, positive: bool = False) -> bool:
+        """Whether one is a rational multiple of the other: the same equation, or with a positive factor the same inequality."""
+        if not a.above or not b.above or a.below != b.below:
+            return not a.above and not b.above
+        product = next(iter(a.above))
+        factor = b.above.get(product, Fraction(0)) / a.above[product]
+        if not factor or (positive and factor < 0):
+            return False
+        return {product: c * factor for product, c in a.above.items()} == b.above
+
+    def relations(self, a: Relation, b: Relation) -> bool:
+        return a.sign == b.sign and self.proportional(a.difference, b.difference, positive=a.sign != "=")
+
+    def ratios(self, a: Ratio, b: Ratio) -> bool:
+        """Times of day by the clock, anything else by proportion."""
+        if a.half or b.half or (a.clock and b.clock):
+            return (a.clock, a.half) == (b.clock, b.half)
+        if len(a.parts) != len(b.parts):
+            return False
+        crossed = ((x, y) for x, y in zip(a.parts, b.parts, strict=True))
+        first_a, first_b = a.parts[0], b.parts[0]
+        return all(self.values(self.algebra.times(x, first_b), self.algebra.times(y, first_a)) for x, y in crossed)
+
+    def choices(self, a: Choice, b: Choice) -> bool:
+        if a.letter != b.letter:
+            return False
+        return a.content is None or b.content is None or self.same(a.content, b.content)
+
+    def matrices(self, a: Matrix, b: Matrix) -> bool:
+        return a.bars == b.bars and len(a.rows) == len(b.rows) and all(map(self.in_order, a.rows, b.rows))
+
+    def congruences(self, a: Congruence, b: Congruence) -> bool:
+        return a.name == b.name and self.values(a.rest, b.rest) and self.values(a.modulus, b.modulus)
+
+    def words_and_quantity(self, text: Words, quantity: Quantity) -> bool:
+        """Short words, as "Yes", can be read as products."""
+        return quantity.text.isalpha() and text == words(quantity.text)
+
+    def choice_and_other(self, choice: Choice, other: Node) -> bool:
+        if isinstance(other, Quantity | Words) and len(other.text) == 1 and other.text.isalpha():
+            return other.text.casefold() == choice.letter
+        return choice.content is not None and self.same(choice.content, other)
+
+    def named_and_other(self, named: Named, other: Node) -> bool:
+        """A name may be dropped; y = 2x + 3 may be written as any other equation."""
+        if isinstance(other, Relation):
+            return named.rule is not None and self.relations(named.rule, other)
+        return self.same(named.value, other)
+
+    def list_and_tuple(self, several: Several, bracket: Bracket) -> bool:
+        """1, 2 and x = 1, y = 2 may be the tuple (1, 2), in this order."""
+        if several.kind != "list" or (bracket.opening, bracket.closing) != ("(", ")"):
+            return False
+        values = [member.value if isinstance(member, Named) else member for member in several.members]
+        return self.in_order(values, bracket.members)
+
+    def column_and_tuple(self, matrix: Matrix, bracket: Bracket) -> bool:
+        if matrix.bars or (bracket.opening, bracket.closing) != ("(", ")") or any(len(row) != 1 for row in matrix.rows):
+            return False
+        return self.in_order([row[0] for row in matrix.rows], bracket.members)
+
+    def set_and_other(self, several: Several, other: Node) -> bool:
+        """A set of one value is this value."""
+        return several.kind == "set" and len(several.members) == 1 and self.same(several.members[0], other)
+
+    def ratio_and_fraction(self, given: Ratio, other: Quantity) -> bool:
+        """3:2 is the fraction 3/2."""
+        if len(given.parts) != 2 or given.half or not other.fraction or other.undone or other.unit.kind:
+            return False
+        return self.values(given.parts[0], self.algebra.times(given.parts[1], other.value))
 
 
-def _product(stack: list[str]) -> Surd:
-    value = _atom(stack)
-    while stack and stack[-1][0] in "*√(\\π":
-        if stack[-1] == "*":
-            stack.pop()
-        value = _times(value, _atom(stack))
-    if stack and stack[-1] == "/":
-        stack.pop()
-        value = _over(value, _atom(stack))
-    return value
+SAME: dict[type, Callable] = {
+    Words: lambda _, a, b: a == b,
+    Quantity: Comparison.quantities,
+    Bracket: Comparison.brackets,
+    Several: Comparison.several,
+    Named: Comparison.named,
+    Relation: Comparison.relations,
+    Ratio: Comparison.ratios,
+    Choice: Comparison.choices,
+    Matrix: Comparison.matrices,
+    Congruence: Comparison.congruences,
+}
 
 
-def _atom(stack: list[str]) -> Surd:
-    token = stack.pop() if stack else ""
-    if token.startswith("√"):
-        return _root(_atom(stack), int(token[2:3] or 2))
-    if token == "π":
-        return {(1, 1): Fraction(1)}
-    if token == "\\frac":
-        return _over(_atom(stack), _atom(stack))
-    if token == "(":
-        value = _sum(stack)
-        if not stack or stack.pop() != ")":
-            raise UnreadableError("unbalanced")
-        return value
-    if not token or token[0] not in ".0123456789":
-        raise UnreadableError(token)
-    number = Fraction(token.replace(",", ""))
-    if token.isdigit() and stack and stack[-1] == "\\frac":  # a mixed number if the fraction is rational
-        value = _atom(stack)
-        return _rational(number + value.get(ONE, 0)) if value.keys() <= {ONE} else _times(_rational(number), value)
-    if token.isdigit() and len(stack) > 2 and stack[-1].isdigit() and stack[-2] == "/" and stack[-3].isdigit():
-        above, _, below = stack.pop(), stack.pop(), stack.pop()
-        return _rational(number + _over(_rational(Fraction(above)), _rational(Fraction(below))).get(ONE, 0))
-    return _rational(number)
+# Two kinds, the first pair that fits counts.
+MIXED: tuple[tuple[type, type, Callable], ...] = (
+    (Words, Quantity, Comparison.words_and_quantity),
+    (Choice, object, Comparison.choice_and_other),
+    (Named, object, Comparison.named_and_other),
+    (Several, Bracket, Comparison.list_and_tuple),
+    (Matrix, Bracket, Comparison.column_and_tuple),
+    (Ratio, Quantity, Comparison.ratio_and_fraction),
+    (Several, object, Comparison.set_and_other),
+)
 
 
-def _rational(number: Fraction) -> Surd:
-    return {ONE: number} if number else {}
-
-
-def _times(a: Surd, b: Surd) -> Surd:
-    if min(len(a), len(b)) != 1 or (a.keys() | b.keys()) == {ONE}:
-        raise UnreadableError("arithmetic left undone")
-    value: Surd = {}
-    for (p, m), x in a.items():
-        for (q, n), y in b.items():
-            common = math.gcd(p, q)
-            value[p * q // common**2, m + n] = x * y * common  # one of the two has one term, so none comes twice
-    return value
-
-
-def _over(a: Surd, b: Surd) -> Surd:
-    if len(b) != 1:
-        raise UnreadableError("a denominator of none or several terms")
-    [((q, n), y)] = b.items()
-    value: Surd = {}
-    for (p, m), x in a.items():
-        common = math.gcd(p, q)
-        value[p * q // common**2, m - n] = x * common / (y * q)  # 1 / sqrt(q) = sqrt(q) / q
-    return value
-
-
-def _root(value: Surd, degree: int) -> Surd:
-    """A square root, or a root of higher degree that is rational."""
-    number = value.get(ONE, Fraction(0))
-    radicand, outside = number.numerator * number.denominator, Fraction(1, number.denominator)  # sqrt(p/q) = sqrt(pq) / q
-    if not value.keys() <= {ONE} or abs(radicand) > LARGEST_RADICAND or (radicand < 0 and degree % 2 == 0):
-        raise UnreadableError("not the root of a small rational number")
-    if degree > 2:
-        above, below = (round(part ** (1 / degree)) for part in (abs(number.numerator), number.denominator))
-        if Fraction(above, below) ** degree != abs(number):
-            raise UnreadableError("an irrational root")
-        return _rational(Fraction(above, below) * (-1 if number < 0 else 1))
-    factor = 2
-    while factor**2 <= radicand:
-        while radicand % factor**2 == 0:
-            radicand //= factor**2
-            outside *= factor
-        factor += 1
-    return {(radicand, 0): outside} if radicand else {}
+def _names(several: Several) -> list[str] | None:
+    """The names of a list all of whose members have one."""
+    names = [member.name for member in several.members if isinstance(member, Named)]
+    return names if len(names) == len(several.members) else None

@@ -1,0 +1,69 @@
+"""How many pairs of answers the math verifier judges as people do, and its seconds of CPU; math-verify beside it where it is installed.
+
+    python benchmarks/verifier.py [PAIRS.jsonl] [--library PYTHON]
+
+A line of PAIRS has `answer` (the record's), `boxed` (the content of a response's box) and `equal`. --library names the Python of an
+environment with math-verify (pip install math-verify, in an environment of its own); "both" asks it where ours says unequal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rlhf.rewards.answers import verify  # noqa: E402
+
+PAIRS = ROOT / "tests" / "fixtures" / "answer_pairs.jsonl"
+LIBRARY = r"""
+import json, sys, time
+from math_verify import parse, verify
+pairs = [json.loads(line) for line in open(sys.argv[1])]
+start, found = time.process_time(), []
+for pair in pairs:
+    found.append(bool(verify(parse("\\boxed{" + pair["answer"] + "}"), parse("So \\boxed{" + pair["boxed"] + "}."))))
+print(json.dumps([found, time.process_time() - start]))
+"""
+
+
+def ours(pairs: list[dict]) -> tuple[list[bool], float]:
+    start = time.process_time()
+    found = [verify(f"So \\boxed{{{pair['boxed']}}}.", pair["answer"]) == 1.0 for pair in pairs]
+    return found, time.process_time() - start
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("pairs", nargs="?", type=Path, default=PAIRS)
+    p.add_argument("--library", default="", metavar="PYTHON")
+    p.add_argument("--answers", type=int, default=10_000, help="of which to take the time (default: %(default)s)")
+    a = p.parse_args()
+    pairs = [json.loads(line) for line in a.pairs.read_text().splitlines()]
+    fast, seconds = ours(pairs)
+    rows = {"fast path": (fast, seconds)}
+    if a.library:
+        output = subprocess.run([a.library, "-c", LIBRARY, str(a.pairs)], check=True, capture_output=True, text=True).stdout
+        library, library_seconds = json.loads(output.splitlines()[-1])
+        asked = fast.count(False) / len(pairs)
+        rows["math-verify"] = (library, library_seconds)
+        rows["both"] = ([x or y for x, y in zip(fast, library, strict=True)], seconds + asked * library_seconds)
+    equal = sum(pair["equal"] for pair in pairs)
+    print(f"| of {len(pairs)} pairs | equal ones missed, of {equal} | unequal ones accepted, of {len(pairs) - equal} | CPU seconds |")
+    print("|---|---|---|---|")
+    for name, (found, took) in rows.items():
+        missed = sum(pair["equal"] and not said for pair, said in zip(pairs, found, strict=True))
+        accepted = sum(said and not pair["equal"] for pair, said in zip(pairs, found, strict=True))
+        print(f"| {name} | {missed} | {accepted} | {took:.2f} |")
+    print(f"CPU seconds per {a.answers} answers like these: {ours([pairs[i % len(pairs)] for i in range(a.answers)])[1]:.2f}")
+    numbers = [{"boxed": f"{i * 37}", "answer": f"{i * 37:,}"} for i in range(a.answers)]
+    print(f"CPU seconds per {a.answers} whole numbers: {ours(numbers)[1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
