@@ -8,7 +8,8 @@
     out/latest                          name of the newest complete folder
     out/hf, out/mcore, ...              links to the newest of these folders
 
-A folder is written under a temporary name and renamed when all ranks are done; `latest` is replaced last.
+A folder is written under a temporary name and renamed when all ranks are done; `latest` is replaced last. rlhf.folders knows which folder
+a run continues from, and which ones may go.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any
 
 import torch
 
+from rlhf import folders
 from rlhf.config import Config
 from rlhf.errors import UserError
+from rlhf.metrics import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
 
@@ -40,13 +43,14 @@ class Checkpoints:
     def resume(self, learners: Iterable[tuple[str, Learner]], state: dict[str, float]) -> int:
         """Load the newest checkpoint into the trained learners, by role, and the algorithm's state; the number of steps done (0: none).
 
-        Raises UserError where it was made with another layout, seed, dtype or mode.
+        Raises UserError where it was made with another layout, seed, dtype or mode, or is damaged.
         """
-        latest = self.out / "latest"
-        if not latest.exists():
+        folder, remark = folders.newest(self.out)
+        if folder is None:
             return 0
-        folder = self.out / latest.read_text().strip()
-        meta = json.loads((folder / "meta.json").read_text())
+        if remark and self.mesh.rank == 0:
+            say(remark)
+        meta = folders.meta(folder)
         for key, value in self.meta.items():
             if meta[key] != value:
                 raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out")
@@ -66,7 +70,7 @@ class Checkpoints:
         folder = self.out / f"step_{step:06}"
         partial = folder.with_suffix(".partial")
         if self.mesh.rank == 0:
-            for old in (partial, folder):
+            for old in self.out.glob("step_*.partial"):  # what killed runs have left
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
         self.mesh.barrier()
@@ -85,12 +89,12 @@ class Checkpoints:
         self.mesh.barrier()
         if self.mesh.rank == 0:
             (partial / "meta.json").write_text(json.dumps({"step": step, "state": state, **self.meta}))
+            shutil.rmtree(folder, ignore_errors=True)  # there where a run went back to an earlier checkpoint
             partial.rename(folder)
             _replace(self.out / "latest", folder.name)
             for name in self.formats if export else ():
                 _link(self.out / name, Path(folder.name) / name)
-            for old in sorted(self.out.glob("step_??????"))[: -self.keep]:
-                shutil.rmtree(old)
+            folders.retire(self.out, step, self.keep)
         self.mesh.barrier()
 
     def _model(self, role: str) -> str:

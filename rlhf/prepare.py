@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf import rewards
+from rlhf import folders, rewards
 from rlhf.algorithms import ALGORITHMS, algorithm_of
 from rlhf.config import Config, Parallel
 from rlhf.data import jsonl
@@ -44,8 +44,8 @@ class Inputs:
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
     arch, models = shapes(config, world)
-    if ALGORITHMS[config.mode].trains and not config.resume and (Path(config.out) / "latest").exists():
-        raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
+    if ALGORITHMS[config.mode].trains:
+        _check_checkpoints(config)
     remarks = _check_folders(config, models, arch)
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
     if tokenizer.vocab > arch.vocab:
@@ -70,6 +70,15 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     if ALGORITHMS[config.mode].online:
         _check_sampling(config, arch, world)
     return arch, models
+
+
+def _check_checkpoints(config: Config) -> None:
+    """What a run would continue from."""
+    out = Path(config.out)
+    if config.resume:
+        folders.newest(out)
+    elif (out / "latest").exists() or folders.steps(out):
+        raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
 
 
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> list[str]:
@@ -135,17 +144,17 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
         models["reward"] = "frozen"
     if "critic" in models and not (config.reward.load or config.critic.load):
         raise UserError("critic.load and reward.load are not set: PPO needs a model for its critic, give the reward model's folder")
-    folders = {
+    paths = {
         "policy": config.policy.load,
         "reference": config.reference.load or config.policy.load,
         "critic": config.critic.load or config.reward.load,
         "reward": config.policy.load if models.get("reward") == "train" else config.reward.load,
     }
     held = {config.policy.load: policy}  # each folder is described once: Megatron's may have to be opened for it
-    for folder in {folders[name] for name in models} - held.keys():
+    for folder in {paths[name] for name in models} - held.keys():
         held[folder] = files.model(folder, config.policy.tokenizer)
     found = {
-        name: Role(use, folders[name], _with_head(name, folders[name], held[folders[name]], name in algorithm.with_lm))
+        name: Role(use, paths[name], _with_head(name, paths[name], held[paths[name]], name in algorithm.with_lm))
         for name, use in models.items()
     }
     for name, role in found.items():

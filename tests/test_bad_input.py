@@ -90,9 +90,17 @@ def test_rounds_need_groups(fail, made: Path) -> None:
     assert "rollout.group=1" in line
 
 
-def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("step_000007")
+@pytest.mark.parametrize("latest", [True, False])
+def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path, latest: bool) -> None:
+    (tmp_path / "step_000007").mkdir()
+    if latest:
+        (tmp_path / "latest").write_text("step_000007")
     assert f"out={tmp_path}" in fail("sft", f"out={tmp_path}", "resume=false")
+
+
+def test_a_run_without_a_whole_checkpoint(fail, tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step_000007")
+    assert f"{tmp_path} holds no whole checkpoint: delete" in fail("sft", f"out={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,7 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     checkpoints = Checkpoints(config, SimpleNamespace(layout=Layout(2, 1, 1, 1), rank=0), torch.float32)
     (tmp_path / "latest").write_text("step_000007")
     (tmp_path / "step_000007").mkdir()
-    (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, key: saved}))
+    (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, "state": {}, key: saved}))
     with pytest.raises(
         UserError, match=rf"step_000007 was saved with {key}={saved}, this run has {here}: run it alike, or set another out$"
     ):

@@ -13,6 +13,7 @@ import torch
 
 from rlhf import checkpoint, configuration
 from rlhf.checkpoint import Checkpoints
+from rlhf.errors import UserError
 from rlhf.parallel.mesh import Layout
 
 MESH = SimpleNamespace(
@@ -193,3 +194,97 @@ def test_every_rank_saves_what_is_its_own(tmp_path: Path, rank: int) -> None:
     wanted |= {f"model_{role}_tp{tp}_pp0.pt" for role in run.roles} if dp == 0 else set()
     assert {path.name for path in folder.glob("*.pt")} == wanted
     assert (folder / "meta.json").exists() == (tmp_path / "latest").exists() == (rank == 0)
+
+
+def test_what_was_just_written_stays(tmp_path: Path) -> None:
+    """Whatever stands beside it: folders of later steps, which a run went back from, are neither counted nor deleted."""
+    run = Run(tmp_path, "checkpoint.keep=1")
+    later = Run(tmp_path, "checkpoint.keep=3")
+    for step in (6, 8):
+        later.save(step)
+    (tmp_path / "latest").unlink()
+    for step in (2, 4):
+        run.save(step, export=True)
+        check_resumes_at(tmp_path, step)
+        assert (tmp_path / "hf/model").read_text() == f"hf of {step}"
+    assert run.folders() == [4, 6, 8]
+    run.save(6, export=True)
+    check_resumes_at(tmp_path, 6)
+    assert run.folders() == [6, 8]
+
+
+def test_a_kill_before_latest_moves_costs_no_later_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With keep=1: the folder that was renamed, but is not named yet, must not push out what the next run writes before it."""
+    run = Run(tmp_path, "checkpoint.keep=1")
+    run.save(2)
+    with monkeypatch.context() as patch:
+        during_a_replacement(patch)
+        with pytest.raises(InterruptedError):
+            run.save(4)
+    check_resumes_at(tmp_path, 2)
+    run.save(3)
+    check_resumes_at(tmp_path, 3)
+    assert run.folders() == [3, 4]
+
+
+@pytest.mark.parametrize("link", ["best", "hf"])
+def test_what_a_link_names_stays(tmp_path: Path, link: str) -> None:
+    """The newest export, and what a person has linked to."""
+    run = Run(tmp_path, "checkpoint.keep=1")
+    run.save(1, export=True)
+    if link == "best":
+        (tmp_path / "best").symlink_to((tmp_path / "step_000001").resolve())
+        (tmp_path / "hf").unlink()
+    for step in (2, 3):
+        run.save(step)
+    assert run.folders() == [1, 3]
+    assert (tmp_path / link).exists()
+
+
+@pytest.mark.parametrize("latest", [None, "step_000009", "", "../elsewhere", "\x00\xff"])
+def test_the_newest_whole_checkpoint_is_found_without_latest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], latest: str | None
+) -> None:
+    run = Run(tmp_path, "checkpoint.keep=4")
+    for step in (1, 2, 1_000_000):
+        run.save(step)
+    (tmp_path / "step_000003").mkdir()  # not whole
+    (tmp_path / "step_000004.partial").mkdir()
+    if latest is None:
+        (tmp_path / "latest").unlink()
+    else:
+        (tmp_path / "latest").write_text(latest)
+    check_resumes_at(tmp_path, 1_000_000)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path}/latest" in line
+    assert "step_1000000 is the newest whole checkpoint" in line
+    run.save(1_000_001)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_no_whole_checkpoint_is_left(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step_000002\n")
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=rf"latest names 'step_000002', which is not there, and {tmp_path} holds no whole .* set another"
+        ):
+            Run(tmp_path).checkpoints.resume([], {})
+        (tmp_path / "step_000001").mkdir(exist_ok=True)
+    (tmp_path / "latest").unlink()
+    with pytest.raises(UserError, match="latest is missing, and"):
+        Run(tmp_path).checkpoints.resume([], {})
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"step": 2'])
+def test_a_damaged_description(tmp_path: Path, text: str | None) -> None:
+    """It is told with the whole checkpoint before it, and how to continue from that."""
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save(step)
+    (tmp_path / "step_000002/meta.json").unlink()
+    if text is not None:
+        (tmp_path / "step_000002/meta.json").write_text(text)
+    with pytest.raises(UserError, match=rf"step_000002/meta.json is damaged .*: echo step_000001 > {tmp_path}/latest$"):
+        run.checkpoints.resume(run.roles.items(), {})
+    (tmp_path / "latest").write_text("step_000001\n")
+    check_resumes_at(tmp_path, 1)

@@ -25,7 +25,7 @@ EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for 
 LAYERS = (
     ("errors", "lazy", "phases", "config"),
     ("contracts",),
-    ("algorithms", "recorder"),
+    ("algorithms", "recorder", "folders"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence"),
     ("train", "rollout", "checkpoint"),

@@ -1,0 +1,81 @@
+"""The step folders of a run on storage: which one it continues from, whether that is whole, and which ones may go. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+NAME = re.compile(r"step_(\d{6,})")
+
+
+def steps(out: Path) -> dict[int, Path]:
+    """The step folders that are there, by their step, in its order."""
+    found = {int(match[1]): path for path in out.glob("step_*") if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def newest(out: Path) -> tuple[Path | None, str]:
+    """The folder that a run continues from (None: there is none), and what is to be said of the choice.
+
+    It is the one that `latest` names, which may be an older one: a person may choose. Where `latest` is missing, or names a folder that
+    is gone, it is the newest whole one. Raises UserError where that named one is damaged, or where no whole one is left.
+    """
+    latest = out / "latest"
+    name = latest.read_text(errors="replace").strip() if latest.exists() else ""
+    if NAME.fullmatch(name) and (out / name).is_dir():
+        if problem := damage(out / name):
+            raise UserError(f"{problem}; {_remedy(out / name)}")
+        return out / name, ""
+    there = steps(out)
+    if not there and not latest.exists():
+        return None, ""
+    why = f"{latest} names {name!r}, which is not there" if latest.exists() else f"{latest} is missing"
+    whole = [folder for folder in there.values() if not damage(folder)]
+    if not whole:
+        raise UserError(f"{why}, and {out} holds no whole checkpoint: delete {out} to begin again, or set another out")
+    return whole[-1], f"{why}: {whole[-1].name} is the newest whole checkpoint"
+
+
+def meta(folder: Path) -> dict[str, Any]:
+    """What meta.json says. Raises ValueError where that is nothing, and OSError."""
+    found = json.loads((folder / "meta.json").read_text())
+    if not isinstance(found, dict) or not {"step", "state"} <= found.keys():
+        raise ValueError("it tells no step")
+    return found
+
+
+def damage(folder: Path) -> str:
+    """The first thing that is wrong with a checkpoint, with the file; empty: it is whole, as far as sizes tell."""
+    try:
+        meta(folder)
+    except (OSError, ValueError) as error:
+        return f"{folder}/meta.json is damaged ({getattr(error, 'strerror', None) or error})"
+    return ""
+
+
+def retire(out: Path, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` folders up to a step that has just been written.
+
+    Those of later steps are of a run that somebody went back from: they do not count, and stay. So does what `latest` or a link names.
+    """
+    there = steps(out)
+    targets = [path.resolve() for path in out.iterdir() if path.is_symlink()]
+    targets.append((out / (out / "latest").read_text().strip()).resolve())
+    held = {folder for folder in there.values() for target in targets if folder.resolve() in (target, *target.parents)}
+    for old in [folder for number, folder in there.items() if number <= step][:-keep]:
+        if old not in held:
+            shutil.rmtree(old)
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    number = int(folder.name.removeprefix("step_"))
+    older = [path for step, path in steps(folder.parent).items() if step < number and not damage(path)]
+    if not older:
+        return f"no older whole checkpoint is left: delete {folder.parent} to begin again, or set another out"
+    return f"to continue from the whole one before it: echo {older[-1].name} > {folder.parent}/latest"
