@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-m", "rlhf"]
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0; 2 after a mistake, told in one line; 130 after Ctrl-C; interrupt.SAVED after a signal to a training run."""
+    """Returns the exit code: 0; 2 after a mistake, 1 where training failed, told in one line; 130 after Ctrl-C; SAVED after a signal."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -49,12 +49,13 @@ def main(arguments: list[str]) -> int:
             os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
         return run(config) if "LOCAL_RANK" in os.environ else launch(config, arguments)
     except UserError as error:
+        code = error.code
         if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
             # Most mistakes are everybody's: the first one tells it, and its launcher, or srun, ends the others meanwhile.
-            signal.signal(signal.SIGTERM, lambda *_: end(2))
+            signal.signal(signal.SIGTERM, lambda *_: end(code))
             time.sleep(1)
         print(f"rlhf: {error}", file=sys.stderr)
-        return 2
+        return code
     except KeyboardInterrupt:  # a run that trains has other ideas of it (rlhf.interrupt)
         print("rlhf: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

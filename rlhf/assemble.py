@@ -28,6 +28,7 @@ from rlhf.roles import Roles
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import DataSource, EngineSource, Rule, Source
 from rlhf.weights import files, names
+from rlhf.weights.entries import UNSOUND
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import plan
 
@@ -70,6 +71,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
     engine = build_engine(config, mesh, given, dtype, load=True)
     owner = EngineOwner(engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given))
+    mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
     source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh))
 
     def model(samples: list[Sample]) -> None:

@@ -38,6 +38,7 @@ class Checkpoints:
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype):
         self.keep, self.formats, self.mesh = config.checkpoint.keep, config.checkpoint.format, mesh
         self.out = Path(config.out)
+        self.last: Path | None = None  # that was loaded or saved
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
 
     def resume(self, learners: Iterable[tuple[str, Learner]], state: dict[str, float]) -> int:
@@ -61,6 +62,7 @@ class Checkpoints:
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"].cpu())
         state.update(meta["state"])
+        self.last = folder
         return meta["step"]
 
     def save(
@@ -95,6 +97,7 @@ class Checkpoints:
             for name in self.formats if export else ():
                 _link(self.out / name, Path(folder.name) / name)
             folders.retire(self.out, step, self.keep)
+        self.last = folder
         self.mesh.barrier()
 
     def _model(self, role: str) -> str:

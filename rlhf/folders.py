@@ -29,7 +29,7 @@ def newest(out: Path) -> tuple[Path | None, str]:
     name = latest.read_text(errors="replace").strip() if latest.exists() else ""
     if NAME.fullmatch(name) and (out / name).is_dir():
         if problem := damage(out / name):
-            raise UserError(f"{problem}; {_remedy(out / name)}")
+            raise UserError(f"{problem}; {remedy(out / name)}")
         return out / name, ""
     there = steps(out)
     if not there and not latest.exists():
@@ -72,8 +72,8 @@ def retire(out: Path, step: int, keep: int) -> None:
             shutil.rmtree(old)
 
 
-def _remedy(folder: Path) -> str:
-    """What to do about a damaged checkpoint."""
+def remedy(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be continued from."""
     number = int(folder.name.removeprefix("step_"))
     older = [path for step, path in steps(folder.parent).items() if step < number and not damage(path)]
     if not older:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from rlhf import folders
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, Optim
 from rlhf.contracts import Algorithm, Sample
+from rlhf.errors import SpoiltError
 from rlhf.evaluate import Evaluation
 from rlhf.interrupt import Interrupt
 from rlhf.metrics import Metrics
@@ -37,6 +40,7 @@ class Run:
     export: Callable[[Path], None]  # writes the trained model as a folder in the format that it is named after
     interrupt: Interrupt
     metrics: Metrics
+    probe: list[Sample] = field(default_factory=list)  # of the step at hand, that the models must have something finite to say of
 
     def train(self) -> bool:
         """The steps from `start` on. False: a signal came before the last one was done."""
@@ -46,21 +50,32 @@ class Run:
             self.evaluation(metrics)
             metrics.write(0)
         for step in range(start, config.steps):
-            done = step + 1
-            metrics.begin()
-            tokens = self.step(step, check=step == start)
-            if self.evaluation and due(done, config.evaluate.every, config.steps):
-                with metrics.time("evaluate"):
-                    self.evaluation(metrics)
-            metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.residence.take_peaks().items()})  # mean over ranks
-            metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # within the other times
-            metrics.write(done, tokens)
-            stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
-            if stop or due(done, config.checkpoint.every, config.steps):
-                self.save(done)
-            if stop and done < config.steps:
+            try:
+                stop = self.whole_step(step)
+            except FloatingPointError as error:
+                raise SpoiltError(f"step {step + 1}: {error}; nothing of it is saved. {self._advice(step)}") from None
+            if stop and step + 1 < config.steps:
                 return False
         return True
+
+    def whole_step(self, step: int) -> bool:
+        """One step, counted from 0, with all that belongs to it. Whether a signal came.
+
+        Raises FloatingPointError, before anything is saved, where it ruins a model.
+        """
+        config, metrics, done = self.config, self.metrics, step + 1
+        metrics.begin()
+        tokens = self.step(step, check=step == self.start)
+        if self.evaluation and due(done, config.evaluate.every, config.steps):
+            with metrics.time("evaluate"):
+                self.evaluation(metrics)
+        metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.residence.take_peaks().items()})  # mean over ranks
+        metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # within the other times
+        metrics.write(done, tokens)
+        stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
+        if stop or due(done, config.checkpoint.every, config.steps):
+            self.save(done)
+        return stop
 
     def step(self, step: int, check: bool) -> int:
         """One step, counted from 0. Returns the tokens that it consumed."""
@@ -76,6 +91,7 @@ class Run:
         samples, sums = self.algorithm.credit(samples)
         metrics.add_common(sums)
         metrics.keep("train", drawn)
+        self.probe = drawn[:2]
         with metrics.time("learn"):
             self.learn(samples, step)
         with metrics.time("publish"):
@@ -93,13 +109,17 @@ class Run:
                 if batch and step >= begin:
                     lr = learning_rate(self._optim(role), (step - begin) * len(batches) + i, updates)
                     self.metrics.add(self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr))
+            self.roles.check(role)
 
     def offer(self, version: int, check: bool) -> None:
         """Let the source sample with the weights after `version` steps."""
         self.source.offer(self.roles.learners[self.roles.subject].parameters(), version, check)
 
     def save(self, done: int) -> None:
-        """A checkpoint after so many steps."""
+        """A checkpoint after so many steps, of models that can go on from it."""
+        self.roles.check_all(self.probe)
+        if not all(map(math.isfinite, self.algorithm.state.values())):
+            raise FloatingPointError(f"the state of {self.config.mode} is no longer finite: {self.algorithm.state}")
         export = self.export if self.config.checkpoint.export or done == self.config.steps else None
         self.checkpoints.save(done, self.roles.visit(Phase.SAVE), self.algorithm.state, export)
 
@@ -108,6 +128,16 @@ class Run:
         order = np.random.default_rng((self.config.seed, step, epoch)).permutation(sorted({s.group for s in samples}))
         parts = [set(part.tolist()) for part in np.array_split(order, self.config.batch.minibatches)]
         return [[s for s in samples if s.group in part] for part in parts]
+
+    def _advice(self, step: int) -> str:
+        """What to do about a step that has ruined a model."""
+        keys = "a lower optim.lr" + ("" if self.config.optim.eps else ", or optim.eps above 0")
+        last = self.checkpoints.last
+        if not last:
+            return f"No checkpoint was made before: start again with {keys}"
+        if step > int(last.name.removeprefix("step_")):
+            return f"The last good checkpoint is {last}: start again with {keys}, and the run continues from it"
+        return f"It is the first step after {last}: start again with {keys}, or go back further; {folders.remedy(last)}"
 
     def _optim(self, role: str) -> Optim:
         own = self.config.critic.lr if role == "critic" else 0.0

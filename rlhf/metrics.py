@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,8 @@ class Metrics:
         if self.recorder:
             self.recorder.write(step)
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no others: they are left out
+            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if self.events:
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -69,8 +70,13 @@ def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
     }
 
 
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with null for what is not finite, which JSON cannot say."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+
+
 def _write(file: Path, step: int, kept: list[tuple[Use, Sample]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(describe(step, use, sample)) + "\n" for use, sample in kept))
+    partial.write_text("".join(json.dumps(_finite(describe(step, use, sample)), allow_nan=False) + "\n" for use, sample in kept))
     partial.replace(file)

@@ -21,6 +21,7 @@ from rlhf.prepare import Role
 from rlhf.residence import Residence
 from rlhf.train.learner import Learner
 from rlhf.weights import files, initial, names
+from rlhf.weights.entries import UNSOUND
 
 LossFunction = Callable[[Batch, Output], Loss]
 SCORED_BY = {"old_logp": "policy", "ref_logp": "reference", "values": "critic"}  # stream -> role
@@ -36,6 +37,8 @@ class Roles:
         for name, role in roles.items():
             self.learners[name] = self._learner(role)
             residence.add(name, self.learners[name])
+        spoilt = [role.folder for name, role in roles.items() if not self.learners[name].sound()]
+        mesh.agree(f"{spoilt[0]}: {UNSOUND}" if spoilt else "")
         self.trained = [name for name, role in roles.items() if role.use == "train"]
         self._plan = lru_cache(maxsize=16)(plan)  # a step asks for the same cut for each stream, role and pass; the next one does not
 
@@ -87,6 +90,19 @@ class Roles:
         """One optimizer update of a role that is being visited; this rank's part of the metrics."""
         sums = self.learners[name].learn(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss, lr)
         return sums if name == self.subject else {f"{name}_{metric}": pair for metric, pair in sums.items()}
+
+    def check(self, name: str) -> None:
+        """Raises FloatingPointError, on all ranks, where updates of a role that is being visited have ruined its weights."""
+        if not all(self.mesh.all_gather(self.learners[name].sound())):
+            raise FloatingPointError(f"the {name}'s weights are no longer finite, or beyond all bounds")
+
+    def check_all(self, samples: Sequence[Sample]) -> None:
+        """As check(), of all that a checkpoint keeps, and of what the trained roles say of samples."""
+        for name, learner in self.visit(Phase.SAVE):
+            if not all(self.mesh.all_gather(learner.sound(optimizer=True))):
+                raise FloatingPointError(f"the {name}'s weights or its optimizer's state are no longer finite")
+            if not all(np.isfinite(stream).all() for stream in (self.read(name, samples) if samples else ())):
+                raise FloatingPointError(f"what the {name} says of this step's samples is no longer finite")
 
     def evaluate(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool) -> Sums:
         """The metrics of a loss, without learning; this rank's part."""

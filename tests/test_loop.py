@@ -47,6 +47,9 @@ class Roles:
         self.updates.append(Update(name, [(s.group, int(s.reward)) for s in samples], lr))
         return {"lr": (lr, 1.0)}
 
+    def check(self, name: str) -> None:
+        pass
+
     def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
         return [np.full(len(s.mask), self.NAMES.index(name), np.float32) for s in samples]
 

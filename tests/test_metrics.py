@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,3 +85,13 @@ def test_lines_for_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [line.split()[1] for line in lines] == ["0/9", "4/9", "8/9", "9/9"]
     assert all("loss 0.5" in line and "grad_norm" not in line for line in lines)
     assert steps(tmp_path) == list(range(10))
+
+
+def test_every_line_is_json(tmp_path: Path) -> None:
+    """A number that is not finite is left out; the others of its step are said."""
+    metrics = made(tmp_path)
+    metrics.add({"loss": (math.nan, 1.0), "kl": (math.inf, 1.0), "reward": (1.0, 2.0)})
+    values = metrics.write(1)
+    assert math.isnan(values["loss"])
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row.keys() == {"step", "reward", "time/step"}

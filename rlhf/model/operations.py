@@ -6,7 +6,7 @@ Both compute the same to rounding: the kernels keep in float32 what plain torch 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,24 @@ fusing = True  # benchmarks turn it off, before a model is built, to compare
 
 def fused(x: Tensor) -> bool:
     return fusing and x.is_cuda
+
+
+def sound(weights: Iterable[Tensor]) -> bool:
+    """Whether weights can be computed with: none is NaN, and none so large that its square is infinite in float32.
+
+    A model of such finite weights still says finite things, as its norms divide by infinity, but it learns nothing any more.
+    """
+    return _largest(weights) < 1e19
+
+
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number is NaN or infinite."""
+    return _largest(tensors) < math.inf
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    """The largest magnitude, with one device synchronisation; NaN if one number is."""
+    return float(torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor.numel()], norm_type=math.inf))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -137,9 +137,13 @@ class Mesh:
                 value = call()
             except UserError as error:
                 mistake = str(error)
+        self.agree(mistake)
+        return value if self.is_first_on_node else call()
+
+    def agree(self, mistake: str) -> None:
+        """Raise UserError on all ranks if one of them has found a mistake (empty: it has found none)."""
         if mistakes := [said for said in self.all_gather(mistake) if said]:
             raise UserError(mistakes[0])
-        return value if self.is_first_on_node else call()
 
     def close(self) -> None:
         """Forget the model-parallel groups, so that the same world can be split anew."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from rlhf.contracts import Completion, Engine, Request
+from rlhf.model import operations
 from rlhf.phases import Kind, Phase
 from rlhf.residence import Residence
 from rlhf.weights.publish import Publisher
@@ -44,6 +45,10 @@ class EngineOwner:
             self.leave(())
         if fill:
             fill(engine.parameters())
+
+    def sound(self) -> bool:
+        """Whether the weights that the engine has loaded can be computed with."""
+        return operations.sound(self.engine.parameters().values())
 
     def offer(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Generate with these weights from now on: the learner's live shards, by megatron-core's names."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums
 from rlhf.data.packing import pack, unpack
+from rlhf.model import operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.build import Decoder
 from rlhf.model.logp import token_logp
@@ -76,6 +77,10 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """This rank's weights and optimizer state, as live tensors."""
         return self.parameters(), self.optimizer.state()
+
+    def sound(self, optimizer: bool = False) -> bool:
+        """Whether this rank's weights can be computed with; with optimizer, whether its state is finite, too."""
+        return operations.sound(self.parameters().values()) and not (optimizer and not operations.finite(self.optimizer.tensors()))
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Take over what state() gave on the same rank of the same layout."""

@@ -58,9 +58,7 @@ class Optimizer:
         self.megatron.prepare_grads()
         norm = self.megatron.get_grad_norm()
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm}: the model is spoilt, continue from the last checkpoint with a lower optim.lr"
-            )
+            raise FloatingPointError(f"the gradient norm is {norm}")
         shrink = self.clip / (norm + 1e-6) if self.clip else 1.0
         for inner in self._inner():
             for group in inner.param_groups:

@@ -28,6 +28,11 @@ DAMAGED: tuple[type[Exception], ...] = (
 )
 
 
+UNSOUND = (
+    "its weights are not finite, or beyond 1e19: it is damaged or was ruined in training, give a sound model"  # behind a folder's name
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor is stored, contiguous and little-endian."""

@@ -87,7 +87,7 @@ class Case:
         learner = self.learner()
         before = {name: p.clone() for name, p in learner.parameters().items()}
         for scale in (torch.inf, torch.nan):
-            with pytest.raises(FloatingPointError, match=r"the gradient norm is (inf|nan): the model is spoilt"):
+            with pytest.raises(FloatingPointError, match=r"the gradient norm is (inf|nan)"):
                 self.update(learner, scale, seed=1)
         assert all(torch.equal(p, before[name]) for name, p in learner.parameters().items())
 

@@ -1,0 +1,99 @@
+"""Updates and models that are no numbers any more: told in one line, and never saved over what is good."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import demo_task  # noqa: E402
+
+KEYS = ["data.max_tokens=64", "rollout.max_tokens=16", "rollout.group=2", "rollout.engine=kvcache", "batch.prompts=4", "batch.tokens=256"]
+KEYS += ["checkpoint.every=1", "evaluate.prompts=4", "evaluate.every=0"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ruin")
+    demo_task.write(root / "data", num_sft=300, num_rl=20, num_heldout=8)
+    demo_task.make_model(root / "model", root / "data")
+    demo_task.make_weights(root / "model")
+    return root
+
+
+def call(made: Path, mode: str, *overrides: str) -> tuple[int, str]:
+    """Exit code and stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    data = {"sft": "train=data/train_sft", "grpo": "train=data/train_rl", "evaluate": "eval=data/heldout"}[mode]
+    command = [sys.executable, "-m", "rlhf", mode, *KEYS, "policy.load=model", f"data.{data}.jsonl", *overrides]
+    done = subprocess.run(command, cwd=made, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr
+
+
+def rows(out: Path) -> list[dict]:
+    def no_number(text: str) -> None:
+        pytest.fail(f"{text} is not JSON")
+
+    return [json.loads(line, parse_constant=no_number) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_first_update_that_is_no_number(made: Path) -> None:
+    """AdamW without epsilon divides 0 by 0 wherever a gradient is 0."""
+    code, said = call(made, "sft", "out=epsilon", "steps=1", "optim.eps=0")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert line.startswith("rlhf: step 1: the policy's weights are no longer finite")
+    assert line.endswith("No checkpoint was made before: start again with a lower optim.lr, or optim.eps above 0")
+    assert not list((made / "epsilon").glob("step_*"))
+    assert not (made / "epsilon/hf").is_symlink()
+
+
+@pytest.mark.parametrize("rate", ["1e30", "1e10"])
+@pytest.mark.parametrize("layout", ["parallel.dp=1", "parallel.dp=2"])
+def test_a_learning_rate_that_ruins_the_weights(made: Path, rate: str, layout: str) -> None:
+    """The checkpoint before stays the newest, the message names it, and what it advises works. All ranks end."""
+    out = f"rate-{rate}-{layout}"
+    keys = [f"out={out}", layout, "checkpoint.keep=1"]
+    assert call(made, "sft", *keys, "steps=2")[0] == 0
+    code, said = call(made, "sft", *keys, "steps=4", f"optim.lr={rate}")
+    assert code == 1, said
+    (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
+    assert line.startswith("rlhf: step 3: ")
+    assert f"{out}/step_000002" in line
+    assert (made / out / "latest").read_text() == "step_000002"
+    assert all(tensor.isfinite().all() for tensor in load_file(made / out / "hf/model.safetensors").values())
+    assert call(made, "sft", *keys, "steps=3")[0] == 0
+    assert [row["step"] for row in rows(made / out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "keys"),
+    [
+        ("sft", torch.nan, ["policy.load={0}"]),
+        ("sft", -torch.inf, ["policy.load={0}"]),
+        ("grpo", 1e30, ["reference.load={0}", "grpo.kl=0.1"]),
+        ("evaluate", torch.nan, ["policy.load={0}"]),
+        ("evaluate", torch.inf, ["policy.load={0}", "rollout.engine=vllm"]),
+    ],
+)
+def test_a_model_of_no_numbers(made: Path, tmp_path: Path, mode: str, value: float, keys: list[str]) -> None:
+    """In every role, and for an engine that reads the folder by itself."""
+    shutil.copytree(made / "model", tmp_path / "model")
+    tensors = load_file(made / "model/model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = value
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    code, said = call(made, mode, *(key.format(tmp_path / "model") for key in keys), f"out={tmp_path}/run")
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if line.startswith("rlhf: ")]
+    assert f"{tmp_path}/model: its weights are not finite" in line
+    assert "Traceback" not in said
