@@ -1,6 +1,6 @@
 """Step folders that a run can continue from, bitwise, at the same layout.
 
-    out/step_000100/meta.json           step, layout, seed, dtype, the algorithm's state
+    out/step_000100/meta.json           step, layout, seed, dtype, the algorithm's state; size and checksum of every file
                     model_*.pt          the weights of one (tp, pp) shard, per trained role
                     optimizer_*.pt      the optimizer shard of one rank, per trained role
                     random_*.pt         the random state of one rank
@@ -14,8 +14,8 @@ a run continues from, and which ones may go.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -56,8 +56,10 @@ class Checkpoints:
             if meta[key] != value:
                 raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out")
         for role, learner in learners:
+            self._check(folder, self._model(role), self._optimizer(role))
             learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
-        random = self._load(folder / f"random_rank{self.mesh.rank}.pt")
+        self._check(folder, self._random())
+        random = self._load(folder / self._random())
         torch.set_rng_state(random["cpu"].cpu())
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"].cpu())
@@ -76,21 +78,23 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
         self.mesh.barrier()
+        files: dict[str, dict[str, int]] = {}  # what this rank writes
         for role, learner in learners:
             weights, optimizer = learner.state()
             if self.mesh.dp_rank == self.mesh.cp_rank == 0:
-                self._save(weights, partial / self._model(role))
-            self._save(optimizer, partial / self._optimizer(role))
+                files[self._model(role)] = self._save(weights, partial / self._model(role))
+            files[self._optimizer(role)] = self._save(optimizer, partial / self._optimizer(role))
         random = {"cpu": torch.get_rng_state()}
         if self.mesh.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
-        self._save(random, partial / f"random_rank{self.mesh.rank}.pt")
+        files[self._random()] = self._save(random, partial / self._random())
         if export:
             for name in self.formats:
                 export(partial / name)
-        self.mesh.barrier()
+        written = {name: file for files in self.mesh.all_gather(files) for name, file in files.items()}  # when all ranks are done
         if self.mesh.rank == 0:
-            (partial / "meta.json").write_text(json.dumps({"step": step, "state": state, **self.meta}))
+            written |= folders.sizes(partial, self.formats if export else ())
+            _write(partial / "meta.json", folders.describe({"step": step, "state": state, **self.meta, "files": written}))
             shutil.rmtree(folder, ignore_errors=True)  # there where a run went back to an earlier checkpoint
             partial.rename(folder)
             _replace(self.out / "latest", folder.name)
@@ -106,22 +110,40 @@ class Checkpoints:
     def _optimizer(self, role: str) -> str:
         return f"optimizer_{role}_rank{self.mesh.rank}.pt"
 
-    def _load(self, path: Path) -> Any:
-        return torch.load(path, map_location=self.mesh.device, weights_only=True, mmap=True)
+    def _random(self) -> str:
+        return f"random_rank{self.mesh.rank}.pt"
 
-    def _save(self, state: Any, path: Path) -> None:
+    def _check(self, folder: Path, *names: str) -> None:
+        """Raises UserError, on all ranks, where a rank's files are not what was written."""
+        problem = folders.altered(folder, names)
+        self.mesh.agree(f"{problem}; {folders.remedy(folder)}" if problem else "")
+
+    def _load(self, path: Path) -> Any:
+        try:
+            return torch.load(path, map_location=self.mesh.device, weights_only=True, mmap=True)
+        except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:  # checkpoints of before have no checksums
+            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {folders.remedy(path.parent)}") from None
+
+    def _save(self, state: Any, path: Path) -> dict[str, int]:
+        """Write a file. Its size and checksum, of what was meant to be written."""
         with path.open("wb") as file:
-            torch.save(state, file)
+            hashed = folders.Hashed(file)
+            torch.save(state, hashed)  # type: ignore[arg-type]  # it needs no more of a file
             file.flush()
             os.fsync(file.fileno())
+        return {"size": hashed.size, "crc32": hashed.crc32}
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _replace(path: Path, text: str) -> None:
     fresh = path.with_suffix(".partial")
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(fresh, text)
     fresh.replace(path)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf.errors import UserError
 
@@ -42,20 +44,74 @@ def newest(out: Path) -> tuple[Path | None, str]:
 
 
 def meta(folder: Path) -> dict[str, Any]:
-    """What meta.json says. Raises ValueError where that is nothing, and OSError."""
+    """What describe() was given. Raises ValueError where it is damaged, and OSError."""
     found = json.loads((folder / "meta.json").read_text())
     if not isinstance(found, dict) or not {"step", "state"} <= found.keys():
         raise ValueError("it tells no step")
+    crc32 = found.pop("crc32", None)  # checkpoints of before have none, nor a list of files
+    if crc32 not in (None, zlib.crc32(json.dumps(found).encode())):
+        raise ValueError("its checksum is another")
+    if found["step"] != int(folder.name.removeprefix("step_")):
+        raise ValueError(f"it is that of step {found['step']}")
     return found
+
+
+def describe(meta: Mapping[str, Any]) -> str:
+    """The text of meta.json, with a checksum of its own."""
+    return json.dumps({**meta, "crc32": zlib.crc32(json.dumps(meta).encode())})
+
+
+class Hashed:
+    """A file that is being written, with the size and the checksum of what has been."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size, self.crc32 = file, 0, 0
+
+    def write(self, data: bytes) -> int:
+        self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def sizes(folder: Path, exports: Iterable[str]) -> dict[str, dict[str, int]]:
+    """The files of a checkpoint's exported folders, as `files` of meta.json lists them: by size alone, as several ranks write one."""
+    files = (file for name in exports for file in (folder / name).rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): {"size": file.stat().st_size} for file in files}
 
 
 def damage(folder: Path) -> str:
     """The first thing that is wrong with a checkpoint, with the file; empty: it is whole, as far as sizes tell."""
     try:
-        meta(folder)
+        files = meta(folder).get("files", {})
     except (OSError, ValueError) as error:
         return f"{folder}/meta.json is damaged ({getattr(error, 'strerror', None) or error})"
+    for name, wanted in files.items():
+        file = folder / name
+        if not file.exists():
+            if file.parent == folder or (folder / Path(name).parts[0]).exists():  # a person may move an exported folder as a whole
+                return f"{file} is missing"
+        elif file.stat().st_size != wanted["size"]:
+            return f"{file} is damaged: it has {file.stat().st_size} bytes, {wanted['size']} were written"
     return ""
+
+
+def altered(folder: Path, names: Iterable[str]) -> str:
+    """The first of these files that is not what was written, by its checksum; empty: they all are. Reads them as a whole."""
+    files = meta(folder).get("files", {})
+    for name in names:
+        if name in files and _crc32(folder / name) != files[name]["crc32"]:
+            return f"{folder / name} is damaged: its checksum is not that of what was written"
+    return ""
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def retire(out: Path, step: int, keep: int) -> None:

@@ -10,58 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from saved import MESH, Run, check_resumes_at
 
-from rlhf import checkpoint, configuration
-from rlhf.checkpoint import Checkpoints
+from rlhf import checkpoint
 from rlhf.errors import UserError
 from rlhf.parallel.mesh import Layout
-
-MESH = SimpleNamespace(
-    rank=0, dp_rank=0, cp_rank=0, tp_rank=0, pp_rank=0, layout=Layout(1, 1, 1, 1), device=torch.device("cpu"), barrier=lambda: None
-)
-
-
-class Learner:
-    """A weight and a number of updates."""
-
-    def __init__(self, weight: float = 0.0) -> None:
-        self.weight, self.updates = torch.tensor([weight]), 0
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        return {"weight": self.weight}, {"updates": self.updates}
-
-    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, int]) -> None:
-        self.weight, self.updates = weights["weight"].clone(), optimizer["updates"]
-
-
-class Run:
-    """Two roles that learn, saved as a run saves them."""
-
-    def __init__(self, out: Path, *overrides: str):
-        self.out, self.roles, self.state = out, {"policy": Learner(), "critic": Learner(100.0)}, {"coefficient": 0.0}
-        self.checkpoints = Checkpoints(configuration.load("rlhf", [f"out={out}", *overrides]), MESH, torch.float32)  # type: ignore[arg-type]
-
-    def save(self, step: int, export: bool = False) -> None:
-        for learner in self.roles.values():
-            learner.weight, learner.updates = learner.weight + 1, step
-        self.state["coefficient"] = step / 2
-        self.checkpoints.save(step, self.roles.items(), self.state, self.export if export else None)
-
-    def export(self, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "model").write_text(f"{folder.name} of {self.roles['policy'].updates}")
-
-    def folders(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step_")) for path in self.out.glob("step_??????"))
-
-
-def check_resumes_at(out: Path, step: int) -> None:
-    """Everything of that step, by role."""
-    run = Run(out)
-    assert run.checkpoints.resume(run.roles.items(), run.state) == step
-    assert [learner.updates for learner in run.roles.values()] == [step, step]
-    assert run.roles["critic"].weight - run.roles["policy"].weight == 100.0
-    assert run.state == {"coefficient": step / 2}
 
 
 def test_a_run_without_checkpoints_starts_from_the_first_step(tmp_path: Path) -> None:
@@ -273,18 +226,3 @@ def test_no_whole_checkpoint_is_left(tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     with pytest.raises(UserError, match="latest is missing, and"):
         Run(tmp_path).checkpoints.resume([], {})
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"step": 2'])
-def test_a_damaged_description(tmp_path: Path, text: str | None) -> None:
-    """It is told with the whole checkpoint before it, and how to continue from that."""
-    run = Run(tmp_path)
-    for step in (1, 2):
-        run.save(step)
-    (tmp_path / "step_000002/meta.json").unlink()
-    if text is not None:
-        (tmp_path / "step_000002/meta.json").write_text(text)
-    with pytest.raises(UserError, match=rf"step_000002/meta.json is damaged .*: echo step_000001 > {tmp_path}/latest$"):
-        run.checkpoints.resume(run.roles.items(), {})
-    (tmp_path / "latest").write_text("step_000001\n")
-    check_resumes_at(tmp_path, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums
 from rlhf.data.packing import pack, unpack
+from rlhf.errors import UserError
 from rlhf.model import operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.build import Decoder
@@ -83,7 +84,11 @@ class Learner:
         return operations.sound(self.parameters().values()) and not (optimizer and not operations.finite(self.optimizer.tensors()))
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Take over what state() gave on the same rank of the same layout."""
+        """Take over what state() gave on the same rank of the same layout. Raises UserError where that was another architecture's."""
+        shapes = [{name: tuple(tensor.shape) for name, tensor in held.items()} for held in (self.parameters(), weights)]
+        if shapes[0] != shapes[1]:
+            odd = min(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+            raise UserError(f"the checkpoint in out is of another architecture (see {odd}): load a model of the same, or set another out")
         for name, tensor in self.parameters().items():
             tensor.copy_(weights[name])
         self.optimizer.load(optimizer)

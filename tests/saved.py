@@ -1,0 +1,62 @@
+"""Runs that save two small roles, as a loop would, and what they must resume with."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from rlhf import configuration
+from rlhf.checkpoint import Checkpoints
+from rlhf.parallel.mesh import Layout, Mesh
+
+PLACE = {"rank": 0, "dp_rank": 0, "cp_rank": 0, "tp_rank": 0, "pp_rank": 0}
+MESH = SimpleNamespace(
+    **PLACE, layout=Layout(1, 1, 1, 1), device=torch.device("cpu"), barrier=lambda: None, all_gather=lambda x: [x], world=1
+)
+MESH.agree = partial(Mesh.agree, MESH)
+
+
+class Learner:
+    """A weight and a number of updates."""
+
+    def __init__(self, weight: float = 0.0) -> None:
+        self.weight, self.updates = torch.tensor([weight]), 0
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        return {"weight": self.weight}, {"updates": self.updates}
+
+    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, int]) -> None:
+        self.weight, self.updates = weights["weight"].clone(), optimizer["updates"]
+
+
+class Run:
+    """Two roles that learn, saved as a run saves them."""
+
+    def __init__(self, out: Path, *overrides: str):
+        self.out, self.roles, self.state = out, {"policy": Learner(), "critic": Learner(100.0)}, {"coefficient": 0.0}
+        self.checkpoints = Checkpoints(configuration.load("rlhf", [f"out={out}", *overrides]), MESH, torch.float32)  # type: ignore[arg-type]
+
+    def save(self, step: int, export: bool = False) -> None:
+        for learner in self.roles.values():
+            learner.weight, learner.updates = learner.weight + 1, step
+        self.state["coefficient"] = step / 2
+        self.checkpoints.save(step, self.roles.items(), self.state, self.export if export else None)
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model").write_text(f"{folder.name} of {self.roles['policy'].updates}")
+
+    def folders(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step_")) for path in self.out.glob("step_??????"))
+
+
+def check_resumes_at(out: Path, step: int) -> None:
+    """Everything of that step, by role."""
+    run = Run(out)
+    assert run.checkpoints.resume(run.roles.items(), run.state) == step
+    assert [learner.updates for learner in run.roles.values()] == [step, step]
+    assert run.roles["critic"].weight - run.roles["policy"].weight == 100.0
+    assert run.state == {"coefficient": step / 2}

@@ -1,0 +1,107 @@
+"""Files of a checkpoint that are not what was written: one line names the file, and the whole checkpoint before it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from saved import Run, check_resumes_at
+
+from rlhf.errors import UserError
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"step": 2'])
+def test_a_damaged_description(tmp_path: Path, text: str | None) -> None:
+    """It is told with the whole checkpoint before it, and how to continue from that."""
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save(step)
+    (tmp_path / "step_000002/meta.json").unlink()
+    if text is not None:
+        (tmp_path / "step_000002/meta.json").write_text(text)
+    with pytest.raises(UserError, match=rf"step_000002/meta.json is damaged .*: echo step_000001 > {tmp_path}/latest$"):
+        run.checkpoints.resume(run.roles.items(), {})
+    (tmp_path / "latest").write_text("step_000001\n")
+    check_resumes_at(tmp_path, 1)
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    held = bytearray(file.read_bytes())
+    held[len(held) // 2] ^= 1
+    file.write_bytes(held)
+
+
+def zero(file: Path) -> None:
+    held = bytearray(file.read_bytes())
+    first = max(0, len(held) // 2 - 2048)
+    held[first : first + 4096] = bytes(len(held[first : first + 4096]))
+    file.write_bytes(held)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def add(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+def swap(file: Path) -> None:
+    """With the same file of the other checkpoint, of the same size, as a restored backup may do."""
+    file.write_bytes((file.parents[1] / "step_000001" / file.name).read_bytes())
+
+
+FILES = ["model_policy_tp0_pp0.pt", "model_critic_tp0_pp0.pt", "optimizer_policy_rank0.pt", "random_rank0.pt", "meta.json"]
+
+
+@pytest.mark.parametrize("spoil", [flip, zero, cut, add, swap, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None], name: str) -> None:
+    """Of any file: one line with its name, and with the whole checkpoint before it, which the run then continues from."""
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save(step)
+        torch.rand(1)  # so that the random states differ
+    spoil(tmp_path / "step_000002" / name)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/step_000002/.* is (damaged|missing).*; .*: echo step_000001 > {tmp_path}/latest$"):
+        Run(tmp_path).checkpoints.resume(Run(tmp_path).roles.items(), {})
+    (tmp_path / "latest").write_text("step_000001")
+    check_resumes_at(tmp_path, 1)
+
+
+def test_damage_without_an_older_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    cut(tmp_path / "step_000001/random_rank0.pt")
+    with pytest.raises(UserError, match=rf"no older whole checkpoint is left: delete {tmp_path} to begin again, or set another out$"):
+        run.checkpoints.resume(run.roles.items(), {})
+
+
+def test_exported_folders_are_covered_by_size(tmp_path: Path) -> None:
+    """A person may take one away as a whole."""
+    run = Run(tmp_path)
+    run.save(1, export=True)
+    add(tmp_path / "step_000001/hf/model")
+    with pytest.raises(UserError, match="step_000001/hf/model is damaged: it has 8 bytes, 7 were written"):
+        run.checkpoints.resume(run.roles.items(), {})
+    shutil.rmtree(tmp_path / "step_000001/hf")
+    check_resumes_at(tmp_path, 1)
+
+
+def test_checkpoints_of_before_are_read(tmp_path: Path) -> None:
+    """Whose meta.json has no checksums. What torch cannot read is one line, too."""
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save(step)
+        meta = json.loads((tmp_path / f"step_{step:06}/meta.json").read_text())
+        del meta["files"], meta["crc32"]
+        (tmp_path / f"step_{step:06}/meta.json").write_text(json.dumps(meta))
+    check_resumes_at(tmp_path, 2)
+    cut(tmp_path / "step_000002/optimizer_critic_rank0.pt")
+    with pytest.raises(UserError, match=r"step_000002/optimizer_critic_rank0.pt is damaged \(.*echo step_000001"):
+        Run(tmp_path).checkpoints.resume(Run(tmp_path).roles.items(), {})
