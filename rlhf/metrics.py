@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,7 +147,24 @@ def say(text: str) -> None:
 
 
 def _forget(path: Path, start: int) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= start]
-        path.write_text("".join(lines))
+    """Drop the lines of steps that a resumed run will do again, and damaged ones. The file is replaced as a whole."""
+    if not path.exists():
+        return
+    *lines, _ = path.read_text(errors="replace").split("\n")  # behind the last line end is nothing, or a line that was being written
+    steps = [_step(line) for line in lines]
+    if damaged := [str(number) for number, step in enumerate(steps, 1) if step is None]:
+        say(f"{path}: damaged lines are left out: {', '.join(damaged)}")
+    fresh = path.with_suffix(".partial")
+    with fresh.open("w") as file:
+        file.write("".join(f"{line}\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= start))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _step(line: str) -> int | None:
+    """The step that a line is of; None: it is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None

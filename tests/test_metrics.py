@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,3 +96,32 @@ def test_every_line_is_json(tmp_path: Path) -> None:
     assert math.isnan(values["loss"])
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row.keys() == {"step", "reward", "time/step"}
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", "null", "\ufffd", '{"step": null}', ""])
+def test_a_damaged_line_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    """And told; the others are kept."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + damage + '\n{"step": 3}\n{"step": 4}\n')
+    made(tmp_path, 3)
+    assert steps(tmp_path) == [1, 3]
+    assert capsys.readouterr().out == f"{path}: damaged lines are left out: 2\n"
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_while_lines_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Leaves every line that was there; the next run drops them as this one would have."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(5)))
+
+    def crash(*_: object) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[moment], crash)
+        with pytest.raises(InterruptedError):
+            made(tmp_path, 2)
+    assert steps(tmp_path) == [0, 1, 2, 3, 4]
+    made(tmp_path, 2)
+    assert steps(tmp_path) == [0, 1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
