@@ -105,7 +105,7 @@ def build(
         score = partial(roles.read, POLICY)
         source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), score, TOLERANCE[dtype])
         evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge) if held_out else None
-    checkpoints = Checkpoints(config, mesh, dtype)
+    checkpoints = Checkpoints(config, mesh, dtype, given.identity)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0
 
     def export(folder: Path) -> None:

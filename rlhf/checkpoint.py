@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ from rlhf.train.learner import Learner
 class Checkpoints:
     """The checkpoints of one run, on storage that all ranks share."""
 
-    def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype, run: Mapping[str, Any] | None = None):
+        """run: what makes the run this run (rlhf.identity), which the checkpoints keep."""
         self.keep, self.formats, self.mesh = config.checkpoint.keep, config.checkpoint.format, mesh
         self.out = Path(config.out)
         self.last: Path | None = None  # that was loaded or saved
+        self.run = {"run": run or {}, "steps": config.steps}
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
 
     def resume(self, learners: Iterable[tuple[str, Learner]], state: dict[str, float]) -> int:
@@ -94,7 +96,7 @@ class Checkpoints:
         written = {name: file for files in self.mesh.all_gather(files) for name, file in files.items()}  # when all ranks are done
         if self.mesh.rank == 0:
             written |= folders.sizes(partial, self.formats if export else ())
-            _write(partial / "meta.json", folders.describe({"step": step, "state": state, **self.meta, "files": written}))
+            _write(partial / "meta.json", folders.describe({"step": step, "state": state, **self.meta, **self.run, "files": written}))
             shutil.rmtree(folder, ignore_errors=True)  # there where a run went back to an earlier checkpoint
             partial.rename(folder)
             _replace(self.out / "latest", folder.name)

@@ -16,6 +16,7 @@ from rlhf.data import jsonl
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
+from rlhf.identity import Identity, compare, contents, identity, weights
 from rlhf.model.architecture import Architecture
 from rlhf.weights import files
 
@@ -38,21 +39,24 @@ class Inputs:
     tokenizer: Tokenizer
     records: Records  # what the mode goes through: data.train, or data.eval in mode evaluate
     held_out: Records | None  # data.eval of a training run
-    remarks: list[str]  # on the folders
+    remarks: list[str]  # on the folders, and on what differs from the checkpoint that is continued from
+    identity: Identity  # what makes the run this run
 
 
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
     arch, models = shapes(config, world)
-    if ALGORITHMS[config.mode].trains:
-        _check_checkpoints(config)
+    newest = _newest(config) if ALGORITHMS[config.mode].trains else None
     remarks = _check_folders(config, models, arch)
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
     for function in _functions(config):
         rewards.check(function)
-    return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks)
+    known = identity(config, _read(config, models, tokenizer))
+    if newest:
+        remarks += compare(newest, folders.meta(newest), config, known)
+    return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks, known)
 
 
 def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
@@ -72,13 +76,26 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     return arch, models
 
 
-def _check_checkpoints(config: Config) -> None:
-    """What a run would continue from."""
+def _newest(config: Config) -> Path | None:
+    """The checkpoint that a run continues from."""
     out = Path(config.out)
     if config.resume:
-        folders.newest(out)
-    elif (out / "latest").exists() or folders.steps(out):
+        return folders.newest(out)[0]
+    if (out / "latest").exists() or folders.steps(out):
         raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
+    return None
+
+
+def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
+    """What the run reads: key -> (path, fingerprint)."""
+    found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, contents(tokenizer.files.values()))}
+    if config.data.train and ALGORITHMS[config.mode].trains:
+        found["data.train"] = (config.data.train, contents(jsonl.files(Path(config.data.train))))
+    for name, role in models.items():
+        fresh = config.policy.init == "random" and role.folder == config.policy.load
+        shards = [] if fresh else files.open_folder(role.folder, role.arch).shards
+        found[f"{name}.load"] = (role.folder, weights(repr(role.arch), {entry.path for shard in shards for entry in shard.values()}))
+    return found
 
 
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> list[str]:

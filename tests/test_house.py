@@ -27,7 +27,7 @@ LAYERS = (
     ("contracts",),
     ("algorithms", "recorder", "folders"),
     ("configuration", "parallel", "metrics", "interrupt"),
-    ("data", "model", "weights", "rewards", "residence"),
+    ("data", "model", "weights", "rewards", "residence", "identity"),
     ("train", "rollout", "checkpoint"),
     ("prepare", "convert", "cluster", "launcher", "variables"),
     ("roles", "ledger"),

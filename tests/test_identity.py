@@ -1,0 +1,125 @@
+"""A run goes on as what it was started as: what decides its result is refused by name where it differs, and all else may."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf import configuration, folders
+from rlhf.errors import UserError
+from rlhf.prepare import Inputs, inputs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import demo_task
+
+DATA = {"sft": "train_sft", "dpo": "train_sft", "reward": "train_sft", "grpo": "train_rl", "online-dpo": "train_rl"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of one shape, one of another, and data."""
+    root = tmp_path_factory.mktemp("identity")
+    demo_task.write(root / "data", num_sft=300, num_rl=20, num_heldout=20)
+    demo_task.make_model(root / "model", root / "data")
+    demo_task.make_weights(root / "model")
+    shutil.copytree(root / "model", root / "copy")
+    shutil.copytree(root / "model", root / "other")
+    demo_task.make_weights(root / "other", 9)
+    shutil.copytree(root / "model", root / "shape")
+    config = json.loads((root / "model/config.json").read_text())
+    (root / "shape/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    for name in ("train_sft", "train_rl"):
+        shutil.copy(root / f"data/{name}.jsonl", root / f"data/{name}_copy.jsonl")
+        (root / f"data/{name}_less.jsonl").write_text("".join((root / f"data/{name}.jsonl").read_text().splitlines(keepends=True)[1:]))
+    return root
+
+
+def start(made: Path, out: Path, mode: str, *overrides: str) -> Inputs:
+    keys = [f"policy.load={made}/model", f"data.train={made}/data/{DATA[mode]}.jsonl", "data.max_tokens=128", "rollout.max_tokens=32"]
+    config = configuration.load(mode, [*keys, f"out={out}", *(key.format(made=made, data=DATA[mode]) for key in overrides)])
+    return inputs(config, 1)
+
+
+def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
+    """As a checkpoint of step 7 tells it."""
+    (out / "step_000007").mkdir(parents=True)
+    meta = {"step": 7, "state": {}, "mode": mode, "seed": 1, "run": given.identity, "steps": steps}
+    (out / "step_000007/meta.json").write_text(folders.describe(meta))
+    (out / "latest").write_text("step_000007")
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "said"),
+    [
+        ("sft", "policy.load={made}/other", r"policy.load={made}/model, this run has {made}/other"),
+        ("sft", "policy.load={made}/shape", r"policy.load={made}/model, this run has {made}/shape"),
+        ("sft", "data.train={made}/data/{data}_less.jsonl", r"data.train={made}/data/train_sft.jsonl, this run has .*_less.jsonl"),
+        ("sft", "data.template=human", "data.template=plain, this run has human"),
+        ("sft", "batch.prompts=32", "batch.prompts=64, this run has 32"),
+        ("sft", "data.max_tokens=64", "data.max_tokens=128, this run has 64"),
+        ("sft", "seed=2", "seed=1, this run has 2"),
+        ("grpo", "grpo.kl=0.5", "grpo.kl=.*, this run has 0.5"),
+        ("grpo", "reference.load={made}/other", r"reference.load={made}/model, this run has {made}/other"),
+        ("grpo", "rollout.group=4", "rollout.group=8, this run has 4"),
+        ("grpo", "rollout.stop=END", r"rollout.stop=\[\], this run has \['END'\]"),
+        ("grpo", "reward.function=tools/demo_task.py:noise", "reward.function=, this run has tools/demo_task.py:noise"),
+    ],
+)
+def test_another_run_is_refused(made: Path, tmp_path: Path, mode: str, key: str, said: str) -> None:
+    save(tmp_path, start(made, tmp_path, mode), mode)
+    with pytest.raises(UserError, match=f"step_000007 was saved with {said.format(made=made)}: run it alike, or set another out$"):
+        start(made, tmp_path, mode, key)
+
+
+def test_another_mode_is_refused(made: Path, tmp_path: Path) -> None:
+    save(tmp_path, start(made, tmp_path, "sft"), "sft")
+    with pytest.raises(UserError, match=r"step_000007 was saved with mode=sft, this run has grpo: run it alike, or set another out$"):
+        start(made, tmp_path, "grpo")
+
+
+def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None:
+    """Under the name that they had."""
+    data = tmp_path / "mine.jsonl"
+    shutil.copy(made / "data/train_sft.jsonl", data)
+    out = tmp_path / "run"
+    save(out, start(made, out, "sft", f"data.train={data}"), "sft")
+    assert start(made, out, "sft", f"data.train={data}").remarks == []
+    shutil.copy(made / "data/train_sft_less.jsonl", data)
+    with pytest.raises(UserError, match=f"step_000007 was saved with another content of data.train={data}: run it alike"):
+        start(made, out, "sft", f"data.train={data}")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["steps=9", "log.every=3", "evaluate.every=3", "checkpoint.every=3", "memory.offload=all", "batch.tokens=512"],
+        ["policy.load={made}/copy", "data.train={made}/data/{data}_copy.jsonl", "policy.tokenizer={made}/other"],
+        ["rollout.memory=0.3", "rollout.cache=1", "rollout.check=true", "reward.timeout=3", "data.eval={made}/data/{data}.jsonl"],
+    ],
+)
+@pytest.mark.parametrize("mode", ["sft", "grpo"])
+def test_what_changes_no_result_may_differ(made: Path, tmp_path: Path, mode: str, keys: list[str]) -> None:
+    save(tmp_path, start(made, tmp_path, mode), mode)
+    assert start(made, tmp_path, mode, *keys).remarks == []
+
+
+def test_what_may_differ_from_some_step_on_is_said(made: Path, tmp_path: Path) -> None:
+    save(tmp_path, start(made, tmp_path, "sft", "optim.lr=1e-3", "optim.schedule=linear"), "sft")
+    remarks = start(made, tmp_path, "sft", "optim.lr=1e-4", "optim.schedule=linear", "steps=200").remarks
+    assert remarks == [
+        "optim.lr=0.0001 from here on; step_000007 was saved with 0.001",
+        "steps=200 stretches optim.schedule=linear from here on; it was 100",
+    ]
+
+
+def test_checkpoints_of_before_are_continued_from(made: Path, tmp_path: Path) -> None:
+    """Which tell mode and seed alone."""
+    given = start(made, tmp_path, "sft")
+    given.identity.clear()
+    save(tmp_path, given, "sft")
+    assert start(made, tmp_path, "sft", "batch.prompts=3").remarks == []
