@@ -176,7 +176,7 @@ class Config:
     """One run. Frozen after loading."""
 
     mode: str = "sft"  # set by the command line
-    out: str = "runs/default"  # folder for checkpoints, metrics.jsonl, config.toml
+    out: str = ""  # folder for checkpoints, metrics.jsonl, config.toml; empty: runs/MODE
     steps: Count = 100  # steps in all; a resumed run counts on from its checkpoint
     seed: int = 1  # data order, sampling and random weights all derive from it
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of weights and activations; auto: bfloat16 on a GPU, else float32

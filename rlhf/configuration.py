@@ -27,6 +27,8 @@ def load(mode: str, arguments: list[str]) -> Config:
             _merge(tree, _read(argument))
     if "mode" in tree:
         raise UserError("key 'mode' cannot be set in a file: it is the first word of the command")
+    if not tree.get("out"):
+        tree["out"] = f"runs/{mode}"
     return _build(Config, tree | {"mode": mode})
 
 

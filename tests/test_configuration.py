@@ -50,7 +50,7 @@ def test_defaults_there_and_back(tmp_path: Path, mode: str) -> None:
 def test_texts_there_and_back(tmp_path: Path, text: str) -> None:
     """A stop string may be anything, and so may a folder's name: lines, quotes, backslashes, control characters."""
     config = configuration.load("grpo", [])
-    config = replace(config, out=text, rollout=replace(config.rollout, stop=(text, "x" + text)))
+    config = replace(config, out=text or "runs/grpo", rollout=replace(config.rollout, stop=(text, "x" + text)))
     assert there_and_back(config, tmp_path) == config
 
 

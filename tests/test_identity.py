@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import configuration, folders
+from rlhf.algorithms import ALGORITHMS
 from rlhf.errors import UserError
 from rlhf.prepare import Inputs, inputs
 
@@ -123,3 +124,10 @@ def test_checkpoints_of_before_are_continued_from(made: Path, tmp_path: Path) ->
     given.identity.clear()
     save(tmp_path, given, "sft")
     assert start(made, tmp_path, "sft", "batch.prompts=3").remarks == []
+
+
+@pytest.mark.parametrize("mode", ALGORITHMS)
+def test_every_mode_has_a_folder_of_its_own(mode: str) -> None:
+    """Unless one is set."""
+    assert configuration.load(mode, []).out == configuration.load(mode, ["out="]).out == f"runs/{mode}"
+    assert configuration.load(mode, ["out=mine"]).out == "mine"
