@@ -36,9 +36,8 @@ class Roles:
         self.learners: dict[str, Learner] = {}
         for name, role in roles.items():
             self.learners[name] = self._learner(role)
+            mesh.agree("" if self.learners[name].sound() else f"{role.folder}: {UNSOUND}")  # now: what is offloaded leaves at once
             residence.add(name, self.learners[name])
-        spoilt = [role.folder for name, role in roles.items() if not self.learners[name].sound()]
-        mesh.agree(f"{spoilt[0]}: {UNSOUND}" if spoilt else "")
         self.trained = [name for name, role in roles.items() if role.use == "train"]
         self._plan = lru_cache(maxsize=16)(plan)  # a step asks for the same cut for each stream, role and pass; the next one does not
 
