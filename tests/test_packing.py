@@ -166,7 +166,7 @@ def test_a_step_cuts_the_same_samples_once(monkeypatch: pytest.MonkeyPatch) -> N
     calls = []
     monkeypatch.setattr(roles, "plan", lambda *known: calls.append(known) or plan(*known))
     models = {name: SimpleNamespace(arch=SimpleNamespace(hidden=h), use="train") for name, h in (("a", 64), ("b", 64), ("c", 8))}
-    monkeypatch.setattr(Roles, "_learner", lambda *_: None)
+    monkeypatch.setattr(Roles, "_learner", lambda *_: SimpleNamespace(sound=lambda: True))
     config = configuration.load("grpo", ["batch.tokens=128"])
     mesh, parking = SimpleNamespace(layout=SimpleNamespace(dp=2), agree=lambda mistake: None), SimpleNamespace(add=lambda *_: None)
     known = Roles(config, mesh, models, torch.float32, 1.0, parking)
