@@ -214,7 +214,6 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()  # generation ends after one of these; it stays in the tokens
-    stops: tuple[str, ...] = ()  # strings of several tokens that end it, which Request.ends watches for
 
 
 @dataclass(slots=True)

@@ -146,16 +146,8 @@ class EngineSource:
     def sampling(self) -> Sampling:
         """How the configuration says to sample. A stop string of one token is a stop id; for others the tokens are watched."""
         r = self.config.rollout
-        spelled = {text: self.tokenizer.encode(text, continues=True, control=True) for text in r.stop}
-        single = [ids[0] for ids in spelled.values() if len(ids) == 1]
-        return Sampling(
-            max_tokens=r.max_tokens,
-            temperature=r.temperature,
-            top_p=r.top_p,
-            top_k=r.top_k,
-            stop_ids=(*self.tokenizer.stop_ids, *single),
-            stops=tuple(text for text, ids in spelled.items() if len(ids) > 1),
-        )
+        stop_ids = (*self.tokenizer.stop_ids, *(ids[0] for ids in self._stops() if len(ids) == 1))
+        return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
         """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
@@ -181,7 +173,7 @@ class EngineSource:
         engines, engine = self.mesh.world // tp, self.mesh.rank // tp
         jobs = [(i, k) for i in range(len(prompts)) if i % engines == engine for k in range(group)]
         mine = set(portion(range(len(jobs)), self.mesh.rank % tp, tp))
-        ends = self._ends if sampling.stops else None
+        ends = self._ends if any(len(ids) > 1 for ids in self._stops()) else None
         requests = [
             Request(n, prompts[i].tokens.tolist(), sampling, _seed(self.config.seed, step, prompts[i].group, k), ends)
             for n, (i, k) in enumerate(jobs)
@@ -220,6 +212,10 @@ class EngineSource:
             version=version,
             sampler_logp=logp,
         )
+
+    def _stops(self) -> list[list[int]]:
+        """The stop strings as tokens."""
+        return [self.tokenizer.encode(text, continues=True, control=True) for text in self.config.rollout.stop]
 
     def _ends(self, tokens: list[int]) -> bool:
         """Whether the last token has completed a stop string. It may miss one that only the whole text shows; _cut() finds that."""
