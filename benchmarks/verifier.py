@@ -1,8 +1,8 @@
 """How many pairs of answers the math verifier judges as people do, and its seconds of CPU; math-verify beside it where it is installed.
 
-    python benchmarks/verifier.py [PAIRS.jsonl] [--library PYTHON]
+    python benchmarks/verifier.py [PAIRS.jsonl] [--math-verify PYTHON]
 
-A line of PAIRS has `answer` (the record's), `boxed` (the content of a response's box) and `equal`. --library names the Python of an
+A line of PAIRS has `answer` (the record's), `boxed` (the content of a response's box) and `equal`. --math-verify names the Python of an
 environment with math-verify (pip install math-verify, in an environment of its own); "both" asks it where ours says unequal.
 """
 
@@ -41,14 +41,14 @@ def ours(pairs: list[dict]) -> tuple[list[bool], float]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("pairs", nargs="?", type=Path, default=PAIRS)
-    p.add_argument("--library", default="", metavar="PYTHON")
+    p.add_argument("--math-verify", default="", metavar="PYTHON")
     p.add_argument("--answers", type=int, default=10_000, help="of which to take the time (default: %(default)s)")
     a = p.parse_args()
     pairs = [json.loads(line) for line in a.pairs.read_text().splitlines()]
     fast, seconds = ours(pairs)
     rows = {"fast path": (fast, seconds)}
-    if a.library:
-        output = subprocess.run([a.library, "-c", LIBRARY, str(a.pairs)], check=True, capture_output=True, text=True).stdout
+    if a.math_verify:
+        output = subprocess.run([a.math_verify, "-c", LIBRARY, str(a.pairs)], check=True, capture_output=True, text=True).stdout
         library, library_seconds = json.loads(output.splitlines()[-1])
         asked = fast.count(False) / len(pairs)
         rows["math-verify"] = (library, library_seconds)

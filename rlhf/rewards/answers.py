@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from rlhf.rewards.extraction import extract
-from rlhf.rewards.polynomials import Algebra, Quotient, UnreadableError
+from rlhf.rewards.polynomials import Algebra, Quotient, UnreadableError, number
 from rlhf.rewards.quantities import ratio
 from rlhf.rewards.reader import LONGEST, Reader, words
 from rlhf.rewards.spelling import plain
@@ -75,12 +75,11 @@ class Comparison:
         size = ratio(a.unit, b.unit)
         if size is None:
             return False
-        if self.values(self.algebra.times(a.value, Quotient({frozenset(): size}, {frozenset(): Fraction(1)})), b.value):
+        if self.values(self.algebra.times(a.value, number(size)), b.value):
             return True
         for percent, other in ((a, b), (b, a)):
             if percent.unit.kind == "percent" and not other.unit.kind and other.fraction:
-                hundred = Quotient({frozenset(): Fraction(100)}, {frozenset(): Fraction(1)})
-                return self.values(percent.value, self.algebra.times(other.value, hundred))
+                return self.values(percent.value, self.algebra.times(other.value, number(100)))
         return False
 
     def brackets(self, a: Bracket, b: Bracket) -> bool:
@@ -112,9 +111,9 @@ class Comparison:
         a_names, b_names = _names(a), _names(b)
         if a.kind == b.kind == "list" and (a_names is None) != (b_names is None):
             return self.by_names_and_bare(a, b) if a_names else self.by_names_and_bare(b, a)
-        if a.kind == b.kind == "list":
-            return self.in_any_order(a.members, b.members)
-        return self.in_any_order(self.distinct(a), self.distinct(b)) if a.kind == b.kind else self.in_any_order(a.members, b.members)
+        if a.kind == b.kind != "list":
+            return self.in_any_order(self.distinct(a), self.distinct(b))
+        return self.in_any_order(a.members, b.members)
 
     def by_names_and_bare(self, named: Several, bare: Several) -> bool:
         """x = 1, y = 2 is 1, 2 in this order; x_1 = 1, x_2 = 2 are two values of x, in any."""
@@ -157,9 +156,9 @@ class Comparison:
             return (a.clock, a.half) == (b.clock, b.half)
         if len(a.parts) != len(b.parts):
             return False
-        crossed = ((x, y) for x, y in zip(a.parts, b.parts, strict=True))
         first_a, first_b = a.parts[0], b.parts[0]
-        return all(self.values(self.algebra.times(x, first_b), self.algebra.times(y, first_a)) for x, y in crossed)
+        pairs = zip(a.parts, b.parts, strict=True)
+        return all(self.values(self.algebra.times(x, first_b), self.algebra.times(y, first_a)) for x, y in pairs)
 
     def choices(self, a: Choice, b: Choice) -> bool:
         if a.letter != b.letter:
