@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf import configuration
-from rlhf.algorithms import algorithm_of
+from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
@@ -46,7 +46,7 @@ def run(config: Config) -> int:
         )
     limits = (config.reward.timeout, config.reward.workers)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
-        if not algorithm_of(config).trains:
+        if not ALGORITHMS[config.mode].trains:
             evaluate(config, mesh, given, held_out_rewards)
             return 0
         return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
@@ -93,7 +93,7 @@ def build(
 
     rewards says what samples are worth, held_out_rewards what responses to held-out prompts are.
     """
-    algorithm, dtype, held_out = algorithm_of(config), dtype_of(config, mesh), given.held_out
+    algorithm, dtype, held_out = ALGORITHMS[config.mode](config), dtype_of(config, mesh), given.held_out
     residence = Residence(ledger.offload, mesh.device)
     if algorithm.online:  # the engine first: it sizes its memory by what is free
         engine = build_engine(config, mesh, given, dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -60,9 +59,14 @@ def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity
     return remarks
 
 
-def weights(description: str, files: Iterable[Path]) -> str:
-    """A fingerprint of a model: its description, and names, sizes and some blocks of its files, which are too large to be read twice."""
-    digest = hashlib.blake2b(description.encode(), digest_size=16)
+def description(arch: object) -> str:
+    """A fingerprint of an architecture."""
+    return hashlib.blake2b(repr(arch).encode(), digest_size=8).hexdigest()
+
+
+def weights(files: Iterable[Path]) -> str:
+    """A fingerprint of a model's files: names, sizes and some blocks, as they are too large to be read twice."""
+    digest = hashlib.blake2b(digest_size=16)
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
@@ -71,13 +75,3 @@ def weights(description: str, files: Iterable[Path]) -> str:
                 stream.seek(max(0, size - BLOCK) * i // (BLOCKS - 1))
                 digest.update(stream.read(BLOCK))
     return digest.hexdigest()
-
-
-def contents(files: Iterable[Path]) -> str:
-    """A fingerprint of files as a whole, whatever they are called."""
-    found = 0
-    for file in files:
-        with file.open("rb") as stream:
-            while part := stream.read(1 << 22):
-                found = zlib.crc32(part, found)
-    return f"{found:08x}"

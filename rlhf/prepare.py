@@ -6,19 +6,22 @@ it read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf import folders, rewards
-from rlhf.algorithms import ALGORITHMS, algorithm_of
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
-from rlhf.data import jsonl
+from rlhf.data import columns, jsonl
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
-from rlhf.identity import Identity, compare, contents, identity, weights
+from rlhf.identity import Identity, compare, description, identity, weights
 from rlhf.model.architecture import Architecture
 from rlhf.weights import files
+
+Opened = tuple[files.Source, Architecture]  # a folder, and what it is read as
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,15 @@ def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
     arch, models = shapes(config, world)
     newest = _newest(config) if ALGORITHMS[config.mode].trains else None
-    remarks = _check_folders(config, models, arch)
-    tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load)
+    sources = _check_folders(config, models, arch)
+    beside = config.policy.tokenizer
+    remarks = [remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")]
+    tokenizer = Tokenizer.load(beside or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
     for function in _functions(config):
         rewards.check(function)
-    known = identity(config, _read(config, models, tokenizer))
+    known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
     return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks, known)
@@ -86,31 +91,29 @@ def _newest(config: Config) -> Path | None:
     return None
 
 
-def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
+def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources: Mapping[str, Opened]) -> dict[str, tuple[str, str]]:
     """What the run reads: key -> (path, fingerprint)."""
-    found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, contents(tokenizer.files.values()))}
+    found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))}
     if config.data.train and ALGORITHMS[config.mode].trains:
-        found["data.train"] = (config.data.train, contents(jsonl.files(Path(config.data.train))))
+        found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
+    held = {folder: weights({entry.path for shard in source.shards for entry in shard.values()}) for folder, (source, _) in sources.items()}
     for name, role in models.items():
-        fresh = config.policy.init == "random" and role.folder == config.policy.load
-        shards = [] if fresh else files.open_folder(role.folder, role.arch).shards
-        found[f"{name}.load"] = (role.folder, weights(repr(role.arch), {entry.path for shard in shards for entry in shard.values()}))
+        found[f"{name}.load"] = (role.folder, f"{held.get(role.folder, 'random')} {description(role.arch)}")
     return found
 
 
-def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> list[str]:
-    """What is read and what will be written; remarks on the former."""
-    remarks = []
+def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> dict[str, Opened]:
+    """What is read, opened, and what will be written."""
+    sources = {}
     to_read = {config.policy.load: arch} | {role.folder: role.arch for role in models.values()}
     judges = {role.folder for name, role in models.items() if name == "reward" and role.use == "frozen"}  # a head of zeros is for learners
     for folder, held in to_read.items():
         if config.policy.init == "load" or folder != config.policy.load:
-            source = files.open_folder(folder, held, head=folder in judges)
-            remarks += source.remarks(held, config.policy.tokenizer, "policy.tokenizer")
+            sources[folder] = files.open_folder(folder, held, head=folder in judges), held
     for name in config.checkpoint.format:
         if name not in files.FORMATS:
             raise UserError(f"checkpoint.format={name}: choose among {', '.join(files.FORMATS)}")
-    return remarks
+    return sources
 
 
 def rule(config: Config) -> str:
@@ -155,7 +158,7 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
 
     Raises UserError where one is not given or not fit.
     """
-    algorithm = algorithm_of(config)
+    algorithm = ALGORITHMS[config.mode](config)
     models = dict(algorithm.models)
     if algorithm.online and config.reward.load and (algorithm.trains or not config.evaluate.function):
         models["reward"] = "frozen"

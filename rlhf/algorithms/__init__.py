@@ -6,7 +6,6 @@ where nothing is installed.
 
 from importlib import import_module
 
-from rlhf.config import Config
 from rlhf.contracts import Algorithm
 
 MODES = {  # mode -> module in this folder, and class
@@ -28,8 +27,3 @@ def _load(place: str) -> type[Algorithm]:
 ALGORITHMS: dict[str, type[Algorithm]] = {mode: _load(place) for mode, place in MODES.items()}
 ALIASES = {alias: mode for mode, algorithm in ALGORITHMS.items() for alias in algorithm.aliases}
 SECTIONS = dict(algorithm.section for algorithm in ALGORITHMS.values() if algorithm.section)  # of the configuration: name -> keys
-
-
-def algorithm_of(config: Config) -> Algorithm:
-    """The algorithm of a run. Raises UserError where its keys contradict each other."""
-    return ALGORITHMS[config.mode](config)
