@@ -3,10 +3,10 @@
 import gzip
 import json
 import re
-import time
 from decimal import Decimal
 
 import pytest
+from timing import shortest
 
 from rlhf.rewards.answers import equal, extract, verify
 
@@ -257,20 +257,24 @@ def test_unequal(a, b):
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 def test_time_is_bounded(answer):
-    start = time.process_time()
-    assert verify(f"#### {answer}", "18") == 0.0
-    assert verify("\\boxed{" + answer, "18") == 0.0
-    assert verify("answer: " * 1000 + answer, answer) in (0.0, 1.0)
-    assert time.process_time() - start < 0.2, "a few milliseconds, and some for a slow machine"
+    def check():
+        assert verify(f"#### {answer}", "18") == 0.0
+        assert verify("\\boxed{" + answer, "18") == 0.0
+        assert verify("answer: " * 1000 + answer, answer) in (0.0, 1.0)
+
+    assert shortest(check) < 0.2, "a few milliseconds, and some for a slow machine"
 
 
 @pytest.mark.parametrize("text", ["\\boxed{", "#", "answer ", "answer" + "*" * 999, "{", "answer is ", "####\n"])
 def test_time_is_bounded_for_any_response(text):
     """Megabytes: what stands far before the end is not read."""
-    start = time.process_time()
-    assert verify(text * (5_000_000 // len(text)), "18") == 0.0
-    assert verify("#### 18" + text * (5_000_000 // len(text)), "18") == 0.0
-    assert time.process_time() - start < 0.3
+    long = text * (5_000_000 // len(text))
+
+    def check():
+        assert verify(long, "18") == 0.0
+        assert verify("#### 18" + long, "18") == 0.0
+
+    assert shortest(check) < 0.3
 
 
 def test_verify_takes_bare_answers_and_solutions():

@@ -245,7 +245,7 @@ def test_check_starts_fast_and_without_torch(file):
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
     start = time.monotonic()
     rewards.check(f"{file}:act")
-    assert time.monotonic() - start < 1.0  # about 0.1 s on an idle machine
+    assert time.monotonic() - start < 3  # about 0.1 s on an idle machine; torch alone would take longer
 
 
 def test_math_compares_with_the_answer_of_the_record():

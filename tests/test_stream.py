@@ -62,8 +62,8 @@ def test_rewards_are_given_beside_generation(tmp_path: Path, llama2: Tokenizer) 
         seconds = time.perf_counter() - start
     assert [s.reward for s in samples] == [float(len(s.text.response)) for s in samples]
     waited, _ = sums["time/reward"]
-    assert waited < 1.2, "two rewards may be under way when the last response comes, and its own is still to be given"
-    assert seconds < 12 * 0.3 + 1.5, "6 x 0.5 s of rewards would come behind 3.6 s of generation"
+    assert waited < 2, "two rewards may be under way when the last response comes, and its own is still to be given"
+    assert seconds < 12 * 0.3 + 2.4, "6 x 0.5 s of rewards would come behind 3.6 s of generation"
 
 
 def test_scores_are_taken_when_they_are_there(tmp_path: Path) -> None:

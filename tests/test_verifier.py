@@ -5,11 +5,11 @@ import json
 import re
 import subprocess
 import sys
-import time
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from timing import shortest
 
 from rlhf.rewards.answers import equal, verify
 from rlhf.rewards.explanation import explain
@@ -190,9 +190,7 @@ def test_hostile_answers_take_little_time(answer):
     seconds = []
     for response in (f"#### {answer}", f"\\boxed{{{answer}}}", f"The answer is {answer}"):
         for right in ("18", answer):
-            start = time.process_time()
-            verify(response, right)
-            seconds.append(time.process_time() - start)
+            seconds.append(shortest(lambda response=response, right=right: verify(response, right)))
     assert sorted(seconds)[len(seconds) // 2] < 0.05  # the middle one, for a machine may be busy
     assert max(seconds) < 0.2
 
