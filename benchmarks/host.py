@@ -9,7 +9,6 @@ Results of an earlier commit, where --commit names one, were measured by this fi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -26,13 +25,12 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import vocabularies
 
-from rlhf import configuration
-from rlhf.contracts import Completion, Sample
+from rlhf.contracts import Sample
 from rlhf.data import columns
 from rlhf.data.columns import Columns
 from rlhf.data.packing import microbatches, shares
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.rollout.source import EngineSource
+from rlhf.rollout.stops import Stops
 
 Result = dict[str, float]
 ABSENT: Any = None
@@ -43,14 +41,12 @@ def stop_strings(sizes: list[int]) -> dict[int, Result]:
     """Cut a response of so many tokens, which ends with a stop string, and one that has none in it; and one where none is set."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Tokenizer.load(vocabularies.write_byte_level(Path(folder)))
-    configs = {stop: configuration.load("grpo", [f"rollout.stop={json.dumps([stop] if stop else [])}"]) for stop in (STOP, "")}
-    sources = {stop: EngineSource(config, ABSENT, ABSENT, tokenizer, ABSENT, ABSENT) for stop, config in configs.items()}
+    stops = {stop: Stops(tokenizer, [stop] if stop else []) for stop in (STOP, "")}
     end = tokenizer.encode(STOP)
     words = tokenizer.encode(SENTENCE) * (max(sizes) // 8 + 1)
 
     def seconds(tokens: list[int], stop: str) -> float:
-        completion = Completion(tokens, [-1.0] * len(tokens), "length")
-        return record.seconds(lambda: sources[stop]._cut(completion), repeat=1, warm=0)
+        return record.seconds(lambda: stops[stop].end(tokens), repeat=1, warm=0)
 
     seconds(words[: min(sizes)], STOP)
     found = {}

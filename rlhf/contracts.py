@@ -222,7 +222,7 @@ class Completion:
 
     tokens: list[int]  # the response, including the stop token that ended it
     logp: list[float]  # log-prob of each token at the sampling temperature
-    finish: str  # "stop" (a stop token was drawn) | "length" (cut by a limit)
+    finish: str  # "stop" (a stop token was drawn) | "length" (cut by a limit) | "held" (withdrawn before its end)
 
 
 @dataclass(slots=True)
@@ -249,6 +249,10 @@ class Engine(ABC):
     @abstractmethod
     def advance(self) -> list[tuple[int, Completion]]:
         """Draw a token for as many requests as run at a time; those that this has completed, by their keys."""
+
+    @abstractmethod
+    def withdraw(self) -> list[tuple[int, Completion]]:
+        """Forget all requests that are held. What was drawn for each, which may be nothing, by their keys; they finish as "held"."""
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:

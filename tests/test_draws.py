@@ -33,6 +33,8 @@ class Asked(NamedTuple):
 class Scribe:
     """An engine that answers every prompt with what `says` makes of its seed."""
 
+    withdraw = list  # it is never stopped before it has answered all
+
     def __init__(self, says: Callable[[int], Completion]):
         self.says, self.asked, self.version, self.order = says, list[Asked](), 3, 1
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,9 @@ import demo_task
 from vocabularies import write_byte_level, write_sentencepiece
 
 from rlhf import configuration
-from rlhf.contracts import Completion
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.rollout.source import EngineSource
+from rlhf.rollout.stops import Stops
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,10 +53,9 @@ def test_a_special_token_may_be_a_stop_string(tmp_path: Path) -> None:
     assert sampler.sampling().stop_ids == (tokenizer.eos, end)
     for said, kept in (("hello<|im_end|>\nhello", "hello<|im_end|>"), ("the letter", "the l"), ("hello", "hello")):
         tokens = tokenizer.encode(said, control=True)
-        cut = sampler._cut(Completion(tokens, [-1.0] * len(tokens), "length"))
-        assert tokenizer.decode(cut.tokens, skip_special=False).startswith(kept)
-        assert len(cut.logp) == len(cut.tokens)
-        assert cut.finish == ("length" if said == kept else "stop")
+        end = sampler.stops.end(tokens)
+        assert tokenizer.decode(tokens[:end], skip_special=False).startswith(kept)
+        assert (end is None) == (said == kept)
 
 
 def write_byte_fallback(folder: Path) -> Path:
@@ -95,7 +93,6 @@ def test_the_end_is_the_first_prefix_with_a_stop_string(tmp_path: Path, write: C
     tokenizer = Tokenizer.load(write(tmp_path / "tokenizer"))
     rng = np.random.default_rng(1)
     found = dict.fromkeys(("none", "late", "hidden"), 0)
-    sampler = EngineSource(configuration.load("grpo", []), None, None, tokenizer, None, None)
     for among in kinds(tokenizer).values():
         for turn in range(240):
             tokens = rng.choice(among, rng.integers(1, 32)).tolist()
@@ -103,10 +100,8 @@ def test_the_end_is_the_first_prefix_with_a_stop_string(tmp_path: Path, write: C
             start = int(rng.integers(0, max(1, len(text) - 2)))
             said = text[start : start + int(rng.integers(1, 4))] or "x"  # one that is there, if only in the end
             stops = [[said], [said, "a"], ["\n"], ["b\n", " a"], ["\ufffd"], ["\n", "\ufffd\n"]][turn % 6]
-            sampler.config = replace(sampler.config, rollout=replace(sampler.config.rollout, stop=tuple(stops)))
             end = every_prefix(tokenizer, tokens, stops)
-            cut = sampler._cut(Completion(tokens, [-1.0] * len(tokens), "length"))
-            assert (cut.tokens, cut.finish) == ((tokens, "length") if end is None else (tokens[:end], "stop")), (tokens, stops)
+            assert Stops(tokenizer, stops).end(tokens) == end, (tokens, stops)
             found["none"] += end is None
             found["late"] += end is not None and end > 8
             later = [tokenizer.decode(tokens[:n], skip_special=False) for n in range(end or len(tokens), len(tokens))]
@@ -123,6 +118,5 @@ def test_a_long_response_is_decoded_a_few_times(llama3: Tokenizer, monkeypatch: 
     end = llama3.encode("STOP now")
     for stops, tokens, most in (([], words, 0), (["STOP"], words, 1), (["STOP"], [*words, *end, *words], 16)):
         decoded.clear()
-        config = configuration.load("grpo", [f"rollout.stop={json.dumps(stops)}"])
-        EngineSource(config, None, None, llama3, None, None)._cut(Completion(tokens, [-1.0] * len(tokens), "length"))
+        Stops(llama3, stops).end(tokens)
         assert len(decoded) <= most

@@ -21,6 +21,7 @@ from rlhf.metrics import Progress
 from rlhf.recorder import Recorder
 from rlhf.rewards import Rewards
 from rlhf.rollout.source import EngineSource, Rule
+from rlhf.rollout.stops import Stops
 
 ALONE = SimpleNamespace(rank=0, world=1, is_first_on_node=True, all_gather=lambda value: [value])
 SLOW = """
@@ -36,6 +37,7 @@ class SlowEngine:
     """Completes one request in every `pause` seconds."""
 
     version = 0
+    withdraw = list
 
     def __init__(self, pause: float):
         self.pause = pause
@@ -85,12 +87,15 @@ def test_scores_are_taken_when_they_are_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", ["ef g", "g", "öß", "<|im_end|>\n"])
 def test_a_stop_string_is_seen_when_its_last_token_comes(qwen: Tokenizer, stop: str) -> None:
     """What is watched in each step ends a response where cutting it afterwards would."""
-    source = EngineSource(configuration.load("grpo", [f"rollout.stop={json.dumps([stop])}"]), None, None, qwen, None, None)  # type: ignore[arg-type]
+    stops = Stops(qwen, [stop])
     tokens = qwen.encode(f"abc d öä {stop[:-1]} and then ef {stop} and more {stop}", control=True)
     end = next(n for n in range(1, len(tokens) + 1) if stop in qwen.decode(tokens[:n], skip_special=False))
-    assert [source._ends(tokens[:n]) for n in range(1, end + 1)] == [False] * (end - 1) + [True]
-    cut = source._cut(Completion(tokens[:end], [-1.0] * end, "stop"))
-    assert cut.tokens == tokens[:end]
+    assert [stops.ends(tokens[:n]) for n in range(1, end + 1)] == [False] * (end - 1) + [True]
+    assert stops.end(tokens[:end]) == end
+    if stops.watched:
+        for held in range(end):  # a response that was held goes on with tokens of its own
+            asked = stops.after(tokens[:held])
+            assert [asked(tokens[held:n]) for n in range(held + 1, end + 1)] == [False] * (end - held - 1) + [True]
 
 
 def test_progress_is_one_line_of_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

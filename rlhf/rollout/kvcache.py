@@ -7,11 +7,13 @@ Shapes: B sequences, Q new tokens each, K tokens cached, H query heads, G key/va
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.model.architecture import Architecture
@@ -27,7 +29,8 @@ class Batch:
         self.model, self.requests, self.length = model, requests, length
         self.sampling, device, prompts = requests[0].sampling, model.device, [request.prompt for request in requests]
         self.sizes = torch.tensor([len(p) for p in prompts], device=device)
-        self.room = (model.max_len - self.sizes).clamp(max=self.sampling.max_tokens)
+        most = [request.sampling.max_tokens for request in requests]
+        self.room = torch.minimum(model.max_len - self.sizes, torch.tensor(most, device=device))
         # Padding on the right is never seen: a generated token overwrites it before any query reaches its position.
         width = int(self.sizes.max())
         self.tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
@@ -35,9 +38,11 @@ class Batch:
         shape = (model.arch.layers, 2, len(prompts), length, model.kv_heads, model.arch.head_dim)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
         # All draws are made before generation starts, so neither batch nor order can touch them.
-        count, kind = self.sampling.max_tokens, torch.float64
-        draws = [torch.rand(count, generator=torch.Generator().manual_seed(request.seed), dtype=kind) for request in requests]
-        self.draw = torch.stack(draws, dim=1).to(device)  # [max_tokens, B]
+        draws = [
+            torch.rand(count, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float64)
+            for count, request in zip(most, requests, strict=True)
+        ]
+        self.draw = pad_sequence(draws).to(device)  # [most tokens, B]
         self.stop = torch.tensor(self.sampling.stop_ids, dtype=torch.int64, device=device)
         self.rows, self.last = torch.arange(len(prompts), device=device), self.sizes - 1  # where the hidden state that predicts is
         self.done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -67,6 +72,11 @@ class Batch:
         self.positions = (self.sizes + self.steps).clamp(max=self.length - 1)[:, None]  # complete ones idle at the end
         self.steps += 1
         return found
+
+    def held(self) -> list[tuple[int, Completion]]:
+        """What was drawn for requests that are not complete, by their keys."""
+        rows = zip(self.requests, self.drawn, self.done.tolist(), strict=True)
+        return [(request.key, Completion(drawn.tokens, drawn.logp, "held")) for request, drawn, done in rows if not done]
 
 
 class KVCache(Engine):
@@ -107,11 +117,10 @@ class KVCache(Engine):
         """Requests run in batches of like length; the next begins when the last of a batch is complete."""
         if not self.running and self.waiting:
             self.waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length pad each other least
-            longest = self.waiting[-1]
-            length = min(len(longest.prompt) + longest.sampling.max_tokens, self.max_len)
+            length = min(max(len(request.prompt) + request.sampling.max_tokens for request in self.waiting), self.max_len)
             size = max(1, BATCH // length)
             batch, self.waiting = self.waiting[-size:], self.waiting[:-size]
-            assert all(request.sampling == longest.sampling for request in batch), "one batch is sampled in one way"
+            assert len({replace(request.sampling, max_tokens=0) for request in batch}) == 1, "one batch is sampled in one way"
             self.running = Batch(self, batch, length)
         if not self.running:
             return []
@@ -119,6 +128,12 @@ class KVCache(Engine):
         if self.running.done.all():
             self.running = None
         return found
+
+    def withdraw(self) -> list[tuple[int, Completion]]:
+        held = self.running.held() if self.running else []
+        held += [(request.key, Completion([], [], "held")) for request in self.waiting]
+        self.running, self.waiting = None, []
+        return held
 
     def parameters(self) -> dict[str, Tensor]:
         return self.weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -55,8 +55,11 @@ class EngineOwner:
         self._weights, self.version = weights, version
         self._publish()
 
-    def stream(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
-        """After every step of the engine what it has completed, by the requests' keys, until all are complete."""
+    def stream(self, requests: list[Request]) -> Generator[list[tuple[int, Completion]], None, None]:
+        """After every step of the engine what it has completed, by the requests' keys, until all are complete.
+
+        Whoever stops earlier withdraws the rest.
+        """
         if not self._fresh:
             self._publish()
         self.engine.submit(requests)
@@ -66,6 +69,10 @@ class EngineOwner:
                 found = self.engine.advance()
                 waiting -= len(found)
                 yield found
+
+    def withdraw(self) -> list[tuple[int, Completion]]:
+        """Whatever is not complete, by the requests' keys, as far as it is. The engine holds nothing afterwards."""
+        return self.engine.withdraw()
 
     def volume(self) -> tuple[int, int]:
         """Bytes of a publish that stay on their ranks, and that cross, over all ranks."""

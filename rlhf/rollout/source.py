@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,11 +17,12 @@ from rlhf.contracts import ABSENT, Completion, Request, Sample, Sampling, Sums, 
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.metrics import Progress, say
-from rlhf.parallel.mesh import Mesh, portion
+from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Rewards
+from rlhf.rollout.flight import Group, Response, choose
 from rlhf.rollout.owner import EngineOwner
+from rlhf.rollout.stops import Stops
 
-BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
 Weights = Mapping[str, Tensor]
 
 
@@ -89,8 +90,14 @@ class EngineSource:
     judge: Judge
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
     tolerance: float = 0.0  # of the mean |engine - policy| over log-probs
-    enders: dict[int, bool] = field(default_factory=dict)  # tokens that were asked: whether they may complete a stop string
+    stops: Stops = field(init=False)
     waited: float = 0.0  # seconds since the last step in which rewards alone were awaited
+    flight: list[Group] = field(default_factory=list)  # of this engine, in the order in which they were drawn (rollout.inflight > 1)
+    drawn: int = 0  # groups of all engines that have been begun since the run began, ...
+    taken: int = 0  # ... and that steps have taken
+
+    def __post_init__(self) -> None:
+        self.stops = Stops(self.tokenizer, self.config.rollout.stop)
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
         """The step's samples, grouped by prompt.
@@ -101,19 +108,18 @@ class EngineSource:
         rounds, count = self.config.rollout.rounds, self.config.batch.prompts
         kept: list[list[Sample]] = []
         for turn in range(rounds):
-            # Further rounds go through the data in orders of their own: who is drawn when depends on nothing but (seed, step, turn).
-            prompts = self.records.draw(step, count, _seed(self.config.seed, turn) if turn else self.config.seed)
-            for prompt in prompts:
-                prompt.group += turn * count
-            drawn = groups(self.sample(prompts, self.sampling(), self.config.rollout.group, step, self.judge))
+            drawn = groups(self._next(step, turn))
             kept += drawn if rounds == 1 else [group for group in drawn if differ([s.reward for s in group])]
             if len(kept) >= count:
                 break
+        samples = [sample for group in (kept or drawn)[:count] for sample in group]
         sums: Sums = {"time/reward": (self.waited, 1.0)}  # within the rollout's time
         self.waited = 0.0
         if rounds > 1:
             sums |= {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))}
-        return [sample for group in (kept or drawn)[:count] for sample in group], sums
+        if self.config.rollout.inflight > 1:
+            sums |= {**ages(samples, step, self.config.rollout.max_lag), "in_flight": (float(self.drawn - self.taken), 1.0)}
+        return samples, sums
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
         self.owner.offer(weights, version)
@@ -141,21 +147,17 @@ class EngineSource:
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """A few tokens after each prompt, drawn from the unfiltered distribution, to compare log-probs with; never rewarded."""
         sampling = replace(self.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
-        return self._gather(self._generate(prompts, sampling, 1, 0, None))
+        return self._gather(self._run(prompts, sampling, 1, 0, None))
 
     def sampling(self) -> Sampling:
         """How the configuration says to sample. A stop string of one token is a stop id; for others the tokens are watched."""
         r = self.config.rollout
-        stop_ids = (*self.tokenizer.stop_ids, *(ids[0] for ids in self._stops() if len(ids) == 1))
+        stop_ids = (*self.tokenizer.stop_ids, *self.stops.ids)
         return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
         """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
-        samples = self._generate(prompts, sampling, group, step, judge)
-        start = time.perf_counter()
-        judge.collect(block=True)
-        self.waited += time.perf_counter() - start
-        return self._gather(samples)
+        return self._gather(self._run(prompts, sampling, group, step, judge))
 
     def _compare(self) -> None:
         """Sample a little and let the policy score it: engine and learner must give the same log-probs."""
@@ -167,102 +169,120 @@ class EngineSource:
                 f" ({gaps.max():.3g} at most): it does not generate with the weights that were trained"
             )
 
-    def _generate(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge | None) -> list[Sample]:
-        """This rank's portion of the responses of its engine, all of whose ranks know them. The judge gets each when it is complete."""
-        tp = self.config.rollout.tp
-        engines, engine = self.mesh.world // tp, self.mesh.rank // tp
-        jobs = [(i, k) for i in range(len(prompts)) if i % engines == engine for k in range(group)]
-        mine = set(portion(range(len(jobs)), self.mesh.rank % tp, tp))
-        ends = self._ends if any(len(ids) > 1 for ids in self._stops()) else None
-        requests = [
-            Request(n, prompts[i].tokens.tolist(), sampling, _seed(self.config.seed, step, prompts[i].group, k), ends)
-            for n, (i, k) in enumerate(jobs)
-        ]
-        samples: dict[int, Sample] = {}
-        with Progress("rollout", "responses", len(jobs), shown=self.mesh.rank == 0) as progress:
-            for completed in self.owner.stream(requests):
+    def _next(self, step: int, turn: int) -> list[Sample]:
+        """The samples of batch.prompts more groups. Each engine gives its share of them, and keeps what is in flight beyond that."""
+        engines, engine = self._engines
+        quota = len(range(engine, self.config.batch.prompts, engines))  # where they do not divide it, the first ones give one more
+        flight = self.flight + self._fresh(step, turn)
+        chosen = self._generate(flight, self.sampling(), step, quota, self.judge)
+        taken = set(map(id, chosen))
+        self.flight = [group for group in flight if id(group) not in taken]
+        self.taken += self.config.batch.prompts
+        return self._gather(chosen)
+
+    def _run(self, prompts: list[Sample], sampling: Sampling, size: int, step: int, judge: Judge | None) -> list[Group]:
+        """This engine's share of the prompts, answered as a whole."""
+        groups = self._begin(prompts, size, step, step)
+        return self._generate(groups, sampling, step, len(groups), judge)
+
+    def _fresh(self, step: int, turn: int) -> list[Group]:
+        """The groups of this engine that are begun now. Who is drawn when depends on nothing but the seed, the step and the turn.
+
+        As many as a step takes; with rollout.inflight > 1, as many as bring those in flight back to that many times batch.prompts.
+        """
+        count, seed = self.config.batch.prompts, self.config.seed
+        if self.config.rollout.inflight == 1:  # further rounds go through the data in orders of their own
+            prompts = self.records.draw(step, count, _seed(seed, turn) if turn else seed)
+            for prompt in prompts:
+                prompt.group += turn * count
+            return self._begin(prompts, self.config.rollout.group, step, step)
+        begin, self.drawn = self.drawn, self.taken + round(self.config.rollout.inflight * count)
+        groups: list[Group] = []
+        for batch in range(begin // count, -(-self.drawn // count)):
+            prompts = self.records.draw(batch, count, seed)[max(0, begin - batch * count) : self.drawn - batch * count]
+            groups += self._begin(prompts, self.config.rollout.group, batch, step)
+        for group in groups:
+            group.prompt.group += group.key[0] * count  # unique among all that are in flight
+        return groups
+
+    def _begin(self, prompts: list[Sample], size: int, batch: int, step: int) -> list[Group]:
+        """This engine's share of the prompts of a batch, as groups of `size` responses that are begun in a step."""
+        engines, engine = self._engines
+        mine = [prompt for prompt in prompts if prompt.group % engines == engine]
+        return [Group(prompt, (batch, prompt.group), step, [Response() for _ in range(size)]) for prompt in mine]
+
+    @property
+    def _engines(self) -> tuple[int, int]:
+        """How many engines there are, and which one is this rank's."""
+        return self.mesh.world // self.config.rollout.tp, self.mesh.rank // self.config.rollout.tp
+
+    def _generate(self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None) -> list[Group]:
+        """Generate until a step can take `quota` of these groups from this engine: those. The others are as far as they are.
+
+        All ranks of an engine know all of its responses. The judge gets a rank's portion of them, each when it is complete.
+        """
+        max_lag = self.config.rollout.max_lag
+        chosen = choose(groups, quota, step, max_lag)
+        waiting = [(group, k) for group in groups for k, response in enumerate(group.responses) if not response.finish]
+        jobs = [] if chosen else waiting
+        requests = [self._request(n, group, k, sampling) for n, (group, k) in enumerate(jobs)]
+        total = min(len(jobs), quota * len(groups[0].responses)) if groups else 0
+        with Progress("rollout", "responses", total, shown=self.mesh.rank == 0) as progress, closing(self.owner.stream(requests)) as stream:
+            for completed in stream:
                 for n, completion in completed:
                     progress.add(1, len(completion.tokens))
-                    if n in mine:
-                        samples[n] = self._sample(prompts[jobs[n][0]], completion)
-                        if judge:
-                            judge.give(samples[n])
+                    self._complete(*jobs[n], completion, judge)
                 if judge:
                     judge.collect()
-        return [samples[n] for n in sorted(samples)]
+                if completed and (chosen := choose(groups, quota, step, max_lag)):
+                    break
+        for n, completion in self.owner.withdraw():
+            group, k = jobs[n]
+            group.responses[k].extend(completion, self.owner.version)
+        start = time.perf_counter()
+        if judge:
+            judge.collect(block=True)
+        self.waited += time.perf_counter() - start
+        return chosen
 
-    def _gather(self, samples: list[Sample]) -> list[Sample]:
-        """The samples of all ranks on every rank, by group; siblings keep their order."""
-        found = [sample for part in self.mesh.all_gather(samples) for sample in part]
-        return sorted(found, key=lambda s: s.group)
+    def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
+        """The rest of a response. What was drawn of it makes the prompt longer, and its seed another."""
+        drawn = group.responses[k].tokens
+        seed = _seed(self.config.seed, *group.key, k, *([len(drawn)] if drawn else []))
+        rest = replace(sampling, max_tokens=sampling.max_tokens - len(drawn))
+        return Request(n, group.prompt.tokens.tolist() + drawn, rest, seed, self.stops.after(drawn))
 
-    def _sample(self, prompt: Sample, completion: Completion) -> Sample:
-        completion = self._cut(completion)
-        text = self.tokenizer.decode(completion.tokens)
-        tokens = np.concatenate([prompt.tokens, np.array(completion.tokens, np.int32)])
-        first = len(prompt.tokens) - 1
+    def _complete(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> None:
+        """Take up the end of a response, and have it judged if it is this rank's."""
+        response, tp = group.responses[k], self.config.rollout.tp
+        response.extend(completion, self.owner.version)
+        if (group.key[1] * len(group.responses) + k) % tp == self.mesh.rank % tp:
+            response.sample = self._sample(group.prompt, response)
+            if judge:
+                judge.give(response.sample)
+
+    def _gather(self, groups: list[Group]) -> list[Sample]:
+        """The samples of complete groups of all engines on every rank, in the order in which their prompts were drawn."""
+        mine = [(group.key, k, r.sample) for group in groups for k, r in enumerate(group.responses) if r.sample]
+        found = [item for part in self.mesh.all_gather(mine) for item in part]
+        return [sample for *_, sample in sorted(found, key=lambda item: item[:2])]
+
+    def _sample(self, prompt: Sample, response: Response) -> Sample:
+        """A complete response as a sample, cut behind its first stop string."""
+        end = self.stops.end(response.tokens)
+        drawn = response.tokens[:end]
+        tokens, first = np.concatenate([prompt.tokens, np.array(drawn, np.int32)]), len(prompt.tokens) - 1
         mask, logp, version = np.zeros(len(tokens) - 1, bool), np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
-        mask[first:], logp[first:], version[first:] = True, completion.logp, self.owner.version
+        mask[first:], logp[first:], version[first:] = True, response.logp[:end], response.version[:end]
         return Sample(
             tokens,
             mask,
             prompt.group,
-            truncated=completion.finish == "length",
-            text=replace(prompt.text, response=text),
+            truncated=end is None and response.finish == "length",
+            text=replace(prompt.text, response=self.tokenizer.decode(drawn)),
             version=version,
             sampler_logp=logp,
         )
-
-    def _stops(self) -> list[list[int]]:
-        """The stop strings as tokens."""
-        return [self.tokenizer.encode(text, continues=True, control=True) for text in self.config.rollout.stop]
-
-    def _ends(self, tokens: list[int]) -> bool:
-        """Whether the last token has completed a stop string. It may miss one that only the whole text shows; _cut() finds that."""
-        if not self._may_end(tokens[-1]):
-            return False
-        longest = max(len(stop.encode()) for stop in self.config.rollout.stop)  # a token is a byte or more
-        text = self.tokenizer.decode(tokens[-longest - 1 :], skip_special=False)
-        return any(stop in text for stop in self.config.rollout.stop)
-
-    def _may_end(self, token: int) -> bool:
-        """Whether a token's text has the last character of a stop string in it, or part of one."""
-        known = self.enders.get(token)
-        if known is None:
-            text = self.tokenizer.decode([token], skip_special=False)
-            known = self.enders[token] = BROKEN in text or any(stop[-1] in text for stop in self.config.rollout.stop)
-        return known
-
-    def _cut(self, completion: Completion) -> Completion:
-        """End the response behind the first stop string. Tokens are cut, never made again from text."""
-        n = self._end(completion.tokens) if self.config.rollout.stop else None
-        return completion if n is None else Completion(completion.tokens[:n], completion.logp[:n], "stop")
-
-    def _end(self, tokens: list[int]) -> int | None:
-        """How many tokens the shortest prefix has whose text has a stop string in it; None where the text of all has none.
-
-        Text that tokens have spelled stays when more come, so whether a prefix has a stop string is bisected. Only bytes that are no
-        character by themselves can change what is before them: some tokenizers then give up the whole run of bytes, with a stop string
-        in it. So if a character is broken in the text, prefixes that end before such bytes are asked first.
-        """
-
-        def text(tokens: list[int]) -> str:
-            return self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token, as <|im_end|>
-
-        def stopped(n: int) -> bool:
-            said = text(tokens[:n])
-            return any(stop in said for stop in self.config.rollout.stop)
-
-        def first(end: int) -> int:  # in 1..end, of which end is stopped
-            return bisect_left(range(end), True, lo=1, key=stopped)
-
-        if not stopped(len(tokens)):
-            return None
-        end = first(len(tokens))
-        if BROKEN not in text(tokens[:end]):
-            return end
-        breaks = (n for n in range(1, end) if BROKEN in text([tokens[n]]))
-        return first(next(filter(stopped, breaks), end))
 
 
 class Rule:
@@ -300,6 +320,13 @@ def summary(samples: list[Sample]) -> Sums:
         "truncated": (float(sum(s.truncated for s in samples)), n),
         "reward_failed": (float(sum(s.verdict.failed for s in samples)), n),
     }
+
+
+def ages(samples: list[Sample], step: int, max_lag: int) -> Sums:
+    """How many steps old the weights were that drew what a step learns from: the share of tokens of each age, and the highest age."""
+    lags = np.concatenate([step - s.version[s.mask] for s in samples])
+    shares = {f"lag/{lag}": (float((lags == lag).sum()), float(len(lags))) for lag in range(max_lag + 1)}
+    return {**shares, "lag_max": (float(lags.max()), 1.0)}
 
 
 def _gaps(samples: Sequence[Sample], logp: Sequence[np.ndarray]) -> np.ndarray:

@@ -130,12 +130,24 @@ class VLLM(Engine):
                 found.append((key, Completion(list(drawn.token_ids), list(drawn.logprobs.logprobs), finish)))
         return found
 
+    def withdraw(self) -> list[tuple[int, Completion]]:
+        processor, found = self.llm.llm_engine.output_processor, []
+        for key in self.held:
+            (name,) = processor.external_req_ids[str(key)]
+            state = processor.request_states[name]  # what vLLM would give us if it ended now: it gives us nothing of what it aborts
+            tokens, logp = state.detokenizer.output_token_ids, state.logprobs_processor.logprobs.logprobs
+            found.append((key, Completion(list(tokens), list(logp), "held")))
+        self.llm.llm_engine.abort_request([str(key) for key in self.held])
+        self.held = {}
+        return found
+
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's shards by vLLM's fused names; a tied lm_head is not listed. Write them in place."""
         return self._parameters
 
     def sleep(self) -> None:
         if self.on_gpu:
+            torch.cuda.synchronize()  # vLLM is a step ahead, and may be computing tokens of what it no longer holds
             self.llm.sleep(level=2)  # level 1 would copy the weights to the host, but publish brings newer ones
 
     def wake_weights(self) -> None:
@@ -145,7 +157,8 @@ class VLLM(Engine):
     def wake(self) -> None:
         if self.on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()  # its blocks were computed with older weights
+        if not self.llm.reset_prefix_cache():  # its blocks were computed with older weights
+            raise RuntimeError("vLLM has not dropped its cache: it still holds requests")
 
 
 def adapt_to_cpu(folder: str, arch: Architecture) -> None:
