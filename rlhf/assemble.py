@@ -107,6 +107,8 @@ def build(
         evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge) if held_out else None
     checkpoints = Checkpoints(config, mesh, dtype, given.identity)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0
+    if start:
+        source.resume(start, checkpoints.flight())
 
     def export(folder: Path) -> None:
         roles.export(roles.subject, folder, folder.name)

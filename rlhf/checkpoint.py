@@ -4,6 +4,7 @@
                     model_*.pt          the weights of one (tp, pp) shard, per trained role
                     optimizer_*.pt      the optimizer shard of one rank, per trained role
                     random_*.pt         the random state of one rank
+                    flight.pt           the responses that are not complete, of all engines (rollout.inflight > 1)
                     hf/, mcore/, ...    the policy (or reward model) as folders of weights (checkpoint.export, checkpoint.format)
     out/latest                          name of the newest complete folder
     out/hf, out/mcore, ...              links to the newest of these folders
@@ -30,6 +31,8 @@ from rlhf.errors import UserError
 from rlhf.metrics import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
+
+FLIGHT = "flight.pt"
 
 
 class Checkpoints:
@@ -69,10 +72,24 @@ class Checkpoints:
         self.last = folder
         return meta["step"]
 
+    def flight(self) -> dict[str, Any] | None:
+        """What was in flight at the checkpoint that was loaded; None if nothing was."""
+        if not self.last or not (self.last / FLIGHT).exists():
+            return None
+        self._check(self.last, FLIGHT)
+        return self._load(self.last / FLIGHT, torch.device("cpu"))
+
     def save(
-        self, step: int, learners: Iterable[tuple[str, Learner]], state: dict[str, float], export: Callable[[Path], None] | None = None
+        self,
+        step: int,
+        learners: Iterable[tuple[str, Learner]],
+        state: dict[str, float],
+        export: Callable[[Path], None] | None = None,
+        flight: dict[str, Any] | None = None,
     ) -> None:
-        """Write step's folder, point `latest` to it, and delete what checkpoint.keep leaves over. Every rank calls it."""
+        """Write step's folder, point `latest` to it, and delete what checkpoint.keep leaves over. Every rank calls it, with the same
+        flight, if there is any.
+        """
         folder = self.out / f"step_{step:06}"
         partial = folder.with_suffix(".partial")
         if self.mesh.rank == 0:
@@ -90,6 +107,8 @@ class Checkpoints:
         if self.mesh.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         files[self._random()] = self._save(random, partial / self._random())
+        if flight and self.mesh.rank == 0:
+            files[FLIGHT] = self._save(flight, partial / FLIGHT)
         if export:
             for name in self.formats:
                 export(partial / name)
@@ -120,9 +139,9 @@ class Checkpoints:
         problem = folders.altered(folder, names)
         self.mesh.agree(f"{problem}; {folders.remedy(folder)}" if problem else "")
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, device: torch.device | None = None) -> Any:
         try:
-            return torch.load(path, map_location=self.mesh.device, weights_only=True, mmap=True)
+            return torch.load(path, map_location=device or self.mesh.device, weights_only=True, mmap=True)
         except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:  # checkpoints of before have no checksums
             raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {folders.remedy(path.parent)}") from None
 

@@ -183,6 +183,7 @@ class Algorithm:
     trains: ClassVar[bool] = True  # some model learns; data.train is read. Without, data.eval is
     online: ClassVar[bool] = False  # samples come from an engine, not from the data set
     whole_groups: ClassVar[bool] = False  # a group must share one micro-batch (pairwise losses)
+    weighs: ClassVar[bool] = False  # its loss corrects for tokens that other weights than the policy's have drawn (rollout.inflight)
     aligns: ClassVar[bool] = True  # starts from a fine-tuned model, unlike the stages before it
     rule: ClassVar[str] = ""  # reward function that it is usually run with; empty: a reward model
 

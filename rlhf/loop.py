@@ -121,7 +121,7 @@ class Run:
         if not all(map(math.isfinite, self.algorithm.state.values())):
             raise FloatingPointError(f"the state of {self.config.mode} is no longer finite: {self.algorithm.state}")
         export = self.export if self.config.checkpoint.export or done == self.config.steps else None
-        self.checkpoints.save(done, self.roles.visit(Phase.SAVE), self.algorithm.state, export)
+        self.checkpoints.save(done, self.roles.visit(Phase.SAVE), self.algorithm.state, export, self.source.state())
 
     def _minibatches(self, samples: list[Sample], step: int, epoch: int) -> list[list[Sample]]:
         """The samples of each update of one pass. Groups stay whole, and meet in a new order each pass."""

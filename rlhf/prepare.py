@@ -56,6 +56,8 @@ def inputs(config: Config, world: int) -> Inputs:
     tokenizer = Tokenizer.load(beside or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
+    if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
+        remarks.append(f"{config.mode} learns from tokens of older weights as from its own: it has no weight for them")
     for function in _functions(config):
         rewards.check(function)
     known = identity(config, _read(config, models, tokenizer, sources))
@@ -223,6 +225,12 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         return
     if not config.rollout.temperature:
         raise UserError("rollout.temperature=0 samples the likeliest response again and again, which teaches nothing: set it above 0")
+    if config.rollout.inflight > 1 + config.rollout.max_lag:
+        most = 1 + config.rollout.max_lag
+        raise UserError(
+            f"rollout.inflight={config.rollout.inflight:g} holds more than is learned in rollout.max_lag={config.rollout.max_lag} steps: "
+            f"set it to {most} at most, or raise rollout.max_lag"
+        )
     if config.rollout.rounds > 1 and not rule(config):
         raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
     if config.rollout.rounds > 1 and config.rollout.group == 1:

@@ -163,6 +163,41 @@ def check_stream(engine: Engine) -> None:
     assert engine.generate(PROMPTS, sampling, SEEDS) == whole, "nothing is left of a request that ended early"
 
 
+def check_withdraw(engine: Engine, old, new, arch, tolerance: float) -> None:
+    """What is withdrawn is the beginning of what would have come. It goes on as a longer prompt, under other weights, twice alike."""
+    sampling = Sampling(max_tokens=12, temperature=1.0)
+
+    def continued() -> list[tuple[list[int], list[int], list[float]]]:
+        publish(old, arch, engine)
+        whole = engine.generate(PROMPTS, sampling, SEEDS)
+        engine.submit([Request(i, prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True))])
+        for _ in range(7):
+            assert engine.advance() == []
+        held = dict(engine.withdraw())
+        assert engine.withdraw() == []
+        assert held.keys() == set(range(len(PROMPTS)))
+        for i, part in held.items():
+            n = len(part.tokens)
+            assert 0 < n < 12
+            assert (part.tokens, part.logp, part.finish) == (whole[i].tokens[:n], pytest.approx(whole[i].logp[:n], abs=tolerance), "held")
+        engine.submit([Request(9, PROMPTS[0], sampling, 1)])
+        assert engine.withdraw() == [(9, Completion([], [], "held"))], "before it has begun"
+        publish(new, arch, engine)
+        rest = [Sampling(max_tokens=12 - len(held[i].tokens), temperature=1.0) for i in range(len(PROMPTS))]
+        prompts = [prompt + held[i].tokens for i, prompt in enumerate(PROMPTS)]
+        engine.submit([Request(i, prompt, rest[i], seed + 1) for i, (prompt, seed) in enumerate(zip(prompts, SEEDS, strict=True))])
+        found: dict[int, Completion] = {}
+        while len(found) < len(PROMPTS):
+            found.update(engine.advance())
+        return [(prompt, found[i].tokens, found[i].logp) for i, prompt in enumerate(prompts)]
+
+    first = continued()
+    assert first == continued()
+    for prompt, tokens, given in first:
+        logp = reference_logp(new, prompt, tokens).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(given), logp, rtol=0, atol=tolerance)
+
+
 def check_limits(engine: Engine) -> None:
     greedy = engine.generate(PROMPTS, GREEDY, SEEDS)
     stop = greedy[0].tokens[2]
@@ -200,6 +235,7 @@ def test_kvcache_sleeps_and_wakes_with_new_weights(tmp_path):
     engine.wake_weights()
     publish(new, arch, engine)
     check_greedy(new, engine, 1e-5)
+    check_withdraw(engine, old, new, arch, 1e-5)
 
 
 def test_kvcache_splits_long_lists_into_batches(tmp_path, monkeypatch):
@@ -278,6 +314,7 @@ def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
     before = torch.random.get_rng_state()
     check_sampled(new, engine, 2e-5)
     check_many(engine)
+    check_withdraw(engine, old, new, architecture.read(tmp_path), 2e-5)
     assert torch.equal(before, torch.random.get_rng_state())
 
 

@@ -137,7 +137,7 @@ def test_a_mode_is_named_in_one_place():
 def test_an_engine_has_one_owner():
     """Its methods are called in rlhf/rollout/owner.py and, below it, by the engines themselves."""
     methods = {m for m in vars(Engine) if not m.startswith("_")} - {"parameters"}  # models have parameters, too
-    assert methods == {"submit", "advance", "generate", "sleep", "wake_weights", "wake"}
+    assert methods == {"submit", "advance", "withdraw", "generate", "sleep", "wake_weights", "wake"}
     calls = [(path, c) for path in MODULES for c in nodes(path) if isinstance(c, ast.Call) and isinstance(c.func, ast.Attribute)]
     assert {name(path) for path, c in calls if last(c.func.value) == "engine" and c.func.attr in methods} == {"rollout/owner.py"}
     sleeping = {(name(path), dotted_name(c.func)) for path, c in calls if c.func.attr in ("sleep", "wake_weights", "wake")}

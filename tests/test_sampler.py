@@ -51,6 +51,8 @@ def test_a_special_token_may_be_a_stop_string(tmp_path: Path) -> None:
     sampler = EngineSource(config, None, None, tokenizer, None, None)
     (end,) = tokenizer.encode("<|im_end|>", control=True)
     assert sampler.sampling().stop_ids == (tokenizer.eos, end)
+    assert not Stops(tokenizer, ["<|im_end|>"]).watched, "the engine ends there by itself"
+    assert Stops(tokenizer, ["e"]).watched, "it may be a part of a longer token"
     for said, kept in (("hello<|im_end|>\nhello", "hello<|im_end|>"), ("the letter", "the l"), ("hello", "hello")):
         tokens = tokenizer.encode(said, control=True)
         end = sampler.stops.end(tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Sample
 from rlhf.lazy import F, np, torch
 
@@ -74,6 +75,23 @@ def clipped_weight(logp: Tensor, log_ratio: Tensor, advantages: Tensor, low: flo
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1 - low, 1 + high)
     return -weight * advantages * logp, (weight != ratio).float()
+
+
+def mismatch_cap(given: float, config: Config) -> float:
+    """The cap of sampler_weight(): as given, or where that is below 0, 2 for steps that learn from what older weights drew, else 0: off."""
+    if given >= 0:
+        return given
+    return 2.0 if config.rollout.inflight > 1 else 0.0
+
+
+def sampler_weight(old: Tensor, sampler: Tensor, batch: Batch, cap: float) -> tuple[Tensor, Tensor]:
+    """Truncated importance weight min(exp(old - sampler), cap) of the policy before the update over what drew each token [T]: another
+    engine's rounding, or older weights. Returns it, and 1.0 where it was capped [T].
+
+    It weighs the surrogate, not a KL, as verl's; with a ratio to the old policy this is decoupled PPO (2505.24298, eq. 5), truncated.
+    """
+    weight = ((old - sampler) * batch.mask).exp()
+    return weight.clamp(max=cap), (weight > cap).float()
 
 
 def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,20 @@ The paper averages over each response's tokens first, then over responses; grpo.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from rlhf.algorithms.functional import clipped_surrogate, clipped_weight, kl_estimate, mean_loss, seq_mean, spread, whiten
-from rlhf.config import Config
+from rlhf.algorithms.functional import (
+    clipped_surrogate,
+    clipped_weight,
+    kl_estimate,
+    mean_loss,
+    mismatch_cap,
+    sampler_weight,
+    seq_mean,
+    spread,
+    whiten,
+)
+from rlhf.config import Between, Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, differ, groups
 from rlhf.errors import UserError
 from rlhf.lazy import np
@@ -32,7 +42,7 @@ class Keys:
     kl: float = 0.04  # weight of the KL to the reference in the loss; 0 needs no reference model
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL
     mean: Literal["sequence", "token", "constant"] = "sequence"  # over each response first, all tokens (DAPO), or a fixed length (Dr.GRPO)
-    mismatch_cap: float = 0.0  # cap of the weight learner / engine probability (truncated importance sampling); 0: off
+    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # of a token's weight, policy / sampler probability; 0: off; -1: 2 if inflight > 1
     overlong: Literal["keep", "mask", "shape"] = "keep"  # cut responses: as others, not learned, or penalised towards the limit (DAPO)
     overlong_buffer: int = 0  # tokens before rollout.max_tokens over which the penalty grows from 0 to 1
 
@@ -42,12 +52,13 @@ class GRPO(Algorithm):
     form = "prompts"
     section = "grpo", Keys
     online = True
+    weighs = True
     rule = "math"
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.keys: Keys = config.sections["grpo"]
-        self.limit = config.rollout.max_tokens
+        self.limit, self.cap = config.rollout.max_tokens, mismatch_cap(self.keys.mismatch_cap, config)
         if config.rollout.group < 2:
             raise UserError("rollout.group=1 leaves a response nothing to be compared with: sample at least 2 per prompt")
         if self.keys.overlong == "shape" and not 0 < self.keys.overlong_buffer <= self.limit:
@@ -94,9 +105,9 @@ class GRPO(Algorithm):
         metrics = {"clipped": clipped, "entropy": out.entropy}
         if not self.scored:
             metrics["mismatch"] = (old - x["sampler_logp"]).abs()
-        if c.mismatch_cap:  # truncated importance sampling: of the surrogate, not of the KL, as verl
-            weight = ((old - x["sampler_logp"]) * mask).exp()
-            loss, metrics["capped"] = loss * weight.clamp(max=c.mismatch_cap), (weight > c.mismatch_cap).float()
+        if self.cap:
+            weight, metrics["capped"] = sampler_weight(old, x["sampler_logp"], batch, self.cap)
+            loss = loss * weight
         if c.kl:
             metrics["kl"] = kl_estimate(c.kl_kind, out.logp * mask, x["ref_logp"] * mask)
             loss = loss + c.kl * metrics["kl"]

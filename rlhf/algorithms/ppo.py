@@ -11,7 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from rlhf.algorithms.functional import clipped_surrogate, clipped_value, gae, kl_estimate, mean_loss, repeats, running_deviation, whiten
+from rlhf.algorithms.functional import (
+    clipped_surrogate,
+    clipped_value,
+    gae,
+    kl_estimate,
+    mean_loss,
+    mismatch_cap,
+    repeats,
+    running_deviation,
+    sampler_weight,
+    whiten,
+)
 from rlhf.config import Between, Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
 from rlhf.errors import UserError
@@ -38,6 +49,7 @@ class Keys:
     reward_scale: bool = False  # divide rewards by their running standard deviation
     ngram: int = 0  # a token that completes an n-gram of this length again is penalised; 0: none
     ngram_penalty: float = 1.0  # by this much
+    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # of a token's weight, policy / sampler probability; 0: off; -1: 2 if inflight > 1
     critic_warmup: int = 0  # steps in which the critic alone learns
 
 
@@ -47,12 +59,16 @@ class PPO(Algorithm):
     aliases = ("ppo",)
     section = "ppo", Keys
     online = True
+    weighs = True
     models = {"policy": "train", "critic": "train"}
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.keys: Keys = config.sections["ppo"]
-        self.streams = ("old_logp", "values") + ("ref_logp",) * bool(self.keys.kl)
+        self.cap = mismatch_cap(self.keys.mismatch_cap, config)
+        # A step's first update begins at the old policy: where it is the only one, only the KL asks for that policy beforehand.
+        self.scored = config.batch.epochs * config.batch.minibatches > 1 or bool(self.keys.kl)
+        self.streams = ("old_logp",) * self.scored + ("values",) + ("ref_logp",) * bool(self.keys.kl)
         self.warmup = {"policy": self.keys.critic_warmup}
         if self.keys.kl:
             self.models = {**self.models, "reference": "frozen"}
@@ -107,10 +123,17 @@ class PPO(Algorithm):
         if role == "critic":
             loss, clipped = clipped_value(out.value, x["values"], x["returns"], c.value_clip)
             return mean_loss(loss, batch, clipped=clipped, value=out.value)
-        log_ratio = (out.logp - x["old_logp"]) * batch.mask  # prompts are not learned and may drift: no exp of theirs
+        old = x["old_logp"] if self.scored else out.logp.detach()
+        log_ratio = (out.logp - old) * batch.mask  # prompts are not learned and may drift: no exp of theirs
         loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
         drift = torch.expm1(log_ratio) - log_ratio  # k3 of KL(old || new): how far this step's updates have gone
-        return mean_loss(loss, batch, clipped=clipped, entropy=out.entropy, drift=drift)
+        metrics = {"clipped": clipped, "entropy": out.entropy, "drift": drift}
+        if not self.scored:
+            metrics["mismatch"] = (old - x["sampler_logp"]).abs()
+        if self.cap:
+            weight, metrics["capped"] = sampler_weight(old, x["sampler_logp"], batch, self.cap)
+            loss = loss * weight
+        return mean_loss(loss, batch, "token", 0, **metrics)
 
 
 def _summary(samples: list[Sample]) -> Sums:

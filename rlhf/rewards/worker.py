@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from rlhf.errors import UserError
 from rlhf.rewards import answers, child
 
+LATE = "no result within the time limit"
 LOADING = 120.0  # seconds that the import of a user's module may take
 
 Item = tuple[str, str, dict[str, Any]]  # prompt, response, record
@@ -96,7 +97,7 @@ class Worker:
                 value, error = 0.0, f"the process ended with exit code {self.kill()}"
         elif self.seconds_left() == 0:
             self.kill()
-            value, error = 0.0, "no result within the time limit"
+            value, error = 0.0, LATE
         else:
             return None
         if self.loaded:
@@ -122,12 +123,13 @@ class Rewards:
     """A reward function, and up to `workers` processes that run it, started when first needed and kept until close().
 
     timeout: seconds for one response. failure: what the first failed response met with, as text; empty while none has failed.
+    late: whether the time limit has ended any, so that the scores depend on how fast the machine is.
     """
 
     def __init__(self, spec: str, timeout: float, workers: int):
         self.spec, self.timeout, self.num_workers = spec, timeout, workers
         self.pool: list[Worker] = []
-        self.failure = ""
+        self.failure, self.late = "", False
         self._waiting: deque[tuple[int, Item]] = deque()
         self._open = 0  # items given whose scores have not been taken
 
@@ -167,7 +169,7 @@ class Rewards:
                     if key is not None and outcome is not None:
                         value, error = outcome
                         found[key] = Score(value, failed=bool(error))
-                        self.failure = self.failure or error
+                        self.failure, self.late = self.failure or error, self.late or error == LATE
                 if not block and len(found) == before:
                     break
             complete = True

@@ -5,8 +5,11 @@ A response may be drawn by the weights of several steps. Between steps no engine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
 
 from rlhf.contracts import Completion, Sample
 
@@ -27,6 +30,17 @@ class Response:
         self.logp += drawn.logp
         self.version += [version] * len(drawn.tokens)
         self.finish = "" if drawn.finish == "held" else drawn.finish
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for a checkpoint, with what a complete one was found to be worth."""
+        drawn = {"tokens": torch.tensor(self.tokens, dtype=torch.int32), "logp": torch.tensor(self.logp, dtype=torch.float64)}
+        judged = {"reward": self.sample.reward, **asdict(self.sample.verdict)} if self.sample else {}
+        return {**drawn, "version": torch.tensor(self.version, dtype=torch.int32), "finish": self.finish, **judged}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Response:
+        """What state() gave, without the sample."""
+        return cls(state["tokens"].tolist(), state["logp"].tolist(), state["version"].tolist(), state["finish"])
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -57,6 +57,14 @@ class Source(Protocol):
         """What a person should know of it when a run starts."""
         ...
 
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint must keep for the next step to be the same, identical on every rank; None: nothing. Every rank calls it."""
+        ...
+
+    def resume(self, step: int, state: dict[str, Any] | None) -> None:
+        """Go on after so many steps, from what state() gave."""
+        ...
+
 
 @dataclass(slots=True)
 class DataSource:
@@ -77,6 +85,12 @@ class DataSource:
     def remarks(self) -> list[str]:
         return []
 
+    def state(self) -> dict[str, Any] | None:
+        return None
+
+    def resume(self, step: int, state: dict[str, Any] | None) -> None:
+        pass
+
 
 @dataclass(slots=True)
 class EngineSource:
@@ -95,6 +109,7 @@ class EngineSource:
     flight: list[Group] = field(default_factory=list)  # of this engine, in the order in which they were drawn (rollout.inflight > 1)
     drawn: int = 0  # groups of all engines that have been begun since the run began, ...
     taken: int = 0  # ... and that steps have taken
+    notes: list[str] = field(default_factory=list)  # on what was resumed
 
     def __post_init__(self) -> None:
         self.stops = Stops(self.tokenizer, self.config.rollout.stop)
@@ -137,7 +152,46 @@ class EngineSource:
 
     def remarks(self) -> list[str]:
         stay, cross = self.owner.volume()
-        return [f"publish: {stay / 1e9:.3g} GB of weights stay on their ranks, {cross / 1e9:.3g} GB cross"]
+        return [f"publish: {stay / 1e9:.3g} GB of weights stay on their ranks, {cross / 1e9:.3g} GB cross", *self.notes]
+
+    def state(self) -> dict[str, Any] | None:
+        """The groups that are in flight on all engines, oldest first, with all that is known of their responses."""
+        if self.config.rollout.inflight == 1:
+            return None
+        mine = [
+            (group.key, k, {"begun": group.begun, **response.state()})
+            for group in self.flight
+            for k, response in enumerate(group.responses)
+            if self._judges(group, k)
+        ]
+        found = sorted((item for part in self.mesh.all_gather(mine) for item in part), key=lambda item: item[:2])
+        responses = [(key, response) for key, _, response in found]
+        return {"engines": self._engines[0], "drawn": self.drawn, "taken": self.taken, "responses": responses}
+
+    def resume(self, step: int, state: dict[str, Any] | None) -> None:
+        """Take up what was in flight. Where the number of engines is another, those groups are begun anew."""
+        if self.config.rollout.inflight == 1:
+            return
+        if state is None:  # a checkpoint of before
+            self.drawn = self.taken = step * self.config.batch.prompts
+            return
+        self.drawn, self.taken = state["drawn"], state["taken"]
+        held: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for key, response in state["responses"]:
+            held.setdefault(tuple(key), []).append(response)
+        oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
+        self.flight = [group for group in self._span(oldest, self.drawn, step) if group.key in held]
+        if state["engines"] != self._engines[0]:
+            self.notes.append(f"{len(held)} groups that were in flight on {state['engines']} engines begin anew on {self._engines[0]}")
+            return
+        for group in self.flight:
+            group.begun = held[group.key][0]["begun"]
+            for k, known in enumerate(held[group.key]):
+                response = group.responses[k] = Response.restored(known)
+                if response.finish and self._judges(group, k):
+                    response.sample = self._sample(group.prompt, response)
+                    response.sample.reward = known["reward"]
+                    response.sample.verdict = Verdict(known["rule"], known["score"], known["failed"])
 
     def answer(self, prompts: list[Sample], judge: Judge) -> list[Sample]:
         """One rewarded response per held-out prompt, at evaluate.temperature; the same draws at every evaluation."""
@@ -197,13 +251,17 @@ class EngineSource:
                 prompt.group += turn * count
             return self._begin(prompts, self.config.rollout.group, step, step)
         begin, self.drawn = self.drawn, self.taken + round(self.config.rollout.inflight * count)
+        return self._span(begin, self.drawn, step)
+
+    def _span(self, begin: int, end: int, step: int) -> list[Group]:
+        """This engine's groups of the prompts from begin to end, counted from the run's first one, begun in a step."""
+        count, size = self.config.batch.prompts, self.config.rollout.group
         groups: list[Group] = []
-        for batch in range(begin // count, -(-self.drawn // count)):
-            prompts = self.records.draw(batch, count, seed)[max(0, begin - batch * count) : self.drawn - batch * count]
-            groups += self._begin(prompts, self.config.rollout.group, batch, step)
+        for batch in range(begin // count, -(-end // count)):
+            groups += self._begin(self.records.draw(batch, count, self.config.seed), size, batch, step)
         for group in groups:
             group.prompt.group += group.key[0] * count  # unique among all that are in flight
-        return groups
+        return [group for group in groups if begin <= group.prompt.group < end]
 
     def _begin(self, prompts: list[Sample], size: int, batch: int, step: int) -> list[Group]:
         """This engine's share of the prompts of a batch, as groups of `size` responses that are begun in a step."""
@@ -254,12 +312,17 @@ class EngineSource:
 
     def _complete(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> None:
         """Take up the end of a response, and have it judged if it is this rank's."""
-        response, tp = group.responses[k], self.config.rollout.tp
+        response = group.responses[k]
         response.extend(completion, self.owner.version)
-        if (group.key[1] * len(group.responses) + k) % tp == self.mesh.rank % tp:
+        if self._judges(group, k):
             response.sample = self._sample(group.prompt, response)
             if judge:
                 judge.give(response.sample)
+
+    def _judges(self, group: Group, k: int) -> bool:
+        """Whether a response is in this rank's portion of those of its engine."""
+        tp = self.config.rollout.tp
+        return (group.key[1] * len(group.responses) + k) % tp == self.mesh.rank % tp
 
     def _gather(self, groups: list[Group]) -> list[Sample]:
         """The samples of complete groups of all engines on every rank, in the order in which their prompts were drawn."""
@@ -298,12 +361,14 @@ class Rule:
             self._given.append(sample)
 
     def collect(self, block: bool = False) -> None:
-        silent = not self.rewards.failure and self.mesh.is_first_on_node
+        silent, in_time = (not known and self.mesh.is_first_on_node for known in (self.rewards.failure, self.rewards.late))
         for key, score in self.rewards.take(block).items():
             self._given[key].reward, self._given[key].verdict = score.value, Verdict(rule=score.value, failed=score.failed)
         if silent and self.rewards.failure:
             reason = textwrap.indent(self.rewards.failure, "    ")
             say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{reason}")
+        if in_time and self.rewards.late:
+            say(f"a reward took longer than reward.timeout={self.rewards.timeout:g}: another run may differ from this one")
         if block:
             self._given = []
 

@@ -17,7 +17,8 @@ class Stops:
         self.tokenizer, self.strings = tokenizer, tuple(strings)
         spelled = [tokenizer.encode(text, continues=True, control=True) for text in self.strings]
         self.ids = tuple(ids[0] for ids in spelled if len(ids) == 1)  # an engine ends at these by itself
-        self.watched = any(len(ids) > 1 for ids in spelled)  # whether there are others, for which ends() is to be asked
+        # Whether ends() is to be asked of others: those of several tokens, and those that stand within a longer one (".\n" and "\n").
+        self.watched = any(len(ids) > 1 or tokenizer.decode(ids) for ids in spelled)  # a special token is never a part of another
         self.reach = max((len(text.encode()) for text in self.strings), default=0) + 1  # tokens that ends() reads: each is a byte or more
         self._enders: dict[int, bool] = {}  # tokens that were asked: whether they may complete a stop string
 

@@ -5,9 +5,11 @@ usage: torchrun --nproc-per-node N tests/ranks/sampling.py FOLDER      FOLDER ho
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,118 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
     assert sums["groups_kept"] == (0.0, 20.0)
 
 
+IN_FLIGHT = ["rollout.inflight=2.5", "rollout.max_lag=2", "rollout.max_tokens=32", "rollout.stop=['ap', 't', 'i']"]
+
+
+def steps_in_flight(sampler: EngineSource, count: int, first: int = 0, between: Callable[[], object] = lambda: None) -> list[list[tuple]]:
+    """Everything of the samples of so many steps, each with weights of its own."""
+    found = []
+    weights = {name: tensor.clone() for name, tensor in sampler.owner.engine.parameters().items()}
+    for step in range(first, first + count):
+        for name, tensor in sampler.owner.engine.parameters().items():
+            tensor.copy_(weights[name] * (1 + step / 10))
+        sampler.owner.version = step
+        samples, _ = sampler.take(step)
+        found.append(
+            [(s.group, s.tokens.tolist(), s.version.tolist(), s.sampler_logp.tolist(), s.reward, s.truncated, s.verdict) for s in samples]
+        )
+        between()
+    for name, tensor in sampler.owner.engine.parameters().items():
+        tensor.copy_(weights[name])
+    return found
+
+
+def check_in_flight(folder: Path, mesh: Mesh) -> None:
+    """No step waits for the longest responses. What is in flight goes on, and comes in a later step, whatever happens in between."""
+    sampler = build(folder, mesh, *IN_FLIGHT)
+    steps = steps_in_flight(sampler, 6)
+    everywhere = mesh.all_gather(steps)
+    assert all(said == steps for said in everywhere), "every rank knows all samples alike"
+    groups_of = [sorted({group for group, *_ in step}) for step in steps]
+    assert all(len(found) == 4 and len(step) == 12 for found, step in zip(groups_of, steps, strict=True))
+    held = {group.prompt.group for group in sampler.flight}
+    everywhere = set().union(*mesh.all_gather(held))
+    taken = [group for found in groups_of for group in found]
+    assert sorted([*taken, *everywhere]) == list(range(6 * 4 + 6)), "each prompt in its turn, none lost, none twice"
+    lags = [step - version for step, samples in enumerate(steps) for _, _, versions, *_ in samples for version in versions if version >= 0]
+    assert set(lags) == {0, 1, 2}, "the case needs old tokens, and none may be too old"
+    mixed = [len({v for v in versions if v >= 0}) for samples in steps for _, _, versions, *_ in samples]
+    assert max(mixed) > 1, "and responses that several weights have drawn"
+    assert any(found != list(range(4 * step, 4 * step + 4)) for step, found in enumerate(groups_of)), "and short ones that overtake"
+
+    assert steps_in_flight(build(folder, mesh, *IN_FLIGHT), 6) == steps
+    sampler = build(folder, mesh, *IN_FLIGHT)
+    prompts = sampler.records.head(5)
+    assert steps_in_flight(sampler, 6, between=lambda: (sampler.answer(prompts, FREE), sampler.probe(prompts))) == steps
+
+    for done in (1, 3):  # as a run that was killed goes on
+        sampler = build(folder, mesh, *IN_FLIGHT)
+        steps_in_flight(sampler, done)
+        file = io.BytesIO()
+        torch.save(sampler.state(), file)
+        state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        assert len(set(map(bytes, mesh.all_gather(file.getvalue())))) == 1
+        sampler = build(folder, mesh, *IN_FLIGHT)
+        sampler.resume(done, state)
+        assert steps_in_flight(sampler, 6 - done, done) == steps[done:]
+        assert sampler.notes == []
+    other = build(folder, mesh, *IN_FLIGHT)
+    other.resume(3, {**state, "engines": mesh.world + 1})
+    samples = [sample for step in steps_in_flight(other, 3, 3) for sample in step]
+    assert "begin anew" in other.notes[0]
+    begun = {group for step in groups_of[:3] for group in step}
+    assert begun.isdisjoint(group for group, *_ in samples)
+    assert all(version == -1 or version >= 3 for _, _, versions, *_ in samples for version in versions)
+    assert steps_in_flight(build(folder, mesh, *IN_FLIGHT, "rollout.inflight=1"), 1) == steps_in_flight(
+        build(folder, mesh, *IN_FLIGHT[2:]), 1
+    )
+
+
+def check_log_probs_of_every_version(folder: Path, mesh: Mesh) -> None:
+    """Each token has the log-prob of the weights that drew it."""
+    sampler = build(folder, mesh, *IN_FLIGHT)
+    steps = steps_in_flight(sampler, 5)
+    engine = sampler.owner.engine
+    weights = {name: tensor.clone() for name, tensor in engine.parameters().items()}
+    for version in range(5):
+        for name, tensor in engine.parameters().items():
+            tensor.copy_(weights[name] * (1 + version / 10))
+        for _, tokens, versions, logp, *_ in (sample for step in steps for sample in step):
+            if version in versions:
+                said = whole_logp(engine, tokens)
+                gaps = [abs(a - b) for a, b, v in zip(said, logp, versions, strict=True) if v == version]
+                assert max(gaps) < 1e-4
+
+
+@torch.no_grad()
+def whole_logp(engine: KVCache, tokens: list[int]) -> list[float]:
+    """Of every token behind the first one, in one pass."""
+    inputs = torch.tensor([tokens[:-1]])
+    cache = torch.zeros(engine.arch.layers, 2, 1, inputs.shape[1], engine.kv_heads, engine.arch.head_dim)
+    hidden = engine.forward(inputs, torch.arange(inputs.shape[1])[None], cache)
+    return engine.logits(hidden[0]).log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def check_dynamic_sampling_in_flight(folder: Path, mesh: Mesh) -> None:
+    """Rounds take what is complete, and each one draws new prompts."""
+    sampler = build(folder, mesh, *IN_FLIGHT, "rollout.rounds=4", "rollout.group=2")
+
+    def parity(samples: list[Sample]) -> None:
+        for sample in samples:
+            sample.reward = float(len(sample.text.response) % 3 == 0)
+
+    sampler.judge = Judging(parity)
+    rounds = 0.0
+    for step in range(4):
+        samples, sums = sampler.take(step)
+        kept = groups(samples)
+        assert all(len({s.reward for s in group}) == 2 and len(group) == 2 for group in kept)
+        rounds += sums["rounds"][0]
+    assert rounds > 4
+    assert sampler.taken == 4 * rounds
+    assert sampler.drawn == sampler.taken + 6
+
+
 def check_the_first_rank_of_a_node_goes_first(folder: Path, mesh: Mesh) -> None:
     """And when it meets a mistake, no other goes."""
     mark = folder / f"made{mesh.world}"
@@ -174,6 +288,9 @@ def main() -> None:
     check_stop_string_cuts_tokens(folder, mesh)
     check_greedy_and_summary(folder, mesh)
     check_dynamic_sampling(folder, mesh)
+    check_in_flight(folder, mesh)
+    check_log_probs_of_every_version(folder, mesh)
+    check_dynamic_sampling_in_flight(folder, mesh)
     drawn = [s.tokens.tolist() for s in build(folder, mesh).take(0)[0]]
     if mesh.rank == 0:  # all ranks have been checked to know the same
         print("drawn", drawn, flush=True)
