@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT [NAME ...]      (with names, only these)
 # What takes longer or needs more runs only where it is named: trl (a GRPO step beside TRL's, 8 minutes), ppo (20 steps of the largest PPO that a GPU
-# of 140 GiB and a host of 128 hold, and one of 1B), two, two_steps (what needs two GPUs, and whole steps on them) and train_tp4 (four).
+# of 140 GiB and a host of 128 hold, and one of 1B), tail (rollouts of long-tailed lengths, 8 minutes), two, two_steps (what needs two GPUs, and whole
+# steps on them) and train_tp4 (four).
 #
 # Each has a time limit of its own, so that one that fails does not take the others with it. OUT/results.jsonl collects the JSON lines, which
 # belong into benchmarks/results/ when they are to be kept (benchmarks/table.py makes the README's table of them); OUT/NAME.log is what each said.
@@ -47,6 +48,7 @@ step=(benchmarks/step.py "$scratch")
 run step 240 "${step[@]}" --limit 225
 extra ppo ppo 580 "${step[@]}" --mode rlhf --layers 20 --steps 20 --limit 560 batch.prompts=8
 extra ppo ppo_1b 180 "${step[@]}" --mode rlhf --model 1b --limit 165
+extra tail tail 560 benchmarks/tail.py --check
 torchrun=(-m torch.distributed.run --nproc-per-node 2)
 extra two publish_tp 60 "${torchrun[@]}" benchmarks/publish.py --train-tp 2 --engine-tp 1
 extra two publish_pp 60 "${torchrun[@]}" benchmarks/publish.py --train-pp 2 --engine-tp 2

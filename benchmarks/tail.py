@@ -1,12 +1,12 @@
 """What long-tailed response lengths cost a step, and what rollout.inflight saves: rollout seconds per trained token, against equal lengths.
 
-    python benchmarks/tail.py                                        one GPU: 8B shapes, 64 groups of 8, lengths as below
-    python benchmarks/tail.py --groups 16 --inflight 1 1.5
+    python benchmarks/tail.py                                        one GPU: 8B shapes, 64 and 16 groups of 8, lengths as below
     python benchmarks/tail.py --model toy --groups 2 --mean 12 --longest 48 --steps 1 --warm 1     on a CPU
 
 Lengths are forced, since random weights never stop: lognormal with deviation 1, half of whose variance siblings share, of a given mean,
 from 16 to --longest tokens. Nothing is learned and weights stay, but each step counts as new weights, and whatever was cached of older
-ones is dropped: what goes on is prefilled again. --check compares runs: one twice, and one that goes on from a checkpoint's state.
+ones is dropped: what goes on is prefilled again. --check compares runs of an eighth
+of the tokens: one twice, and one that goes on from a checkpoint's state. Where nothing is in flight between steps, one step counts.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Bench:
     """One engine, and sources of several configurations around it."""
 
     def __init__(self, a: argparse.Namespace, folder: Path):
-        self.a, self.folder = a, folder
+        self.a, self.folder, self.groups = a, folder, a.groups[0]
         self.arch = replace(MODELS[a.model], context=a.length + a.longest)
         demo_task.write(folder / "data", num_sft=512, num_rl=1, num_heldout=1)
         demo_task.make_model(folder / "model", folder / "data", hf.description(self.arch))
@@ -94,7 +94,12 @@ class Bench:
 
     def config(self, inflight: float) -> Any:
         a = self.a
-        keys = [f"batch.prompts={a.groups}", f"rollout.group={a.siblings}", f"rollout.inflight={inflight}", f"rollout.max_lag={a.max_lag}"]
+        keys = [
+            f"batch.prompts={self.groups}",
+            f"rollout.group={a.siblings}",
+            f"rollout.inflight={inflight}",
+            f"rollout.max_lag={a.max_lag}",
+        ]
         keys += [f"policy.load={self.folder}/model", f"rollout.max_tokens={a.longest}", f"data.max_tokens={a.length + a.longest}"]
         return configuration.load("grpo", keys)
 
@@ -134,7 +139,7 @@ class Bench:
         def said(samples: list[Sample]) -> list[tuple]:
             return [(s.tokens.tolist(), s.sampler_logp.tolist(), s.version.tolist()) for s in samples]
 
-        lengths, found, steps = Lengths(self.a.mean, self.a.longest, 1.0), [], 4
+        lengths, found, steps = Lengths(self.a.mean // 8, self.a.longest // 8, 1.0), [], 4
         for resumed in (False, False, True):
             source, run = self.source(1.5, lengths), []
             for step in range(steps):
@@ -149,10 +154,10 @@ class Bench:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=MODELS, default="8b")
-    p.add_argument("--groups", type=int, default=64, help="prompts of a step, as batch.prompts")
+    p.add_argument("--groups", type=int, nargs="*", default=[64, 16], help="prompts of a step, as batch.prompts")
     p.add_argument("--siblings", type=int, default=8, help="responses to a prompt, as rollout.group")
     p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.5], help="as rollout.inflight")
-    p.add_argument("--max-lag", type=int, default=4, help="as rollout.max_lag")
+    p.add_argument("--max-lag", type=int, default=6, help="as rollout.max_lag")
     p.add_argument("--length", type=int, default=128, help="of a prompt")
     p.add_argument("--mean", type=int, default=906, help="tokens of a response")
     p.add_argument("--longest", type=int, default=16384, help="tokens of a response")
@@ -160,20 +165,20 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=2, help="steps that are counted")
     p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine, as rollout.memory")
     p.add_argument("--cache", type=float, default=0.0, help="GiB, as rollout.cache")
-    p.add_argument("--check", action="store_true", help="compare runs instead")
+    p.add_argument("--check", action="store_true", help="compare runs, too")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(a, Path(folder))
-        shape = {"model": a.model, "groups": a.groups, "siblings": a.siblings, "mean": a.mean, "longest": a.longest, "max_lag": a.max_lag}
+        shape = {"model": a.model, "siblings": a.siblings, "mean": a.mean, "longest": a.longest, "max_lag": a.max_lag}
         if a.check:
-            record.say("tail", "check", shape | bench.same())
-        else:
-            equal = bench.measure(1.0, 0.0, 1, 1)
-            record.say("tail", f"{a.groups} groups of equal lengths", shape | equal)
+            record.say("tail", f"{bench.groups} groups, check", shape | bench.same())
+        for bench.groups in a.groups:
+            equal = bench.measure(1.0, 0.0, 0, 1)
+            record.say("tail", f"{bench.groups} groups of equal lengths", shape | equal)
             for inflight in a.inflight:
-                found = bench.measure(inflight, 1.0, a.warm if inflight > 1 else 0, a.steps)
+                found = bench.measure(inflight, 1.0, *((a.warm, a.steps) if inflight > 1 else (0, 1)))
                 ratio = found["us_per_token"] / equal["us_per_token"]
-                record.say("tail", f"{a.groups} groups, {inflight:g} in flight", shape | found | {"inflight": inflight, "ratio": ratio})
+                record.say("tail", f"{bench.groups} groups, {inflight:g} in flight", shape | found | {"ratio": ratio})
     os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
 
 

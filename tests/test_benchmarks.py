@@ -58,6 +58,17 @@ def test_rollout_and_switch() -> None:
     assert engine["sleep_s"] < 1
 
 
+def test_tail() -> None:
+    """With responses in flight a step is the same again, whatever it goes on from."""
+    keys = ["--model=toy", "--groups", "2", "--siblings=4", "--mean=24", "--longest=96", "--steps=1", "--warm=1", "--check"]
+    check, equal, strict, partial = lines("tail", *keys)
+    assert check["twice"] is check["resumed"] is True
+    assert (equal["tokens"], equal["longest"]) == (2 * 4 * 24, 24)
+    assert strict["us_per_token"] == pytest.approx(strict["ratio"] * equal["us_per_token"], rel=1e-3)
+    assert 0 < partial["lag/0"] < 1
+    assert sum(partial[f"lag/{lag}"] for lag in range(7)) == pytest.approx(1)
+
+
 def test_step(tmp_path: Path) -> None:
     """PPO, which has all four models; over twenty steps nothing leaks, of all that a CPU has."""
     keys = ["batch.prompts=2", "rollout.group=2", "rollout.max_tokens=8", "rollout.engine=kvcache"]
