@@ -53,6 +53,9 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
         lambda x, _: f"{x['tokens_per_s']:,.0f} tokens/s, {x['share_of_alone']:.1%}",
         "97 %",
     ),
+    ("rollout of 64 groups of 8, lognormal lengths of mean 906, per token", "tail", "64 groups, 1 in flight", lambda x, _: tail(x), ""),
+    ("the same, 1.5 times the groups in flight", "tail", "64 groups, 1.5 in flight", lambda x, _: tail(x), "1.5 x"),
+    ("rollout of 16 such groups", "tail", "16 groups, 1 in flight", lambda x, _: tail(x), ""),
     ("publish 7B", "publish", "", lambda x, _: f"{1000 * x['seconds']:.0f} ms, {x['ratio']:.2f} x copying the same bytes", "30 ms"),
     ("publish 7B into vLLM's parameters", "publish", "vllm", lambda x, _: f"{1000 * x['seconds']:.0f} ms, {x['ratio']:.2f} x", "30 ms"),
     ("publish 7B on two GPUs, TP2 to two engines", "publish", "--train-tp 2 --engine-tp 1", lambda x, _: transfer(x), "2 x"),
@@ -94,6 +97,12 @@ def rate(line: dict) -> str:
     moment = f"{line['share_of_matmul']:.0%} of what a large product reaches for a moment ({line['matmul_tflops']:.0f})"
     lasting = f"{line['share_of_sustained']:.0%} of what it keeps up for seconds ({line['sustained_tflops']:.0f})"
     return f"{line['tflops_per_device']:.0f} TFLOP/s, {moment} and {lasting}"
+
+
+def tail(line: dict) -> str:
+    longest = f"{line['ratio']:.2f} x responses of equal lengths; the longest has {line['longest']:,} tokens"
+    old = 1 - line["lag/0"] if "lag/0" in line else 0
+    return longest + (f", and older weights drew {old:.0%} of the tokens" if old else "")
 
 
 def transfer(line: dict) -> str:

@@ -157,7 +157,7 @@ def main() -> None:
     p.add_argument("--groups", type=int, nargs="*", default=[64, 16], help="prompts of a step, as batch.prompts")
     p.add_argument("--siblings", type=int, default=8, help="responses to a prompt, as rollout.group")
     p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.5], help="as rollout.inflight")
-    p.add_argument("--max-lag", type=int, default=6, help="as rollout.max_lag")
+    p.add_argument("--max-lag", type=int, default=4, help="as rollout.max_lag")
     p.add_argument("--length", type=int, default=128, help="of a prompt")
     p.add_argument("--mean", type=int, default=906, help="tokens of a response")
     p.add_argument("--longest", type=int, default=16384, help="tokens of a response")

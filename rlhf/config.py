@@ -119,7 +119,7 @@ class Rollout:
     memory: Share = 0.5  # share of the device's memory for the engine (GPU)
     cache: float = 0.0  # GiB of KV cache; 0: what memory leaves (GPU), or 0.25 (CPU)
     inflight: Annotated[float, Between(1)] = 1.0  # groups being generated, in batch.prompts; above 1 no step waits for the longest ones
-    max_lag: Count = 6  # steps after which a group that is in flight is learned at the latest (inflight > 1)
+    max_lag: Count = 4  # steps after which a group that is in flight is learned at the latest (inflight > 1)
     rounds: Count = 1  # sampling rounds per step, at most, until batch.prompts groups have unequal rewards (DAPO)
     bucket: Count = 512  # MB of extra memory, at most, for weights that cross ranks in a publish
     check: bool = False  # after every publish compare checksums of all weights, and log-probs with the learner's
