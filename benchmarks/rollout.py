@@ -71,7 +71,7 @@ class Free:
         pass
 
 
-def measure(a: argparse.Namespace, sampler: EngineSource) -> None:
+def measure(a: argparse.Namespace, source: EngineSource) -> None:
     """Four ways to generate the same numbers of tokens."""
     from vllm import SamplingParams
 
@@ -79,7 +79,7 @@ def measure(a: argparse.Namespace, sampler: EngineSource) -> None:
     vocab = MODELS[a.model].vocab
     tokens = [rng.integers(3, vocab, a.length).astype(np.int32) for _ in range(a.prompts)]
     prompts = [Sample(t, np.zeros(a.length - 1, bool), group=i) for i, t in enumerate(tokens)]
-    llm = sampler.owner.engine.llm
+    llm = source.owner.engine.llm
     plain = {"temperature": 1.0, "max_tokens": a.new, "ignore_eos": True, "detokenize": False}
 
     def alone(seeded: bool, count: int = a.prompts, **more: Any) -> None:
@@ -87,7 +87,7 @@ def measure(a: argparse.Namespace, sampler: EngineSource) -> None:
         llm.generate([{"prompt_token_ids": t.tolist()} for t in tokens[:count]], requests, use_tqdm=False)
 
     def ours() -> None:
-        samples = sampler.sample(prompts, sampler.sampling(), 1, 0, Free())
+        samples = source.sample(prompts, source.sampler.sampling(), 1, 0, Free())
         made.append(sum(int(s.mask.sum()) for s in samples))
 
     made: list[int] = []

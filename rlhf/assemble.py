@@ -25,8 +25,9 @@ from rlhf.prepare import Inputs, inputs, rule
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Rewards
 from rlhf.roles import Roles
+from rlhf.rollout.judge import Rule
 from rlhf.rollout.owner import EngineOwner
-from rlhf.rollout.source import DataSource, EngineSource, Rule, Source
+from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.weights import files, names
 from rlhf.weights.entries import UNSOUND
 from rlhf.weights.publish import Publisher

@@ -278,6 +278,23 @@ def test_ppo_losses_and_keys() -> None:
     assert algorithm("rlhf", "ppo.critic_warmup=3").warmup == {"policy": 3}
 
 
+def test_ppo_weighs_tokens_by_who_drew_them() -> None:
+    """Policy before the update over sampler, truncated; of a single update without a KL nobody is asked beforehand."""
+    learner, sampler = np.array([-1.0, -1.0]), np.array([-2.0, -0.5])  # e more likely to the learner, and less
+    named = {"sampler_logp": sampler, "old_logp": learner, "advantages": np.array([1.0, 3.0])}
+    batch = pack([Sample(np.zeros(3, np.int32), np.ones(2, bool), 0, **{name: x.astype(np.float32) for name, x in named.items()})])
+    for keys, weights in (([], [1, 1]), (["ppo.mismatch_cap=10"], [math.e, math.exp(-0.5)]), (["rollout.inflight=2"], [2, math.exp(-0.5)])):
+        for kl in ("ppo.kl=0.1", "ppo.kl=0"):
+            made = algorithm("rlhf", kl, "batch.minibatches=1", *keys)
+            assert ("old_logp" in made.streams) == (kl == "ppo.kl=0.1")
+            logp = torch.tensor(learner, dtype=torch.float32, requires_grad=True)
+            loss = made.loss("policy", batch, Output(logp=logp, entropy=torch.zeros(2)))
+            (gradient,) = torch.autograd.grad(loss.total, logp)
+            assert gradient.tolist() == pytest.approx([-weights[0], -3 * weights[1]], abs=1e-5)
+            assert means(loss).get("capped") == (pytest.approx(float(weights[0] == 2) / 2) if keys else None)
+    assert "old_logp" in algorithm("rlhf", "ppo.kl=0", "batch.minibatches=2").streams
+
+
 def test_prompts_cannot_overflow() -> None:
     """A policy that drifted on the prompt by e^200 does not make the loss of the response NaN."""
     for mode, overrides in (("rlhf", []), ("grpo", ["grpo.mismatch_cap=2"])):

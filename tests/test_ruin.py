@@ -58,22 +58,21 @@ def test_a_first_update_that_is_no_number(made: Path) -> None:
     assert not (made / "epsilon/hf").is_symlink()
 
 
-@pytest.mark.parametrize("rate", ["1e30", "1e10"])
 @pytest.mark.parametrize("layout", ["parallel.dp=1", "parallel.dp=2"])
-def test_a_learning_rate_that_ruins_the_weights(made: Path, rate: str, layout: str) -> None:
+def test_a_learning_rate_that_ruins_the_weights(made: Path, layout: str) -> None:
     """The checkpoint before stays the newest, the message names it, and what it advises works. All ranks end."""
-    out = f"rate-{rate}-{layout}"
-    keys = [f"out={out}", layout, "checkpoint.keep=1"]
+    keys = [f"out={layout}", layout, "checkpoint.keep=1"]
     assert call(made, "sft", *keys, "steps=2")[0] == 0
-    code, said = call(made, "sft", *keys, "steps=4", f"optim.lr={rate}")
-    assert code == 1, said
-    (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
-    assert line.startswith("rlhf: step 3: ")
-    assert f"{out}/step_000002" in line
-    assert (made / out / "latest").read_text() == "step_000002"
-    assert all(tensor.isfinite().all() for tensor in load_file(made / out / "hf/model.safetensors").values())
+    for rate in ("1e30", "1e10"):
+        code, said = call(made, "sft", *keys, "steps=4", f"optim.lr={rate}")
+        assert code == 1, said
+        (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
+        assert line.startswith("rlhf: step 3: ")
+        assert f"{layout}/step_000002" in line
+        assert (made / layout / "latest").read_text() == "step_000002"
+        assert all(tensor.isfinite().all() for tensor in load_file(made / layout / "hf/model.safetensors").values())
     assert call(made, "sft", *keys, "steps=3")[0] == 0
-    assert [row["step"] for row in rows(made / out)] == [1, 2, 3]
+    assert [row["step"] for row in rows(made / layout)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,29 +10,16 @@ import numpy as np
 from torch import Tensor
 
 from rlhf.config import Config
-from rlhf.contracts import ABSENT, Completion, Request, Sample, Sampling, Sums, Verdict, differ, groups
+from rlhf.contracts import ABSENT, Sample, Sampling, Sums, Verdict, differ, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.metrics import Progress, say
 from rlhf.parallel.mesh import Mesh
-from rlhf.rewards import Rewards
-from rlhf.rollout.flight import Group, Response, choose
+from rlhf.rollout.flight import Group, Response
+from rlhf.rollout.judge import Judge
 from rlhf.rollout.owner import EngineOwner
-from rlhf.rollout.stops import Stops
+from rlhf.rollout.sampler import Sampler, seeded
 
 Weights = Mapping[str, Tensor]
-
-
-class Judge(Protocol):
-    """Says what responses are worth, while others are still being generated."""
-
-    def give(self, sample: Sample) -> None:
-        """Take up a response."""
-        ...
-
-    def collect(self, block: bool = False) -> None:
-        """Write reward and verdict into the responses that are judged by now; with block, into all that were given."""
-        ...
 
 
 class Source(Protocol):
@@ -104,15 +88,14 @@ class EngineSource:
     judge: Judge
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
     tolerance: float = 0.0  # of the mean |engine - policy| over log-probs
-    stops: Stops = field(init=False)
-    waited: float = 0.0  # seconds since the last step in which rewards alone were awaited
+    sampler: Sampler = field(init=False)
     flight: list[Group] = field(default_factory=list)  # of this engine, in the order in which they were drawn (rollout.inflight > 1)
     drawn: int = 0  # groups of all engines that have been begun since the run began, ...
     taken: int = 0  # ... and that steps have taken
     notes: list[str] = field(default_factory=list)  # on what was resumed
 
     def __post_init__(self) -> None:
-        self.stops = Stops(self.tokenizer, self.config.rollout.stop)
+        self.sampler = Sampler(self.config, self.mesh, self.owner, self.tokenizer)
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
         """The step's samples, grouped by prompt.
@@ -128,8 +111,8 @@ class EngineSource:
             if len(kept) >= count:
                 break
         samples = [sample for group in (kept or drawn)[:count] for sample in group]
-        sums: Sums = {"time/reward": (self.waited, 1.0)}  # within the rollout's time
-        self.waited = 0.0
+        sums: Sums = {"time/reward": (self.sampler.waited, 1.0)}  # within the rollout's time
+        self.sampler.waited = 0.0
         if rounds > 1:
             sums |= {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))}
         if self.config.rollout.inflight > 1:
@@ -162,11 +145,12 @@ class EngineSource:
             (group.key, k, {"begun": group.begun, **response.state()})
             for group in self.flight
             for k, response in enumerate(group.responses)
-            if self._judges(group, k)
+            if self.sampler.judges(group, k)
         ]
         found = sorted((item for part in self.mesh.all_gather(mine) for item in part), key=lambda item: item[:2])
         responses = [(key, response) for key, _, response in found]
-        return {"engines": self._engines[0], "drawn": self.drawn, "taken": self.taken, "responses": responses}
+        engines, _ = self.sampler.engines
+        return {"engines": engines, "drawn": self.drawn, "taken": self.taken, "responses": responses}
 
     def resume(self, step: int, state: dict[str, Any] | None) -> None:
         """Take up what was in flight. Where the number of engines is another, those groups are begun anew."""
@@ -181,37 +165,33 @@ class EngineSource:
             held.setdefault(tuple(key), []).append(response)
         oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
         self.flight = [group for group in self._span(oldest, self.drawn, step) if group.key in held]
-        if state["engines"] != self._engines[0]:
-            self.notes.append(f"{len(held)} groups that were in flight on {state['engines']} engines begin anew on {self._engines[0]}")
+        if state["engines"] != self.sampler.engines[0]:
+            self.notes.append(
+                f"{len(held)} groups that were in flight on {state['engines']} engines begin anew on {self.sampler.engines[0]}"
+            )
             return
         for group in self.flight:
             group.begun = held[group.key][0]["begun"]
             for k, known in enumerate(held[group.key]):
                 response = group.responses[k] = Response.restored(known)
-                if response.finish and self._judges(group, k):
-                    response.sample = self._sample(group.prompt, response)
+                if response.finish and self.sampler.judges(group, k):
+                    response.sample = self.sampler.sample(group.prompt, response)
                     response.sample.reward = known["reward"]
                     response.sample.verdict = Verdict(known["rule"], known["score"], known["failed"])
 
     def answer(self, prompts: list[Sample], judge: Judge) -> list[Sample]:
         """One rewarded response per held-out prompt, at evaluate.temperature; the same draws at every evaluation."""
-        sampling = replace(self.sampling(), temperature=self.config.evaluate.temperature, top_p=1.0, top_k=0)
+        sampling = replace(self.sampler.sampling(), temperature=self.config.evaluate.temperature, top_p=1.0, top_k=0)
         return self.sample(prompts, sampling, 1, 0, judge)
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """A few tokens after each prompt, drawn from the unfiltered distribution, to compare log-probs with; never rewarded."""
-        sampling = replace(self.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
-        return self._gather(self._run(prompts, sampling, 1, 0, None))
-
-    def sampling(self) -> Sampling:
-        """How the configuration says to sample. A stop string of one token is a stop id; for others the tokens are watched."""
-        r = self.config.rollout
-        stop_ids = (*self.tokenizer.stop_ids, *self.stops.ids)
-        return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
+        sampling = replace(self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
+        return self.sampler.gather(self._run(prompts, sampling, 1, 0, None))
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
         """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
-        return self._gather(self._run(prompts, sampling, group, step, judge))
+        return self.sampler.gather(self._run(prompts, sampling, group, step, judge))
 
     def _compare(self) -> None:
         """Sample a little and let the policy score it: engine and learner must give the same log-probs."""
@@ -225,19 +205,19 @@ class EngineSource:
 
     def _next(self, step: int, turn: int) -> list[Sample]:
         """The samples of batch.prompts more groups. Each engine gives its share of them, and keeps what is in flight beyond that."""
-        engines, engine = self._engines
+        engines, engine = self.sampler.engines
         quota = len(range(engine, self.config.batch.prompts, engines))  # where they do not divide it, the first ones give one more
         flight = self.flight + self._fresh(step, turn)
-        chosen = self._generate(flight, self.sampling(), step, quota, self.judge)
+        chosen = self.sampler.generate(flight, self.sampler.sampling(), step, quota, self.judge)
         taken = set(map(id, chosen))
         self.flight = [group for group in flight if id(group) not in taken]
         self.taken += self.config.batch.prompts
-        return self._gather(chosen)
+        return self.sampler.gather(chosen)
 
     def _run(self, prompts: list[Sample], sampling: Sampling, size: int, step: int, judge: Judge | None) -> list[Group]:
         """This engine's share of the prompts, answered as a whole."""
-        groups = self._begin(prompts, size, step, step)
-        return self._generate(groups, sampling, step, len(groups), judge)
+        groups = self.sampler.begin(prompts, size, step, step)
+        return self.sampler.generate(groups, sampling, step, len(groups), judge)
 
     def _fresh(self, step: int, turn: int) -> list[Group]:
         """The groups of this engine that are begun now. Who is drawn when depends on nothing but the seed, the step and the turn.
@@ -246,10 +226,10 @@ class EngineSource:
         """
         count, seed = self.config.batch.prompts, self.config.seed
         if self.config.rollout.inflight == 1:  # further rounds go through the data in orders of their own
-            prompts = self.records.draw(step, count, _seed(seed, turn) if turn else seed)
+            prompts = self.records.draw(step, count, seeded(seed, turn) if turn else seed)
             for prompt in prompts:
                 prompt.group += turn * count
-            return self._begin(prompts, self.config.rollout.group, step, step)
+            return self.sampler.begin(prompts, self.config.rollout.group, step, step)
         begin, self.drawn = self.drawn, self.taken + round(self.config.rollout.inflight * count)
         return self._span(begin, self.drawn, step)
 
@@ -258,119 +238,10 @@ class EngineSource:
         count, size = self.config.batch.prompts, self.config.rollout.group
         groups: list[Group] = []
         for batch in range(begin // count, -(-end // count)):
-            groups += self._begin(self.records.draw(batch, count, self.config.seed), size, batch, step)
+            groups += self.sampler.begin(self.records.draw(batch, count, self.config.seed), size, batch, step)
         for group in groups:
             group.prompt.group += group.key[0] * count  # unique among all that are in flight
         return [group for group in groups if begin <= group.prompt.group < end]
-
-    def _begin(self, prompts: list[Sample], size: int, batch: int, step: int) -> list[Group]:
-        """This engine's share of the prompts of a batch, as groups of `size` responses that are begun in a step."""
-        engines, engine = self._engines
-        mine = [prompt for prompt in prompts if prompt.group % engines == engine]
-        return [Group(prompt, (batch, prompt.group), step, [Response() for _ in range(size)]) for prompt in mine]
-
-    @property
-    def _engines(self) -> tuple[int, int]:
-        """How many engines there are, and which one is this rank's."""
-        return self.mesh.world // self.config.rollout.tp, self.mesh.rank // self.config.rollout.tp
-
-    def _generate(self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None) -> list[Group]:
-        """Generate until a step can take `quota` of these groups from this engine: those. The others are as far as they are.
-
-        All ranks of an engine know all of its responses. The judge gets a rank's portion of them, each when it is complete.
-        """
-        max_lag = self.config.rollout.max_lag
-        chosen = choose(groups, quota, step, max_lag)
-        waiting = [(group, k) for group in groups for k, response in enumerate(group.responses) if not response.finish]
-        jobs = [] if chosen else waiting
-        requests = [self._request(n, group, k, sampling) for n, (group, k) in enumerate(jobs)]
-        total = min(len(jobs), quota * len(groups[0].responses)) if groups else 0
-        with Progress("rollout", "responses", total, shown=self.mesh.rank == 0) as progress, closing(self.owner.stream(requests)) as stream:
-            for completed in stream:
-                for n, completion in completed:
-                    progress.add(1, len(completion.tokens))
-                    self._complete(*jobs[n], completion, judge)
-                if judge:
-                    judge.collect()
-                if completed and (chosen := choose(groups, quota, step, max_lag)):
-                    break
-        for n, completion in self.owner.withdraw():
-            group, k = jobs[n]
-            group.responses[k].extend(completion, self.owner.version)
-        start = time.perf_counter()
-        if judge:
-            judge.collect(block=True)
-        self.waited += time.perf_counter() - start
-        return chosen
-
-    def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
-        """The rest of a response. What was drawn of it makes the prompt longer, and its seed another."""
-        drawn = group.responses[k].tokens
-        seed = _seed(self.config.seed, *group.key, k, *([len(drawn)] if drawn else []))
-        rest = replace(sampling, max_tokens=sampling.max_tokens - len(drawn))
-        return Request(n, group.prompt.tokens.tolist() + drawn, rest, seed, self.stops.after(drawn))
-
-    def _complete(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> None:
-        """Take up the end of a response, and have it judged if it is this rank's."""
-        response = group.responses[k]
-        response.extend(completion, self.owner.version)
-        if self._judges(group, k):
-            response.sample = self._sample(group.prompt, response)
-            if judge:
-                judge.give(response.sample)
-
-    def _judges(self, group: Group, k: int) -> bool:
-        """Whether a response is in this rank's portion of those of its engine."""
-        tp = self.config.rollout.tp
-        return (group.key[1] * len(group.responses) + k) % tp == self.mesh.rank % tp
-
-    def _gather(self, groups: list[Group]) -> list[Sample]:
-        """The samples of complete groups of all engines on every rank, in the order in which their prompts were drawn."""
-        mine = [(group.key, k, r.sample) for group in groups for k, r in enumerate(group.responses) if r.sample]
-        found = [item for part in self.mesh.all_gather(mine) for item in part]
-        return [sample for *_, sample in sorted(found, key=lambda item: item[:2])]
-
-    def _sample(self, prompt: Sample, response: Response) -> Sample:
-        """A complete response as a sample, cut behind its first stop string."""
-        end = self.stops.end(response.tokens)
-        drawn = response.tokens[:end]
-        tokens, first = np.concatenate([prompt.tokens, np.array(drawn, np.int32)]), len(prompt.tokens) - 1
-        mask, logp, version = np.zeros(len(tokens) - 1, bool), np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
-        mask[first:], logp[first:], version[first:] = True, response.logp[:end], response.version[:end]
-        return Sample(
-            tokens,
-            mask,
-            prompt.group,
-            truncated=end is None and response.finish == "length",
-            text=replace(prompt.text, response=self.tokenizer.decode(drawn)),
-            version=version,
-            sampler_logp=logp,
-        )
-
-
-class Rule:
-    """A reward function as a judge. The first failure on each node is shown; all are counted."""
-
-    def __init__(self, rewards: Rewards, mesh: Mesh):
-        self.rewards, self.mesh = rewards, mesh
-        self._given: list[Sample] = []
-
-    def give(self, sample: Sample) -> None:
-        if self.rewards.spec:  # without, the reward model alone judges
-            self.rewards.give(len(self._given), (sample.text.prompt, sample.text.response, dict(sample.text.record)))
-            self._given.append(sample)
-
-    def collect(self, block: bool = False) -> None:
-        silent, in_time = (not known and self.mesh.is_first_on_node for known in (self.rewards.failure, self.rewards.late))
-        for key, score in self.rewards.take(block).items():
-            self._given[key].reward, self._given[key].verdict = score.value, Verdict(rule=score.value, failed=score.failed)
-        if silent and self.rewards.failure:
-            reason = textwrap.indent(self.rewards.failure, "    ")
-            say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{reason}")
-        if in_time and self.rewards.late:
-            say(f"a reward took longer than reward.timeout={self.rewards.timeout:g}: another run may differ from this one")
-        if block:
-            self._given = []
 
 
 def summary(samples: list[Sample]) -> Sums:
@@ -397,8 +268,3 @@ def ages(samples: list[Sample], step: int, max_lag: int) -> Sums:
 def _gaps(samples: Sequence[Sample], logp: Sequence[np.ndarray]) -> np.ndarray:
     """|engine - learner| of the log-prob of every sampled token."""
     return np.concatenate([np.abs(learner - s.sampler_logp)[s.mask] for s, learner in zip(samples, logp, strict=True)])
-
-
-def _seed(*key: int) -> int:
-    """63 bits that depend on every part of the key: engines with equal seeds would sample alike."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
