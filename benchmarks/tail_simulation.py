@@ -1,0 +1,89 @@
+"""What tail.py would measure in the long run, by arithmetic.
+
+    python benchmarks/tail_simulation.py                             64 and 16 groups, several times in flight, several bounds on their age
+
+A step of the engine costs time by itself, for each sequence and for each token of context that is read; whatever enters the engine is
+prefilled. The costs are fitted to tail.py's rows of 8B shapes on an H200. Lengths are tail.py's, and rlhf.rollout.flight says what a step
+takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from tail import Lengths
+
+from rlhf.contracts import ABSENT
+from rlhf.rollout.flight import Group, Response, choose
+
+STEP, SEQUENCE, CONTEXT, PREFILL = 5.6e-3, 20e-6, 0.033e-6, 32e-6  # seconds
+PROMPT, SIBLINGS = 128, 8
+
+
+class Simulation:
+    """Groups in flight: how many tokens each response has, and which steps drew them."""
+
+    def __init__(self, prompts: int, inflight: float, max_lag: int, lengths: Lengths):
+        self.prompts, self.size, self.max_lag, self.lengths = prompts, round(inflight * prompts), max_lag, lengths
+        self.flight: list[Group] = []
+        self.begun = 0
+
+    def step(self, step: int) -> tuple[float, list[int]]:
+        """The seconds of a step, and the versions of the tokens that it learns from."""
+        while len(self.flight) < self.size:
+            key = divmod(self.begun, self.prompts)
+            self.flight.append(Group(ABSENT, key, step, [Response() for _ in range(SIBLINGS)]))
+            self.begun += 1
+        jobs = [(group, k) for group in self.flight for k, response in enumerate(group.responses) if not response.finish]
+        drawn = np.array([len(group.responses[k].version) for group, k in jobs])
+        left = np.array([self.lengths.of(group.key, k) for group, k in jobs]) - drawn
+        chosen = choose(self.flight, self.prompts, step, self.max_lag)
+        seconds, gone = 0.0 if chosen else PREFILL * float((PROMPT + drawn).sum()), 0
+        for i in np.argsort(left, kind="stable"):  # the one that is complete next
+            if chosen:
+                break
+            active = left > gone
+            tokens = int(left[i]) - gone
+            context = (PROMPT + drawn[active] + gone).sum() + active.sum() * tokens / 2
+            seconds += tokens * (STEP + SEQUENCE * active.sum() + CONTEXT * context)
+            gone += tokens
+            group, k = jobs[i]
+            group.responses[k].finish = "length"
+            chosen = choose(self.flight, self.prompts, step, self.max_lag)
+        for (group, k), tokens in zip(jobs, np.minimum(left, gone), strict=True):
+            group.responses[k].version += [step] * int(tokens)
+        self.flight = [group for group in self.flight if group not in chosen]
+        return seconds, [version for group in chosen for response in group.responses for version in response.version]
+
+
+def measure(simulation: Simulation, warm: int, steps: int) -> tuple[float, dict[int, float]]:
+    """Seconds per learned token, and the share of tokens by age."""
+    total, lags = 0.0, np.zeros(0, int)
+    for step in range(warm + steps):
+        seconds, versions = simulation.step(step)
+        if step >= warm:
+            total, lags = total + seconds, np.concatenate([lags, step - np.array(versions)])
+    return total / len(lags), {lag: float((lags == lag).mean()) for lag in range(int(lags.max()) + 1)}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--groups", type=int, nargs="*", default=[64, 16])
+    p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.25, 1.5, 2.0])
+    p.add_argument("--max-lag", type=int, nargs="*", default=[2, 4, 6])
+    p.add_argument("--warm", type=int, default=8)
+    p.add_argument("--steps", type=int, default=12)
+    a = p.parse_args()
+    for groups in a.groups:
+        equal, _ = measure(Simulation(groups, 1, 1, Lengths(906, 16384, 0.0)), 0, 1)
+        print(f"{groups} groups of equal lengths: {1e6 * equal:.1f} us per token")
+        for inflight in a.inflight:
+            for max_lag in a.max_lag[: None if inflight > 1 else 1]:
+                seconds, ages = measure(Simulation(groups, inflight, max_lag, Lengths(906, 16384, 1.0)), a.warm, a.steps)
+                shares = ", ".join(f"{share:.0%}" for share in ages.values())
+                print(f"  {inflight:g} in flight, max_lag {max_lag}: {seconds / equal:.2f} x; tokens by age {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
