@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from rlhf import configuration
@@ -28,7 +29,10 @@ def show(config: Config, world: int) -> None:
     ledger = Ledger(config, arch, roles, world, config.memory.device or DEVICE, 4 if config.dtype == "float32" else 2)
     print(ledger.table())
     if ledger.engine and config.rollout.engine == "vllm":
-        print(f"The engine's cache holds {int(ledger.sequences())} sequences of {config.data.max_tokens} tokens at a time.")
+        r, holds = config.rollout, int(ledger.sequences())
+        flying = math.ceil(round(r.inflight * config.batch.prompts) / (world // r.tp)) * r.group
+        waiting = ", and what does not fit waits" if flying > holds else ""
+        print(f"An engine's cache holds {holds} sequences of {config.data.max_tokens} tokens, of {flying} in flight{waiting}.")
     ledger.check()
 
 
