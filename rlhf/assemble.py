@@ -14,11 +14,11 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
-from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation
+from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, table
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
-from rlhf.metrics import Metrics, say
+from rlhf.metrics import Metrics, own_name, say
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, inputs, rule
@@ -41,9 +41,8 @@ def run(config: Config) -> int:
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
     if mesh.rank == 0:
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / "config.toml").write_text(
-            f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}"
-        )
+        file = Path(config.out) / f"{own_name(config) or 'config'}.toml"
+        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}")
     limits = (config.reward.timeout, config.reward.workers)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
         if not ALGORITHMS[config.mode].trains:
@@ -82,8 +81,10 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
     if mesh.rank == 0:
         say(f"{given.records.counts} of {config.data.eval}")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
-    metrics.write(config.steps)
+    values = metrics.write(step=0)
     metrics.close()
+    if mesh.rank == 0:
+        say(table(config, values))
 
 
 def build(

@@ -168,7 +168,9 @@ class Log:
 
     tensorboard: bool = False  # event files beside metrics.jsonl (pip install tensorboard)
     every: Count = 1  # steps between terminal lines
-    samples: Annotated[int, Between(-1)] = 16  # responses of each step, and of each evaluation, kept in out/samples; 0: none, -1: all
+    samples: Annotated[int, Between(-1)] = (
+        16  # responses of each step, and of each evaluation, kept in out/samples; 0: none, -1: all, as evaluate does
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +178,7 @@ class Config:
     """One run. Frozen after loading."""
 
     mode: str = "sft"  # set by the command line
-    out: str = ""  # folder for checkpoints, metrics.jsonl, config.toml; empty: runs/MODE
+    out: str = ""  # folder for checkpoints, metrics.jsonl, config.toml; evaluate writes files of its own there; empty: runs/MODE
     steps: Count = 100  # steps in all; a resumed run counts on from its checkpoint
     seed: int = 1  # data order, sampling and random weights all derive from it
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of weights and activations; auto: bfloat16 on a GPU, else float32
