@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import configuration
+from rlhf import configuration, lock
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -38,17 +38,28 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner
 def run(config: Config) -> int:
     """One rank, from beginning to end; every rank calls it. Returns the exit code: 0, or SAVED if a signal ended a training run early."""
     mesh = Mesh(config.parallel, config.seed)
+    mesh.agree(claim(config) if mesh.rank == 0 else "")
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
-    if mesh.rank == 0:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        file = Path(config.out) / f"{own_name(config) or 'config'}.toml"
-        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}")
     limits = (config.reward.timeout, config.reward.workers)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
         if not ALGORITHMS[config.mode].trains:
             evaluate(config, mesh, given, held_out_rewards)
             return 0
         return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
+
+
+def claim(config: Config) -> str:
+    """Make config.out, hold it until this process ends, and write what is run. Empty, or what is wrong with it."""
+    out, own = Path(config.out), own_name(config)
+    file = out / f"{own or 'config'}.toml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if other := lock.hold(out / f"{own or 'run'}.lock"):
+            return f"out={out} is in use by {other}: wait until it ends, or set another out"
+        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}")
+    except OSError as error:
+        return f"out={out}: {error.filename or file} cannot be written ({error.strerror}); set out to a folder that can be"
+    return ""
 
 
 def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards) -> bool:

@@ -168,9 +168,7 @@ class Log:
 
     tensorboard: bool = False  # event files beside metrics.jsonl (pip install tensorboard)
     every: Count = 1  # steps between terminal lines
-    samples: Annotated[int, Between(-1)] = (
-        16  # responses of each step, and of each evaluation, kept in out/samples; 0: none, -1: all, as evaluate does
-    )
+    samples: Annotated[int, Between(-1)] = 16  # responses of each step, and of its evaluation, kept in out/samples; 0: none, -1: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for 
 LAYERS = (
     ("errors", "lazy", "phases", "config"),
     ("contracts",),
-    ("algorithms", "recorder", "folders"),
+    ("algorithms", "recorder", "folders", "lock"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
     ("train", "rollout", "checkpoint"),
