@@ -14,6 +14,7 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
+from rlhf.errors import StorageError, failure
 from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, table
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
@@ -42,10 +43,15 @@ def run(config: Config) -> int:
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
     limits = (config.reward.timeout, config.reward.workers)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
-        if not ALGORITHMS[config.mode].trains:
+        try:
+            if ALGORITHMS[config.mode].trains:
+                return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
             evaluate(config, mesh, given, held_out_rewards)
             return 0
-        return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
+        except OSError as error:
+            if not (text := failure(error, config.out)):
+                raise
+            raise StorageError(f"{text}; put that right and start again: a run continues from its last checkpoint") from None
 
 
 def claim(config: Config) -> str:
@@ -58,7 +64,7 @@ def claim(config: Config) -> str:
             return f"out={out} is in use by {other}: wait until it ends, or set another out"
         file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}")
     except OSError as error:
-        return f"out={out}: {error.filename or file} cannot be written ({error.strerror}); set out to a folder that can be"
+        return f"out={out} cannot be written: {failure(error, file) or error}; set out to a folder with room"
     return ""
 
 

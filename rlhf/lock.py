@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import socket
+import sys
 import time
 from contextlib import suppress
 from errno import EACCES, EAGAIN
@@ -58,7 +59,7 @@ def _renew(path: Path, mine: str) -> None:
     for beat in itertools.count():
         with suppress(OSError):  # of a storage that fails for a moment
             if not (now := _read(path)).startswith(mine):  # this process was stopped for so long that another one has taken the file
-                os.write(2, f"rlhf: {path} was taken by {_holder(now)} while this process was stopped; it ends\n".encode())
+                print(f"rlhf: {path} was taken by {_holder(now)} while this process was stopped; it ends", file=sys.stderr, flush=True)
                 os._exit(1)
             _write(path, f"{mine}{beat}\n")
         time.sleep(RENEWAL)

@@ -175,6 +175,64 @@ def test_help_ends_quietly_when_its_reader_does(arguments, reader):
     assert (piped.returncode, piped.stderr) == (0, "")
 
 
+PRINTS = """
+import sys
+from rlhf import output
+from rlhf.__main__ import end
+from rlhf.metrics import say
+output.secure()
+file = open("file", "w")
+for stream in (sys.stdout, sys.stderr):
+    print("half of a pair \\udc80, and what latin-1 lacks: \\u2192", file=stream, flush=True)
+    print("x" * 100_000, file=stream)
+say("\\ud800")
+assert file.fileno() > 2, "what was closed is another file now"
+end(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["{0}", "{0} | head -c 20", "{0} 2>&1 | true", "{0} >/dev/full 2>&1", "{0} >&- 2>&-", "{0} <&- >&- 2>&-"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_what_is_printed_ends_nothing(command, encoding, tmp_path):
+    (tmp_path / "prints.py").write_text(PRINTS)
+    program = f"set -o pipefail; {command.format(f'{sys.executable} prints.py')}"
+    env = {**HERE, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(["bash", "-c", program], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr + done.stdout
+    if command == "{0}":
+        arrow = "\u2192" if encoding == "utf-8" else "\\u2192"
+        assert done.stdout.decode().splitlines()[0] == f"half of a pair \\udc80, and what latin-1 lacks: {arrow}"
+        assert done.stdout.endswith(b"x\n\\ud800\n")
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "&-"])
+def test_a_mistake_is_one_even_if_nobody_hears_of_it(target):
+    command = f"{sys.executable} -m rlhf gprm 2>{target}"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, env=HERE, timeout=60).returncode == 2
+
+
+def test_nothing_in_the_current_folder_is_run(fresh, tmp_path):
+    """Not by launch.sh, nor by the ranks that it leads to; an installation does not run it either."""
+    for name in ("rlhf", "json", "tomllib", "torch", "venv", "ensurepip", "pip"):
+        (tmp_path / f"{name}.py").write_text(f"import os\nos.write(2, b'{name} was run\\n')\nos._exit(1)\n")
+    for arguments, code in ((("--help",), 0), (("grpo", "--help"), 0), (("sft", "nowhere.toml"), 2)):
+        done = subprocess.run([ROOT / "launch.sh", *arguments], cwd=tmp_path, env=HERE, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, code // 2), done.stderr
+    root = tmp_path / "checkout"
+    shutil.copytree(fresh[0], root, ignore=shutil.ignore_patterns(".venv*", "two"))
+    done = subprocess.run([root / "launch.sh", "sft"], cwd=tmp_path, env=fresh[1], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"{root}/.venv-cpu sft\n"), done.stderr
+    for flags in ([], ["-P"]):
+        program = "from rlhf.__main__ import COMMAND; print(*COMMAND[1:])"
+        done = subprocess.run(
+            [sys.executable, *flags, "-c", program], cwd=ROOT, env={**HERE, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [*flags, "-m", "rlhf"], done.stderr
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """launch.sh beside an empty lock and a package that prints its arguments, on a machine where nothing is installed yet."""

@@ -42,6 +42,10 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     die_with_parent(lifeline=int(sys.argv[2]))
     sys.path[:], place, name = connection.recv()
+    sys.path.append(os.getcwd())  # last, so that no file there stands in for a module that something else imports
+    from rlhf import output
+
+    output.secure()
     with Attempt() as attempt:
         function = load(place, name)
     connection.send((0.0, attempt.error))
