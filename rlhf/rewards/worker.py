@@ -92,7 +92,7 @@ class Worker:
         if self.connection.poll():
             try:
                 value, error = self.connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # the latter in the middle of an answer
                 value, error = 0.0, f"the process ended with exit code {self.kill()}"
         elif self.seconds_left() == 0:
             self.kill()
