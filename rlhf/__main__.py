@@ -140,6 +140,7 @@ def run(config: Config) -> int:
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = fail
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop begins it ends a rank, as the other signals do, without a traceback
     if config.parallel.tp > 1 and not config.parallel.exchanges:  # megatron-core relies on it to start transfers before products
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import assemble

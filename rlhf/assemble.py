@@ -70,7 +70,7 @@ def claim(config: Config) -> str:
 
 def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards) -> bool:
     """A training run. False: a signal came before the last step was done."""
-    interrupt = Interrupt()  # before anything that takes long
+    interrupt = Interrupt(told=mesh.rank == 0)  # before anything that takes long
     ledger = checked_ledger(config, mesh, given)
     training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt)
     announce(training, given, ledger)

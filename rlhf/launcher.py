@@ -44,14 +44,14 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
             if number == signal.SIGINT and number in seen:  # not SIGTERM, of which Slurm sends two when it preempts
                 code = code or 128 + number
                 _kill(running)
-            elif not seen and environments[0]["RANK"] == "0":
-                print(
-                    f"rlhf: {number.name}: training ends after the step at hand, which is saved; Ctrl-C twice ends it now", file=sys.stderr
-                )
             seen.add(number)
             _signal(running, number)
     _kill(ranks)  # what they may have left in their groups
-    return code or next((_exit_code(rank.returncode) for rank in ranks if rank.returncode), 0)
+    code = code or next((_exit_code(rank.returncode) for rank in ranks if rank.returncode), 0)
+    if seen and code > 128 and environments[0]["RANK"] == "0":  # before the loop, or at once; what the loop does, rlhf.interrupt tells
+        names = " and ".join(number.name for number in sorted(seen))
+        print(f"rlhf: ended by {names}; nothing is saved but what was before", file=sys.stderr)
+    return code
 
 
 def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

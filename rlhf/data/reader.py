@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from threading import Thread
 
@@ -87,7 +88,7 @@ class Reader:
         found: list[Columns | UserError] = []
         try:
             for process, (_, theirs) in zip(started, pairs, strict=True):
-                process.start()
+                _start(process)
                 theirs.close()  # so that the end of the process is that of the connection
             found = _deal(chunks, [ours for ours, _ in pairs])
         except (EOFError, OSError):
@@ -120,6 +121,15 @@ def _chunks(path: Path) -> Iterator[list[Line]]:
     yield chunk
 
 
+def _start(process: SpawnProcess) -> None:
+    """Start it with Ctrl-C blocked: it comes to all processes, and the first one answers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _deal(chunks: list[list[Line]], connections: list[Connection]) -> list[Columns | UserError]:
     """The answers to the chunks, in their order, up to a mistake. Raises EOFError or OSError where a process ends."""
     answers: dict[int, Columns | UserError] = {}
@@ -142,7 +152,6 @@ def _deal(chunks: list[list[Line]], connections: list[Connection]) -> list[Colum
 
 def _serve(reader: Reader, connection: Connection) -> None:
     """Be a process of a reader: answer each chunk. It ends with the process that started it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes, and the first one answers
     Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError):
         while True:
