@@ -100,6 +100,8 @@ def launch(config: Config, arguments: list[str]) -> int:
     """Be the launcher of one node."""
     node = cluster.node(os.environ)
     count = ranks_per_node(config, node.count)
+    if node.index == 0:
+        cluster.check_port(node)
     from rlhf.prepare import inputs
 
     inputs(config, node.count * count)
