@@ -41,7 +41,7 @@ def run(config: Config) -> int:
     mesh = Mesh(config.parallel, config.seed)
     mesh.agree(claim(config) if mesh.rank == 0 else "")
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
-    limits = (config.reward.timeout, config.reward.workers)
+    limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
         try:
             if ALGORITHMS[config.mode].trains:

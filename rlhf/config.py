@@ -139,6 +139,7 @@ class Reward:
     load: str = ""  # folder of a reward model, whose score is the reward; with a function too: the sum of both
     timeout: float = 10.0  # seconds for one response; beyond that it scores 0 and counts as failed
     workers: Count = 2  # killable processes per rank that run rewards
+    memory: float = 0.0  # GiB of data that each of these may have, and each process that it starts; 0: no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

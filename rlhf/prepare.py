@@ -57,7 +57,7 @@ def inputs(config: Config, world: int) -> Inputs:
     if tokenizer.vocab > arch.vocab:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
     for function in _functions(config):
-        rewards.check(function)
+        rewards.check(function, config.reward.memory)
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)

@@ -69,7 +69,7 @@ def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
 def test_an_allocation_without_srun(monkeypatch: pytest.MonkeyPatch):
     """As inside of a container."""
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match="SLURM_JOB_ID=7, but there is no srun, .* or unset SLURM_JOB_ID"):
+    with pytest.raises(UserError, match=r"SLURM_JOB_ID=7, but there is no srun, .* or unset SLURM_JOB_ID"):
         cluster.step(["true"], BATCH)
 
 

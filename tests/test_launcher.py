@@ -141,6 +141,22 @@ def test_nothing_survives_the_launcher():
     assert gone(pids)
 
 
+def test_what_has_a_session_of_its_own_ends_too():
+    """Whether its rank is killed or ends well, and whoever its parent is by then. What ends meanwhile leaves no zombies."""
+    program = "own = subprocess.Popen(['sh', '-c', 'setsid sleep 60 & sleep 60'], start_new_session=True)\n"
+    program += "for _ in range(5): subprocess.run(['sh', '-c', 'setsid true &'])\ntime.sleep(1.5)\n"
+    program += "found = subprocess.run(['pgrep', '-x', 'sleep', '-P', str(own.pid)], capture_output=True, text=True).stdout.split()\n"
+    program += "zombies = subprocess.run(['ps', '-o', 'stat=', '--ppid', str(os.getppid())], capture_output=True, text=True).stdout\n"
+    program += "assert 'Z' not in zombies, zombies\n"
+    program += "os.write(1, f'{rank} runs {own.pid} {\" \".join(found)}\\n'.encode())\n"
+    process = start(program + "if rank == '1': time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)")
+    pids = [int(word) for _ in range(3) for word in process.stdout.readline().split()[2:]]
+    assert len(pids) == 9
+    process.communicate(timeout=20)
+    assert process.returncode == 137
+    assert gone(pids)
+
+
 def test_it_loads_no_torch():
     code = "import sys, rlhf.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

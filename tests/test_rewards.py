@@ -35,6 +35,8 @@ def act(prompt, response, record):
         sys.exit(4)
     if response == "raise":
         raise ZeroDivisionError("on purpose")
+    if response == "take memory":
+        return len(bytearray(1 << 30))
     if response == "print":
         print("x" * 100_000)
         sys.stderr.write("y" * 1000)
@@ -118,6 +120,17 @@ def test_the_first_failure_is_kept(file, response, says):
         assert says in function.failure
         if response == "raise":
             assert 'json.py", line' in function.failure, "the place in the user's file"
+
+
+def test_memory_is_bounded(file):
+    """What takes more fails, and the next one goes on; without a limit it does not."""
+    with Rewards(f"{file}:act", timeout=5, workers=1, memory=0.5) as function:
+        assert function.score(items("take memory", "half")) == [Score(0.0, True), Score(1.5, False)]
+        assert function.failure.splitlines()[-1] == "MemoryError"
+    with Rewards(f"{file}:act", timeout=5, workers=1) as function:
+        assert function.score(items("take memory")) == [Score(float(1 << 30), False)]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        rewards.check(f"{file}:act", memory=1e-4)
 
 
 def test_results_keep_their_order_whoever_is_faster(file):
