@@ -113,9 +113,9 @@ class Tokenizer:
         if isinstance(self._codec, _SentencePiece):
             raise UserError("data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template")
         try:
-            if self._compiled is None:
-                self._compiled = _chat_environment().from_string(self._chat_template)
             with _bounded():
+                if self._compiled is None:
+                    self._compiled = _chat_environment().from_string(self._chat_template)
                 return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
         except (jinja2.TemplateError, TimeoutError, MemoryError) as error:
             raise UserError(f"the tokenizer's chat template fails: {error}; change the messages or choose another data.template") from None
