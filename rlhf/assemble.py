@@ -62,7 +62,7 @@ def claim(config: Config) -> str:
         out.mkdir(parents=True, exist_ok=True)
         if other := lock.hold(out / f"{own or 'run'}.lock"):
             return f"out={out} is in use by {other}: wait until it ends, or set another out"
-        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}")
+        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}", encoding="utf-8")
     except OSError as error:
         return f"out={out} cannot be written: {failure(error, file) or error}; set out to a folder with room"
     return ""

@@ -96,7 +96,8 @@ def writing(path: Path) -> Iterator[Hashed]:
         cause = error if isinstance(error, OSError) else hashed and hashed.error
         if not cause:
             raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+        cause.filename = cause.filename or str(path)
+        raise cause from None
 
 
 def sizes(folder: Path, exports: Iterable[str]) -> dict[str, dict[str, int]]:
