@@ -110,7 +110,7 @@ def damage(folder: Path) -> str:
     """The first thing that is wrong with a checkpoint, with the file; empty: it is whole, as far as sizes tell."""
     try:
         files = meta(folder).get("files", {})
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:  # what may not be read is not damaged
         return f"{folder}/meta.json is damaged ({getattr(error, 'strerror', None) or error})"
     for name, wanted in files.items():
         file = folder / name
