@@ -41,6 +41,7 @@ def run(config: Config) -> int:
     mesh = Mesh(config.parallel, config.seed)
     mesh.agree(claim(config) if mesh.rank == 0 else "")
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
+    mesh.agree(note(config) if mesh.rank == 0 else "")  # not before the run is known to be one that may continue what is there
     limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
         try:
@@ -55,16 +56,23 @@ def run(config: Config) -> int:
 
 
 def claim(config: Config) -> str:
-    """Make config.out, hold it until this process ends, and write what is run. Empty, or what is wrong with it."""
-    out, own = Path(config.out), own_name(config)
-    file = out / f"{own or 'config'}.toml"
+    """Make config.out and hold it until this process ends. Empty, or why that cannot be."""
+    out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if other := lock.hold(out / f"{own or 'run'}.lock"):
-            return f"out={out} is in use by {other}: wait until it ends, or set another out"
+        other = lock.hold(out / f"{own_name(config) or 'run'}.lock")
+    except OSError as error:
+        return f"out={out} cannot be written: {failure(error, out) or error}; set out to a folder with room"
+    return other and f"out={out} is in use by {other}: wait until it ends, or set another out"
+
+
+def note(config: Config) -> str:
+    """Write what is run. Empty, or why that cannot be."""
+    file = Path(config.out) / f"{own_name(config) or 'config'}.toml"
+    try:
         file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}", encoding="utf-8")
     except OSError as error:
-        return f"out={out} cannot be written: {failure(error, file) or error}; set out to a folder with room"
+        return f"out={config.out} cannot be written: {failure(error, file) or error}; set out to a folder with room"
     return ""
 
 

@@ -135,19 +135,18 @@ def _deal(chunks: list[list[Line]], connections: list[Connection]) -> list[Colum
     answers: dict[int, Columns | UserError] = {}
     asked: dict[Connection, int] = {}
     idle, following = list(connections), 0
-    while idle or asked:
+    while True:
         mistaken = any(isinstance(answer, UserError) for answer in answers.values())
         while idle and following < len(chunks) and not mistaken:
             connection = idle.pop()
             connection.send(chunks[following])
             asked[connection], following = following, following + 1
         if not asked:
-            break
+            return [answers[i] for i in range(following)]
         ready = wait(list(asked))
         for connection in [connection for connection in asked if connection in ready]:
             answers[asked.pop(connection)] = connection.recv()
             idle.append(connection)
-    return [answers[i] for i in range(following)]
 
 
 def _serve(reader: Reader, connection: Connection) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +89,10 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
         (found[name],) = metrics(folder / out, "evaluate").values()
         assert len((folder / out / "samples/evaluate.jsonl").read_text().splitlines()) == 8
     assert {path: path.read_bytes() for path in before} == before
+    if mesh.rank == 0:  # this process was the run, and holds its out until it ends
+        program = f"import pathlib; from rlhf import lock; print(lock.hold(pathlib.Path('{folder}/pairs/run.lock')))"
+        other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert other.stdout.startswith(f"process {os.getpid()} on "), other
     assert found["both"] == pytest.approx({**wanted, "step": 0}, abs=1e-5)
     assert found["judge"]["eval_reward"] == 0.25
     assert found["hot"]["eval_reward"] != pytest.approx(found["both"]["eval_reward"], abs=1e-3)
