@@ -44,7 +44,7 @@ this_machine() { # device files, because nvidia-smi can take seconds to answer
 find_python() { # one that the locks have wheels for, and that has the module $1
   local python
   for python in python3 python3.13 python3.12 python3.11; do
-    if "$python" -c "import sys, $1; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" 2>/dev/null; then
+    if "$python" -I -c "import sys, $1; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" 2>/dev/null; then
       echo "$python"
       return
     fi
@@ -57,6 +57,7 @@ holds() { # folder $1 the lock $2; the stamp is a copy of the lock, written last
 }
 
 install() { # lock $1, anew, never over an older one; of several callers one installs and the others wait
+  # -I: what the caller's PYTHONPATH holds does not count as installed, and what lies in the current folder is not run.
   local name=.venv-$1 venv=$root/.venv-$1 lock=requirements/$1.txt
   local base hint="" options=(--no-deps --no-compile --only-binary=:all: --no-input --disable-pip-version-check)
   (
@@ -64,11 +65,10 @@ install() { # lock $1, anew, never over an older one; of several callers one ins
     if holds "$venv" "$1"; then exit; fi
     base=$(find_python ensurepip)
     echo "launch.sh: installing $lock into $name (a few minutes; output in $name/install.log)" >&2
-    "$base" -m venv --clear "$venv"
+    "$base" -I -m venv --clear "$venv"
     if [[ $1 == cpu ]]; then
       if reachable "$venv" "$torch_cpu"; then options+=(--find-links "$torch_cpu"); else hint="; $torch_cpu is out of reach"; fi
     fi
-    # -I: what the caller's PYTHONPATH holds does not count as installed.
     if ! "$venv/bin/python" -I -m pip install "${options[@]}" --requirement "$root/$lock" >"$venv/install.log" 2>&1; then
       fail "pip: $(grep '^ERROR' "$venv/install.log" | tail -n 1)$hint; all of its output is in $name/install.log"
     fi
@@ -144,7 +144,7 @@ case ${1-} in
     run=("$root/tools/$1.py" "${@:2}")
     ;;
   *)
-    run=(-m rlhf "${@:---help}")
+    run=(-P -m rlhf "${@:---help}") # -P: a torch.py or json.py in the current folder is not ours, and is not run
     light+=" --dry-run"
     ;;
 esac

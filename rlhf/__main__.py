@@ -13,12 +13,12 @@ import sys
 import time
 from types import TracebackType
 
-from rlhf import cluster, configuration, convert, launcher, variables
+from rlhf import cluster, configuration, convert, launcher, output, variables
 from rlhf.algorithms import ALGORITHMS, ALIASES
 from rlhf.config import Config
-from rlhf.errors import UserError
+from rlhf.errors import UserError, failure
 
-COMMAND = [sys.executable, "-m", "rlhf"]
+COMMAND = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf"]
 
 
 def main(arguments: list[str]) -> int:
@@ -49,16 +49,23 @@ def main(arguments: list[str]) -> int:
             os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
         return run(config) if "LOCAL_RANK" in os.environ else launch(config, arguments)
     except UserError as error:
-        code = error.code
-        if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
-            # Most mistakes are everybody's: the first one tells it, and its launcher, or srun, ends the others meanwhile.
-            signal.signal(signal.SIGTERM, lambda *_: end(code))
-            time.sleep(1)
-        print(f"rlhf: {error}", file=sys.stderr)
-        return code
+        return tell(str(error), error.code)
+    except OSError as error:
+        if not (text := failure(error)):
+            raise
+        return tell(text, UserError.code)
     except KeyboardInterrupt:  # a run that trains has other ideas of it (rlhf.interrupt)
         print("rlhf: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def tell(mistake: str, code: int) -> int:
+    """Say what went wrong. Most of it is everybody's: the first rank says it, and its launcher, or srun, ends the others meanwhile."""
+    if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
+        signal.signal(signal.SIGTERM, lambda *_: end(code))
+        time.sleep(1)
+    print(f"rlhf: {mistake}", file=sys.stderr)
+    return code
 
 
 def usage() -> str:
@@ -93,6 +100,8 @@ def launch(config: Config, arguments: list[str]) -> int:
     """Be the launcher of one node."""
     node = cluster.node(os.environ)
     count = ranks_per_node(config, node.count)
+    if node.index == 0:
+        cluster.check_port(node)
     from rlhf.prepare import inputs
 
     inputs(config, node.count * count)
@@ -133,6 +142,7 @@ def run(config: Config) -> int:
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = fail
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop begins it ends a rank, as the other signals do, without a traceback
     if config.parallel.tp > 1 and not config.parallel.exchanges:  # megatron-core relies on it to start transfers before products
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import assemble
@@ -157,4 +167,5 @@ def end(code: int) -> None:
 if __name__ == "__main__":
     if {"-h", "--help", "--dry-run"} & {*sys.argv[1:]}:  # only text, of which head or less may want a part: then it ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    output.secure()
     end(main(sys.argv[1:]))

@@ -9,16 +9,17 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import configuration
+from rlhf import configuration, lock
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
-from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation
+from rlhf.errors import StorageError, failure
+from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, table
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
-from rlhf.metrics import Metrics, say
+from rlhf.metrics import Metrics, own_name, say
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, inputs, rule
@@ -39,23 +40,46 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner
 def run(config: Config) -> int:
     """One rank, from beginning to end; every rank calls it. Returns the exit code: 0, or SAVED if a signal ended a training run early."""
     mesh = Mesh(config.parallel, config.seed)
+    mesh.agree(claim(config) if mesh.rank == 0 else "")
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
-    if mesh.rank == 0:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / "config.toml").write_text(
-            f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}"
-        )
-    limits = (config.reward.timeout, config.reward.workers)
+    mesh.agree(note(config) if mesh.rank == 0 else "")  # not before the run is known to be one that may continue what is there
+    limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
-        if not ALGORITHMS[config.mode].trains:
+        try:
+            if ALGORITHMS[config.mode].trains:
+                return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
             evaluate(config, mesh, given, held_out_rewards)
             return 0
-        return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
+        except OSError as error:
+            if not (text := failure(error, config.out)):
+                raise
+            raise StorageError(f"{text}; put that right and start again: a run continues from its last checkpoint") from None
+
+
+def claim(config: Config) -> str:
+    """Make config.out and hold it until this process ends. Empty, or why that cannot be."""
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        other = lock.hold(out / f"{own_name(config) or 'run'}.lock")
+    except OSError as error:
+        return f"out={out} cannot be written: {failure(error, out) or error}; set out to a folder with room"
+    return other and f"out={out} is in use by {other}: wait until it ends, or set another out"
+
+
+def note(config: Config) -> str:
+    """Write what is run. Empty, or why that cannot be."""
+    file = Path(config.out) / f"{own_name(config) or 'config'}.toml"
+    try:
+        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}", encoding="utf-8")
+    except OSError as error:
+        return f"out={config.out} cannot be written: {failure(error, file) or error}; set out to a folder with room"
+    return ""
 
 
 def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards) -> bool:
     """A training run. False: a signal came before the last step was done."""
-    interrupt = Interrupt()  # before anything that takes long
+    interrupt = Interrupt(told=mesh.rank == 0)  # before anything that takes long
     ledger = checked_ledger(config, mesh, given)
     training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt)
     announce(training, given, ledger)
@@ -83,8 +107,10 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
     if mesh.rank == 0:
         say(f"{given.records.counts} of {config.data.eval}")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
-    metrics.write(config.steps)
+    values = metrics.write(step=0)
     metrics.close()
+    if mesh.rank == 0:
+        say(table(config, values))
 
 
 def build(

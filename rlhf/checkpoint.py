@@ -147,11 +147,8 @@ class Checkpoints:
 
     def _save(self, state: Any, path: Path) -> dict[str, int]:
         """Write a file. Its size and checksum, of what was meant to be written."""
-        with path.open("wb") as file:
-            hashed = folders.Hashed(file)
+        with folders.writing(path) as hashed:
             torch.save(state, hashed)  # type: ignore[arg-type]  # it needs no more of a file
-            file.flush()
-            os.fsync(file.fileno())
         return {"size": hashed.size, "crc32": hashed.crc32}
 
 

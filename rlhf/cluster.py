@@ -92,7 +92,12 @@ def step(command: list[str], env: Environment) -> int:
     """Run command once on every node of the allocation. Returns its highest exit code; a batch job that was preempted is requeued first."""
     nodes, job = env["SLURM_NNODES"], env["SLURM_JOB_ID"]
     options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1", "--export=ALL"]
-    srun = subprocess.Popen(["srun", *options, *command])
+    try:
+        srun = subprocess.Popen(["srun", *options, *command])
+    except FileNotFoundError:
+        raise UserError(
+            f"SLURM_JOB_ID={job}, but there is no srun, as inside of a container: call srun outside of it, or unset SLURM_JOB_ID here"
+        ) from None
     for number in SIGNALS:  # srun would answer SIGTERM with the end of the step; USR1 reaches the ranks
         signal.signal(number, lambda *_: srun.send_signal(signal.SIGUSR1))
     code = srun.wait()
@@ -165,6 +170,16 @@ def number(env: Environment, name: str, default: int) -> int:
     if not text.isdecimal():
         raise UserError(f"{name}={text} is not a number: unset it, or give one")
     return int(text)
+
+
+def check_port(node: Node) -> None:
+    """Raise UserError where the ranks cannot meet on the first node, which this is, because another program has the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", node.port))
+        except OSError as error:
+            raise UserError(f"MASTER_PORT={node.port}: {error.strerror}; set it to another one, or unset it") from None
 
 
 def free_port() -> int:

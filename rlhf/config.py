@@ -141,6 +141,7 @@ class Reward:
     load: str = ""  # folder of a reward model, whose score is the reward; with a function too: the sum of both
     timeout: float = 10.0  # seconds for one response; beyond that it scores 0 and counts as failed
     workers: Count = 2  # killable processes per rank that run rewards
+    memory: float = 0.0  # GiB of data that each of these may have, and each process that it starts; 0: no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +171,7 @@ class Log:
 
     tensorboard: bool = False  # event files beside metrics.jsonl (pip install tensorboard)
     every: Count = 1  # steps between terminal lines
-    samples: Annotated[int, Between(-1)] = 16  # responses of each step, and of each evaluation, kept in out/samples; 0: none, -1: all
+    samples: Annotated[int, Between(-1)] = 16  # responses of each step, and of its evaluation, kept in out/samples; 0: none, -1: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +179,7 @@ class Config:
     """One run. Frozen after loading."""
 
     mode: str = "sft"  # set by the command line
-    out: str = ""  # folder for checkpoints, metrics.jsonl, config.toml; empty: runs/MODE
+    out: str = ""  # folder for checkpoints, metrics.jsonl, config.toml; evaluate writes files of its own there; empty: runs/MODE
     steps: Count = 100  # steps in all; a resumed run counts on from its checkpoint
     seed: int = 1  # data order, sampling and random weights all derive from it
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of weights and activations; auto: bfloat16 on a GPU, else float32

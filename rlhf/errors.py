@@ -1,4 +1,8 @@
-"""What is raised for a mistake of the user. Imports nothing, so that every part of the package can raise it."""
+"""What is raised for a mistake of the user. Imports nothing of the package, so that every part of it can raise it."""
+
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE
+
+STORAGE = (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE)  # what the write of an open file fails with, which knows no name
 
 
 class UserError(Exception):
@@ -11,3 +15,17 @@ class SpoiltError(UserError):
     """Training has made numbers that nothing can be computed with: one line with the last good checkpoint and the remedy; exit code 1."""
 
     code = 1
+
+
+class StorageError(UserError):
+    """Storage failed during a run: one line with the path; exit code 1."""
+
+    code = 1
+
+
+def failure(error: OSError, where: object = "") -> str:
+    """The path and what the system says of it; where: the path, if the error has none. Empty for an error of something else."""
+    path = error.filename or (where if error.errno in STORAGE else "")
+    if isinstance(path, bytes):
+        path = path.decode(errors="replace")
+    return f"{path}: {error.strerror}" if path and not isinstance(error, ConnectionError) else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -62,6 +62,14 @@ class LossEvaluation:
         samples, _ = algorithm.credit(samples)
         sums = self.roles.evaluate(role, samples, partial(algorithm.loss, role), algorithm.whole_groups)
         metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
+
+
+def table(config: Config, values: Mapping[str, float]) -> str:
+    """The numbers of mode evaluate, and where the responses are."""
+    rows = {name.removeprefix("eval_"): value for name, value in values.items() if name.startswith("eval_")}
+    width = max(map(len, rows))
+    lines = [f"  {name:{width}}  {value:10.4g}" for name, value in rows.items()]
+    return "\n".join([f"{config.policy.load} on {config.data.eval}:", *lines, f"every response: {config.out}/samples/{config.mode}.jsonl"])
 
 
 def show(samples: list[Sample]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,13 +68,36 @@ class Hashed:
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.crc32 = file, 0, 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save raises another one in its place
+            raise
 
     def flush(self) -> None:
         self.file.flush()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Hashed]:
+    """A new file, which is on storage in the end. Raises OSError with its path."""
+    hashed: Hashed | None = None
+    try:
+        with path.open("wb") as file:
+            hashed = Hashed(file)
+            yield hashed
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else hashed and hashed.error
+        if not cause:
+            raise
+        cause.filename = cause.filename or str(path)
+        raise cause from None
 
 
 def sizes(folder: Path, exports: Iterable[str]) -> dict[str, dict[str, int]]:
@@ -85,7 +110,7 @@ def damage(folder: Path) -> str:
     """The first thing that is wrong with a checkpoint, with the file; empty: it is whole, as far as sizes tell."""
     try:
         files = meta(folder).get("files", {})
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:  # what may not be read is not damaged
         return f"{folder}/meta.json is damaged ({getattr(error, 'strerror', None) or error})"
     for name, wanted in files.items():
         file = folder / name

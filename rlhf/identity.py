@@ -16,7 +16,8 @@ Identity = dict[str, dict[str, Any]]
 FREE = {  # sections and keys that decide how, where and how often, and those of files and folders, which are known by what they hold
     *("out", "steps", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),  # checkpoints know the layout
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
-    *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket", "reward.timeout", "reward.workers"),
+    *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
+    *("reward.timeout", "reward.workers", "reward.memory"),
 }
 TOLD = ("optim.", "critic.lr")  # may differ from some step on, and that is said
 BLOCK, BLOCKS = 4096, 64  # of a file of weights that are looked at

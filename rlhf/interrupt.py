@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's, a person's (Ctrl-C), and sbatch --signal=USR1@SECONDS
@@ -11,12 +13,18 @@ SAVED = 75
 
 
 class Interrupt:
-    """Remembers, from its making on, that one of SIGNALS came, instead of dying of it. Make it on the main thread."""
+    """Remembers, from its making on, that one of SIGNALS came, instead of dying of it. Make it on the main thread.
 
-    def __init__(self) -> None:
-        self.came = False
+    told: whether this rank says so.
+    """
+
+    def __init__(self, told: bool = False) -> None:
+        self.came, self.told = False, told
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.told and not self.came:
+            with suppress(OSError):  # no print: this may have interrupted one
+                os.write(2, f"rlhf: {signal.Signals(number).name}: the run ends after the step at hand, which is saved\n".encode())
         self.came = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from rlhf.interrupt import SAVED, SIGNALS
 from rlhf.rewards.child import die_with_parent
 
 GRACE = 10.0  # seconds that ranks get to end by themselves after one of them failed
 WAITED = {*SIGNALS, signal.SIGCHLD}
+PR_SET_CHILD_SUBREAPER = 36  # of Linux
 
 
 def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
@@ -24,6 +27,7 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
     SIGNALS are passed on; SIGINT for the second time kills. After a failure the others get SIGTERM, and SIGKILL when GRACE is
     over. Returns the exit code of the first that failed, 128 + signal if it was killed; 0 if none did.
     """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what the ranks leave behind becomes a child of this process
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)  # they are waited for, not handled, so none can come at a bad moment
     ranks = [_start(command, environment) for environment in environments]
     code, deadline = 0, float("inf")
@@ -38,20 +42,22 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
             _signal(running, signal.SIGTERM)
         if time.monotonic() > deadline:
             _kill(running)
+        _bury(ranks)
         came = signal.sigtimedwait(WAITED, 1.0)
         if came and came.si_signo in SIGNALS:
             number = signal.Signals(came.si_signo)
             if number == signal.SIGINT and number in seen:  # not SIGTERM, of which Slurm sends two when it preempts
                 code = code or 128 + number
                 _kill(running)
-            elif not seen and environments[0]["RANK"] == "0":
-                print(
-                    f"rlhf: {number.name}: training ends after the step at hand, which is saved; Ctrl-C twice ends it now", file=sys.stderr
-                )
             seen.add(number)
             _signal(running, number)
     _kill(ranks)  # what they may have left in their groups
-    return code or next((_exit_code(rank.returncode) for rank in ranks if rank.returncode), 0)
+    _end_others()
+    code = code or next((_exit_code(rank.returncode) for rank in ranks if rank.returncode), 0)
+    if seen and code > 128 and environments[0]["RANK"] == "0":  # before the loop, or at once; what the loop does, rlhf.interrupt tells
+        names = " and ".join(number.name for number in sorted(seen))
+        print(f"rlhf: ended by {names}; nothing is saved but what was before", file=sys.stderr)
+    return code
 
 
 def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -78,6 +84,24 @@ def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
     for rank in ranks:
         with suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
+
+
+def _bury(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Take note of the end of others that have become children of this process; Popen does of a rank's."""
+    ours = {rank.pid for rank in ranks}
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in ours:
+            os.waitpid(ended.si_pid, 0)
+
+
+def _end_others() -> None:
+    """End what the ranks have left in sessions of their own, as a reward function may do."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")  # few kernels are made without it
+    while left := listed.read_text().split() if listed.exists() else []:
+        for pid in map(int, left):
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)  # its children are ours from here on
 
 
 def _exit_code(status: int) -> int:

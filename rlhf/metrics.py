@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.contracts import Sample
 from rlhf.parallel.mesh import Mesh
@@ -24,7 +25,10 @@ LINE = (
 
 
 class Metrics:
-    """Collects a step's numbers on every rank; rank 0 writes metrics.jsonl, TensorBoard events and a terminal line."""
+    """Collects a step's numbers on every rank; rank 0 writes metrics.jsonl, TensorBoard events and a terminal line.
+
+    An evaluation (own_name) keeps every response, and says no line: its numbers are a table (rlhf.evaluate).
+    """
 
     def __init__(self, config: Config, mesh: Mesh, start: int):
         self.mesh, self.steps, self.every = mesh, config.steps, config.log.every
@@ -33,13 +37,16 @@ class Metrics:
         self.recorder: Recorder | None = None
         self.begin()
         if mesh.rank == 0:
-            self.recorder = Recorder(Path(config.out), config.log.samples, start) if config.log.samples else None
-            self.path = Path(config.out) / "metrics.jsonl"
+            out, own = Path(config.out), own_name(config)
+            count = -1 if own else config.log.samples
+            self.recorder = Recorder(out, count, start, own) if count else None
+            self.path = out / f"{own or 'metrics'}.jsonl"
+            self.silent = bool(own)
             _forget(self.path, start or -1)  # a run from the start says everything anew
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.events = SummaryWriter(config.out, purge_step=start)
+                self.events = SummaryWriter(out / own, purge_step=start)
 
     def begin(self) -> None:
         """A step starts now."""
@@ -102,7 +109,7 @@ class Metrics:
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
             self.events.flush()
-        if step % self.every == 0 or step == self.steps:
+        if not self.silent and (step % self.every == 0 or step == self.steps):
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in LINE if name in values)
             say(f"{self._bar(step)}  {shown}  {values['time/step']:.1f} s")
 
@@ -139,6 +146,11 @@ class Progress:
             left = seconds * (self.total - self.done) / self.done  # as if the rest took as long as these
             rate = f"{self.tokens / seconds:,.0f} tokens/s, about {left:.0f} s to go"
             print(f"\r\033[K{self.name}: {self.done} of {self.total} {self.units}, {rate}", end="", flush=True)
+
+
+def own_name(config: Config) -> str:
+    """What the files of a mode that trains nothing are called, in an `out` that may be a training run's; empty for a mode that trains."""
+    return "" if ALGORITHMS[config.mode].trains else config.mode
 
 
 def say(text: str) -> None:

@@ -59,7 +59,7 @@ def inputs(config: Config, world: int) -> Inputs:
     if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
         remarks.append(f"{config.mode} learns from tokens of older weights as from its own: it has no weight for them")
     for function in _functions(config):
-        rewards.check(function)
+        rewards.check(function, config.reward.memory)
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)

@@ -1,4 +1,7 @@
-"""What was sampled is kept: out/samples/step_NNNNNN.jsonl, a line for each response of a step and of the evaluation behind it."""
+"""What was sampled is kept: out/samples/step_NNNNNN.jsonl, a line for each response of a step and of the evaluation behind it.
+
+Mode evaluate writes one file, evaluate.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ class Recorder:
 
     count   responses kept of each use in each step, the first ones; -1: all
     start   steps that a run has done when it begins: the files of later ones are removed, as it will write them again; -1: none are
+    name    of the one file that is written; empty: one for each step
     """
 
-    def __init__(self, out: Path, count: int, start: int):
-        self.folder, self.count = out / "samples", count
+    def __init__(self, out: Path, count: int, start: int, name: str = ""):
+        self.folder, self.count, self.name = out / "samples", count, name
         self._kept: list[tuple[Use, Sample]] = []
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -40,7 +44,7 @@ class Recorder:
         kept, self._kept = self._kept, []
         if kept:
             self.finish()
-            self._writing = self._writer.submit(_write, self.folder / f"step_{step:06}.jsonl", step, kept)
+            self._writing = self._writer.submit(_write, self.folder / f"{self.name or f'step_{step:06}'}.jsonl", step, kept)
 
     def finish(self) -> None:
         """Wait for the file that is being written. Raises what went wrong with it."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +92,59 @@ def test_rounds_need_groups(fail, made: Path) -> None:
     line = fail("rlhf", f"critic.load={made}/model", "rollout.rounds=3", "rollout.group=1")
     assert "rollout.rounds > 1" in line
     assert "rollout.group=1" in line
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], number: int) -> None:
+    """One line with the path; and nobody is told to delete what is only out of reach."""
+    code, path, said = refusals[number]
+    assert code == 2, said
+    (line,) = said.splitlines()
+    assert line.startswith("rlhf: ")
+    assert path in line
+    assert re.search("Permission denied|Not a directory", line), line
+    assert "delete" not in line
+
+
+@pytest.fixture(scope="module")
+def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, str]]:
+    """Exit code, path and stderr of calls that meet a file or folder without permissions. Root does without its right to all."""
+    root = tmp_path_factory.mktemp("permissions")
+    data = f"{made}/data/train_sft.jsonl"
+    for name in ("config", "weights"):
+        shutil.copytree(made / "model", root / name)
+    (root / "weights/model.safetensors").write_bytes(bytes(16))
+    (root / "folder").mkdir()
+    for name in ("latest/latest", "meta/latest", "meta/step_000001/meta.json", "c.toml", "d.jsonl", "folder/d.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("step_000001")
+    closed = ("config/config.json", "weights/model.safetensors", "latest/latest", "meta/step_000001", "c.toml", "d.jsonl", "folder")
+    for name in closed:
+        (root / name).chmod(0)
+    calls = [
+        ("c.toml", [f"{root}/c.toml"]),
+        ("d.jsonl", [f"data.train={root}/d.jsonl"]),
+        ("folder", [f"data.train={root}/folder"]),
+        ("folder/d.jsonl", [f"data.train={root}/folder/d.jsonl"]),
+        ("config/config.json", [f"policy.load={root}/config"]),
+        ("weights/model.safetensors", [f"policy.load={root}/weights", "policy.init=load"]),
+        ("latest/latest", [f"out={root}/latest"]),
+        ("meta/step_000001", [f"out={root}/meta"]),
+        ("d.jsonl/", [f"out={root}/d.jsonl/run"]),
+    ]
+    good = ["sft", f"policy.load={made}/model", "policy.init=random", f"data.train={data}", "data.max_tokens=128", f"out={root}/run"]
+    program = "import contextlib, io, json, sys\nfrom rlhf.__main__ import main\n"
+    program += "for call in json.load(sys.stdin):\n    with contextlib.redirect_stderr(io.StringIO()) as said: code = main(call)\n"
+    program += "    print(json.dumps([code, said.getvalue()]))"
+    bare = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    given = json.dumps([[*good, *more] for _, more in calls])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    command = [*bare, sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, env=environment, input=given, capture_output=True, text=True)
+    for name in closed:
+        (root / name).chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    return [(code, path, said) for (path, _), (code, said) in zip(calls, map(json.loads, done.stdout.splitlines()), strict=True)]
 
 
 @pytest.mark.parametrize("latest", [True, False])

@@ -49,6 +49,30 @@ def test_hosts(text: str, names: list[str]):
     assert cluster.hosts(text) == names
 
 
+def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
+    """By the launcher, and by a rank that others have started."""
+    from rlhf.parallel import mesh
+
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: Address already in use; set it to another one, or unset it"):
+            cluster.check_port(cluster.Node(0, 1, "127.0.0.1", port))
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "1")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: the ranks cannot meet there .*EADDRINUSE"):
+            mesh._meet("gloo")
+    cluster.check_port(cluster.Node(0, 1, "127.0.0.1", port))
+
+
+def test_an_allocation_without_srun(monkeypatch: pytest.MonkeyPatch):
+    """As inside of a container."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"SLURM_JOB_ID=7, but there is no srun, .* or unset SLURM_JOB_ID"):
+        cluster.step(["true"], BATCH)
+
+
 def test_node():
     assert cluster.node(STEP) == cluster.Node(1, 2, "127.0.0.1", 10049)
     assert cluster.node(BY_HAND) == cluster.Node(1, 2, "127.0.0.9", 1234)

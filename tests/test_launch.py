@@ -175,6 +175,25 @@ def test_help_ends_quietly_when_its_reader_does(arguments, reader):
     assert (piped.returncode, piped.stderr) == (0, "")
 
 
+def test_nothing_in_the_current_folder_is_run(fresh, tmp_path):
+    """Not by launch.sh, nor by the ranks that it leads to; an installation does not run it either."""
+    for name in ("rlhf", "json", "tomllib", "torch", "venv", "ensurepip", "pip"):
+        (tmp_path / f"{name}.py").write_text(f"import os\nos.write(2, b'{name} was run\\n')\nos._exit(1)\n")
+    for arguments, code in ((("--help",), 0), (("grpo", "--help"), 0), (("sft", "nowhere.toml"), 2)):
+        done = subprocess.run([ROOT / "launch.sh", *arguments], cwd=tmp_path, env=HERE, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, code // 2), done.stderr
+    root = tmp_path / "checkout"
+    shutil.copytree(fresh[0], root, ignore=shutil.ignore_patterns(".venv*", "two"))
+    done = subprocess.run([root / "launch.sh", "sft"], cwd=tmp_path, env=fresh[1], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"{root}/.venv-cpu sft\n"), done.stderr
+    for flags in ([], ["-P"]):
+        program = "from rlhf.__main__ import COMMAND; print(*COMMAND[1:])"
+        done = subprocess.run(
+            [sys.executable, *flags, "-c", program], cwd=ROOT, env={**HERE, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [*flags, "-m", "rlhf"], done.stderr
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """launch.sh beside an empty lock and a package that prints its arguments, on a machine where nothing is installed yet."""

@@ -88,8 +88,7 @@ def test_a_signal_reaches_every_rank(number: signal.Signals):
     process.send_signal(number)
     said, errors = process.communicate(timeout=20)
     assert set(said.splitlines()) == {f"{rank} got {number:d}" for rank in range(3)}
-    assert errors.startswith(f"rlhf: {number.name}: ")
-    assert errors.count("\n") == 1
+    assert errors == f"rlhf: ended by {number.name}; nothing is saved but what was before\n"
     assert process.returncode == 128 + number
     assert gone(pids)
 
@@ -103,17 +102,34 @@ def test_the_second_sigint_ends_now_and_the_second_sigterm_does_not():
     process.send_signal(signal.SIGINT)
     assert sorted(process.stdout.readline() for _ in range(3)) == [f"{rank} got 2\n" for rank in range(3)]
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    assert process.communicate(timeout=20)[1] == "rlhf: ended by SIGINT and SIGTERM; nothing is saved but what was before\n"
     assert process.returncode == 130
     assert gone(pids)
 
 
-def test_before_the_loop_a_signal_ends_at_once():
-    process = start("ready()\ntime.sleep(60)")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_before_the_loop_a_signal_ends_at_once(number: signal.Signals):
+    """Without a traceback, and without a word of a step that is saved."""
+    begin = "import rlhf.__main__, types\n"
+    busy = "sys.modules['rlhf.assemble'] = types.SimpleNamespace(run=lambda config: (ready(), time.sleep(60)))\n"
+    config = "types.SimpleNamespace(parallel=types.SimpleNamespace(tp=1))"
+    process = start(f"{begin}{busy}import rlhf\nrlhf.assemble = sys.modules['rlhf.assemble']\nrlhf.__main__.run({config})")
     pids = ready(process)
-    process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGUSR1
+    process.send_signal(number)
+    assert process.communicate(timeout=20)[1] == f"rlhf: ended by {number.name}; nothing is saved but what was before\n"
+    assert process.returncode == 128 + number
+    assert gone(pids)
+
+
+def test_in_the_loop_a_signal_is_remembered_and_told_once():
+    program = "from rlhf.interrupt import Interrupt\ninterrupt = Interrupt(told=rank == '0')\nready()\n"
+    process = start(
+        f"{program}while not interrupt.came: time.sleep(0.01)\nos.kill(os.getpid(), signal.SIGTERM)\nchild.kill()\nsys.exit(75)"
+    )
+    pids = ready(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == "rlhf: SIGTERM: the run ends after the step at hand, which is saved\n"
+    assert process.returncode == 75
     assert gone(pids)
 
 
@@ -122,6 +138,22 @@ def test_nothing_survives_the_launcher():
     pids = ready(process)
     process.kill()
     process.wait()
+    assert gone(pids)
+
+
+def test_what_has_a_session_of_its_own_ends_too():
+    """Whether its rank is killed or ends well, and whoever its parent is by then. What ends meanwhile leaves no zombies."""
+    program = "own = subprocess.Popen(['sh', '-c', 'setsid sleep 60 & sleep 60'], start_new_session=True)\n"
+    program += "for _ in range(5): subprocess.run(['sh', '-c', 'setsid true &'])\ntime.sleep(1.5)\n"
+    program += "found = subprocess.run(['pgrep', '-x', 'sleep', '-P', str(own.pid)], capture_output=True, text=True).stdout.split()\n"
+    program += "zombies = subprocess.run(['ps', '-o', 'stat=', '--ppid', str(os.getppid())], capture_output=True, text=True).stdout\n"
+    program += "assert 'Z' not in zombies, zombies\n"
+    program += "os.write(1, f'{rank} runs {own.pid} {\" \".join(found)}\\n'.encode())\n"
+    process = start(program + "if rank == '1': time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)")
+    pids = [int(word) for _ in range(3) for word in process.stdout.readline().split()[2:]]
+    assert len(pids) == 9
+    process.communicate(timeout=20)
+    assert process.returncode == 137
     assert gone(pids)
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf import configuration
+from rlhf.evaluate import table
 from rlhf.metrics import Metrics
 
 
@@ -96,6 +97,23 @@ def test_every_line_is_json(tmp_path: Path) -> None:
     assert math.isnan(values["loss"])
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row.keys() == {"step", "reward", "time/step"}
+
+
+def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside a training run's, and a table in place of a line; the next one replaces them."""
+    made(tmp_path).write(1)
+    config = configuration.load("evaluate", [f"out={tmp_path}", "policy.load=model", "data.eval=dev.jsonl"])
+    for reward in (0.25, 1 / 3):
+        metrics = Metrics(config, SimpleNamespace(rank=0, all_gather=lambda mine: [mine]), start=-1)  # type: ignore[arg-type]
+        metrics.add_common({"eval_reward": (reward, 1.0), "eval_response_tokens": (12.0, 1.0)})
+        capsys.readouterr()
+        values = metrics.write(0)
+        assert capsys.readouterr().out == ""
+    assert steps(tmp_path) == [1]
+    (row,) = map(json.loads, (tmp_path / "evaluate.jsonl").read_text().splitlines())
+    assert row["eval_reward"] == 1 / 3
+    lines = ["model on dev.jsonl:", "  reward               0.3333", "  response_tokens          12"]
+    assert table(config, values).splitlines() == [*lines, f"every response: {tmp_path}/samples/evaluate.jsonl"]
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", "null", "\ufffd", '{"step": null}', ""])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -173,7 +172,8 @@ def test_many_processes_make_what_one_makes(tmp_path, request, fixture, processe
     rows[10:20] = [{"query": "Q?", "response": ["the answer is four " * 30, "no"], "score": [1, 0]}] * 10
     file = write(tmp_path / "a.jsonl.gz", *rows[:25], "", *rows[25:])
     started = []
-    monkeypatch.setattr(reader, "ProcessPoolExecutor", lambda count, *a, **k: started.append(count) or ProcessPoolExecutor(count, *a, **k))
+    deal = reader._deal
+    monkeypatch.setattr(reader, "_deal", lambda chunks, connections: started.append(len(connections)) or deal(chunks, connections))
 
     def load(name):
         data, cache = Data(overlong="drop", max_tokens=60), tmp_path / name
@@ -197,24 +197,31 @@ def test_many_processes_tell_the_first_mistake(tmp_path, tokenizer, processes):
         Records.load(file, "prompts", tokenizer, Data())
 
 
-def die(_):
+def die(reader, connection):
+    """As when memory runs out: before anything is read, in the middle, or when an answer is half written."""
+    if reader.data.learn == "last":
+        connection.recv()
+        os.write(connection.fileno(), b"\0\0")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_is_told(tmp_path, tokenizer, processes, monkeypatch):
+@pytest.mark.parametrize("learn", ["all", "last"])
+def test_a_killed_process_is_told(tmp_path, tokenizer, processes, monkeypatch, learn):
     processes(2)
-    monkeypatch.setattr(reader, "_columns", die)
+    monkeypatch.setattr(reader, "_serve", die)
     file = write(tmp_path / "a.jsonl", *({"prompt": f"question {n}"} for n in range(60)))
     with pytest.raises(UserError, match=re.escape(f"data set {file}: a process that tokenizes it was killed; if memory ran out")):
-        Records.load(file, "prompts", tokenizer, Data())
+        Records.load(file, "prompts", tokenizer, Data(learn=learn))
 
 
 def test_processes_end_with_the_one_that_started_them():
     """Whoever inherited the output has to end before it does."""
     code = (
-        "import os; from rlhf.data.reader import *; from rlhf.data.reader import _start\n"
-        "pool = ProcessPoolExecutor(2, get_context('spawn'), initializer=_start, initargs=(None,))\n"
-        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "import os; from rlhf.data.reader import *; from rlhf.data.reader import _serve\n"
+        "ours, theirs = get_context('spawn').Pipe()\n"
+        "get_context('spawn').Process(target=_serve, args=(Reader('prompts', None, Data(), None, ()), theirs)).start()\n"
+        "ours.send([])\n"
+        "print(len(ours.recv()), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parents[1], timeout=60, check=False)

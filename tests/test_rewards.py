@@ -35,6 +35,8 @@ def act(prompt, response, record):
         sys.exit(4)
     if response == "raise":
         raise ZeroDivisionError("on purpose")
+    if response == "take memory":
+        return len(bytearray(1 << 30))
     if response == "print":
         print("x" * 100_000)
         sys.stderr.write("y" * 1000)
@@ -118,6 +120,17 @@ def test_the_first_failure_is_kept(file, response, says):
         assert says in function.failure
         if response == "raise":
             assert 'json.py", line' in function.failure, "the place in the user's file"
+
+
+def test_memory_is_bounded(file):
+    """What takes more fails, and the next one goes on; without a limit it does not."""
+    with Rewards(f"{file}:act", timeout=5, workers=1, memory=0.5) as function:
+        assert function.score(items("take memory", "half")) == [Score(0.0, True), Score(1.5, False)]
+        assert function.failure.splitlines()[-1] == "MemoryError"
+    with Rewards(f"{file}:act", timeout=5, workers=1) as function:
+        assert function.score(items("take memory")) == [Score(float(1 << 30), False)]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        rewards.check(f"{file}:act", memory=1e-4)
 
 
 def test_results_keep_their_order_whoever_is_faster(file):
@@ -238,6 +251,28 @@ def test_check_takes_what_is_right(file, monkeypatch):
     monkeypatch.syspath_prepend(file.parent)
     rewards.check("neighbour:half")
     assert "neighbour" not in sys.modules, "the user's module is imported in a process of its own"
+
+
+def test_modules_of_the_current_folder_come_last(file):
+    """They are found, although launch.sh starts Python with -P, and stand in for no module that another one imports: json.py is there."""
+    program = "import sys\nfrom rlhf.rewards import Rewards, check\ncheck(sys.argv[1])\n"
+    program += "with Rewards(sys.argv[1], 5, 1) as function: print(function.score([('abc', '', {})])[0].value)"
+    command = [sys.executable, "-P", "-c", program, "neighbour:whole"]
+    (file.parent / "neighbour.py").write_text("import json\n\ndef whole(*_):\n    return len(json.dumps([1]))\n")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=file.parent, env=env, capture_output=True, text=True)
+    assert done.stdout == "3.0\n", done.stderr
+
+
+def test_a_function_may_print_where_nobody_reads(file):
+    """Or print what the terminal cannot show: that is no failure of it."""
+    (file.parent / "talks.py").write_text("def talk(prompt, response, record):\n    print(response * 9999, flush=True)\n    return 1\n")
+    program = f"from rlhf.rewards import Rewards\nwith Rewards('{file.parent}/talks.py:talk', 5, 1) as function:\n"
+    program += "    assert function.score([('', '\\ud800', {})])[0] == (1.0, False), function.failure"
+    for target in ("/dev/full", "&-", "/dev/null"):
+        command = ["bash", "-c", f'{sys.executable} -c "$0" >{target}', program]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_check_starts_fast_and_without_torch(file):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from rlhf import folders
+from rlhf.errors import failure
+from rlhf.weights import pt
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -31,12 +37,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def call(made: Path, mode: str, *overrides: str) -> tuple[int, str]:
-    """Exit code and stderr."""
+def call(made: Path, mode: str, *overrides: str, room: int = resource.RLIM_INFINITY) -> tuple[int, str]:
+    """Exit code and stderr. room: the largest file that can be written, in bytes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     data = {"sft": "train=data/train_sft", "grpo": "train=data/train_rl", "evaluate": "eval=data/heldout"}[mode]
     command = [sys.executable, "-m", "rlhf", mode, *KEYS, "policy.load=model", f"data.{data}.jsonl", *overrides]
-    done = subprocess.run(command, cwd=made, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd=made,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
     return done.returncode, done.stderr
 
 
@@ -73,6 +87,27 @@ def test_a_learning_rate_that_ruins_the_weights(made: Path, layout: str) -> None
         assert all(tensor.isfinite().all() for tensor in load_file(made / layout / "hf/model.safetensors").values())
     assert call(made, "sft", *keys, "steps=3")[0] == 0
     assert [row["step"] for row in rows(made / layout)] == [1, 2, 3]
+
+
+def test_storage_that_is_full_during_a_run(made: Path) -> None:
+    """All ranks fail to save, and one tells it."""
+    code, said = call(made, "sft", "out=full", "parallel.dp=2", "steps=1", room=1 << 20)
+    assert code == 1, said
+    (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
+    assert re.match(r"rlhf: full/step_000001.partial/\w+.pt: File too large; ", line), line
+    assert not (made / "full/latest").exists()
+
+
+@pytest.mark.parametrize("write", ["torch.save", "a tree", "its end"])
+def test_a_file_that_cannot_be_written(write: str) -> None:
+    """Whatever torch makes of it, the error is the system's, with the path."""
+    path, tree = Path("/dev/full"), {"weights": torch.ones(100_000 if write == "torch.save" else 1)}
+    with pytest.raises(OSError, match="/dev/full") as error:  # noqa: PT012
+        if write == "a tree":
+            pt.write(tree, path)
+        with folders.writing(path) as file:
+            torch.save(tree, file) if write == "torch.save" else file.write(b"1")
+    assert failure(error.value).startswith("/dev/full: ")
 
 
 @pytest.mark.parametrize(

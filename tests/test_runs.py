@@ -36,9 +36,9 @@ def run(mode: str, *arguments: str) -> str:
     return output
 
 
-def metrics(out: Path) -> list[dict[str, float]]:
+def metrics(out: Path, name: str = "metrics") -> list[dict[str, float]]:
     """Every step's numbers but times and memory."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"} for row in rows]
 
 
@@ -48,7 +48,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     done = subprocess.run([sys.executable, "tools/demo.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     accuracies = [row["eval_reward"] for row in metrics(ROOT / "runs/demo/grpo") if "eval_reward" in row]
-    (fresh,) = metrics(ROOT / "runs/demo/evaluate")
+    (fresh,) = metrics(ROOT / "runs/demo/evaluate", "evaluate")
     return {"sft": accuracies[0], "grpo": accuracies[-1], "fresh": fresh["eval_reward"]}
 
 
@@ -70,7 +70,7 @@ def test_noise_does_not_teach(demo: dict[str, float], tmp_path: Path) -> None:
         f"policy.load={tmp_path}/hf",
         f"out={tmp_path}/evaluate",
     )
-    assert metrics(tmp_path / "evaluate")[0]["eval_reward"] - demo["sft"] < (demo["grpo"] - demo["sft"]) / 2
+    assert metrics(tmp_path / "evaluate", "evaluate")[0]["eval_reward"] - demo["sft"] < (demo["grpo"] - demo["sft"]) / 2
 
 
 @pytest.mark.usefixtures("demo")

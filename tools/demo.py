@@ -53,7 +53,7 @@ def main(overrides: list[str]) -> int:
 
 def report(seconds: dict[str, float], total: float) -> None:
     """The table at the end."""
-    grpo, evaluated = metrics("grpo"), metrics("evaluate")
+    grpo, evaluated = metrics("grpo"), metrics("evaluate", "evaluate")
     accuracies = {row["step"]: row["eval_reward"] for row in grpo if "eval_reward" in row}
     rewards = [row["reward"] for row in grpo if "reward" in row]
     print("\nheld-out accuracy (greedy, prompts that no stage trained on)")
@@ -74,8 +74,8 @@ def report(seconds: dict[str, float], total: float) -> None:
     print(f"  {'in all':42} {total:7.1f}")
 
 
-def metrics(stage: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
+def metrics(stage: str, name: str = "metrics") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (RUNS / stage / f"{name}.jsonl").read_text().splitlines()]
 
 
 if __name__ == "__main__":

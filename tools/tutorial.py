@@ -135,13 +135,13 @@ def prepare(out: Path, size: str) -> None:
     carry_out([Stage("convert", ["convert_hf_to_megatron"], (), convert)], out / "logs", [(0, "")])
 
 
-def rows(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+def rows(path: Path, name: str = "metrics") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
 
 
 def report(out: Path, seeds: range, seconds: float) -> str:
     """The table: gold reward of each model, and by how much it beats SFT, over seeds."""
-    found = {mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}")[-1]["eval_reward"] for seed in seeds] for mode in MODELS}
+    found = {mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}", "evaluate")[-1]["eval_reward"] for seed in seeds] for mode in MODELS}
     lines = ["gold reward of sampled answers to held-out prompts", f"  {'model':12} {'mean':>7} {'less SFT':>9} {'noise':>7}   each seed"]
     for mode, title in MODELS.items():
         gains = [value - base for value, base in zip(found[mode], found["sft"], strict=True)]

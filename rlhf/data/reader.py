@@ -4,13 +4,15 @@ What a line becomes depends on the line and the reader alone. So chunks of lines
 order: the columns are bitwise those that one process makes, and the mistake that is told is the first one in the files.
 """
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from threading import Thread
 
@@ -28,8 +30,6 @@ from rlhf.errors import UserError
 CHUNK = 1 << 19  # bytes of lines that a process is given at a time: about 0.2 s of work
 LEAST = 4  # chunks for each process, or its start would not pay
 MOST = 32  # processes: more than this one can feed
-
-_reader: "Reader"  # in a process that reads for another: how
 
 Line = tuple[int, str, bytes]  # its place among the lines of all files, "file:line", content
 
@@ -78,12 +78,34 @@ class Reader:
         return Columns.of(records, (len(records), truncated, dropped))
 
     def _apart(self, path: Path, chunks: list[list[Line]], processes: int) -> list[Columns]:
-        """columns() of each chunk, from other processes. Not forked: no fork survives a CUDA context or the threads of an engine."""
+        """columns() of each chunk, from other processes.
+
+        Not forked: no fork survives a CUDA context or the threads of an engine. Not a pool of the standard library: before Python 3.11.5
+        that waits for ever when one of its processes is killed.
+        """
+        pairs = [get_context("spawn").Pipe() for _ in range(processes)]
+        started = [get_context("spawn").Process(target=_serve, args=(self, theirs)) for _, theirs in pairs]
+        found: list[Columns | UserError] = []
         try:
-            with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start, initargs=(self,)) as pool:
-                return list(pool.map(_columns, chunks))
-        except BrokenProcessPool:
+            for process, (_, theirs) in zip(started, pairs, strict=True):
+                _start(process)
+                theirs.close()  # so that the end of the process is that of the connection
+            found = _deal(chunks, [ours for ours, _ in pairs])
+        except (EOFError, OSError):
             raise UserError(f"data set {path}: a process that tokenizes it was killed; if memory ran out, give the job more") from None
+        finally:
+            for process in started:
+                if process.pid:
+                    process.kill()
+                    process.join()
+            for connection in itertools.chain(*pairs):
+                connection.close()
+        columns = []
+        for answer in found:
+            if isinstance(answer, UserError):
+                raise answer
+            columns.append(answer)
+        return columns
 
 
 def _chunks(path: Path) -> Iterator[list[Line]]:
@@ -99,16 +121,44 @@ def _chunks(path: Path) -> Iterator[list[Line]]:
     yield chunk
 
 
-def _start(reader: Reader) -> None:
-    """Make this process one of a reader's. It ends with the process that started it, however that ends."""
-    global _reader
-    _reader = reader
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes, and the first one answers
+def _start(process: SpawnProcess) -> None:
+    """Start it with Ctrl-C blocked: it comes to all processes, and the first one answers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _deal(chunks: list[list[Line]], connections: list[Connection]) -> list[Columns | UserError]:
+    """The answers to the chunks, in their order, up to a mistake. Raises EOFError or OSError where a process ends."""
+    answers: dict[int, Columns | UserError] = {}
+    asked: dict[Connection, int] = {}
+    idle, following = list(connections), 0
+    while True:
+        mistaken = any(isinstance(answer, UserError) for answer in answers.values())
+        while idle and following < len(chunks) and not mistaken:
+            connection = idle.pop()
+            connection.send(chunks[following])
+            asked[connection], following = following, following + 1
+        if not asked:
+            return [answers[i] for i in range(following)]
+        ready = wait(list(asked))
+        for connection in [connection for connection in asked if connection in ready]:
+            answers[asked.pop(connection)] = connection.recv()
+            idle.append(connection)
+
+
+def _serve(reader: Reader, connection: Connection) -> None:
+    """Be a process of a reader: answer each chunk. It ends with the process that started it, however that ends."""
     Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _columns(chunk: list[Line]) -> Columns:
-    return _reader.columns(chunk)
+    with suppress(EOFError):
+        while True:
+            chunk = connection.recv()
+            try:
+                connection.send(reader.columns(chunk))
+            except UserError as error:
+                connection.send(error)
 
 
 def _end_with_parent() -> None:

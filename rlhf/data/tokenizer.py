@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +24,7 @@ from rlhf.errors import UserError
 if TYPE_CHECKING:
     import jinja2
 
+SECONDS, MEMORY, LONGEST = 10.0, 1 << 30, 4096  # that a chat template may take for a conversation; bytes; bits of its whole numbers
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -109,10 +113,11 @@ class Tokenizer:
         if isinstance(self._codec, _SentencePiece):
             raise UserError("data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template")
         try:
-            if self._compiled is None:
-                self._compiled = _chat_environment().from_string(self._chat_template)
-            return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
-        except jinja2.TemplateError as error:
+            with _bounded():
+                if self._compiled is None:
+                    self._compiled = _chat_environment().from_string(self._chat_template)
+                return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
+        except (jinja2.TemplateError, TimeoutError, MemoryError) as error:
             raise UserError(f"the tokenizer's chat template fails: {error}; change the messages or choose another data.template") from None
 
     def chat(self, messages: list[dict[str, Any]], cue: bool) -> list[int]:
@@ -258,10 +263,44 @@ def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | No
     return template
 
 
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Around a template, which may loop or fill the memory. Raises TimeoutError or MemoryError. On the main thread only."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {SECONDS:g} s")
+
+    before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_DATA)
+    room = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize() + MEMORY
+    if limits[0] == resource.RLIM_INFINITY or room < limits[0]:
+        resource.setrlimit(resource.RLIMIT_DATA, (room, limits[1]))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"it takes more than {MEMORY >> 20} MB") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
 def _chat_environment() -> jinja2.Environment:
     """What chat templates may count on: the conventions of transformers' apply_chat_template."""
     import jinja2.ext
     import jinja2.sandbox
+
+    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """In which no power or product of whole numbers takes for ever."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+            if isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+                if bits > LONGEST:
+                    raise jinja2.TemplateError(f"a number has more than {LONGEST} bits")
+            return super().call_binop(context, operator, left, right)
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks what the assistant said; here it is only its body."""
@@ -279,7 +318,7 @@ def _chat_environment() -> jinja2.Environment:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     extensions = [Generation, jinja2.ext.loopcontrols]
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -60,7 +60,7 @@ class Mesh:
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+            _meet("nccl" if self.device.type == "cuda" else "gloo")
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp, context_parallel_size=parallel.cp
         )
@@ -162,6 +162,15 @@ class Mesh:
         if size == 1:
             return None
         return dist.new_subgroups(size)[0]
+
+
+def _meet(backend: str) -> None:
+    """Join the world. Raises UserError where the ranks do not find each other."""
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(f"{place}: the ranks cannot meet there ({str(error).splitlines()[0]}); set others") from None
 
 
 def portion(known: Sequence[T], place: int, size: int) -> Sequence[T]:

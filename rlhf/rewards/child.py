@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -41,7 +42,13 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job; the rank finishes its step, and needs rewards
     connection = Connection(int(sys.argv[1]))
     die_with_parent(lifeline=int(sys.argv[2]))
-    sys.path[:], place, name = connection.recv()
+    sys.path[:], place, name, memory = connection.recv()
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    sys.path.append(os.getcwd())  # last, so that no file there stands in for a module that something else imports
+    from rlhf import output
+
+    output.secure()
     with Attempt() as attempt:
         function = load(place, name)
     connection.send((0.0, attempt.error))

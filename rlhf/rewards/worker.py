@@ -42,11 +42,11 @@ REWARDS: dict[str, Callable[[str, str, dict[str, Any]], float]] = {
 }
 
 
-def check(spec: str) -> None:
+def check(spec: str, memory: float = 0.0) -> None:
     """Raise UserError unless spec is in REWARDS or names a function that can be imported; it is, in a process of its own."""
     if spec in REWARDS:
         return
-    worker = Worker(spec)
+    worker = Worker(spec, memory)
     try:
         while not worker.loaded:
             wait([worker.connection], worker.seconds_left())
@@ -58,10 +58,12 @@ def check(spec: str) -> None:
 class Worker:
     """One process of child.py, and the item it is working on.
 
+    memory: GiB that it may have; 0: no limit.
+
     Not forked: the parent may hold a CUDA context or the threads of torch.distributed, which no fork survives.
     """
 
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, memory: float = 0.0):
         place, _, name = spec.rpartition(":")
         if not place or not name:
             raise UserError(
@@ -78,7 +80,7 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0)
         theirs.close()
         os.close(end)
-        self.connection.send((sys.path, place, name))
+        self.connection.send((sys.path, place, name, int(memory * 2**30)))
 
     def give(self, index: int, item: Item, timeout: float) -> None:
         self.item, self.deadline = index, time.monotonic() + timeout
@@ -93,7 +95,7 @@ class Worker:
         if self.connection.poll():
             try:
                 value, error = self.connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # the latter in the middle of an answer
                 value, error = 0.0, f"the process ended with exit code {self.kill()}"
         elif self.seconds_left() == 0:
             self.kill()
@@ -122,12 +124,13 @@ class Worker:
 class Rewards:
     """A reward function, and up to `workers` processes that run it, started when first needed and kept until close().
 
-    timeout: seconds for one response. failure: what the first failed response met with, as text; empty while none has failed.
+    timeout: seconds for one response. memory: GiB for each process; 0: no limit.
+    failure: what the first failed response met with, as text; empty while none has failed.
     late: whether the time limit has ended any, so that the scores depend on how fast the machine is.
     """
 
-    def __init__(self, spec: str, timeout: float, workers: int):
-        self.spec, self.timeout, self.num_workers = spec, timeout, workers
+    def __init__(self, spec: str, timeout: float, workers: int, memory: float = 0.0):
+        self.spec, self.timeout, self.num_workers, self.memory = spec, timeout, workers, memory
         self.pool: list[Worker] = []
         self.failure, self.late = "", False
         self._waiting: deque[tuple[int, Item]] = deque()
@@ -198,7 +201,7 @@ class Rewards:
         """Keep as many processes as there is work for, give each idle one an item, and return those with something to do."""
         self.pool = [worker for worker in self.pool if not worker.connection.closed]
         while len(self.pool) < min(self.num_workers, num_open):
-            self.pool.append(Worker(self.spec))
+            self.pool.append(Worker(self.spec, self.memory))
         for worker in self.pool:
             if self._waiting and worker.loaded and worker.item is None:
                 worker.give(*self._waiting.popleft(), self.timeout)

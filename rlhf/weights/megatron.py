@@ -146,7 +146,7 @@ def begin(path: Path, layout: str, shapes: Mapping[str, Shape], dtype: torch.dty
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.serialization.skip_data():
-        torch.save(tree, path)
+        pt.write(tree, path)
     return _entries(path, pt.read(path))
 
 

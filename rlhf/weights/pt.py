@@ -8,6 +8,7 @@ import signal
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EIO
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,16 @@ def _member(path: Path, owner: Any, name: Any) -> StandIn:
     if owner is not StandIn or not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
         raise _distrust(path, f"getattr({owner!r}, {name!r})")
     return StandIn(name)
+
+
+def write(tree: Any, path: Path) -> None:
+    """torch.save. Raises OSError with the path where the file cannot be written, of which torch tells no more than that."""
+    import torch
+
+    try:
+        torch.save(tree, path)
+    except RuntimeError as error:
+        raise OSError(EIO, "torch.save cannot write it as a whole; is the storage full?", str(path)) from error
 
 
 def _distrust(path: Path, asked: str) -> UserError:

@@ -193,7 +193,7 @@ def begin(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, args: Map
     content = Content(tensors, storage_data=where, storage_meta=StorageMeta(), version="1.0.0")
     (path.parent / METADATA).write_bytes(pickle.dumps(content))
     common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": args["iteration"]}
-    torch.save(common, path.parent / COMMON)
+    pt.write(common, path.parent / COMMON)
     (path.parent / "metadata.json").write_text(json.dumps(BACKENDS))
     return found
 
@@ -210,7 +210,7 @@ def _append(file: io.BufferedWriter, path: Path, tensor: torch.Tensor) -> tuple[
 
     alone, start = path.with_suffix(".partial"), file.tell()
     with torch.serialization.skip_data():
-        torch.save(tensor, alone)
+        pt.write(tensor, alone)
     hole, length = _data(alone, 0, alone.stat().st_size), alone.stat().st_size
     with alone.open("rb") as source:
         file.write(source.read(hole))

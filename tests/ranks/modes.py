@@ -127,8 +127,8 @@ def drawing(call: Callable[[int], object]) -> Iterator[None]:
         yield
 
 
-def metrics(folder: Path) -> dict[int, dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def metrics(folder: Path, name: str = "metrics") -> dict[int, dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     return {row["step"]: {name: value for name, value in row.items() if not name.startswith(UNLIKE)} for row in rows}
 
 

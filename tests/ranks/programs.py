@@ -8,13 +8,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
+from modes import KEYS, assembled, configure, drawing, metrics, train
 
 from rlhf import assemble, configuration
 from rlhf.config import Config
@@ -68,20 +69,31 @@ def check_signal(folder: Path, layout: str, mesh: Mesh) -> None:
 
 
 def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
-    """Mode evaluate says of an exported folder what the run said at its end: by rule and reward model, or by the judge alone."""
+    """Mode evaluate says of an exported folder what the run said at its end: by rule and reward model, or by the judge alone.
+
+    It may have the run's own out: there it writes files of its own, with every response, and touches no other.
+    """
     assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1"), mesh) == 0
     wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
     keys = [f"policy.load={folder}/pairs/hf", *(key.format(folder=folder) for key in KEYS["online-dpo"])]
+    before = {path: path.read_bytes() for path in (folder / "pairs").rglob("*") if path.is_file()}
+    mesh.barrier()
     found = {}
-    for name, more in (
-        ("both", []),
-        ("both", ["resume=false"]),  # over what the first one wrote
-        ("judge", [f"evaluate.function={folder}/rules.py:quarter"]),
-        ("hot", ["evaluate.temperature=1"]),
+    for name, out, more in (
+        ("both", "pairs", ["log.samples=0"]),
+        ("both", "pairs", ["log.samples=2"]),  # over what the first one wrote
+        ("judge", "judged", [f"evaluate.function={folder}/rules.py:quarter"]),
+        ("hot", "hot", ["evaluate.temperature=1"]),
     ):
-        assert start(configure(folder, "evaluate", layout, *keys, f"out={folder}/fresh-{name}", *more), mesh) == 0
-        (found[name],) = metrics(folder / f"fresh-{name}").values()
-    assert found["both"] == pytest.approx({"step": STEPS, **wanted}, abs=1e-5)
+        assert start(configure(folder, "evaluate", layout, *keys, f"out={folder}/{out}", *more), mesh) == 0
+        (found[name],) = metrics(folder / out, "evaluate").values()
+        assert len((folder / out / "samples/evaluate.jsonl").read_text().splitlines()) == 8
+    assert {path: path.read_bytes() for path in before} == before
+    if mesh.rank == 0:  # this process was the run, and holds its out until it ends
+        program = f"import pathlib; from rlhf import lock; print(lock.hold(pathlib.Path('{folder}/pairs/run.lock')))"
+        other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert other.stdout.startswith(f"process {os.getpid()} on "), other
+    assert found["both"] == pytest.approx({**wanted, "step": 0}, abs=1e-5)
     assert found["judge"]["eval_reward"] == 0.25
     assert found["hot"]["eval_reward"] != pytest.approx(found["both"]["eval_reward"], abs=1e-3)
 
