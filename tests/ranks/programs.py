@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-from modes import KEYS, assembled, configure, drawing, metrics, train
+from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
 
 from rlhf import assemble, configuration
 from rlhf.config import Config
@@ -110,6 +111,23 @@ def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
     assert other[0]["eval_loss"] != loaded[0]["eval_loss"]
 
 
+def check_in_flight(folder: Path, layout: str, mesh: Mesh) -> None:
+    """PPO and OnlineDPO with responses in flight between steps: what goes on from a checkpoint is what was left alone, bit by bit."""
+    for mode in ("rlhf", "online-dpo"):
+        keys = [key.format(folder=folder) for key in KEYS[mode]]
+        keys += ["rollout.inflight=1.5", "checkpoint.every=2", "log.samples=-1", "rollout.stop=['e']"]
+        config = configure(folder, mode, layout, f"out={folder}/flying-{mode}", *keys)
+        assert start(config, mesh) == 0
+        whole, samples = metrics(folder / f"flying-{mode}"), Path(config.out) / f"samples/step_{STEPS:06}.jsonl"
+        assert any(row.get("lag/1") for row in whole.values()), "some tokens were drawn by older weights"
+        before = samples.read_text()
+        shutil.rmtree(folder / f"flying-{mode}/step_{STEPS:06}")
+        (folder / f"flying-{mode}/latest").write_text("step_000002")
+        assert start(config, mesh) == 0
+        assert metrics(folder / f"flying-{mode}") == whole
+        assert samples.read_text() == before
+
+
 def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
     """All ranks stop after the same step, and go on where they stopped: the numbers are those of a run that was left alone."""
     faulthandler.dump_traceback_later(90, exit=True)  # ranks that do not agree wait for each other
@@ -135,7 +153,7 @@ def main() -> None:
     if mesh.world > 1:
         check_signal_to_one_rank(folder, layout, mesh)
     else:
-        for check in (check_engine_without_the_weights, check_signal, check_evaluation, check_random_weights):
+        for check in (check_engine_without_the_weights, check_signal, check_evaluation, check_random_weights, check_in_flight):
             check(folder, layout, mesh)
     mesh.barrier()
     if mesh.rank == 0:
