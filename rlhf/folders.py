@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rlhf import texts
 from rlhf.errors import UserError
 
+KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # of every meta.json
 NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -45,15 +47,29 @@ def newest(out: Path) -> tuple[Path | None, str]:
 
 def meta(folder: Path) -> dict[str, Any]:
     """What describe() was given. Raises ValueError where it is damaged, and OSError."""
-    found = json.loads((folder / "meta.json").read_text())
-    if not isinstance(found, dict) or not {"step", "state"} <= found.keys():
+    found = texts.parse((folder / "meta.json").read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not found.keys() >= KEYS:
         raise ValueError("it tells no step")
     crc32 = found.pop("crc32", None)  # checkpoints of before have none, nor a list of files
     if crc32 not in (None, zlib.crc32(json.dumps(found).encode())):
         raise ValueError("its checksum is another")
+    if not _formed(found):
+        raise ValueError("it is not of the form that is written")
     if found["step"] != int(folder.name.removeprefix("step_")):
         raise ValueError(f"it is that of step {found['step']}")
     return found
+
+
+def _formed(meta: Mapping[str, Any]) -> bool:
+    """Whether a description has the types that describe() is given: one without a checksum may have been changed."""
+    run = meta.get("run", {})
+    try:
+        numbers = [*meta["state"].values(), *(number for file in meta.get("files", {}).values() for number in file.values())]
+        pairs = [*({"keys": {}} | run)["keys"], *(text for pair in ({"read": {}} | run)["read"].values() for text in pair)]
+        sizes = [file["size"] for file in meta.get("files", {}).values()]
+    except (AttributeError, LookupError, TypeError):
+        return False
+    return all(type(number) in (int, float) for number in (*numbers, *sizes)) and all(isinstance(text, str) for text in pairs)
 
 
 def describe(meta: Mapping[str, Any]) -> str:
