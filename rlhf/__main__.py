@@ -93,6 +93,8 @@ def launch(config: Config, arguments: list[str]) -> int:
     """Be the launcher of one node."""
     node = cluster.node(os.environ)
     count = ranks_per_node(config, node.count)
+    if count > cluster.MOST_RANKS:
+        raise UserError(f"parallel.* asks for {count} ranks on a node, of which {cluster.MOST_RANKS} are the most: lower it")
     from rlhf.prepare import inputs
 
     inputs(config, node.count * count)
@@ -107,7 +109,7 @@ def launch(config: Config, arguments: list[str]) -> int:
 def ranks_per_node(config: Config, nodes: int) -> int:
     """All GPUs (GPUS_PER_NODE overrides), or on a CPU as many as the layout asks for."""
     p = config.parallel
-    devices = cluster.number(os.environ, "GPUS_PER_NODE", 0) or gpus()
+    devices = cluster.number(os.environ, "GPUS_PER_NODE", 0, most=cluster.MOST_RANKS) or gpus()
     asked = p.tp * p.pp * p.cp * max(p.dp, 1)
     if not devices:
         return max(1, -(-asked // nodes))
