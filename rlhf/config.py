@@ -23,6 +23,7 @@ Decay = Annotated[float, Between(0, 0.99999)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
 # Tensor-parallel ranks that exchange hidden states beside products, at most: eight were slower than megatron-core (benchmarks/NOTES.md).
 EXCHANGERS = 4
+CPU_CACHE = 0.25  # GiB of KV cache on a CPU, where rollout.cache is 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

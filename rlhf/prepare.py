@@ -219,6 +219,13 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError(
             f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy it there, or set policy.tokenizer to its folder"
         )
+    if config.rollout.engine == "vllm":
+        kind = files.config(config.policy.load, config.policy.tokenizer).get("model_type")
+        if kind != arch.family:
+            raise UserError(
+                f"policy.load={config.policy.load}: config.json has the model_type {kind!r:.80}, and vLLM needs {arch.family!r} for its "
+                "architectures: set it there"
+            )
     if not ALGORITHMS[config.mode].trains:
         return
     if config.rollout.temperature < COLDEST:

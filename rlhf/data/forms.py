@@ -32,7 +32,7 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Told:
     keys = next((keys for keys in forms if all(key in row for key in keys)), None)
     if keys is None:
         wanted = ", or ".join(" and ".join(map(repr, keys)) for keys in forms)
-        raise UserError(f"has the keys {', '.join(map(repr, row)) or 'none':.200}; give it {wanted}")
+        raise UserError(f"has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
     for key in required:
         if row.get(key) in (None, ""):
             raise UserError(f"no {key!r}, which the reward needs; add it, or set another reward.function or a model as reward.load")

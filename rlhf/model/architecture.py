@@ -15,6 +15,7 @@ FAMILIES = {
     f"{name}For{kind}": name.lower() for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("CausalLM", "SequenceClassification")
 }
 
+CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")  # vLLM takes the least of them
 LARGEST, LAYERS = 2**31 - 1, 4096  # of any number, and of layers, whose tensors are listed one by one
 REMEDY = "give the one that belongs to the weights"
 
@@ -99,7 +100,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     if family is None:
         raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(FAMILIES)}")
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
-    optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None]
+    optional = [key for key in ("num_key_value_heads", "head_dim", *CONTEXTS) if config.get(key) is not None]
     check_sizes(path, {key: config[key] for key in (*needed, *optional)})
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -131,7 +132,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
+        context=min(config[key] for key in CONTEXTS if config.get(key) is not None),
         eps=float(config["rms_norm_eps"]),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
