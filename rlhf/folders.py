@@ -117,7 +117,7 @@ def altered(folder: Path, names: Iterable[str]) -> str:
     """The first of these files that is not what was written, by its checksum; empty: they all are. Reads them as a whole."""
     files = meta(folder).get("files", {})
     for name in names:
-        if name in files and _crc32(folder / name) != files[name]["crc32"]:
+        if name in files and _crc32(folder / name) != files[name].get("crc32"):
             return f"{folder / name} is damaged: its checksum is not that of what was written"
     return ""
 
