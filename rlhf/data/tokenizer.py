@@ -153,26 +153,27 @@ class _Json:
     """A tokenizer.json. Its post-processor says whether texts start with a bos."""
 
     def __init__(self, file: Path, bos: str | None, eos: str | None) -> None:
+        from tokenizers import Tokenizer as Backend
+
         self.file = file
         spec = texts.load(file, AGAIN)
         if not isinstance(spec, dict) or "model" not in spec:
             raise UserError(f"{file}: no 'model' in it, so it is not a tokenizer.json; {AGAIN}")
-        self._first = self._backend(spec)
         with _sound(file):
+            self._first = Backend.from_file(str(file))
             parts = {key: _unprefixed(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
-        same = all(parts[key] == spec.get(key) for key in parts)
-        self._later = self._first if same else self._backend(spec | parts)
-        for backend in (self._first, self._later):
-            backend.no_truncation()
-            backend.no_padding()
-        bos_id, eos_id = (None if token is None else self._first.token_to_id(token) for token in (bos, eos))
+            same = all(parts[key] == spec.get(key) for key in parts)
+            self._later = self._first if same else Backend.from_str(json.dumps(spec | parts))
+            for backend in (self._first, self._later):
+                backend.no_truncation()
+                backend.no_padding()
+            bos_id, eos_id = (None if token is None else self._first.token_to_id(token) for token in (bos, eos))
+            self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have the token and do not use it
+            added = self._first.get_added_tokens_decoder()
+            self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
         if eos_id is None:
             raise UserError(f"{file}: eos_token is {eos!r}, which is no token of it; name one in tokenizer_config.json")
-        with _sound(file):
-            self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have the token and do not use it
         self.eos = eos_id
-        added = self._first.get_added_tokens_decoder()
-        self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
 
     def encode(self, text: str, continues: bool, control: bool) -> list[int]:
         backend = self._later if continues else self._first
@@ -184,42 +185,38 @@ class _Json:
         with _sound(self.file):
             return self._first.decode(ids, skip_special_tokens=skip_special)
 
-    def _backend(self, spec: dict[str, Any]) -> Any:
-        from tokenizers import Tokenizer as Backend
-
-        with _sound(self.file):
-            return Backend.from_str(json.dumps(spec))
-
 
 class _SentencePiece:
     """A sentencepiece tokenizer.model, as Llama 2 has."""
 
     def __init__(self, file: Path, add_bos: bool) -> None:
         import sentencepiece
-        from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2 as proto
 
-        try:
-            self._first = sentencepiece.SentencePieceProcessor(model_file=str(texts.regular(file)))
+        self.file = texts.regular(file)
+        with _Blaming(f"{file}: not a sentencepiece model", "set policy.tokenizer to one, or to a folder with tokenizer.json"):
+            self._first = sentencepiece.SentencePieceProcessor(model_file=str(file))
             model = proto.ModelProto.FromString(self._first.serialized_model_proto())
-        except (RuntimeError, OSError, DecodeError):
-            raise UserError(f"{file}: not a sentencepiece model; set policy.tokenizer to one, or to a folder with tokenizer.json") from None
-        model.normalizer_spec.add_dummy_prefix = False
-        self._later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-        self.bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
-        self.vocab, self.eos = self._first.vocab_size(), self._first.eos_id()
-        self.bos = self._first.bos_id() if add_bos and self._first.bos_id() >= 0 else None
+            model.normalizer_spec.add_dummy_prefix = False
+            self._later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+            self.bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
+            self.vocab, self.eos = self._first.vocab_size(), self._first.eos_id()
+            self.bos = self._first.bos_id() if add_bos and self._first.bos_id() >= 0 else None
         if self.eos < 0:
             raise UserError(f"{file}: the model has no eos token, so no response could end; set policy.tokenizer to another one")
 
     def encode(self, text: str, continues: bool, control: bool) -> list[int]:
-        return (self._later if continues else self._first).encode(text)
+        with _sound(self.file):
+            return (self._later if continues else self._first).encode(text)
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        if skip_special:
-            return self._first.decode(ids)
-        runs = itertools.groupby(ids, self._first.is_control)
-        return "".join("".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run)) for control, run in runs)
+        with _sound(self.file):
+            if skip_special:
+                return self._first.decode(ids)
+            runs = itertools.groupby(ids, self._first.is_control)
+            return "".join(
+                "".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run)) for control, run in runs
+            )
 
     def settings(self) -> dict[str, Any]:
         """The tokenizer_config.json of this model for transformers."""
@@ -271,7 +268,7 @@ def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | No
 
 
 class _Blaming:
-    """Around code of others that raises whatever it likes, as tokenizers does (plain exceptions, and panics) and a template can."""
+    """Around code of others that raises whatever it likes, as tokenizers (exceptions, and panics), sentencepiece and templates do."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy  # before and behind the first line of what went wrong
