@@ -100,9 +100,13 @@ def sizes(folder: Path, exports: Iterable[str]) -> dict[str, dict[str, int]]:
 def damage(folder: Path) -> str:
     """The first thing that is wrong with a checkpoint, with the file; empty: it is whole, as far as sizes tell."""
     try:
-        files = meta(folder).get("files", {})
+        return _incomplete(folder, meta(folder).get("files", {}))
     except (OSError, ValueError) as error:
         return f"{folder}/meta.json is damaged ({getattr(error, 'strerror', None) or error})"
+
+
+def _incomplete(folder: Path, files: Mapping[str, Mapping[str, int]]) -> str:
+    """The first file that is missing, or has another size; empty: none. Raises OSError and ValueError for names that no file has."""
     for name, wanted in files.items():
         file = folder / name
         if not file.exists():
