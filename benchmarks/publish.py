@@ -99,7 +99,7 @@ def vllm_engine(arch: Architecture, tp: int, dtype: torch.dtype, memory: float) 
     with tempfile.TemporaryDirectory() as folder:
         hf.save_json(Path(folder) / "config.json", hf.description(arch))
         name = str(dtype).removeprefix("torch.")
-        return VLLM(folder, arch, tp=tp, dtype=name, seed=1, max_len=256, memory=memory, cache=0.0)
+        return VLLM(folder, tp=tp, dtype=name, seed=1, max_len=256, memory=memory, cache=0.0)
 
 
 def options(arguments: list[str]) -> argparse.Namespace:

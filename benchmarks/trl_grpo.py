@@ -163,7 +163,7 @@ def theirs(a: argparse.Namespace, config: Config, settings: dict[str, Any]) -> d
     from rlhf.rollout.vllm import adapt_to_cpu  # before TRL, as it says how vLLM is to behave when it is imported
 
     if not GPU:
-        adapt_to_cpu(str(model), step.SIZES[a.model])
+        adapt_to_cpu()
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 

@@ -7,16 +7,21 @@ itself, by torchrun or by srun, it runs the loop. Started in a Slurm allocation 
 from __future__ import annotations
 
 import glob
+import math
 import os
 import signal
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rlhf import cluster, configuration, convert, launcher, output, variables
 from rlhf.algorithms import ALGORITHMS, ALIASES
 from rlhf.config import Config
 from rlhf.errors import UserError, failure
+
+if TYPE_CHECKING:
+    from rlhf.prepare import Inputs
 
 COMMAND = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf"]
 
@@ -100,11 +105,14 @@ def launch(config: Config, arguments: list[str]) -> int:
     """Be the launcher of one node."""
     node = cluster.node(os.environ)
     count = ranks_per_node(config, node.count)
+    if count > cluster.MOST_RANKS:
+        raise UserError(f"parallel.* asks for {count} ranks on a node, of which {cluster.MOST_RANKS} are the most: lower it")
     if node.index == 0:
         cluster.check_port(node)
     from rlhf.prepare import inputs
 
-    inputs(config, node.count * count)
+    found = inputs(config, node.count * count)
+    _check_memory(config, found, node.count * count, count)
     if node.index == 0 and (set_by_variables := variables.settings(config.mode, os.environ)):
         print("variables:", *(f"{key}={value}" for key, value in set_by_variables.items()), flush=True)
     quiet = {} if gpus() else {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # vLLM warns of every memory policy it sets on a CPU
@@ -113,10 +121,24 @@ def launch(config: Config, arguments: list[str]) -> int:
     return launcher.run([*COMMAND, *arguments], [{**threads, **quiet, **os.environ, **rank} for rank in ranks])
 
 
+def _check_memory(config: Config, found: Inputs, world: int, ranks: int) -> None:
+    """What the ledger and the engine would refuse on each of this node's ranks. Raises UserError."""
+    import psutil
+
+    from rlhf.ledger import GIB, Ledger
+
+    device, free = config.memory.device, math.inf
+    if not gpus():
+        device, free = math.inf, psutil.virtual_memory().total / GIB / ranks
+    if device:  # else the ranks ask theirs
+        size = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and gpus()) else 4
+        Ledger(config, found.arch, found.roles, world, device, size).check(free)
+
+
 def ranks_per_node(config: Config, nodes: int) -> int:
     """All GPUs (GPUS_PER_NODE overrides), or on a CPU as many as the layout asks for."""
     p = config.parallel
-    devices = cluster.number(os.environ, "GPUS_PER_NODE", 0) or gpus()
+    devices = cluster.number(os.environ, "GPUS_PER_NODE", 0, most=cluster.MOST_RANKS) or gpus()
     asked = p.tp * p.pp * p.cp * max(p.dp, 1)
     if not devices:
         return max(1, -(-asked // nodes))

@@ -181,7 +181,6 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
 
     return VLLM(
         str(files.described(config.policy.load, config.policy.tokenizer)),
-        given.arch,
         tp=tp,
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,

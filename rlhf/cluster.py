@@ -20,6 +20,8 @@ from rlhf.errors import UserError
 from rlhf.interrupt import SAVED, SIGNALS
 
 REQUEUE = (SAVED, 128 + signal.SIGUSR1)  # exit codes of a run that was preempted: in its loop, or before
+NO_STEP = 0xFFFFFFF0  # from here on Slurm's numbers of steps are special ones
+MOST_RANKS = 256  # of a node
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 Environment = Mapping[str, str]
 
@@ -37,12 +39,12 @@ class Node:
 def node(env: Environment) -> Node:
     """Where the launcher of this node is. Raises UserError for variables that contradict each other."""
     step = in_step(env)
-    count = number(env, "WORLD_SIZE", int(env["SLURM_STEP_NUM_NODES"]) if step else 1)
-    index = number(env, "RANK", int(env["SLURM_NODEID"]) if step else 0)
+    count = number(env, "WORLD_SIZE", number(env, "SLURM_STEP_NUM_NODES") if step else 1, least=1)
+    index = number(env, "RANK", number(env, "SLURM_NODEID") if step else 0)
     if index >= count:
         raise UserError(f"RANK={index} is not below WORLD_SIZE={count}: they count nodes, the first is 0")
     if count == 1:
-        return Node(index, count, env.get("MASTER_ADDR") or "127.0.0.1", number(env, "MASTER_PORT", 0) or free_port())
+        return Node(index, count, env.get("MASTER_ADDR") or "127.0.0.1", _port(env, 0) or free_port())
     if not step and not env.get("MASTER_ADDR"):
         raise UserError(
             f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: set it to the address of the node with RANK=0, on all of them"
@@ -54,14 +56,14 @@ def task(env: Environment) -> dict[str, str]:
     """What torchrun would have set, where srun started one task per rank; empty where it started one launcher per node, and elsewhere."""
     if "LOCAL_RANK" in env or not in_step(env):
         return {}
-    ranks, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
+    ranks, nodes = (number(env, f"SLURM_STEP_NUM_{what}", least=1) for what in ("TASKS", "NODES"))
     if ranks == nodes:
         return {}
-    rank, local = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
+    rank, local, index = (number(env, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "NODEID"))
     per_node = ranks // nodes
-    if rank != int(env["SLURM_NODEID"]) * per_node + local:
+    if rank != index * per_node + local or local >= per_node:
         raise UserError(f"{ranks} tasks on {nodes} nodes are not dealt in equal blocks: srun --ntasks-per-node=N --distribution=block")
-    return ranks_of(Node(int(env["SLURM_NODEID"]), nodes, *_meeting(env)), per_node, env)[local]
+    return ranks_of(Node(index, nodes, *_meeting(env)), per_node, env)[local]
 
 
 def ranks_of(node: Node, count: int, env: Environment) -> list[dict[str, str]]:
@@ -80,7 +82,7 @@ def ranks_of(node: Node, count: int, env: Environment) -> list[dict[str, str]]:
 
 def in_step(env: Environment) -> bool:
     """Whether srun started this process. A batch script and the shell of salloc have no step, or one of Slurm's large special numbers."""
-    return 0 <= int(env.get("SLURM_STEP_ID", "-1")) < 0xFFFFFFF0
+    return number(env, "SLURM_STEP_ID", NO_STEP, most=2**32) < NO_STEP
 
 
 def in_allocation(env: Environment) -> bool:
@@ -90,7 +92,7 @@ def in_allocation(env: Environment) -> bool:
 
 def step(command: list[str], env: Environment) -> int:
     """Run command once on every node of the allocation. Returns its highest exit code; a batch job that was preempted is requeued first."""
-    nodes, job = env["SLURM_NNODES"], env["SLURM_JOB_ID"]
+    nodes, job = number(env, "SLURM_NNODES", least=1), env["SLURM_JOB_ID"]
     options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1", "--export=ALL"]
     try:
         srun = subprocess.Popen(["srun", *options, *command])
@@ -98,8 +100,8 @@ def step(command: list[str], env: Environment) -> int:
         raise UserError(
             f"SLURM_JOB_ID={job}, but there is no srun, as inside of a container: call srun outside of it, or unset SLURM_JOB_ID here"
         ) from None
-    for number in SIGNALS:  # srun would answer SIGTERM with the end of the step; USR1 reaches the ranks
-        signal.signal(number, lambda *_: srun.send_signal(signal.SIGUSR1))
+    for signal_number in SIGNALS:  # srun would answer SIGTERM with the end of the step; USR1 reaches the ranks
+        signal.signal(signal_number, lambda *_: srun.send_signal(signal.SIGUSR1))
     code = srun.wait()
     batch = "SLURM_PROCID" in env  # the shell of salloc has none
     if code in REQUEUE and batch and _running(job):
@@ -123,6 +125,8 @@ def hosts(text: str) -> list[str]:
         head, ranges, tail = found.groups()
         for item in ranges.split(","):
             first, _, last = item.partition("-")
+            if not (first.isdecimal() and (last or first).isdecimal()):
+                raise UserError(f"{text}: not one of Slurm's lists of nodes, such as n[01-03,7]")
             numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
             names += [name for number in numbers for name in hosts(head + number + tail)]
     return names
@@ -158,18 +162,29 @@ def _meeting(env: Environment) -> tuple[str, int]:
     """Address and port where the ranks of several processes meet: those that are set, or the step's first node and a port of its own."""
     port = 29500
     if in_step(env):
-        port = 10000 + (7 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000
-    return env.get("MASTER_ADDR") or hosts(env["SLURM_STEP_NODELIST"])[0], number(env, "MASTER_PORT", port)
+        port = 10000 + (7 * number(env, "SLURM_JOB_ID") + number(env, "SLURM_STEP_ID", most=2**32)) % 20000
+    return env.get("MASTER_ADDR") or hosts(_given(env, "SLURM_STEP_NODELIST"))[0], _port(env, port)
 
 
-def number(env: Environment, name: str, default: int) -> int:
-    """The value of a variable, or the default where it is not set or empty. Raises UserError."""
+def _port(env: Environment, default: int) -> int:
+    return number(env, "MASTER_PORT", default, least=1, most=65535)
+
+
+def number(env: Environment, name: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
+    """The value of a variable, or the default where it is not set or empty. Raises UserError, also where neither is there."""
     text = env.get(name)
-    if not text:
+    if not text and default is not None:
         return default
-    if not text.isdecimal():
-        raise UserError(f"{name}={text} is not a number: unset it, or give one")
+    text = text or _given(env, name)
+    if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
+        raise UserError(f"{name}={text:.80} is not a number from {least} to {most}: unset it, or give one")
     return int(text)
+
+
+def _given(env: Environment, name: str) -> str:
+    if not env.get(name):
+        raise UserError(f"{name} is not set, though other variables of Slurm are: start with srun, or unset SLURM_JOB_ID and SLURM_STEP_ID")
+    return env[name]
 
 
 def check_port(node: Node) -> None:

@@ -4,7 +4,6 @@ A new key is one line here: name, type, default, comment. Unknown keys and wrong
 algorithm are a section beside its class (rlhf.algorithms), in the same form.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -12,17 +11,19 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """The least and the largest value that a number may have. Without it, the least is 0."""
+    """The least and the largest value that a number may have, or the number of members of a list. Without it, these."""
 
     least: float = 0
-    most: float = math.inf
+    most: float = 2**31 - 1  # numpy, torch and vLLM keep what counts something in 32 bits
 
 
 Count = Annotated[int, Between(1)]
 Share = Annotated[float, Between(0.01, 1)]
 Decay = Annotated[float, Between(0, 0.99999)]
+Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
 # Tensor-parallel ranks that exchange hidden states beside products, at most: eight were slower than megatron-core (benchmarks/NOTES.md).
 EXCHANGERS = 4
+CPU_CACHE = 0.25  # GiB of KV cache on a CPU, where rollout.cache is 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,7 @@ class Rollout:
     tp: Count = 1  # ranks that share one engine; the world holds world / tp engines
     group: Count = 8  # responses per prompt
     max_tokens: Count = 512  # longest response
-    temperature: float = 1.0  # of sampling, and of the learner's log-probs with it
+    temperature: Annotated[float, Between(0, 100)] = 1.0  # of sampling, and of the learner's log-probs with it
     top_p: Share = 1.0  # nucleus sampling; 1: off
     top_k: int = 0  # sample among the k likeliest; 0: off
     stop: tuple[str, ...] = ()  # strings that end a response, which is cut behind them
@@ -139,8 +140,8 @@ class Reward:
 
     function: str = ""  # math (verifies the answer), or module:function(prompt, response, record) -> float; empty: math, unless load is set
     load: str = ""  # folder of a reward model, whose score is the reward; with a function too: the sum of both
-    timeout: float = 10.0  # seconds for one response; beyond that it scores 0 and counts as failed
-    workers: Count = 2  # killable processes per rank that run rewards
+    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds for one response; beyond that it scores 0 and counts as failed
+    workers: Annotated[int, Between(1, 256)] = 2  # killable processes per rank that run rewards
     memory: float = 0.0  # GiB of data that each of these may have, and each process that it starts; 0: no limit
 
 
@@ -151,7 +152,7 @@ class Checkpoint:
     every: int = 100  # steps between checkpoints; the last step always makes one; 0: only the last
     keep: Count = 2  # newest checkpoints kept; older ones are deleted
     export: bool = True  # write the trained model as a folder of weights into each checkpoint too, not only into the last
-    format: tuple[str, ...] = ("hf",)  # of these folders: hf, mcore (Transformer Engine's names), mcore-local, legacy, torch_dist
+    format: Formats = ("hf",)  # of these folders: hf, mcore (Transformer Engine's names), mcore-local, legacy, torch_dist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,7 @@ class Evaluate:
     every: int = 50  # steps between evaluations; 0: only before the first and after the last step
     function: str = ""  # reward of held-out responses (eval_reward), as in reward.function; empty: the training reward
     prompts: int = 256  # records used; 0: all
-    temperature: float = 0.0  # of the responses; 0: greedy
+    temperature: Annotated[float, Between(0, 100)] = 0.0  # of the responses; 0: greedy
     show: int = 2  # sample rollouts printed
 
 
@@ -181,7 +182,7 @@ class Config:
     mode: str = "sft"  # set by the command line
     out: str = ""  # folder for checkpoints, metrics.jsonl, config.toml; evaluate writes files of its own there; empty: runs/MODE
     steps: Count = 100  # steps in all; a resumed run counts on from its checkpoint
-    seed: int = 1  # data order, sampling and random weights all derive from it
+    seed: Annotated[int, Between(0, 2**32 - 1)] = 1  # data order, sampling and random weights all derive from it
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of weights and activations; auto: bfloat16 on a GPU, else float32
     resume: bool = True  # continue from the newest checkpoint in out, if there is one
     policy: Policy = field(default_factory=Policy)

@@ -3,15 +3,17 @@
 import difflib
 import inspect
 import json
-import math
 import tomllib
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from rlhf import texts
 from rlhf.algorithms import SECTIONS
 from rlhf.config import Between, Config
 from rlhf.errors import UserError
+
+UNREADABLE = (ValueError, RecursionError)  # what tomllib raises: its own error, for numbers of thousands of digits, for deep nesting
 
 
 def load(mode: str, arguments: list[str]) -> Config:
@@ -27,7 +29,7 @@ def load(mode: str, arguments: list[str]) -> Config:
             _merge(tree, _read(argument))
     if "mode" in tree:
         raise UserError("key 'mode' cannot be set in a file: it is the first word of the command")
-    if not tree.get("out"):
+    if tree.get("out", "") == "":
         tree["out"] = f"runs/{mode}"
     return _build(Config, tree | {"mode": mode})
 
@@ -36,11 +38,9 @@ def _read(argument: str) -> dict[str, Any]:
     if argument.startswith("-"):
         raise UserError(f"unknown option {argument!r}: give TOML files and key=value pairs, or --help")
     try:
-        return tomllib.loads(Path(argument).read_text())
-    except OSError as error:
-        raise UserError(f"configuration file {argument!r}: {error.strerror}; give a TOML file or key=value") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"configuration file {argument}: {error}") from None
+        return tomllib.loads(texts.read(Path(argument), "give a TOML file or key=value"))
+    except UNREADABLE as error:
+        raise UserError(f"{argument}: not TOML ({error})") from None
 
 
 def _override(argument: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _override(argument: str) -> dict[str, Any]:
         hint = keys(hint).get(part) if is_dataclass(hint) else None
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except UNREADABLE:
         value = text  # bare words are strings
     if hint is str and not isinstance(value, str):
         value = text  # and so are folders that are called like a number or a date
@@ -85,7 +85,9 @@ def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
             raise UserError(f"unknown key {path!r}" + (f": did you mean {where + near[0]!r}?" if near else ": see --help for every key"))
         if is_dataclass(known[key]):
             if not isinstance(value, dict):
-                raise UserError(f"{path} is a section, got {value!r}: set one of its keys, such as {path}.{fields(known[key])[0].name}")
+                raise UserError(
+                    f"{path} is a section, got {_shown(value)}: set one of its keys, such as {path}.{fields(known[key])[0].name}"
+                )
             values[key] = _build(known[key], value, path + ".")
         else:
             values[key] = _cast(known[key], value, path)
@@ -98,26 +100,44 @@ def _cast(hint: Any, value: Any, path: str) -> Any:
     limits = Between()
     if get_origin(hint) is Annotated:
         hint, limits = get_args(hint)
+    if get_origin(hint) is tuple:
+        return _members(get_args(hint)[0], limits, [value] if isinstance(value, str) else value, path)
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise UserError(f"{path} must be one of {', '.join(get_args(hint))}; got {value!r}")
+            raise UserError(f"{path} must be one of {', '.join(get_args(hint))}; got {_shown(value)}")
         return value
-    if get_origin(hint) is tuple:
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise UserError(f"{path} must be a list of strings, got {value!r}")
-        return tuple(value)
-    if hint is float and type(value) is int:
-        value = float(value)
-    if hint is str and type(value) in (int, float):
-        value = str(value)
-    if type(value) is not hint:
-        raise UserError(f"{path} must be {hint.__name__}, got {value!r}")
+    if hint is str:
+        return _text(value, path)
+    if type(value) is not hint and not (hint is float and type(value) is int):
+        raise UserError(f"{path} must be {hint.__name__}, got {_shown(value)}")
     if hint in (int, float) and not limits.least <= value <= limits.most:  # nan is in no range
-        most = f" and at most {limits.most}" if limits.most < math.inf else ""
-        raise UserError(f"{path} must be at least {limits.least}{most}, got {value!r}")
-    return value
+        raise UserError(f"{path} must be at least {limits.least} and at most {limits.most}, got {_shown(value)}")
+    return hint(value)
+
+
+def _members(hint: Any, limits: Between, value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not all(isinstance(member, str) for member in value):
+        raise UserError(f"{path} must be a list of strings, got {_shown(value)}")
+    if len(value) < limits.least or "" in value or len({*value}) < len(value):
+        raise UserError(f"{path} must be a list of {limits.least} or more different strings that are not empty, got {_shown(value)}")
+    return tuple(_cast(hint, member, path) for member in value)
+
+
+def _text(value: Any, path: str) -> str:
+    if type(value) not in (str, int, float):
+        raise UserError(f"{path} must be str, got {_shown(value)}")
+    text = value if isinstance(value, str) else _shown(value)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{path} must be text in UTF-8 without NUL, got {_shown(value)}")
+    return text
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python writes no number of thousands of digits, which TOML may have in hexadecimal
+        return "a number of thousands of digits"
 
 
 def notes(cls: type) -> dict[str, str]:

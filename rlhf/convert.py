@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import files, names
@@ -89,6 +90,7 @@ def _flag(environment: Mapping[str, str], name: str) -> bool:
     return text.lower() in ("true", "1")
 
 
+@texts.paths()
 def main(arguments: Sequence[str]) -> None:
     """Convert as the command line says. Raises UserError for the first mistake, and then nothing was written."""
     a = parser().parse_args(arguments)

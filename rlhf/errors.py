@@ -4,11 +4,17 @@ from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE
 
 STORAGE = (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE)  # what the write of an open file fails with, which knows no name
 
+LONGEST = 1000  # characters of a message: what users give may have names of any length
+
 
 class UserError(Exception):
     """A mistake in what the user gave us: one line naming the key or file:line, the value and the remedy; exit code 2."""
 
     code = 2
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 class SpoiltError(UserError):

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf.errors import UserError
+from rlhf import texts
+from rlhf.errors import STORAGE, UserError
 
+KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # of every meta.json
 NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -47,15 +49,29 @@ def newest(out: Path) -> tuple[Path | None, str]:
 
 def meta(folder: Path) -> dict[str, Any]:
     """What describe() was given. Raises ValueError where it is damaged, and OSError."""
-    found = json.loads((folder / "meta.json").read_text())
-    if not isinstance(found, dict) or not {"step", "state"} <= found.keys():
+    found = texts.parse((folder / "meta.json").read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not found.keys() >= KEYS:
         raise ValueError("it tells no step")
     crc32 = found.pop("crc32", None)  # checkpoints of before have none, nor a list of files
     if crc32 not in (None, zlib.crc32(json.dumps(found).encode())):
         raise ValueError("its checksum is another")
+    if not _formed(found):
+        raise ValueError("it is not of the form that is written")
     if found["step"] != int(folder.name.removeprefix("step_")):
         raise ValueError(f"it is that of step {found['step']}")
     return found
+
+
+def _formed(meta: Mapping[str, Any]) -> bool:
+    """Whether a description has the types that describe() is given: one without a checksum may have been changed."""
+    run = meta.get("run", {})
+    try:
+        numbers = [*meta["state"].values(), *(number for file in meta.get("files", {}).values() for number in file.values())]
+        pairs = [*({"keys": {}} | run)["keys"], *(text for pair in ({"read": {}} | run)["read"].values() for text in pair)]
+        sizes = [file["size"] for file in meta.get("files", {}).values()]
+    except (AttributeError, LookupError, TypeError):
+        return False
+    return all(type(number) in (int, float) for number in (*numbers, *sizes)) and all(isinstance(text, str) for text in pairs)
 
 
 def describe(meta: Mapping[str, Any]) -> str:
@@ -109,9 +125,15 @@ def sizes(folder: Path, exports: Iterable[str]) -> dict[str, dict[str, int]]:
 def damage(folder: Path) -> str:
     """The first thing that is wrong with a checkpoint, with the file; empty: it is whole, as far as sizes tell."""
     try:
-        files = meta(folder).get("files", {})
-    except (FileNotFoundError, ValueError) as error:  # what may not be read is not damaged
+        return _incomplete(folder, meta(folder).get("files", {}))
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in STORAGE:  # what may not be read is not damaged
+            raise
         return f"{folder}/meta.json is damaged ({getattr(error, 'strerror', None) or error})"
+
+
+def _incomplete(folder: Path, files: Mapping[str, Mapping[str, int]]) -> str:
+    """The first file that is missing, or has another size; empty: none. Raises OSError and ValueError for names that no file has."""
     for name, wanted in files.items():
         file = folder / name
         if not file.exists():
@@ -126,7 +148,7 @@ def altered(folder: Path, names: Iterable[str]) -> str:
     """The first of these files that is not what was written, by its checksum; empty: they all are. Reads them as a whole."""
     files = meta(folder).get("files", {})
     for name in names:
-        if name in files and _crc32(folder / name) != files[name]["crc32"]:
+        if name in files and _crc32(folder / name) != files[name].get("crc32"):
             return f"{folder / name} is damaged: its checksum is not that of what was written"
     return ""
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from rlhf.algorithms import ALGORITHMS
-from rlhf.config import Config
+from rlhf.config import CPU_CACHE, Config
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.phases import TENANTS, Kind, Phase, Tenant, Visit
@@ -24,6 +24,8 @@ ASLEEP = {False: 0.25, True: 0.8}  # what vLLM keeps at sleep level 2, mostly CU
 ENGINE_TOKENS = 8192  # vLLM's largest batch of prompt tokens
 SLOTS = 3  # of a micro-batch's hidden states, which tensor-parallel ranks write to each other (rlhf.parallel.exchange)
 LOGITS = 2**25  # elements of a chunk of logits (rlhf.model.logp)
+BLOCK = {False: 128, True: 16}  # tokens of a block of vLLM's cache, on a CPU and on a GPU
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # head sizes that vLLM's attention on a CPU is compiled for
 MARGIN = 0.05  # share of the device that is left to the allocator's fragments
 
 
@@ -55,8 +57,8 @@ class Ledger:
         """Everything on the device in a phase, by name."""
         away = self.offload if offload is None else offload
         context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
-        rows = {"context": context if math.isfinite(self.device) else 0.0}
-        if self.config.parallel.exchanges and math.isfinite(self.device):
+        rows = {"context": context if self._on_gpu else 0.0}
+        if self.config.parallel.exchanges and self._on_gpu:
             widest = max((role.arch.hidden for role in self.roles.values()), default=0)
             rows["exchange"] = SLOTS * self.size * self._tokens() * widest / GIB
         if self.engine:
@@ -70,12 +72,25 @@ class Ledger:
         return max(sum(self.rows(visit, stage, offload).values()) for stage in range(len(self.tenants)))
 
     def check(self, free: float = math.inf) -> None:
-        """Raise UserError unless every phase fits, also into the GiB that are free, and the engine's cache holds at least one sequence."""
+        """Raise UserError unless every phase fits, also into the GiB that are free, and the engine's cache holds at least one sequence.
+
+        free: of the device, or on a CPU of host memory, for one rank.
+        """
+        if self._serves and not self._on_gpu and self.arch.head_dim not in CPU_HEADS:
+            raise UserError(
+                f"policy.load={self.config.policy.load} has a head_dim of {self.arch.head_dim}, and vLLM on a CPU knows "
+                f"{', '.join(map(str, CPU_HEADS))}: set rollout.engine=kvcache"
+            )
         fault = self._fault()
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
             raise UserError(f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}")
         fullest = max(self.visits, key=self.need)
+        if not self._on_gpu and self.need(fullest) > free:
+            raise UserError(
+                f"phase {fullest} needs {self.need(fullest):.1f} GiB, and this node has {free:.1f} for each rank: lower batch.tokens or "
+                "rollout.cache, or take a larger machine"
+            )
         if self.need(fullest) > free + CONTEXT:  # which this process has already
             raise UserError(
                 f"phase {fullest} needs {self.need(fullest):.1f} GiB, and {free:.1f} of the device are free: end the programs that use it "
@@ -98,7 +113,7 @@ class Ledger:
         first = max(len(line[0]) for line in lines)
         widths = [max(len(str(visit)), 6) for visit in self.visits]
         text = [line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths, strict=True)) for line in lines]
-        room = f"{self.room:.1f} of {self.device:g} GiB may be used" if math.isfinite(self.device) else "host memory"
+        room = f"{self.room:.1f} of {self.device:g} GiB may be used" if self._on_gpu else "host memory"
         note = "nothing is offloaded"
         if self.offload:
             note = f"* offloaded: on the device only in the phases that use it, else in {self.host(stage):.1f} GiB of host memory"
@@ -136,30 +151,46 @@ class Ledger:
 
     def _engine(self, visit: Visit) -> dict[str, float]:
         """What the engine holds: its weights while they are published, and when the learner's are away, its cache."""
-        r, real = self.config.rollout, self.config.rollout.engine == "vllm" and math.isfinite(self.device)
+        r, real = self.config.rollout, self._serves and self._on_gpu
         rows = {"engine graphs": ASLEEP[r.tp > 1] if real else 0.0}
         if visit.is_engines:
             rows["engine weights"] = self.size * engine_parameters(self.arch, r.tp) / GIB
         if visit.phase == Phase.PUBLISH:
             rows["messages"] = r.bucket / 1024 if self.world > 1 else 0.0
         if visit.phase == Phase.ROLLOUT:
-            rows["engine cache"] = self.cache() if real else 0.0
+            rows["engine cache"] = self.cache() if self._serves else 0.0
             rows["engine work"] = _engine_work(self.arch, r.tp, self.size) if real else 0.0
         return rows
 
     def cache(self) -> float:
         """GiB of vLLM's key/value cache: rollout.cache, or what the engine's share leaves, rollout.memory, which counts the context in."""
         r, arch = self.config.rollout, self.arch
-        if r.cache:
-            return r.cache
+        if r.cache or not self._on_gpu:
+            return r.cache or CPU_CACHE
         weights = self.size * engine_parameters(arch, r.tp) / GIB
         return max(0.0, r.memory * self.device - CONTEXT - weights - _engine_work(arch, r.tp, self.size))
 
     def sequences(self) -> float:
         """Sequences of data.max_tokens that the engine's cache holds at a time."""
-        arch, tp = self.arch, self.config.rollout.tp
-        each = 2 * arch.layers * max(1, arch.kv_heads // tp) * arch.head_dim * self.size * self.config.data.max_tokens
-        return self.cache() * GIB / each
+        return self.cache() / (self._token() * self.config.data.max_tokens)
+
+    def _token(self) -> float:
+        """GiB of one token's keys and values on one rank of the engine."""
+        return 2 * self.arch.layers * max(1, self.arch.kv_heads // self.config.rollout.tp) * self.arch.head_dim * self.size / GIB
+
+    def _least(self) -> float:
+        """GiB of cache that one sequence of data.max_tokens needs: vLLM deals it out in blocks, and leaves one empty."""
+        block = BLOCK[self._on_gpu]
+        return self._token() * block * (-(-self.config.data.max_tokens // block) + 1)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return math.isfinite(self.device)
+
+    @property
+    def _serves(self) -> bool:
+        """Whether vLLM is the engine."""
+        return self.engine and self.config.rollout.engine == "vllm"
 
     def _work(self, phase: Phase, arch: Architecture, stage: int) -> float:
         p, t = self.config.parallel, self._tokens()
@@ -193,11 +224,12 @@ class Ledger:
 
     def _fault(self) -> str:
         """The first phase that does not fit, in words; empty: all do."""
-        for visit in self.visits if math.isfinite(self.device) else ():
-            if visit.phase == Phase.ROLLOUT and self.config.rollout.engine == "vllm" and self.sequences() < 1:
-                r = self.config.rollout
-                share = f"rollout.memory={r.memory:g} of {self.device:g} GiB"
-                return f"the engine's share ({share}) leaves {self.cache():.1f} GiB of cache, less than one sequence takes"
+        if self._serves and self.cache() < self._least():
+            r = self.config.rollout
+            share = f"rollout.memory={r.memory:g} of {self.device:g} GiB"
+            what = f"the engine's share ({share}) leaves" if self._on_gpu and not r.cache else "rollout.cache gives the engine"
+            return f"{what} {self.cache():.2g} GiB of cache, less than the {self._least():.2g} that one sequence of data.max_tokens takes"
+        for visit in self.visits if self._on_gpu else ():
             if self.need(visit) > self.room:
                 return (
                     f"phase {visit} needs {self.need(visit):.1f} GiB of a device with {self.device:g}, of which {self.room:.1f} may be used"
@@ -236,6 +268,8 @@ def _engine_work(arch: Architecture, tp: int, size: int) -> float:
 def _remedies(config: Config) -> Iterator[tuple[str, Config]]:
     """Single changes that need less memory, the cheapest first."""
     p, r, b = config.parallel, config.rollout, config.batch
+    if r.cache:
+        yield "set rollout.cache=0", replace(config, rollout=replace(r, cache=0))
     if config.memory.offload != "auto":
         yield "set memory.offload=auto", replace(config, memory=replace(config.memory, offload="auto"))
     for share in sorted((0.05 * i for i in range(2, 19)), key=lambda share: abs(share - r.memory)):  # the nearest that fits
@@ -248,3 +282,5 @@ def _remedies(config: Config) -> Iterator[tuple[str, Config]]:
         yield f"set batch.tokens={tokens}", replace(config, batch=replace(b, tokens=tokens))
     for tp in (2 * r.tp, 4 * r.tp):
         yield f"set rollout.tp={tp}", replace(config, rollout=replace(r, tp=tp))
+    for gib in (2.0**i for i in range(-1, 7)):
+        yield f"set rollout.cache={gib:g}", replace(config, rollout=replace(r, cache=gib))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf import folders, rewards
+from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
 from rlhf.data import columns, jsonl
@@ -21,6 +21,7 @@ from rlhf.identity import Identity, compare, description, identity, weights
 from rlhf.model.architecture import Architecture
 from rlhf.weights import files
 
+COLDEST = 0.01  # temperature of sampling: vLLM takes a lower one for this
 Opened = tuple[files.Source, Architecture]  # a folder, and what it is read as
 
 
@@ -46,6 +47,7 @@ class Inputs:
     identity: Identity  # what makes the run this run
 
 
+@texts.paths()
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against model, data and world. Raises UserError for the first mistake."""
     arch, models = shapes(config, world)
@@ -66,6 +68,7 @@ def inputs(config: Config, world: int) -> Inputs:
     return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks, known)
 
 
+@texts.paths()
 def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     """The policy's architecture and the roles, checked against the layout: whatever needs no more of a model than its config.json."""
     if not config.policy.load:
@@ -105,16 +108,13 @@ def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources
 
 
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> dict[str, Opened]:
-    """What is read, opened, and what will be written."""
+    """What is read, opened."""
     sources = {}
     to_read = {config.policy.load: arch} | {role.folder: role.arch for role in models.values()}
     judges = {role.folder for name, role in models.items() if name == "reward" and role.use == "frozen"}  # a head of zeros is for learners
     for folder, held in to_read.items():
         if config.policy.init == "load" or folder != config.policy.load:
             sources[folder] = files.open_folder(folder, held, head=folder in judges), held
-    for name in config.checkpoint.format:
-        if name not in files.FORMATS:
-            raise UserError(f"checkpoint.format={name}: choose among {', '.join(files.FORMATS)}")
     return sources
 
 
@@ -221,10 +221,20 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError(
             f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy it there, or set policy.tokenizer to its folder"
         )
+    if config.rollout.engine == "vllm":
+        kind = files.config(config.policy.load, config.policy.tokenizer).get("model_type")
+        if kind != arch.family:
+            raise UserError(
+                f"policy.load={config.policy.load}: config.json has the model_type {kind!r:.80}, and vLLM needs {arch.family!r} for its "
+                "architectures: set it there"
+            )
     if not ALGORITHMS[config.mode].trains:
         return
-    if not config.rollout.temperature:
-        raise UserError("rollout.temperature=0 samples the likeliest response again and again, which teaches nothing: set it above 0")
+    if config.rollout.temperature < COLDEST:
+        raise UserError(
+            f"rollout.temperature={config.rollout.temperature:g} samples the likeliest response again and again, which teaches nothing: "
+            f"set it above 0, to {COLDEST} or more"
+        )
     if config.rollout.inflight > 1 + config.rollout.max_lag:
         most = 1 + config.rollout.max_lag
         raise UserError(

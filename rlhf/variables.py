@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlhf import texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.errors import UserError
 
@@ -49,6 +50,7 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
 }
 
 
+@texts.paths()
 def arguments(mode: str, given: list[str], env: Mapping[str, str]) -> list[str]:
     """The command's files and key=value with those of the variables put in their place: of several that set a key the last wins."""
     overrides = [argument for argument in given if "=" in argument and not argument.startswith("-")]

@@ -1,9 +1,16 @@
+import sys
 from pathlib import Path
 
 import pytest
 from vocabularies import write_byte_level, write_sentencepiece
 
+from rlhf.__main__ import main
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.variables import VARIABLES
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import demo_task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPU_TESTS = Path(__file__).parent / "gpu"
@@ -31,6 +38,33 @@ def llama3(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def llama2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(write_sentencepiece(tmp_path_factory.mktemp("llama2")))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    demo_task.write(root / "data", num_sft=300, num_rl=20, num_heldout=20)
+    demo_task.make_model(root / "model", root / "data")
+    return root
+
+
+@pytest.fixture
+def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """fail(mode, *overrides) runs the command line on good inputs but for the overrides, and returns its one line on stderr."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "GPUS_PER_NODE", "SLURM_JOB_ID", "SLURM_STEP_ID", *VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("rlhf.launcher.run", lambda *_: pytest.fail("ranks were started in spite of the mistake"))
+
+    def run(mode: str, *overrides: str) -> str:
+        data = {"sft": "train_sft", "grpo": "train_rl", "rlhf": "train_rl", "evaluate": "train_rl"}[mode]
+        good = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/{data}.jsonl", "data.max_tokens=128"]
+        assert main([mode, *good, "rollout.max_tokens=32", *overrides]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

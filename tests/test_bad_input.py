@@ -13,45 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from rlhf import configuration
-from rlhf.__main__ import main
+from rlhf.data import forms
 from rlhf.errors import UserError
-from rlhf.model import architecture
-from rlhf.variables import VARIABLES
-from rlhf.weights import names
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-import demo_task
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("inputs")
-    demo_task.write(root / "data", num_sft=300, num_rl=20, num_heldout=20)
-    demo_task.make_model(root / "model", root / "data")
-    return root
-
-
-@pytest.fixture
-def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """fail(mode, *overrides) runs the command line on good inputs but for the overrides, and returns its one line on stderr."""
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "GPUS_PER_NODE", "SLURM_JOB_ID", *VARIABLES):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("rlhf.launcher.run", lambda *_: pytest.fail("ranks were started in spite of the mistake"))
-
-    def run(mode: str, *overrides: str) -> str:
-        data = {"sft": "train_sft", "grpo": "train_rl", "rlhf": "train_rl", "evaluate": "train_rl"}[mode]
-        good = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/{data}.jsonl", "data.max_tokens=128"]
-        assert main([mode, *good, "rollout.max_tokens=32", *overrides]) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -64,9 +29,9 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         ("sft", "optim.lr=-1", ["optim.lr", "at least 0", "-1"]),
         ("sft", "batch.prompts=0", ["batch.prompts", "at least 1", "0"]),
         ("sft", "optim.lr=nan", ["optim.lr", "at least 0", "nan"]),
-        ("sft", "optim.beta2=1", ["optim.beta2", "at most 0.99999", "1.0"]),
+        ("sft", "optim.beta2=1", ["optim.beta2", "at most 0.99999", "got 1"]),
         ("grpo", "rollout.temperature=0", ["rollout.temperature=0", "above 0"]),
-        ("grpo", "rollout.top_p=0", ["rollout.top_p", "at least 0.01 and at most 1", "0.0"]),
+        ("grpo", "rollout.top_p=0", ["rollout.top_p", "at least 0.01 and at most 1", "got 0"]),
         ("grpo", "rollout.top_p=1.5", ["rollout.top_p", "at most 1", "1.5"]),
         ("sft", "optim.schedule=fast", ["optim.schedule", "constant, linear, cosine", "'fast'"]),
         ("sft", "missing.toml", ["missing.toml", "No such file"]),
@@ -79,6 +44,34 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         ("grpo", "reward.function=nonsense", ["reward.function='nonsense'"]),
         ("grpo", "reward.function=json:no_such", ["reward.function='json:no_such'"]),
         ("grpo", "batch.minibatches=65", ["batch.minibatches=65", "batch.prompts=64"]),
+        ("sft", "optim.lr=inf", ["optim.lr", "at most", "inf"]),
+        ("sft", "optim.eps=inf", ["optim.eps", "at most", "inf"]),
+        ("sft", "optim.lr=" + "9" * 400, ["optim.lr", "at most", "999"]),
+        ("sft", "optim.lr=" + "9" * 5000, ["optim.lr", "must be float", "999"]),
+        ("sft", "optim.lr=0x" + "f" * 5000, ["optim.lr", "at most", "a number of thousands of digits"]),
+        ("sft", "optim.lr=" + "[" * 5000, ["optim.lr", "must be float"]),
+        ("grpo", "rollout.temperature=inf", ["rollout.temperature", "at most 100", "inf"]),
+        ("grpo", "evaluate.temperature=inf", ["evaluate.temperature", "at most 100", "inf"]),
+        ("grpo", "rollout.temperature=1e-3", ["rollout.temperature=0.001", "0.01 or more"]),
+        ("grpo", "reward.timeout=0", ["reward.timeout", "at least 0.01"]),
+        ("grpo", "reward.workers=100000", ["reward.workers", "at most 256"]),
+        ("grpo", 'rollout.stop=["a", ""]', ["rollout.stop", "not empty"]),
+        ("grpo", "rollout.stop=", ["rollout.stop", "not empty"]),
+        ("sft", 'checkpoint.format=["hf", "hf"]', ["checkpoint.format", "different", "['hf', 'hf']"]),
+        ("sft", "checkpoint.format=[]", ["checkpoint.format", "1 or more"]),
+        ("sft", "checkpoint.format=pt", ["checkpoint.format", "hf, mcore, mcore-local, legacy, torch_dist", "'pt'"]),
+        ("sft", f"seed={2**32}", ["seed", "at most 4294967295"]),
+        ("sft", f"seed={10**400}", ["seed", "at most 4294967295"]),
+        ("sft", f"steps={10**30}", ["steps", "at most 2147483647"]),
+        ("sft", "parallel.dp=1000000", ["1000000 ranks on a node", "256"]),
+        ("sft", "policy.load=a\0b", ["policy.load", "without NUL"]),
+        ("sft", "data.train=\udcff", ["data.train", "UTF-8"]),
+        ("sft", "data.train=" + "a" * 300, ["aaa", "File name too long"]),
+        ("sft", "out=" + "a" * 300, ["aaa", "File name too long"]),
+        ("sft", "data.train=/dev/zero", ["/dev/zero", "not a regular file"]),
+        ("sft", "/dev/zero", ["/dev/zero", "not a regular file"]),
+        ("grpo", "rollout.cache=0.0001", ["rollout.cache gives the engine 0.0001 GiB", "one sequence", "set rollout.cache=0"]),
+        ("grpo", "rollout.cache=1000000", ["phase rollout needs 1000000.0 GiB", "rollout.cache"]),
     ],
 )
 def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
@@ -202,9 +195,60 @@ def test_counts_that_are_no_numbers(fail, monkeypatch: pytest.MonkeyPatch, name:
 
 
 @pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a number from 1 to 65535"),
+        ({"MASTER_PORT": "9" * 5000}, "is not a number from 1 to 65535"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "MASTER_PORT=0 is not a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not a number from 1"),
+        ({"GPUS_PER_NODE": "100000"}, "GPUS_PER_NODE=100000 is not a number from 0 to 256"),
+        ({"SLURM_STEP_ID": "x"}, "SLURM_STEP_ID=x is not a number"),
+        ({"SLURM_STEP_ID": "0"}, "SLURM_STEP_NUM_TASKS is not set, though other variables of Slurm are"),
+        ({"SLURM_JOB_ID": "1"}, "SLURM_NNODES is not set, though other variables of Slurm are"),
+        ({"GPUS_PER_NODE": "3"}, "rollout.tp=3 does not divide the attention heads 4"),
+        ({"model_size": "a" * 300}, "File name too long"),
+    ],
+)
+def test_variables_out_of_range(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], wanted: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wanted in fail("grpo", *(["rollout.tp=3"] if "GPUS_PER_NODE" in variables else []))
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ('out = "é"'.encode("latin-1"), "not UTF-8"),
+        (b"a=" + b"[" * 100_000, "not TOML"),
+        (b"seed=" + b"9" * 5000, "not TOML"),
+        (b"[optim]\nlr=" + b"9" * 400, "optim.lr must be at least 0 and at most"),
+        (b'out = "a\\u0000b"', "out must be text in UTF-8 without NUL"),
+    ],
+)
+def test_toml(fail, tmp_path: Path, content: bytes, wanted: str) -> None:
+    (tmp_path / "bad.toml").write_bytes(content)
+    assert wanted in fail("sft", str(tmp_path / "bad.toml"))
+
+
+def test_pipes(fail, made: Path, tmp_path: Path) -> None:
+    """They would be read once, and by nobody else; and where nobody writes, never."""
+    os.mkfifo(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "lines.jsonl")
+    for mistake in (
+        str(tmp_path / "config.json"),
+        f"data.train={tmp_path}/lines.jsonl",
+        f"data.train={tmp_path}",
+        f"policy.load={tmp_path}",
+    ):
+        assert "not a regular file" in fail("sft", mistake)
+
+
+@pytest.mark.parametrize(
     ("content", "wanted"),
     [
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n', [":2", "JSON"]),
+        ('{"prompt": "a", "response": "b", "more": ' + "[" * 150 + "]" * 150 + "}", [":1", "nested too deeply"]),
+        ("[" * 100_000, [":1", "nested too deeply"]),
         ('{"prompt": "a", "response": "b"}\n{"prompt": 7, "response": "b"}\n', [":2", "prompt"]),
         ('{"question": "a"}\n', [":1"]),
         ("", ["no records"]),
@@ -233,60 +277,12 @@ def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:
     line = fail("grpo", f"data.train={path}")
     assert "bad.jsonl:2" in line
     assert "answer" in line
+    for answer in ('{"x": 1}', "[1]", "true", '" "', "NaN", "1e400"):
+        path.write_text(f'{{"prompt": "a", "answer": {answer}}}\n')
+        assert "bad.jsonl:1: 'answer' is" in fail("grpo", f"data.train={path}")
 
 
-@pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [
-        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM is not supported", "LlamaForCausalLM"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'"]),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, ["sliding_window 64"]),
-        ({"attention_bias": True}, ["attention_bias"]),
-        ({"hidden_act": "gelu"}, ["'gelu'"]),
-        ({"quantization_config": {}}, ["quantized"]),
-        ({"vocab_size": 16}, ["vocab_size of 16"]),
-        ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
-        ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
-        ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps '1e-5' is not a number"]),
-        ({"rope_scaling": 2}, ["not what a model's config.json says"]),
-    ],
-)
-def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: list[str]) -> None:
-    (tmp_path / "tokenizer.model").write_bytes((made / "model/tokenizer.model").read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
-    line = fail("sft", f"policy.load={tmp_path}")
-    assert str(tmp_path / "config.json") in line
-    assert all(part in line for part in wanted), line
-
-
-@pytest.mark.parametrize("mode", ["grpo", "evaluate"])
-def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: str) -> None:
-    """A language model in its place would score everything 0. Whoever learns may begin with a head of zeros."""
-    for name in ("tokenizer.model", "config.json"):
-        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
-    demo_task.make_weights(tmp_path)
-    load = ("policy.init=load", f"reward.load={tmp_path}", f"data.eval={made}/data/heldout.jsonl")
-    assert f"{tmp_path} has no scalar head" in fail(mode, *load, f"policy.load={tmp_path}")
-    assert f"{made}/model: no *.safetensors file" in fail(mode, *load)
-
-
-def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
-    """A reward model of a shorter context than the policy's would be asked about positions that it never saw."""
-    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | {"max_position_embeddings": 64}))
-    assert f"data.max_tokens=128 is longer than the context of {tmp_path}, 64" in fail("grpo", f"reward.load={tmp_path}")
-
-
-def test_safetensors(fail, made: Path, tmp_path: Path) -> None:
-    for name in ("tokenizer.model", "config.json"):
-        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
-    load = ("policy.init=load", f"policy.load={tmp_path}")
-    assert "safetensors" in fail("sft", *load)
-    shapes = names.hf_shapes(architecture.read(tmp_path))
-    path = tmp_path / "model.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    assert "model.safetensors" in fail("sft", *load)
-    save_file({name: torch.zeros(shape) for name, shape in list(shapes.items())[1:]}, path)
-    assert next(iter(shapes)) in fail("sft", *load)
-    save_file({name: torch.zeros(*shape, 2) for name, shape in shapes.items()}, path)
-    assert "shape" in fail("sft", *load)
+@pytest.mark.parametrize("score", ["1" + "0" * 400, "NaN", "-Infinity", "true"])
+def test_scores(tmp_path: Path, score: str) -> None:
+    with pytest.raises(UserError, match=r"'score' 2 is .*; give a number"):
+        forms.read(f'{{"query": "a", "response": ["b", "c"], "score": [1, {score}]}}'.encode(), "scored")

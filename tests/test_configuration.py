@@ -13,7 +13,7 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.errors import UserError
 
-EVERY_CONTROL = "".join(map(chr, range(32))) + "\x7f\x85\u2028"
+EVERY_CONTROL = "".join(map(chr, range(1, 32))) + "\x7f\x85\u2028"
 ODD = [
     "a\\b",
     "\n\nHuman:",
@@ -26,7 +26,6 @@ ODD = [
     "\\u0041",
     '"""',
     "# no comment",
-    "",
     " ",
     "é€😀",
     "[a]",
@@ -48,9 +47,9 @@ def test_defaults_there_and_back(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("text", ODD, ids=ascii)
 def test_texts_there_and_back(tmp_path: Path, text: str) -> None:
-    """A stop string may be anything, and so may a folder's name: lines, quotes, backslashes, control characters."""
+    """A stop string may be anything, and so may a folder's name: lines, quotes, backslashes, control characters but NUL."""
     config = configuration.load("grpo", [])
-    config = replace(config, out=text or "runs/grpo", rollout=replace(config.rollout, stop=(text, "x" + text)))
+    config = replace(config, out=text, rollout=replace(config.rollout, stop=(text, "x" + text)))
     assert there_and_back(config, tmp_path) == config
 
 

@@ -290,8 +290,7 @@ def vllm_engine():
     engines = []
 
     def make(folder: str, load: bool):
-        arch = architecture.read(folder)
-        engines.append(vllm.VLLM(folder, arch, tp=1, dtype="float32", seed=0, max_len=MAX_LEN, memory=0.1, cache=1 / 64, load=load))
+        engines.append(vllm.VLLM(folder, tp=1, dtype="float32", seed=0, max_len=MAX_LEN, memory=0.1, cache=1 / 64, load=load))
         return engines[-1]
 
     with tempfile.TemporaryDirectory() as path:

@@ -24,7 +24,7 @@ EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for 
 # Imports point one way: a part of the package imports parts of lower layers only, and no sibling.
 LAYERS = (
     ("errors", "lazy", "phases", "config", "output"),
-    ("contracts",),
+    ("contracts", "texts"),
     ("algorithms", "recorder", "folders", "lock"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),

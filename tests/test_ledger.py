@@ -157,7 +157,7 @@ def test_what_is_offloaded() -> None:
     [
         ("rlhf", "7B", ["memory.offload=none"], "phase rollout needs 102.3 .* set memory.offload=auto"),
         ("grpo", "7B", ["rollout.memory=0.98"], "phase rollout needs .* set rollout.memory=0.9"),
-        ("grpo", "70B", ["rollout.memory=0.15"], "leaves 0.0 GiB of cache.* set rollout.memory=0.25"),
+        ("grpo", "70B", ["rollout.memory=0.15"], "leaves 0 GiB of cache.* set rollout.memory=0.25"),
         ("sft", "7B", ["batch.tokens=131072"], "phase learn/policy needs .* set parallel.recompute=full"),
         (
             "sft",

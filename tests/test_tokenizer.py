@@ -279,6 +279,61 @@ def test_errors_name_the_file(tmp_path, byte_level):
     fails(byte_level, "tokenizer.json: not JSON")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}},
+        {"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}},
+        {"model": {"type": "Word", "vocab": {}}},
+        {"model": None},
+        {"model": []},
+        {"normalizer": {"type": "Prepend"}},
+        {"normalizer": [1]},
+        {"normalizer": "NFC"},
+        {"pre_tokenizer": {"kind": "ByteLevel"}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [None]}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+        {"decoder": {"type": "Gone"}},
+        {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}},
+        {"added_tokens": [{"id": -1, "content": "x"}]},
+        {"truncation": 7},
+        {"version": "9.9"},
+    ],
+    ids=repr,
+)
+def test_mutated_tokenizer_json(byte_level, changes):
+    path = byte_level / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=r"tokenizer.json: not a sound tokenizer: .*; copy the file again"):
+        Tokenizer.load(byte_level).encode("a")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json: not JSON"),
+        ("tokenizer_config.json", '{"a":' * 100_000, "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", '{"eos_token": {"content": 7}}', "eos_token is None"),
+        ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "chat_template": 7}', "chat_template 7 is no text"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id \\['2'\\] is no id of a token"),
+        ("generation_config.json", '{"eos_token_id": [1, 1000000]}', "eos_token_id .* is no id of a token"),
+        ("chat_template.jinja", "é", "chat_template.jinja: not UTF-8"),
+    ],
+)
+def test_damaged_files_beside(byte_level, name, content, message):
+    (byte_level / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(byte_level)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ tools() }}"]
+)
+def test_templates_that_raise(tmp_path, template):
+    with pytest.raises(UserError, match="chat template fails: "):
+        Tokenizer.load(write_byte_level(tmp_path, template=template)).chat(MESSAGES, True)
+
+
 def test_chat_needs_a_tokenizer_json(sentencepiece_file):
     folder = sentencepiece_file.parent
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))

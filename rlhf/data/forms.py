@@ -6,11 +6,12 @@ text in the place of a prompt is what the user says, and in the place of a respo
 ones are texts.
 """
 
-import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from rlhf import texts
 from rlhf.contracts import Form
 from rlhf.data import templates
 from rlhf.data.templates import Message
@@ -35,15 +36,24 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Told:
     for key in required:
         if row.get(key) in (None, ""):
             raise UserError(f"no {key!r}, which the reward needs; add it, or set another reward.function or a model as reward.load")
+        if not _stated(row[key]):
+            raise UserError(
+                f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number; give one, or set another reward.function"
+            )
     if "answer" in required and row.get("eval_func", "math_rule") != "math_rule":
         raise UserError(f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function")
     return forms[keys](row, keys)
 
 
+def _stated(value: object) -> bool:
+    """Whether it can be compared with what a response says."""
+    return bool(value.strip()) if isinstance(value, str) else type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
+
+
 def parse(line: bytes) -> Row:
     """The object of a line. Raises UserError if it is none."""
     try:
-        row = json.loads(line)
+        row = texts.parse(line)
     except ValueError as error:
         raise UserError(f"not JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
@@ -87,7 +97,7 @@ def _scored(row: Row, keys: Keys) -> Told:
         raise UserError(f"{responses!r} has {len(row[responses])} entries; give two or more to compare, or remove the line")
     told = []
     for i, (response, score) in enumerate(zip(row[responses], row[scores], strict=True), 1):
-        if type(score) not in (int, float) or not math.isfinite(score):
+        if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:  # nan is not
             raise UserError(f"{scores!r} {i} is {score!r:.80}; give a number")
         told.append(([*prompt, _said(response, f"{responses} {i}")], float(score)))
     return told

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf import texts
 from rlhf.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -15,8 +16,8 @@ def files(path: Path) -> list[Path]:
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"data set {path}: no such file or folder; give a jsonl file or a folder of them")
-        return [path]
-    found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        return [texts.regular(path)]
+    found = sorted(texts.regular(file) for file in path.iterdir() if file.name.endswith(SUFFIXES))
     if not found:
         raise UserError(f"data set {path}: no file in this folder ends in {', '.join(SUFFIXES)}; give a jsonl file or a folder of them")
     return found

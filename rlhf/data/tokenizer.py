@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from rlhf import texts
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+AGAIN = "copy the file again"
 
 
 class Tokenizer:
@@ -69,7 +72,7 @@ class Tokenizer:
         folder = {name: path / name for name in FILES if (path / name).is_file()}
         files = folder if path.is_dir() else {"tokenizer.model": path}
         settings = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
-        special = {key: _content(value) for key, value in settings.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+        special = {key: text for key, value in settings.items() if key.endswith("_token") and (text := _content(value)) is not None}
         codec: Codec
         if "tokenizer.json" in files:
             codec = _Json(files["tokenizer.json"], special.get("bos_token"), special.get("eos_token"))
@@ -78,7 +81,12 @@ class Tokenizer:
         else:
             raise UserError(f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this folder; set policy.tokenizer")
         stops = _read_json(files, "generation_config.json").get("eos_token_id") or []
-        return cls(path, codec, files, special, [stops] if isinstance(stops, int) else stops, _chat_template(files, settings))
+        stops = stops if isinstance(stops, list) else [stops]
+        if not all(type(token) is int and 0 <= token < codec.vocab for token in stops):
+            raise UserError(
+                f"{files['generation_config.json']}: eos_token_id {stops!r:.80} is no id of a token, nor a list of them; {AGAIN}"
+            )
+        return cls(path, codec, files, special, stops, _chat_template(files, settings))
 
     def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
         return Tokenizer.load, (self.path,)
@@ -106,19 +114,15 @@ class Tokenizer:
 
         Raises UserError if there is no template, or if the template refuses the conversation.
         """
-        import jinja2
 
         if self._chat_template is None:
             raise UserError("data.template=tokenizer, but the tokenizer has no chat template; choose another data.template")
         if isinstance(self._codec, _SentencePiece):
             raise UserError("data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template")
-        try:
-            with _bounded():
-                if self._compiled is None:
-                    self._compiled = _chat_environment().from_string(self._chat_template)
-                return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
-        except (jinja2.TemplateError, TimeoutError, MemoryError) as error:
-            raise UserError(f"the tokenizer's chat template fails: {error}; change the messages or choose another data.template") from None
+        with _Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"), _bounded():
+            if self._compiled is None:
+                self._compiled = _chat_environment().from_string(self._chat_template)
+            return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
 
     def chat(self, messages: list[dict[str, Any]], cue: bool) -> list[int]:
         """Token ids of render(). Special tokens count as such wherever the text spells them, in the messages too."""
@@ -155,35 +159,35 @@ class _Json:
     def __init__(self, file: Path, bos: str | None, eos: str | None) -> None:
         from tokenizers import Tokenizer as Backend
 
-        try:
-            text = file.read_text(encoding="utf-8")
-            spec = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON ({error}); copy the file again") from None
+        self.file = file
+        spec = texts.load(file, AGAIN)
         if not isinstance(spec, dict) or "model" not in spec:
-            raise UserError(f"{file}: no 'model' in it, so it is not a tokenizer.json; copy the file again")
-        parts = {key: _unprefixed(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
-        same = all(parts[key] == spec.get(key) for key in parts)
-        self._first = Backend.from_str(text)
-        self._later = self._first if same else Backend.from_str(json.dumps(spec | parts))
-        for backend in (self._first, self._later):
-            backend.no_truncation()
-            backend.no_padding()
-        bos_id, eos_id = (None if token is None else self._first.token_to_id(token) for token in (bos, eos))
+            raise UserError(f"{file}: no 'model' in it, so it is not a tokenizer.json; {AGAIN}")
+        with _sound(file):
+            self._first = Backend.from_file(str(file))
+            parts = {key: _unprefixed(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
+            same = all(parts[key] == spec.get(key) for key in parts)
+            self._later = self._first if same else Backend.from_str(json.dumps(spec | parts))
+            for backend in (self._first, self._later):
+                backend.no_truncation()
+                backend.no_padding()
+            bos_id, eos_id = (None if token is None else self._first.token_to_id(token) for token in (bos, eos))
+            self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have the token and do not use it
+            added = self._first.get_added_tokens_decoder()
+            self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
         if eos_id is None:
             raise UserError(f"{file}: eos_token is {eos!r}, which is no token of it; name one in tokenizer_config.json")
-        self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have the token and do not use it
         self.eos = eos_id
-        added = self._first.get_added_tokens_decoder()
-        self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
 
     def encode(self, text: str, continues: bool, control: bool) -> list[int]:
         backend = self._later if continues else self._first
         backend.encode_special_tokens = not control  # True: as ordinary text
-        return backend.encode(text, add_special_tokens=False).ids
+        with _sound(self.file):
+            return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self._first.decode(ids, skip_special_tokens=skip_special)
+        with _sound(self.file):
+            return self._first.decode(ids, skip_special_tokens=skip_special)
 
 
 class _SentencePiece:
@@ -193,27 +197,30 @@ class _SentencePiece:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2 as proto
 
-        try:
+        self.file = texts.regular(file)
+        with _Blaming(f"{file}: not a sentencepiece model", "set policy.tokenizer to one, or to a folder with tokenizer.json"):
             self._first = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError):
-            raise UserError(f"{file}: not a sentencepiece model; set policy.tokenizer to one, or to a folder with tokenizer.json") from None
-        model = proto.ModelProto.FromString(self._first.serialized_model_proto())
-        model.normalizer_spec.add_dummy_prefix = False
-        self._later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-        self.bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
-        self.vocab, self.eos = self._first.vocab_size(), self._first.eos_id()
-        self.bos = self._first.bos_id() if add_bos and self._first.bos_id() >= 0 else None
+            model = proto.ModelProto.FromString(self._first.serialized_model_proto())
+            model.normalizer_spec.add_dummy_prefix = False
+            self._later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+            self.bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
+            self.vocab, self.eos = self._first.vocab_size(), self._first.eos_id()
+            self.bos = self._first.bos_id() if add_bos and self._first.bos_id() >= 0 else None
         if self.eos < 0:
             raise UserError(f"{file}: the model has no eos token, so no response could end; set policy.tokenizer to another one")
 
     def encode(self, text: str, continues: bool, control: bool) -> list[int]:
-        return (self._later if continues else self._first).encode(text)
+        with _sound(self.file):
+            return (self._later if continues else self._first).encode(text)
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        if skip_special:
-            return self._first.decode(ids)
-        runs = itertools.groupby(ids, self._first.is_control)
-        return "".join("".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run)) for control, run in runs)
+        with _sound(self.file):
+            if skip_special:
+                return self._first.decode(ids)
+            runs = itertools.groupby(ids, self._first.is_control)
+            return "".join(
+                "".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run)) for control, run in runs
+            )
 
     def settings(self) -> dict[str, Any]:
         """The tokenizer_config.json of this model for transformers."""
@@ -240,26 +247,27 @@ def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
 def _read_json(files: dict[str, Path], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
-    try:
-        value = json.loads(files[name].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{files[name]}: not JSON ({error}); copy the file again") from None
+    value = texts.load(files[name], AGAIN)
     if not isinstance(value, dict):
-        raise UserError(f"{files[name]}: not a JSON object; copy the file again")
+        raise UserError(f"{files[name]}: not a JSON object; {AGAIN}")
     return value
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    """Special tokens stand in the files as strings or as objects with their text in `content`."""
-    return token if isinstance(token, str) else token["content"]
+def _content(token: object) -> str | None:
+    """Special tokens stand in the files as strings or as objects with their text in `content`; None: it is no special token."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | None:
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
+        return texts.read(files["chat_template.jinja"], AGAIN)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several of them by name
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    if not isinstance(template, (str, NoneType)):
+        raise UserError(f"{files['tokenizer_config.json']}: chat_template {template!r:.80} is no text; {AGAIN}")
     return template
 
 
@@ -283,6 +291,25 @@ def _bounded() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+class _Blaming:
+    """Around code of others that raises whatever it likes, as tokenizers (exceptions, and panics), sentencepiece and templates do."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy  # before and behind the first line of what went wrong
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{self.what}: {said}; {self.remedy}") from None
+
+
+def _sound(file: Path) -> _Blaming:
+    return _Blaming(f"{file}: not a sound tokenizer", AGAIN)
 
 
 def _chat_environment() -> jinja2.Environment:

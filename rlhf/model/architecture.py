@@ -1,19 +1,23 @@
 """What a Hugging Face config.json says about a dense decoder, and whether we can run it. No torch here: a wrong model is
 refused before anything is loaded."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf import texts
 from rlhf.errors import UserError
 
 # config.json's "architectures" -> family. Anything else is refused by name.
 FAMILIES = {
     f"{name}For{kind}": name.lower() for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("CausalLM", "SequenceClassification")
 }
+
+CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")  # vLLM takes the least of them
+LARGEST, LAYERS = 2**31 - 1, 4096  # of any number, and of layers, whose tensors are listed one by one
+REMEDY = "give the one that belongs to the weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,53 +70,53 @@ class Architecture:
 def read(folder: str | Path) -> Architecture:
     """The architecture of a Hugging Face folder. Raises UserError where it is missing, malformed or unsupported."""
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a model is a Hugging Face folder with a config.json") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    config = texts.load(path, "a model is a Hugging Face folder with a config.json")
     try:
         return _architecture(config, path)
     except KeyError as error:
         raise UserError(f"{path}: key {error} is missing") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: not what a model's config.json says ({error}); download it again") from None
 
 
 def check_sizes(where: Path, sizes: Mapping[str, Any]) -> None:
     """Raise UserError for the first of a model's sizes (key -> value) that is not a whole number above 0."""
     for key, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"{where}: {key} {value!r} is not a whole number above 0: give the one that belongs to the weights")
+        most = LAYERS if key.endswith("layers") else LARGEST
+        if type(value) is not int or not 0 < value <= most:
+            raise UserError(f"{where}: {key} {value!r:.80} is not a whole number above 0 and up to {most}: {REMEDY}")
 
 
 def check_numbers(where: Path, numbers: Mapping[str, Any]) -> None:
-    """Raise UserError for the first of a model's other values (key -> value) that is not a number."""
+    """Raise UserError for the first of a model's other values (key -> value) that is not a number above 0."""
     for key, value in numbers.items():
-        if not isinstance(value, (int, float)):
-            raise UserError(f"{where}: {key} {value!r} is not a number: give the one that belongs to the weights")
+        if type(value) not in (int, float) or not 0 < value <= LARGEST:  # nan is not
+            raise UserError(f"{where}: {key} {value!r:.80} is not a number above 0 and up to {LARGEST}: {REMEDY}")
 
 
 def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
     family = FAMILIES.get(names[0])
     if family is None:
-        raise UserError(f"{path}: {names[0]} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(FAMILIES)}")
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
-    optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key)]
+    optional = [key for key in ("num_key_value_heads", "head_dim", *CONTEXTS) if config.get(key) is not None]
     check_sizes(path, {key: config[key] for key in (*needed, *optional)})
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _refuse_unsupported(config, family, kind, path)
+    _refuse_unsupported(config, family, rope, kind, path)
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if head_dim % 2 or not head_dim:
+        raise UserError(f"{path}: a head has {head_dim} dimensions, which rotary embeddings cannot pair: {REMEDY}")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
-    check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"], **{key: rope[key] for key in scaling}})
+    check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"], "rope_theta": theta, **{key: rope[key] for key in scaling}})
+    if scaling and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor: {REMEDY}")
     scalar = config.get("architectures", [""])[0].endswith("SequenceClassification")
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if scalar and labels != 1:
@@ -126,27 +130,31 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         ffn=config["intermediate_size"],
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=head_dim,
         vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        eps=config["rms_norm_eps"],
-        tied=config.get("tie_word_embeddings", False),
+        context=min(config[key] for key in CONTEXTS if config.get(key) is not None),
+        eps=float(config["rms_norm_eps"]),
+        tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        rope_theta=float(theta),
         rope_scaling={k: rope[k] for k in scaling},
     )
 
 
-def _refuse_unsupported(config: dict[str, Any], family: str, rope: str, path: Path) -> None:
+def _refuse_unsupported(config: dict[str, Any], family: str, rope: dict[str, Any], kind: str, path: Path) -> None:
     """One line for the first feature of config.json that would silently give other numbers here."""
     window = config.get("sliding_window") if config.get("use_sliding_window", family == "mistral") else None
     if window is not None and window < config["max_position_embeddings"]:
         raise UserError(f"{path}: sliding_window {window} is not supported; set it to null if sequences stay under it")
-    if rope not in ("default", "llama3"):
-        raise UserError(f"{path}: rope scaling {rope!r} is not supported; supported are default and llama3")
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported; supported are default and llama3")
+    if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
+        raise UserError(f"{path}: partial_rotary_factor {partial!r:.80} is not supported; supported is 1")
+    if config.get("tie_word_embeddings") not in (None, True, False):
+        raise UserError(f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r:.80} is neither true nor false: {REMEDY}")
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; supported is silu")
+        raise UserError(f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is silu")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family}; both must be false")
     if "quantization_config" in config:

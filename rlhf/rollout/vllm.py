@@ -8,11 +8,8 @@ import warnings
 
 import torch
 
+from rlhf.config import CPU_CACHE
 from rlhf.contracts import Completion, Engine, Request
-from rlhf.errors import UserError
-from rlhf.model.architecture import Architecture
-
-CPU_CACHE = 0.25  # GiB
 
 # vLLM reads these while it is imported; what the user has set wins.
 ENVIRONMENT = {
@@ -47,7 +44,6 @@ class VLLM(Engine):
     def __init__(
         self,
         folder: str,  # with a config.json; weights are read only if load
-        arch: Architecture,
         *,
         tp: int,
         dtype: str,  # "float32" or "bfloat16"
@@ -62,7 +58,7 @@ class VLLM(Engine):
         if self.on_gpu:
             device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         else:
-            adapt_to_cpu(folder, arch)
+            adapt_to_cpu()
             # A prompt that is cut into chunks winds its request's generator back, which a generator of the CPU cannot do.
             device = {"enforce_eager": True, "enable_chunked_prefill": False}
             cache = cache or CPU_CACHE
@@ -161,12 +157,8 @@ class VLLM(Engine):
             raise RuntimeError("vLLM has not dropped its cache: it still holds requests")
 
 
-def adapt_to_cpu(folder: str, arch: Architecture) -> None:
+def adapt_to_cpu() -> None:
     """Make vLLM's CPU backend behave as the GPU's does: live weights, and ranks that do not starve each other."""
-    if arch.head_dim % 32:
-        raise UserError(
-            f"{folder}/config.json: vLLM on a CPU needs a head_dim in multiples of 32, not {arch.head_dim}; set rollout.engine=kvcache"
-        )
     # vLLM would pack each weight into a private copy and leave an empty parameter, so that publishing could not reach it.
     vllm_layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
     # Its shared-memory all-reduce takes the same name in every run and leaves the memory behind, so the next run on the machine would fail;

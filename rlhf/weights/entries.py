@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 # What Python raises while it takes a file apart that is damaged, or something else.
 DAMAGED: tuple[type[Exception], ...] = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
-    *(EOFError, AssertionError, ArithmeticError, StopIteration),
+    *(EOFError, AssertionError, ArithmeticError, StopIteration, MemoryError),
 )
 
 

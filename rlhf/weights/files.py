@@ -7,7 +7,6 @@ can be refused before anything else is loaded.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
@@ -135,7 +135,7 @@ def model(folder: str | Path, beside: str | Path = "", iteration: int | None = N
 def config(folder: str | Path, beside: str | Path = "", iteration: int | None = None) -> dict[str, Any]:
     """What config.json says of the model in a folder, or would."""
     where = described(folder, beside)
-    return json.loads((where / "config.json").read_text()) if where else hf.description(model(folder, beside, iteration))
+    return texts.load(where / "config.json", architecture.REMEDY) if where else hf.description(model(folder, beside, iteration))
 
 
 def described(folder: str | Path, beside: str | Path = "") -> Path | None:

@@ -12,9 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights.entries import Entry, Shape, groups, intact, kind
+from rlhf.weights.entries import Entry, Shape, groups, intact, kind, some
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,10 @@ def entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a folder, from the headers alone. Raises UserError where a file is missing, cut short or not safetensors."""
     found: dict[str, Entry] = {}
     for path in _paths(folder):
-        found |= _header(path)
+        more = _header(path)
+        if twice := found.keys() & more.keys():
+            raise UserError(f"{path}: tensors {some(sorted(twice))} are in {found[min(twice)].path.name} too; download the folder again")
+        found |= more
     return found
 
 
@@ -98,7 +102,10 @@ def _paths(folder: Path) -> list[Path]:
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
         with intact(index, "an index of safetensors files"):
-            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            titles = sorted(set(texts.load(index, "copy it again")["weight_map"].values()))
+            if bad := [title for title in titles if "\0" in title or len(title) > 255 or Path(title).name != title]:
+                raise UserError(f"{index}: {bad[0]!r:.80} is no name of a file in this folder; copy it again")
+            paths = [folder / title for title in titles]
     else:
         paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -119,18 +126,23 @@ def _header(path: Path) -> dict[str, Entry]:
     if len(text) < length:
         raise UserError(f"{path}: cut short at {size} bytes, its header alone has {8 + length}; download it again")
     with intact(path, "a safetensors file"):
-        header, data = json.loads(text), 8 + length
+        header, data = texts.parse(text), 8 + length
         header.pop("__metadata__", None)
         found = {name: _entry(path, at, data) for name, at in header.items()}
-    end = max((entry.stop for entry in found.values()), default=data)
-    if size < end:
-        raise UserError(f"{path}: cut short at {size} of {end} bytes; download it again")
+    end = data
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:  # nor do those overlap that others read
+            raise UserError(f"{path}: {name} starts at byte {entry.start}, the tensor before it ends at {end}; download it again")
+        end = entry.stop
+    if size != end:
+        what = "cut short at" if size < end else "longer than it says:"
+        raise UserError(f"{path}: {what} {size} of {end} bytes; download it again")
     return found
 
 
 def _entry(path: Path, at: Mapping[str, Any], data: int) -> Entry:
     """What the header says of one tensor; data is where the first one starts."""
     start, stop = (operator.index(offset) for offset in at["data_offsets"])
-    if start < 0:
-        raise ValueError(f"a tensor starts at {start}")
+    if not 0 <= start <= stop:
+        raise ValueError(f"a tensor starts at {start} and stops at {stop}")
     return Entry(path, str(at["dtype"]), tuple(map(operator.index, at["shape"])), data + start, data + stop)

@@ -57,7 +57,7 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
     for made in (np.empty(0), np.float64(0)):
         function: Any = made.__reduce__()[0]
         known += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path}: missing; copy the checkpoint again, completely")
     if not zipfile.is_zipfile(_opened(path, place)):
         raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")

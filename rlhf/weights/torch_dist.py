@@ -24,6 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import names, pt
@@ -96,7 +97,7 @@ class Metadata(pickle.Unpickler):
 
     def __init__(self, path: Path):
         self.path = path
-        super().__init__(io.BytesIO(path.read_bytes()))
+        super().__init__(io.BytesIO(texts.regular(path).read_bytes()))
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):

@@ -31,7 +31,7 @@ def build(kind: str, folder: Path, tp: int, mesh: Mesh) -> Engine:
         return KVCache(arch, tp=tp, tp_rank=mesh.rank % tp, group=group, dtype=torch.float32, device="cpu", max_len=64)
     from rlhf.rollout.vllm import VLLM
 
-    return VLLM(str(folder), arch, tp=tp, dtype="float32", seed=0, max_len=64, memory=0.1, cache=0.02)
+    return VLLM(str(folder), tp=tp, dtype="float32", seed=0, max_len=64, memory=0.1, cache=0.02)
 
 
 def main() -> None:

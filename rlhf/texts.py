@@ -1,0 +1,65 @@
+"""What users give as text, read as a whole and taken apart: whatever is wrong with it becomes one line that names the file."""
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+DEEPEST = 100  # nesting of JSON: what reads deeper ones fails later, where samples are sent from rank to rank
+
+
+def regular(path: Path) -> Path:
+    """The path, if it is that of a file with an end. Raises UserError for pipes, devices and folders, and OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path}: not a regular file; give one, as each rank reads it again")
+    return path
+
+
+def read(path: Path, remedy: str) -> str:
+    """The text of a file. Raises UserError, with the remedy behind what is wrong."""
+    try:
+        return regular(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); {remedy}") from None
+
+
+def load(path: Path, remedy: str) -> Any:
+    """What a JSON file says. Raises UserError."""
+    try:
+        return parse(read(path, remedy))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+
+
+def parse(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError for any other, and for one that is nested deeper than DEEPEST."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    level = [found] if opened > DEEPEST else []
+    for _ in range(DEEPEST):
+        level = [
+            inner for value in level if isinstance(value, (dict, list)) for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return found
+
+
+@contextmanager
+def paths() -> Iterator[None]:
+    """Before a run, what the system says of a path is a mistake in that path. Raises UserError in the place of OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{str(error.filename)[:200]}: {error.strerror}") from None

@@ -1,0 +1,132 @@
+"""Models that are damaged, or that nothing here can run: one line, exit code 2, before any rank starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import demo_task
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlhf.model import architecture
+from rlhf.weights import names
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM is not supported", "LlamaForCausalLM"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, ["sliding_window 64"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"hidden_act": "gelu"}, ["'gelu'"]),
+        ({"quantization_config": {}}, ["quantized"]),
+        ({"vocab_size": 16}, ["vocab_size of 16"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
+        ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
+        ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps '1e-5' is not a number"]),
+        ({"rope_scaling": 2}, ["not what a model's config.json says"]),
+        ({"rms_norm_eps": math.nan}, ["rms_norm_eps nan is not a number above 0"]),
+        ({"rms_norm_eps": -1e-5}, ["rms_norm_eps -1e-05 is not a number above 0"]),
+        ({"rms_norm_eps": True}, ["rms_norm_eps True is not a number above 0"]),
+        ({"rope_theta": 0}, ["rope_theta 0 is not a number above 0"]),
+        ({"rope_theta": 10**400}, ["rope_theta 1000", "is not a number above 0"]),
+        ({"rope_scaling": LLAMA3 | {"factor": 0}}, ["factor 0 is not a number above 0"]),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, ["low_freq_factor 4 is not below"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers 1000000000", "up to 4096"]),
+        ({"vocab_size": 10**30}, ["vocab_size 1000", "up to 2147483647"]),
+        ({"num_key_value_heads": 0}, ["num_key_value_heads 0 is not"]),
+        ({"head_dim": 31}, ["31 dimensions"]),
+        ({"tie_word_embeddings": "false"}, ["tie_word_embeddings 'false' is neither true nor false"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5 is not supported"]),
+        ({"architectures": [[1]]}, ["not what a model's config.json says"]),
+    ],
+)
+def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: list[str]) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((made / "model/tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
+    line = fail("sft", f"policy.load={tmp_path}")
+    assert str(tmp_path / "config.json") in line
+    assert all(part in line for part in wanted), line
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"head_dim": 48}, "has a head_dim of 48, and vLLM on a CPU knows 32, 64"),
+        ({"seq_length": 64}, "data.max_tokens=128 is longer than the context of"),
+        ({"model_type": "gpt2"}, "has the model_type 'gpt2', and vLLM needs 'llama'"),
+    ],
+)
+def test_what_vllm_would_refuse(fail, made: Path, tmp_path: Path, changes: dict, wanted: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((made / "model/tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
+    assert wanted in fail("grpo", f"policy.load={tmp_path}")
+
+
+@pytest.mark.parametrize("mode", ["grpo", "evaluate"])
+def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: str) -> None:
+    """A language model in its place would score everything 0. Whoever learns may begin with a head of zeros."""
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
+    demo_task.make_weights(tmp_path)
+    load = ("policy.init=load", f"reward.load={tmp_path}", f"data.eval={made}/data/heldout.jsonl")
+    assert f"{tmp_path} has no scalar head" in fail(mode, *load, f"policy.load={tmp_path}")
+    assert f"{made}/model: no *.safetensors file" in fail(mode, *load)
+
+
+def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
+    """A reward model of a shorter context than the policy's would be asked about positions that it never saw."""
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | {"max_position_embeddings": 64}))
+    assert f"data.max_tokens=128 is longer than the context of {tmp_path}, 64" in fail("grpo", f"reward.load={tmp_path}")
+
+
+def test_safetensors(fail, made: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
+    load = ("policy.init=load", f"policy.load={tmp_path}")
+    assert "safetensors" in fail("sft", *load)
+    shapes = names.hf_shapes(architecture.read(tmp_path))
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "model.safetensors" in fail("sft", *load)
+    save_file({name: torch.zeros(shape) for name, shape in list(shapes.items())[1:]}, path)
+    assert next(iter(shapes)) in fail("sft", *load)
+    save_file({name: torch.zeros(*shape, 2) for name, shape in shapes.items()}, path)
+    assert "shape" in fail("sft", *load)
+
+
+def test_tensors_that_share_bytes(fail, made: Path, tmp_path: Path) -> None:
+    """Of two tensors of one shape: no bytes may be read twice, none left out, none be behind the last."""
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
+    demo_task.make_weights(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    norm, other = (f"model.layers.{i}.input_layernorm.weight" for i in range(2))
+
+    def said(changed: dict, data: bytes) -> str:
+        text = json.dumps(changed).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        return fail("sft", "policy.init=load", f"policy.load={tmp_path}")
+
+    assert "the tensor before it ends at" in said(header | {norm: header[other]}, content[start:])
+    assert "longer than it says" in said(header, content[start:] + b"0000")
+    moved = {name: at | {"data_offsets": [x + 4 for x in at["data_offsets"]]} for name, at in header.items() if "dtype" in at}
+    assert "the tensor before it ends at" in said(moved, b"0000" + content[start:])
+
+
+def test_an_index_names_files_of_its_folder(fail, made: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
+    for title in ("../model/model.safetensors", "/etc/passwd", "a\0b", "a" * 300):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": title}}))
+        assert "is no name of a file in this folder" in fail("sft", "policy.init=load", f"policy.load={tmp_path}")

@@ -1,0 +1,336 @@
+"""Files that are damaged or wrong in any way: one line for the user, or something that works; no other exception, and no hang.
+
+Examples are drawn alike in every run. MUTATIONS=5000 draws so many of each kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vocabularies import write_byte_level, write_sentencepiece
+
+from rlhf import configuration, folders
+from rlhf.algorithms import ALGORITHMS
+from rlhf.config import Data
+from rlhf.data.forms import FORMS
+from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
+from rlhf.identity import compare
+from rlhf.model import architecture
+from rlhf.weights import files, hf, names
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import demo_task
+
+LIMIT = 30  # seconds that one example may take, also on a machine that is busy
+SHAPE = {"vocab_size": 384, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+mutations = settings(
+    max_examples=int(os.environ.get("MUTATIONS", "40")),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+TEXTS = st.text(max_size=8) | st.sampled_from(["\0", "\ud800", "../x", "a" * 300, "true", "Infinity", "</s>"])
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 2, 2**31, 2**32, 2**63, 2**64, 10**9, 10**400, 1e39, 1e300])
+PLAIN = st.none() | st.booleans() | NUMBERS | TEXTS
+OTHERS = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=4)
+OTHERS |= st.sampled_from([150, 400, 900]).map(nested)
+
+
+def leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, (dict, list)) and tree:
+        return [leaf for inner in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(inner)]
+    return [tree]
+
+
+def changed(draw: Callable[[st.SearchStrategy], Any], tree: Any, whole: Any) -> Any:
+    """The tree with one place of it replaced, left out, or added to."""
+    if not isinstance(tree, (dict, list)) or not tree or not draw(st.integers(0, 7)):
+        return draw(OTHERS | st.sampled_from(leaves(whole)))
+    key = draw(st.sampled_from(list(tree) if isinstance(tree, dict) else range(len(tree))))
+    how = draw(st.sampled_from(["within", "within", "within", "without", "added"]))
+    if how == "within":
+        tree[key] = changed(draw, tree[key], whole)
+    elif how == "without":
+        del tree[key]
+    elif isinstance(tree, dict):
+        tree[draw(TEXTS)] = tree[key]
+    else:
+        tree.append(tree[key])
+    return tree
+
+
+@st.composite
+def documents(draw: Callable[[st.SearchStrategy], Any], tree: Any) -> Any:
+    """JSON trees that differ from this one in one to three places."""
+    found = copy.deepcopy(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        found = changed(draw, found, tree)
+    return found
+
+
+@st.composite
+def damaged(draw: Callable[[st.SearchStrategy], Any], content: bytes) -> bytes:
+    """Bytes that differ from these at some places, or are cut."""
+    found = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        at, piece = (
+            draw(st.integers(0, len(found))),
+            draw(st.binary(max_size=4) | st.sampled_from([b"\xff", b"\0", b"[" * 5000, b"9" * 5000])),
+        )
+        end = draw(st.sampled_from([at, at + 1, at + len(piece), len(found)]))
+        found[at:end] = piece
+    return bytes(found)
+
+
+def texts(tree: Any) -> st.SearchStrategy[bytes]:
+    """Contents of a JSON file that held this tree."""
+    return documents(tree).map(lambda found: json.dumps(found).encode()) | damaged(json.dumps(tree).encode())
+
+
+def check(call: Callable[[], Any]) -> None:
+    """It works, or is refused in one line."""
+
+    def late(number: int, frame: object) -> None:
+        pytest.fail(f"no answer within {LIMIT} seconds")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(LIMIT)
+    try:
+        call()
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    finally:
+        signal.alarm(0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with weights and a tokenizer.json, and a sentencepiece tokenizer beside it."""
+    root = tmp_path_factory.mktemp("mutations")
+    write_byte_level(root / "model")
+    (root / "model/config.json").write_text(json.dumps(demo_task.MODEL | SHAPE | {"rope_scaling": LLAMA3}))
+    demo_task.make_weights(root / "model")
+    write_sentencepiece(root / "pieces")
+    return root
+
+
+@pytest.fixture
+def model(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "model", tmp_path / "model"))
+
+
+def read(model: Path) -> None:
+    """As a run does with policy.load: described, opened, every tensor read."""
+    arch = architecture.read(model)
+    source, tiling = files.open_folder(model, arch), names.tiles(arch, "hf")
+    source.read(tiling, {name: torch.empty(shape) for name, shape in names.shapes(tiling).items()})
+    assert hf.description(arch)
+
+
+def write_header(path: Path, header: bytes, data: bytes) -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def parts(path: Path) -> tuple[bytes, bytes]:
+    """Header and data of a safetensors file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[8:start], content[start:]
+
+
+def test_config_json(model: Path) -> None:
+    path = model / "config.json"
+    good = json.loads(path.read_text())
+
+    @mutations
+    @given(texts(good))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        check(lambda: read(model))
+
+    run()
+
+
+def test_safetensors(model: Path) -> None:
+    path = model / "model.safetensors"
+    header, data = parts(path)
+
+    @mutations
+    @given(texts(json.loads(header)), st.sampled_from([0, 0, -1, 1]))
+    def run(content: bytes, longer: int) -> None:
+        write_header(path, content, data[:longer] if longer < 0 else data + b"\0" * longer)
+        check(lambda: read(model))
+
+    run()
+
+
+def test_index(model: Path) -> None:
+    path = model / "model.safetensors.index.json"
+    where = dict.fromkeys(list(names.hf_shapes(architecture.read(model)))[:4], "model.safetensors")
+
+    @mutations
+    @given(texts({"metadata": {"total_size": 1}, "weight_map": where}))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        check(lambda: read(model))
+
+    run()
+
+
+def speak(folder: Path) -> None:
+    """As a run does with policy.tokenizer."""
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode("How many eggs? <|im_end|> é🙂", control=True) + tokenizer.encode(" 12", continues=True)
+    tokenizer.decode(ids)
+    tokenizer.decode([*tokenizer.stop_ids, 0, tokenizer.vocab], skip_special=False)
+    if "tokenizer.json" in tokenizer.files:
+        tokenizer.chat([{"role": "user", "content": "How many?"}], cue=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"])
+def test_tokenizer(model: Path, name: str) -> None:
+    path = model / name
+    template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"
+    more = {"eos_token": {"content": "<|im_end|>"}, "chat_template": [{"name": "default", "template": template}], "eos_token_id": [1, 2]}
+    good = json.loads(path.read_text()) if path.exists() else {}
+
+    @mutations
+    @given(texts(good if name == "tokenizer.json" else good | more))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        check(lambda: speak(model))
+
+    run()
+
+
+def test_tokenizer_model(made: Path, tmp_path: Path) -> None:
+    good = (made / "pieces/tokenizer.model").read_bytes()
+
+    @mutations
+    @given(damaged(good))
+    def run(content: bytes) -> None:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        check(lambda: speak(tmp_path))
+
+    run()
+
+
+LINES = {
+    "prompts": {"prompt": [{"role": "user", "content": "How many?"}], "answer": "4", "eval_func": "math_rule"},
+    "demonstrations": {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "4"}]},
+    "scored": {"query": "How many?", "response": ["4", "5", "6"], "score": [1, 0.5, 0]},
+    "pairs": {"prompt": "How many?", "chosen": [{"role": "assistant", "content": "4"}], "rejected": "5"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_jsonl(made: Path, tmp_path: Path, form: Any) -> None:
+    tokenizer, path = Tokenizer.load(made / "model"), tmp_path / "lines.jsonl"
+    required = ("answer",) if form == "prompts" else ()
+
+    @mutations
+    @given(texts(LINES[form]), st.sampled_from(["plain", "human", "chatml", "llama2"]))
+    def run(content: bytes, template: Any) -> None:
+        path.write_bytes(content + b"\n")
+
+        def draw() -> None:
+            for sample in Records.load(path, form, tokenizer, Data(template=template), required=required).draw(0, 2, 1):
+                assert np.isfinite(sample.reward)
+
+        check(draw)
+
+    run()
+
+
+@pytest.mark.parametrize("mode", ["grpo", "rlhf", "dpo"])
+def test_toml(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "config.toml"
+    good = configuration.to_toml(configuration.load(mode, []))
+    keys = [line.partition(" = ")[0] for line in good.splitlines() if " = " in line]
+    values = OTHERS.map(lambda value: json.dumps(value, ensure_ascii=False)) | st.sampled_from(
+        ["inf", "nan", "0x" + "f" * 5000, "1979-05-27", "{a.b = 1}"]
+    )
+
+    @mutations
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        if data.draw(st.booleans()):
+            content = data.draw(damaged(good.encode()))
+        else:
+            chosen = data.draw(st.dictionaries(st.sampled_from(keys), values, min_size=1, max_size=3))
+            lines = [
+                f"{key} = {chosen.get(key, value)}" if mark else key
+                for key, mark, value in (line.partition(" = ") for line in good.splitlines())
+            ]
+            content = "\n".join(lines).encode(errors="surrogatepass")
+        path.write_bytes(content)
+
+        def load() -> None:
+            config = configuration.load(mode, [str(path)])
+            ALGORITHMS[mode](config)
+            path.write_text(configuration.to_toml(config))
+            assert configuration.load(mode, [str(path)]) == config
+
+        check(load)
+
+    run()
+
+
+def test_meta_json(tmp_path: Path) -> None:
+    """A damaged description has another checksum; one without, as older checkpoints have, must do by itself."""
+    config = configuration.load("sft", [])
+    run_is = {"keys": {"optim.lr": 1e-6, "steps": 3, "rollout.stop": []}, "read": {"data.train": ["a.jsonl", "0123"]}}
+    meta = {"step": 7, "state": {"kl": 0.1}, "mode": "sft", "seed": 1, "dtype": "torch.float32", "zero": True}
+    meta |= {"tp": 1, "pp": 1, "cp": 1, "dp": 1, "run": run_is, "steps": 100, "files": {"random_rank0.pt": {"size": 3, "crc32": 891568578}}}
+    folder = tmp_path / "step_000007"
+    folder.mkdir()
+    (folder / "random_rank0.pt").write_bytes(b"abc")
+    (tmp_path / "latest").write_text(folder.name)
+
+    def go_on() -> None:
+        newest, _ = folders.newest(tmp_path)
+        assert newest == folder
+        compare(folder, folders.meta(folder), config, run_is)
+        assert folders.altered(folder, ["random_rank0.pt"]) in (
+            "",
+            f"{folder}/random_rank0.pt is damaged: its checksum is not that of what was written",
+        )
+
+    def described(found: Any) -> bytes:
+        return json.dumps({**found, "crc32": zlib.crc32(json.dumps(found).encode())} if isinstance(found, dict) else found).encode()
+
+    @mutations
+    @given(texts(meta) | damaged(described(meta)))
+    def run(content: bytes) -> None:
+        (folder / "meta.json").write_bytes(content)
+        check(go_on)
+
+    run()
