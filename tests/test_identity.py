@@ -49,7 +49,7 @@ def start(made: Path, out: Path, mode: str, *overrides: str) -> Inputs:
 def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
     """As a checkpoint of step 7 tells it."""
     (out / "step_000007").mkdir(parents=True)
-    meta = {"step": 7, "state": {}, "mode": mode, "seed": 1, "run": given.identity, "steps": steps}
+    meta = {**dict.fromkeys(folders.KEYS, 1), "step": 7, "state": {}, "mode": mode, "seed": 1, "run": given.identity, "steps": steps}
     (out / "step_000007/meta.json").write_text(folders.describe(meta))
     (out / "latest").write_text("step_000007")
 

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import texts
+from rlhf.data import chat
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     import jinja2
 
-SECONDS, MEMORY, LONGEST = 10.0, 1 << 30, 4096  # that a chat template may take for a conversation; bytes; bits of its whole numbers
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -119,9 +115,9 @@ class Tokenizer:
             raise UserError("data.template=tokenizer, but the tokenizer has no chat template; choose another data.template")
         if isinstance(self._codec, _SentencePiece):
             raise UserError("data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template")
-        with _Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"), _bounded():
+        with _Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"), chat.bounded():
             if self._compiled is None:
-                self._compiled = _chat_environment().from_string(self._chat_template)
+                self._compiled = chat.environment().from_string(self._chat_template)
             return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
 
     def chat(self, messages: list[dict[str, Any]], cue: bool) -> list[int]:
@@ -271,28 +267,6 @@ def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | No
     return template
 
 
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Around a template, which may loop or fill the memory. Raises TimeoutError or MemoryError. On the main thread only."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"it takes more than {SECONDS:g} s")
-
-    before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_DATA)
-    room = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize() + MEMORY
-    if limits[0] == resource.RLIM_INFINITY or room < limits[0]:
-        resource.setrlimit(resource.RLIMIT_DATA, (room, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    except MemoryError:
-        raise MemoryError(f"it takes more than {MEMORY >> 20} MB") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
-
-
 class _Blaming:
     """Around code of others that raises whatever it likes, as tokenizers (exceptions, and panics), sentencepiece and templates do."""
 
@@ -310,43 +284,3 @@ class _Blaming:
 
 def _sound(file: Path) -> _Blaming:
     return _Blaming(f"{file}: not a sound tokenizer", AGAIN)
-
-
-def _chat_environment() -> jinja2.Environment:
-    """What chat templates may count on: the conventions of transformers' apply_chat_template."""
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """In which no power or product of whole numbers takes for ever."""
-
-        intercepted_binops = frozenset({"*", "**"})
-
-        def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-            if isinstance(left, int) and isinstance(right, int):
-                bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-                if bits > LONGEST:
-                    raise jinja2.TemplateError(f"a number has more than {LONGEST} bits")
-            return super().call_binop(context, operator, left, right)
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the assistant said; here it is only its body."""
-
-        tags: ClassVar = {"generation"}
-
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    extensions = [Generation, jinja2.ext.loopcontrols]
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
