@@ -17,15 +17,25 @@ PATIENCE = 5.0  # seconds that a lock is waited for: the process that has it may
 RENEWAL = 5.0  # seconds between two renewals of a lease
 LEASE = 30.0  # seconds without one after which the process that had it counts as dead
 
+_held: set[Path] = set()  # by this process
+
 
 def hold(path: Path) -> str:
     """Hold the file until this process ends, however it ends. Empty, or who else holds it. Raises OSError where there can be no file."""
+    if path.resolve() in _held:
+        return ""
+    if not (other := _hold(path)):
+        _held.add(path.resolve())
+    return other
+
+
+def _hold(path: Path) -> str:
     mine = f"{socket.gethostname()} {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open, as closing it ends the lock
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open, as the lock ends with it
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf's would end when this process reads the file and closes it
         except OSError as error:
             if error.errno not in (EACCES, EAGAIN):  # this file system has no locks
                 os.close(file)

@@ -20,8 +20,8 @@ from pathlib import Path
 from rlhf import lock
 lock.PATIENCE, lock.RENEWAL, lock.LEASE = 0.5, 0.2, 1.2
 if sys.argv[2] == "lease":
-    def lockf(*_): raise OSError(errno.ENOSYS, "Function not implemented")
-    fcntl.lockf = lockf
+    def flock(*_): raise OSError(errno.ENOSYS, "Function not implemented")
+    fcntl.flock = flock
 print(lock.hold(Path(sys.argv[1])) or "held", flush=True)
 sys.stdin.read()
 """
