@@ -19,6 +19,7 @@ class Between:
 
 Count = Annotated[int, Between(1)]
 Share = Annotated[float, Between(0.01, 1)]
+Rate = Annotated[float, Between(0, 10)]
 Decay = Annotated[float, Between(0, 0.99999)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
 # Tensor-parallel ranks that exchange hidden states beside products, at most: eight were slower than megatron-core (benchmarks/NOTES.md).
@@ -47,7 +48,7 @@ class Critic:
     """The model that predicts returns (mode rlhf)."""
 
     load: str = ""  # model folder; empty: reward.load. One without a scalar head gets a head of zeros
-    lr: float = 0.0  # peak learning rate; 0: optim.lr
+    lr: Rate = 0.0  # peak learning rate; 0: optim.lr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +95,8 @@ class Batch:
 class Optim:
     """AdamW in float32, whatever the compute dtype."""
 
-    lr: float = 1e-6  # peak learning rate
-    min_lr: float = 0.0  # learning rate at the end of the schedule
+    lr: Rate = 1e-6  # peak learning rate
+    min_lr: Rate = 0.0  # learning rate at the end of the schedule
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     warmup: int = 0  # updates of linear warm-up from zero
     beta1: Decay = 0.9  # AdamW's first moment

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -73,29 +72,19 @@ def test_a_first_update_that_is_no_number(made: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["parallel.dp=1", "parallel.dp=2"])
-def test_a_learning_rate_that_ruins_the_weights(made: Path, layout: str) -> None:
+def test_an_update_that_ruins_the_weights(made: Path, layout: str) -> None:
     """The checkpoint before stays the newest, the message names it, and what it advises works. All ranks end."""
     keys = [f"out={layout}", layout, "checkpoint.keep=1"]
     assert call(made, "sft", *keys, "steps=2")[0] == 0
-    for rate in ("1e30", "1e10"):
-        code, said = call(made, "sft", *keys, "steps=4", f"optim.lr={rate}")
-        assert code == 1, said
-        (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
-        assert line.startswith("rlhf: step 3: ")
-        assert f"{layout}/step_000002" in line
-        assert (made / layout / "latest").read_text() == "step_000002"
-        assert all(tensor.isfinite().all() for tensor in load_file(made / layout / "hf/model.safetensors").values())
-    assert call(made, "sft", *keys, "steps=3")[0] == 0
-    assert [row["step"] for row in rows(made / layout)] == [1, 2, 3]
-
-
-def test_storage_that_is_full_during_a_run(made: Path) -> None:
-    """All ranks fail to save, and one tells it."""
-    code, said = call(made, "sft", "out=full", "parallel.dp=2", "steps=1", room=1 << 20)
+    code, said = call(made, "sft", *keys, "steps=4", "optim.eps=0")
     assert code == 1, said
     (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
-    assert re.match(r"rlhf: full/step_000001.partial/\w+.pt: File too large; ", line), line
-    assert not (made / "full/latest").exists()
+    assert line.startswith("rlhf: step 3: ")
+    assert f"{layout}/step_000002" in line
+    assert (made / layout / "latest").read_text() == "step_000002"
+    assert all(tensor.isfinite().all() for tensor in load_file(made / layout / "hf/model.safetensors").values())
+    assert call(made, "sft", *keys, "steps=3")[0] == 0
+    assert [row["step"] for row in rows(made / layout)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("write", ["torch.save", "a tree", "its end"])
