@@ -33,6 +33,7 @@ from torture_run import Break, Done, Fault, Run
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from rlhf import folders  # noqa: E402
 from rlhf.interrupt import SAVED  # noqa: E402
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -155,7 +156,7 @@ def damage(spoil: Callable[[bytes, random.Random], bytes] | None, run: Run, draw
     """A file of the newest checkpoint, while the run is down (None: it is removed): one line, exit code 2, and its remedy works."""
 
     def older() -> list[Path]:
-        return [folder for folder in run.out.glob("step_??????") if folder.name < run.latest()]
+        return [folder for folder in run.out.glob("step_??????") if folder.name < run.latest() and not folders.damage(folder)]
 
     if run.process or not older():
         run.until(older)
