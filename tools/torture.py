@@ -43,6 +43,8 @@ KEYS += ["checkpoint.every=2", "checkpoint.keep=2", "checkpoint.export=false"]
 ROLLOUT = ["rollout.engine=kvcache", "rollout.max_tokens=16", "rollout.group=2", f"reward.function={ROOT}/tools/demo_task.py:digits"]
 MODES = {"grpo": ["data.train=data/train_rl.jsonl", "grpo.kl=0.04", *ROLLOUT], "sft": ["data.train=data/train_sft.jsonl"]}
 LARGEST = 140_000  # bytes: a little less than the largest file of a checkpoint has
+
+
 # When a run is broken. Each waits for it, and returns when it is.
 
 
@@ -198,7 +200,7 @@ def torture(whole: Run, kinds: list[str], draw: random.Random) -> Iterator[Run]:
         run = replace(whole, name="broken", breaks=[])
         shutil.rmtree(run.out, ignore_errors=True)
         with suppress(Done):
-            while kinds:
+            while kinds and not any(found.fault for found in run.breaks):
                 run.breaks.append(break_once(run, kinds[0], draw))
                 kinds.pop(0)
             finish(run)
