@@ -37,11 +37,14 @@ from rlhf import folders  # noqa: E402
 from rlhf.interrupt import SAVED  # noqa: E402
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-KEYS = ["policy.load=model", "policy.init=random", "parallel.dp=2", "data.max_tokens=64", "data.eval=data/heldout.jsonl"]
+KEYS = ["policy.load=model", "policy.init=random", "parallel.dp=2", "data.max_tokens=64"]
 KEYS += ["batch.prompts=4", "batch.tokens=256", "optim.lr=1e-3", "evaluate.prompts=4", "evaluate.every=10", "log.every=1000"]
 KEYS += ["checkpoint.every=2", "checkpoint.keep=2", "checkpoint.export=false"]
 ROLLOUT = ["rollout.engine=kvcache", "rollout.max_tokens=16", "rollout.group=2", f"reward.function={ROOT}/tools/demo_task.py:digits"]
-MODES = {"grpo": ["data.train=data/train_rl.jsonl", "grpo.kl=0.04", *ROLLOUT], "sft": ["data.train=data/train_sft.jsonl"]}
+MODES = {
+    "grpo": ["data.train=data/train_rl.jsonl", "data.eval=data/heldout.jsonl", "grpo.kl=0.04", *ROLLOUT],
+    "sft": ["data.train=data/train_sft.jsonl", "data.eval=data/train_sft.jsonl"],
+}
 LARGEST = 140_000  # bytes: a little less than the largest file of a checkpoint has
 
 
