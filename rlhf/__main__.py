@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rlhf import cluster, configuration, convert, launcher, output, variables
 from rlhf.algorithms import ALGORITHMS, ALIASES
 from rlhf.config import Config
-from rlhf.errors import UserError, failure
+from rlhf.errors import LostError, UserError, failure
 
 if TYPE_CHECKING:
     from rlhf.prepare import Inputs
@@ -169,7 +169,14 @@ def run(config: Config) -> int:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import assemble
 
-    return assemble.run(config)
+    try:
+        return assemble.run(config)
+    except RuntimeError as error:
+        from rlhf.parallel.mesh import lost
+
+        if not (text := lost(error)):
+            raise
+        raise LostError(f"another rank has ended, or does not answer ({text}); start again with the same command") from None
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -29,6 +29,12 @@ class StorageError(UserError):
     code = 1
 
 
+class LostError(UserError):
+    """Another rank has ended or does not answer: one line; exit code 1."""
+
+    code = 1
+
+
 def failure(error: OSError, where: object = "") -> str:
     """The path and what the system says of it; where: the path, if the error has none. Empty for an error of something else."""
     path = error.filename or (where if error.errno in STORAGE else "")

@@ -30,7 +30,8 @@ def secure() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
     for number, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)
-        encoding, by_line = (old.encoding, old.line_buffering) if old else ("utf-8", True)
+        # Standard error does not wait for the end of a run, even where it is a file: then Python writes it through instead of by line.
+        encoding, by_line = (old.encoding, old.line_buffering or old.write_through) if old else ("utf-8", True)
         stream = io.TextIOWrapper(
             io.BufferedWriter(Lossy(number, "w", closefd=False)), encoding, "backslashreplace", line_buffering=by_line
         )

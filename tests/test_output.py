@@ -45,3 +45,9 @@ def test_what_is_printed_ends_nothing(command, encoding, tmp_path):
 def test_a_mistake_is_one_even_if_nobody_hears_of_it(target):
     command = f"{sys.executable} -m rlhf gprm 2>{target}"
     assert subprocess.run(["bash", "-c", command], cwd=ROOT, env=HERE, timeout=60).returncode == 2
+
+
+def test_errors_are_seen_at_once():
+    """Also in a file or a pipe: why the others of a run are being ended is no news for its end."""
+    program = "import os, sys; from rlhf import output; output.secure(); print('seen', file=sys.stderr); os._exit(0)"
+    assert subprocess.run([sys.executable, "-c", program], env=HERE, capture_output=True, timeout=60).stderr == b"seen\n"

@@ -109,6 +109,11 @@ def noise(prompt: str, response: str, record: dict) -> float:
     return float(random.random() < 0.5)
 
 
+def digits(prompt: str, response: str, record: dict) -> float:
+    """A reward of which a model without weights earns some, too: the share of digits."""
+    return sum(map(str.isdigit, response)) / max(1, len(response))
+
+
 def make_weights(folder: Path, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> None:
     """Random weights for a folder's config.json, as model.safetensors: those that policy.init=random makes on that device."""
     import torch

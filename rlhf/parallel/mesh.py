@@ -7,6 +7,7 @@ consecutive too, so engine tp and training tp meet on the same node.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -171,6 +172,12 @@ def _meet(backend: str) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
         raise UserError(f"{place}: the ranks cannot meet there ({str(error).splitlines()[0]}); set others") from None
+
+
+def lost(error: RuntimeError) -> str:
+    """How another rank was lost, if that is the error; else empty. gloo, which carries all objects and barriers, has no type for it."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    return re.sub(r"^\[.*?\] |\. This is .*", "", first) if isinstance(error, dist.DistNetworkError) or "gloo/transport" in first else ""
 
 
 def portion(known: Sequence[T], place: int, size: int) -> Sequence[T]:

@@ -21,7 +21,7 @@ from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
 from rlhf import assemble, configuration
 from rlhf.config import Config
 from rlhf.interrupt import SAVED
-from rlhf.parallel.mesh import Mesh
+from rlhf.parallel.mesh import Mesh, lost
 from rlhf.prepare import rule
 from rlhf.rewards import Rewards
 from rlhf.rollout.kvcache import KVCache
@@ -147,15 +147,26 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
+def check_lost_rank(mesh: Mesh) -> None:
+    """The last rank has ended: the others can tell that from a fault of their own. Nothing comes after it."""
+    mesh.barrier()
+    if mesh.rank == mesh.world - 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError) as error:
+        mesh.barrier()
+    assert lost(error.value).startswith(("Connection closed by peer", "Read error", "Write error")), error.value
+    assert not lost(RuntimeError("shapes do not match"))
+
+
 def main() -> None:
     folder, layout = Path(sys.argv[1]), sys.argv[2]
     mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
     if mesh.world > 1:
         check_signal_to_one_rank(folder, layout, mesh)
+        check_lost_rank(mesh)
     else:
         for check in (check_engine_without_the_weights, check_signal, check_evaluation, check_random_weights, check_in_flight):
             check(folder, layout, mesh)
-    mesh.barrier()
     if mesh.rank == 0:
         print("programs end well", flush=True)
     os._exit(0)
