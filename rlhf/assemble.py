@@ -23,10 +23,12 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, inputs, rule
 from rlhf.residence import Residence, capacity, unused
-from rlhf.rewards import Rewards
+from rlhf.rewards import Environments, Rewards
 from rlhf.roles import Roles
+from rlhf.rollout.judge import Rule
+from rlhf.rollout.offline import DataSource, Source
 from rlhf.rollout.owner import EngineOwner
-from rlhf.rollout.source import DataSource, EngineSource, Rule, Source
+from rlhf.rollout.source import EngineSource
 from rlhf.weights import files, names
 from rlhf.weights.entries import UNSOUND
 from rlhf.weights.publish import Publisher
@@ -45,18 +47,22 @@ def run(config: Config) -> int:
             f"# ./launch.sh {config.mode} {config.out}/config.toml\n{configuration.to_toml(config)}"
         )
     limits = (config.reward.timeout, config.reward.workers)
-    with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
+    with (
+        Rewards(rule(config), *limits) as rewards,
+        Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards,
+        Environments(config.rollout.environment, *limits) as environments,
+    ):
         if not ALGORITHMS[config.mode].trains:
-            evaluate(config, mesh, given, held_out_rewards)
+            evaluate(config, mesh, given, held_out_rewards, environments)
             return 0
-        return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
+        return 0 if train(config, mesh, given, rewards, held_out_rewards, environments) else SAVED
 
 
-def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards) -> bool:
+def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards, environments: Environments) -> bool:
     """A training run. False: a signal came before the last step was done."""
     interrupt = Interrupt()  # before anything that takes long
     ledger = checked_ledger(config, mesh, given)
-    training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt)
+    training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt, environments)
     announce(training, given, ledger)
     finished = training.train()
     training.metrics.close()
@@ -65,14 +71,14 @@ def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_
     return finished
 
 
-def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> None:
+def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, environments: Environments) -> None:
     """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
     dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
     engine = build_engine(config, mesh, given, dtype, load=True)
     owner = EngineOwner(engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given))
     mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
-    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh))
+    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), environments=environments)
 
     def model(samples: list[Sample]) -> None:
         residence.enter(Phase.SCORE, "reward")  # the engine leaves the device before the reward model is built
@@ -87,11 +93,18 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
 
 
 def build(
-    config: Config, mesh: Mesh, given: Inputs, ledger: Ledger, rewards: Rewards, held_out_rewards: Rewards, interrupt: Interrupt
+    config: Config,
+    mesh: Mesh,
+    given: Inputs,
+    ledger: Ledger,
+    rewards: Rewards,
+    held_out_rewards: Rewards,
+    interrupt: Interrupt,
+    environments: Environments | None = None,
 ) -> Run:
     """The parts of a training run, in the order in which they take the device's memory.
 
-    rewards says what samples are worth, held_out_rewards what responses to held-out prompts are.
+    rewards says what samples are worth, held_out_rewards what responses to held-out prompts are, environments answer both.
     """
     algorithm, dtype, held_out = ALGORITHMS[config.mode](config), dtype_of(config, mesh), given.held_out
     residence = Residence(ledger.offload, mesh.device)
@@ -103,7 +116,8 @@ def build(
     evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
     if algorithm.online:
         score = partial(roles.read, POLICY)
-        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), score, TOLERANCE[dtype])
+        judge = Rule(rewards, mesh)
+        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, judge, score, TOLERANCE[dtype], environments)
         evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge) if held_out else None
     checkpoints = Checkpoints(config, mesh, dtype, given.identity)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0

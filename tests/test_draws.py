@@ -16,7 +16,8 @@ from rlhf import configuration
 from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.rollout.source import EngineSource, summary
+from rlhf.rollout.judge import summary
+from rlhf.rollout.source import EngineSource
 
 ALONE = SimpleNamespace(rank=0, world=1, all_gather=lambda value: [value])
 KEYS = ["data.max_tokens=64", "rollout.max_tokens=4", "rollout.group=3", "batch.prompts=4"]

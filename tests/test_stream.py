@@ -20,7 +20,8 @@ from rlhf.data.tokenizer import Tokenizer
 from rlhf.metrics import Progress
 from rlhf.recorder import Recorder
 from rlhf.rewards import Rewards
-from rlhf.rollout.source import EngineSource, Rule
+from rlhf.rollout.judge import Rule
+from rlhf.rollout.source import EngineSource
 from rlhf.rollout.stops import Stops
 
 ALONE = SimpleNamespace(rank=0, world=1, is_first_on_node=True, all_gather=lambda value: [value])
@@ -144,6 +145,7 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
         "group": 1,
         "prompt": "2 + 2?",
         "response": "\ud800 4",
+        "turns": [{"role": "assistant", "content": "\ud800 4"}],
         "reward": 0.5,
         "rule": 0.5,
         "score": None,

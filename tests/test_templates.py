@@ -201,11 +201,7 @@ def test_a_sampled_turn_is_answered_as_a_dialogue_is_written(qwen, llama2, llama
             end = learn.index(False, begin)
             turn, behind = ids[begin:end], ids[end : learn.index(True, end)]
             assert reply(tokenizer, template, turn, [AGAIN]) == behind
-            said = len(turn) - 1
-            while tokenizer.decode(turn[:said]).strip() != ANSWER["content"] and said:
-                said -= 1
-            while said > 1 and tokenizer.decode(turn[: said - 1], skip_special=False).strip() == ANSWER["content"]:
-                said -= 1
+            said = min(n for n in range(len(turn)) if tokenizer.decode(turn[:n]).strip() == ANSWER["content"])
             for cut in range(said, len(turn)):  # a stop string has ended it
                 assert turn[:cut] + reply(tokenizer, template, turn[:cut], [AGAIN]) == turn + behind, (template, cut)
 

@@ -203,7 +203,9 @@ def reply(tokenizer: Tokenizer, template: str, turn: list[int], messages: list[M
     other, _ = _parted(tokenizer, template, [before[0], {"role": "assistant", "content": "!"}, *messages])
     differ = (n for n in range(min(len(said), len(other))) if said[-1 - n] != other[-1 - n])
     end = said[len(said) - next(differ, len(said)) :]  # what is the same whatever is said
-    held = max((n + 1 for n, token in enumerate(end) if turn[-1:] == [token]), default=0)
+    held = max(n for n in range(len(end) + 1) if turn[len(turn) - n :] == end[:n])
+    if not held and turn[-1:] == end[-1:]:
+        held = len(end)  # it has skipped the rest
     return end[held:] + behind
 
 

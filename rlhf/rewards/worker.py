@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from contextlib import suppress
 from multiprocessing.connection import Pipe, wait
 from types import TracebackType
@@ -154,7 +154,7 @@ class Pool(Generic[Given, Found]):
         self.pool: list[Worker] = []
         self.failure, self.late = "", False
         self._waiting: deque[tuple[int, Given]] = deque()
-        self._open = 0  # items given whose results have not been taken
+        self._open: set[int] = set()  # items given whose results have not been taken
 
     def __enter__(self) -> Self:
         return self
@@ -170,20 +170,22 @@ class Pool(Generic[Given, Found]):
     def give(self, key: int, item: Given) -> None:
         """Take up an item; its result comes out of take() under this key."""
         self._waiting.append((key, item))
-        self._open += 1
+        self._open.add(key)
 
-    def take(self, block: bool = False) -> dict[int, Found]:
-        """The results that are there now; with block, all of them. A process that hung or ended is replaced.
+    def take(self, block: bool | Set[int] = False) -> dict[int, Found]:
+        """The results that are there now; with block, all, or at least those of these keys. A process that hung or ended is replaced.
 
         Raises UserError if the user's code cannot be loaded; what was given until then is forgotten.
         """
         found: dict[int, Found] = {}
+        awaited = self._open.intersection(block if isinstance(block, Set) else self._open if block else ())
         complete = False
         try:
             found = self._at_once()
-            while self._open > len(found):
-                busy = self._hand_out(self._open - len(found))
-                wait([worker.connection for worker in busy], min(worker.seconds_left() for worker in busy) if block else 0)
+            while self._open > found.keys():
+                busy = self._hand_out(len(self._open) - len(found))
+                waits = not awaited <= found.keys()
+                wait([worker.connection for worker in busy], min(worker.seconds_left() for worker in busy) if waits else 0)
                 before = len(found)
                 for worker in busy:
                     key, outcome = worker.item, worker.advance()
@@ -191,13 +193,13 @@ class Pool(Generic[Given, Found]):
                         value, error = outcome
                         found[key] = self._result(value, bool(error))
                         self.failure, self.late = self.failure or error, self.late or error == LATE
-                if not block and len(found) == before:
+                if awaited <= found.keys() and len(found) == before:
                     break
             complete = True
         finally:
             if not complete:
                 self.forget()
-        self._open -= len(found)
+        self._open -= found.keys()
         return found
 
     def forget(self) -> None:
@@ -206,7 +208,7 @@ class Pool(Generic[Given, Found]):
             if worker.item is not None:
                 worker.kill()
         self._waiting.clear()
-        self._open = 0
+        self._open.clear()
 
     def _hand_out(self, num_open: int) -> list[Worker]:
         """Keep as many processes as there is work for, give each idle one an item, and return those with something to do."""
@@ -287,4 +289,5 @@ class Environments(Pool[Turn, Reply]):
                 return
 
     def _result(self, value: Any, failed: bool) -> Reply:
-        return Reply(None, 0.0, True) if failed else Reply(*value, False)
+        messages, reward = (None, 0.0) if failed else value
+        return Reply(messages, reward, failed)

@@ -1,95 +1,28 @@
-"""Where a run's samples come from: straight from the data, or from an engine that answers its prompts."""
+"""Samples from an engine that answers prompts, and from an environment that answers it."""
 
 from __future__ import annotations
 
-import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from rlhf.config import Config
 from rlhf.contracts import ABSENT, Completion, Request, Sample, Sampling, Sums, Verdict, differ, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.metrics import Progress, say
+from rlhf.metrics import Progress
 from rlhf.parallel.mesh import Mesh
-from rlhf.rewards import Rewards
+from rlhf.rewards import Environments
+from rlhf.rollout.dialogues import Dialogues, Place
 from rlhf.rollout.flight import Group, Response, choose
+from rlhf.rollout.judge import Judge, Warnings, ages, summary
+from rlhf.rollout.offline import Weights
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.stops import Stops
-
-Weights = Mapping[str, Tensor]
-
-
-class Judge(Protocol):
-    """Says what responses are worth, while others are still being generated."""
-
-    def give(self, sample: Sample) -> None:
-        """Take up a response."""
-        ...
-
-    def collect(self, block: bool = False) -> None:
-        """Write reward and verdict into the responses that are judged by now; with block, into all that were given."""
-        ...
-
-
-class Source(Protocol):
-    """Samples for the steps of a run."""
-
-    def take(self, step: int) -> tuple[list[Sample], Sums]:
-        """The samples of a step, counted from 0, identical on every rank, with metrics."""
-        ...
-
-    def offer(self, weights: Weights, version: int, check: bool = False) -> None:
-        """The policy's weights after `version` steps. With check, prove that samples will be drawn with them."""
-        ...
-
-    def describe(self, samples: list[Sample]) -> Sums:
-        """Metrics of samples whose streams and rewards are complete."""
-        ...
-
-    def remarks(self) -> list[str]:
-        """What a person should know of it when a run starts."""
-        ...
-
-    def state(self) -> dict[str, Any] | None:
-        """What a checkpoint must keep for the next step to be the same, identical on every rank; None: nothing. Every rank calls it."""
-        ...
-
-    def resume(self, step: int, state: dict[str, Any] | None) -> None:
-        """Go on after so many steps, from what state() gave."""
-        ...
-
-
-@dataclass(slots=True)
-class DataSource:
-    """The records themselves are the samples."""
-
-    config: Config
-    records: Records
-
-    def take(self, step: int) -> tuple[list[Sample], Sums]:
-        return self.records.draw(step, self.config.batch.prompts, self.config.seed), {}
-
-    def offer(self, weights: Weights, version: int, check: bool = False) -> None:
-        pass
-
-    def describe(self, samples: list[Sample]) -> Sums:
-        return {}
-
-    def remarks(self) -> list[str]:
-        return []
-
-    def state(self) -> dict[str, Any] | None:
-        return None
-
-    def resume(self, step: int, state: dict[str, Any] | None) -> None:
-        pass
 
 
 @dataclass(slots=True)
@@ -104,8 +37,11 @@ class EngineSource:
     judge: Judge
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
     tolerance: float = 0.0  # of the mean |engine - policy| over log-probs
+    environments: Environments | None = None  # that answer the turns of responses that are judged
+    dialogues: Dialogues | None = field(init=False, default=None)
+    warn: Callable[[], None] = field(init=False, default=lambda: None)
     stops: Stops = field(init=False)
-    waited: float = 0.0  # seconds since the last step in which rewards alone were awaited
+    waited: float = 0.0  # seconds since the last step in which rewards or environments alone were awaited
     flight: list[Group] = field(default_factory=list)  # of this engine, in the order in which they were drawn (rollout.inflight > 1)
     drawn: int = 0  # groups of all engines that have been begun since the run began, ...
     taken: int = 0  # ... and that steps have taken
@@ -113,6 +49,9 @@ class EngineSource:
 
     def __post_init__(self) -> None:
         self.stops = Stops(self.tokenizer, self.config.rollout.stop)
+        if self.environments and self.config.rollout.environment:
+            self.warn = Warnings(self.environments, self.mesh, "environment")
+            self.dialogues = Dialogues(self.config, self.tokenizer, self.environments, self.mesh.gatherer(self.config.rollout.tp))
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
         """The step's samples, grouped by prompt.
@@ -180,7 +119,7 @@ class EngineSource:
         for key, response in state["responses"]:
             held.setdefault(tuple(key), []).append(response)
         oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
-        self.flight = [group for group in self._span(oldest, self.drawn, step) if group.key in held]
+        self.flight = self._opened([group for group in self._span(oldest, self.drawn, step) if group.key in held])
         if state["engines"] != self._engines[0]:
             self.notes.append(f"{len(held)} groups that were in flight on {state['engines']} engines begin anew on {self._engines[0]}")
             return
@@ -227,7 +166,7 @@ class EngineSource:
         """The samples of batch.prompts more groups. Each engine gives its share of them, and keeps what is in flight beyond that."""
         engines, engine = self._engines
         quota = len(range(engine, self.config.batch.prompts, engines))  # where they do not divide it, the first ones give one more
-        flight = self.flight + self._fresh(step, turn)
+        flight = self.flight + self._opened(self._fresh(step, turn))
         chosen = self._generate(flight, self.sampling(), step, quota, self.judge)
         taken = set(map(id, chosen))
         self.flight = [group for group in flight if id(group) not in taken]
@@ -237,7 +176,7 @@ class EngineSource:
     def _run(self, prompts: list[Sample], sampling: Sampling, size: int, step: int, judge: Judge | None) -> list[Group]:
         """This engine's share of the prompts, answered as a whole."""
         groups = self._begin(prompts, size, step, step)
-        return self._generate(groups, sampling, step, len(groups), judge)
+        return self._generate(self._opened(groups) if judge else groups, sampling, step, len(groups), judge)
 
     def _fresh(self, step: int, turn: int) -> list[Group]:
         """The groups of this engine that are begun now. Who is drawn when depends on nothing but the seed, the step and the turn.
@@ -274,50 +213,95 @@ class EngineSource:
         """How many engines there are, and which one is this rank's."""
         return self.mesh.world // self.config.rollout.tp, self.mesh.rank // self.config.rollout.tp
 
+    def _opened(self, groups: list[Group]) -> list[Group]:
+        """With the prompts that their environments give them. Every rank calls it."""
+        if self.dialogues:
+            self.mesh.agree(self.dialogues.open(groups, self._judges))
+            self.warn()
+        return groups
+
     def _generate(self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None) -> list[Group]:
         """Generate until a step can take `quota` of these groups from this engine: those. The others are as far as they are.
 
-        All ranks of an engine know all of its responses. The judge gets a rank's portion of them, each when it is complete.
+        All ranks of an engine know all of its responses. The judge gets a rank's portion of them, each when it is complete; without a
+        judge no environment answers either.
         """
-        max_lag = self.config.rollout.max_lag
-        chosen = choose(groups, quota, step, max_lag)
+        chosen = choose(groups, quota, step, self.config.rollout.max_lag)
         waiting = [(group, k) for group in groups for k, response in enumerate(group.responses) if not response.finish]
-        jobs = [] if chosen else waiting
+        jobs: list[Place] = [] if chosen else waiting
         requests = [self._request(n, group, k, sampling) for n, (group, k) in enumerate(jobs)]
         total = min(len(jobs), quota * len(groups[0].responses)) if groups else 0
         with Progress("rollout", "responses", total, shown=self.mesh.rank == 0) as progress, closing(self.owner.stream(requests)) as stream:
             for completed in stream:
+                ended = []
                 for n, completion in completed:
-                    progress.add(1, len(completion.tokens))
-                    self._complete(*jobs[n], completion, judge)
-                if judge:
-                    judge.collect()
-                if completed and (chosen := choose(groups, quota, step, max_lag)):
+                    progress.add(0, len(completion.tokens))
+                    ended += self._end_turn(*jobs[n], completion, judge)
+                for group, k in self._answered() if judge else ():
+                    if group.responses[k].finish:
+                        ended.append((group, k))
+                    else:
+                        self.owner.submit([self._request(len(jobs), group, k, sampling)])
+                        jobs.append((group, k))
+                self._complete(ended, judge)
+                progress.add(len(ended), 0)
+                if ended and (chosen := choose(groups, quota, step, self.config.rollout.max_lag)):
                     break
         for n, completion in self.owner.withdraw():
             group, k = jobs[n]
             group.responses[k].extend(completion, self.owner.version)
         start = time.perf_counter()
         if judge:
+            rest = self.dialogues.finish() if self.dialogues else []
+            self._complete([(group, k) for group, k in rest if group.responses[k].finish], judge)
             judge.collect(block=True)
         self.waited += time.perf_counter() - start
         return chosen
 
-    def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
-        """The rest of a response. What was drawn of it makes the prompt longer, and its seed another."""
-        drawn = group.responses[k].tokens
-        seed = _seed(self.config.seed, *group.key, k, *([len(drawn)] if drawn else []))
-        rest = replace(sampling, max_tokens=sampling.max_tokens - len(drawn))
-        return Request(n, group.prompt.tokens.tolist() + drawn, rest, seed, self.stops.after(drawn))
+    def _answered(self) -> list[Place]:
+        """The responses to which an environment has answered after one more step of the engine."""
+        if not self.dialogues:
+            return []
+        start = time.perf_counter()
+        answered = self.dialogues.advance(self.owner.idle)
+        self.waited += time.perf_counter() - start
+        self.warn()
+        return answered
 
-    def _complete(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> None:
-        """Take up the end of a response, and have it judged if it is this rank's."""
+    def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
+        """The rest of a response. What there is of it makes the prompt longer, and its seed another."""
+        response = group.responses[k]
+        known = response.tokens
+        seed = _seed(self.config.seed, *group.key, k, *([len(known)] if known else []))
+        rest = replace(sampling, max_tokens=sampling.max_tokens - len(known))
+        return Request(n, group.prompt.tokens.tolist() + known, rest, seed, self.stops.after(response.turn))
+
+    def _end_turn(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> list[Place]:
+        """Take up the end of a turn, and give it to the environment. The response, if that ends it."""
         response = group.responses[k]
         response.extend(completion, self.owner.version)
-        if self._judges(group, k):
-            response.sample = self._sample(group.prompt, response)
-            if judge:
-                judge.give(response.sample)
+        end = self.stops.end(response.turn)
+        if end is not None:
+            response.cut(end)
+            response.finish = "stop"
+        if not self.dialogues or not judge:
+            return [(group, k)]
+        response.turns.append({"role": "assistant", "content": self.tokenizer.decode(response.turn)})
+        if response.finish == "length":
+            self.dialogues.end(group, k)
+            return [(group, k)]
+        self.dialogues.ask(group, k, self._judges(group, k))
+        return []
+
+    def _complete(self, ended: list[Place], judge: Judge | None) -> None:
+        """Have complete responses judged that are this rank's, and take up what others were found to be worth."""
+        for group, k in ended:
+            if self._judges(group, k):
+                sample = group.responses[k].sample = self._sample(group.prompt, group.responses[k])
+                if judge:
+                    judge.give(sample)
+        if judge:
+            judge.collect()
 
     def _judges(self, group: Group, k: int) -> bool:
         """Whether a response is in this rank's portion of those of its engine."""
@@ -331,67 +315,21 @@ class EngineSource:
         return [sample for *_, sample in sorted(found, key=lambda item: item[:2])]
 
     def _sample(self, prompt: Sample, response: Response) -> Sample:
-        """A complete response as a sample, cut behind its first stop string."""
-        end = self.stops.end(response.tokens)
-        drawn = response.tokens[:end]
-        tokens, first = np.concatenate([prompt.tokens, np.array(drawn, np.int32)]), len(prompt.tokens) - 1
-        mask, logp, version = np.zeros(len(tokens) - 1, bool), np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
-        mask[first:], logp[first:], version[first:] = True, response.logp[:end], response.version[:end]
+        """A complete response as a sample. What an environment has said in it is not learned."""
+        tokens, first = np.concatenate([prompt.tokens, np.array(response.tokens, np.int32)]), len(prompt.tokens) - 1
+        logp, version = np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
+        logp[first:], version[first:] = response.logp, response.version
         return Sample(
             tokens,
-            mask,
+            version >= 0,
             prompt.group,
-            truncated=end is None and response.finish == "length",
-            text=replace(prompt.text, response=self.tokenizer.decode(drawn)),
+            reward=response.earned,
+            truncated=response.finish == "length",
+            text=replace(prompt.text, response=self.tokenizer.decode(response.tokens), turns=tuple(response.turns)),
+            verdict=Verdict(rule=response.earned, failed=response.failed),
             version=version,
             sampler_logp=logp,
         )
-
-
-class Rule:
-    """A reward function as a judge. The first failure on each node is shown; all are counted."""
-
-    def __init__(self, rewards: Rewards, mesh: Mesh):
-        self.rewards, self.mesh = rewards, mesh
-        self._given: list[Sample] = []
-
-    def give(self, sample: Sample) -> None:
-        if self.rewards.spec:  # without, the reward model alone judges
-            self.rewards.give(len(self._given), (sample.text.prompt, sample.text.response, dict(sample.text.record)))
-            self._given.append(sample)
-
-    def collect(self, block: bool = False) -> None:
-        silent, in_time = (not known and self.mesh.is_first_on_node for known in (self.rewards.failure, self.rewards.late))
-        for key, score in self.rewards.take(block).items():
-            self._given[key].reward, self._given[key].verdict = score.value, Verdict(rule=score.value, failed=score.failed)
-        if silent and self.rewards.failure:
-            reason = textwrap.indent(self.rewards.failure, "    ")
-            say(f"a reward failed and counts as 0 (see reward_failed in metrics.jsonl):\n{reason}")
-        if in_time and self.rewards.late:
-            say(f"a reward took longer than reward.timeout={self.rewards.timeout:g}: another run may differ from this one")
-        if block:
-            self._given = []
-
-
-def summary(samples: list[Sample]) -> Sums:
-    """What a step's samples look like, as (sum, count)."""
-    n = float(len(samples))
-    both = [(s.verdict.rule, s.verdict.score) for s in samples if s.verdict.score is not None]  # those that a reward model scored, too
-    return {
-        "reward_rule": (sum(rule for rule, _ in both), float(len(both))),
-        "reward_score": (sum(score for _, score in both), float(len(both))),
-        "reward": (sum(s.reward for s in samples), n),
-        "response_tokens": (float(sum(s.mask.sum() for s in samples)), n),
-        "truncated": (float(sum(s.truncated for s in samples)), n),
-        "reward_failed": (float(sum(s.verdict.failed for s in samples)), n),
-    }
-
-
-def ages(samples: list[Sample], step: int, max_lag: int) -> Sums:
-    """How many steps old the weights were that drew what a step learns from: the share of tokens of each age, and the highest age."""
-    lags = np.concatenate([step - s.version[s.mask] for s in samples])
-    shares = {f"lag/{lag}": (float((lags == lag).sum()), float(len(lags))) for lag in range(max_lag + 1)}
-    return {**shares, "lag_max": (float(lags.max()), 1.0)}
 
 
 def _gaps(samples: Sequence[Sample], logp: Sequence[np.ndarray]) -> np.ndarray:
