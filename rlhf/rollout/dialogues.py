@@ -52,6 +52,11 @@ class Dialogues:
         group.responses[k].finish = ""
         self._ask((group, k), mine)
 
+    @property
+    def pending(self) -> bool:
+        """Whether an answer is still to come."""
+        return bool(self._asked)
+
     def advance(self, idle: bool) -> list[Place]:
         """The responses whose answers are due after one more step of the engine; where it is idle, the next ones. They are answered."""
         self._replies |= self.environments.take()

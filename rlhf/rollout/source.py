@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -258,15 +258,16 @@ class EngineSource:
         self.waited += time.perf_counter() - start
         return chosen
 
-    def _answered(self) -> list[Place]:
-        """The responses to which an environment has answered after one more step of the engine."""
-        if not self.dialogues:
-            return []
-        start = time.perf_counter()
-        answered = self.dialogues.advance(self.owner.idle)
-        self.waited += time.perf_counter() - start
-        self.warn()
-        return answered
+    def _answered(self) -> Iterator[Place]:
+        """The responses that an environment has answered after one more step of the engine, or instead of one without work."""
+        pending = self.dialogues is not None
+        while self.dialogues and pending:
+            start = time.perf_counter()
+            answered = self.dialogues.advance(self.owner.idle)
+            self.waited += time.perf_counter() - start
+            self.warn()
+            yield from answered
+            pending = self.owner.idle and self.dialogues.pending
 
     def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
         """The rest of a response. What there is of it makes the prompt longer, and its seed another."""

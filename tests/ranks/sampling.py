@@ -36,6 +36,8 @@ from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import EngineSource
 from rlhf.weights import initial, names
 
+POOLS = list[Environments]()  # they end with this process
+
 
 def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
     config = configuration.load("grpo", ["data.max_tokens=96", "rollout.max_tokens=16", "rollout.group=3", "batch.prompts=4", *overrides])
@@ -49,8 +51,8 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
 
     records = Records.load(folder / "train_rl.jsonl", "prompts", tokenizer, config.data, max_prompt=80)
     judge = FREE if config.rollout.environment else Judging(reward)
-    owner, environments = EngineOwner(engine, Residence((), mesh.device)), Environments(config.rollout.environment, 10, 2)
-    return EngineSource(config, mesh, owner, tokenizer, records, judge, environments=environments)
+    POOLS.append(Environments(config.rollout.environment, 10, 2))
+    return EngineSource(config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, judge, environments=POOLS[-1])
 
 
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:

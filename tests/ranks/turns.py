@@ -57,7 +57,7 @@ def check_an_environment_answers(folder: Path, mesh: Mesh) -> None:
         first = int(s.mask.argmax()) + 1
         if opening:
             assert s.tokens[:first].tolist() == templates.encode(sampler.tokenizer, "plain", opening)[0]
-            assert s.text.prompt == opening[0]["content"]
+            assert s.text.prompt == sampler.tokenizer.decode(s.tokens[1:first], skip_special=False)
         assert s.mask.tolist() == (s.version >= 0).tolist()
         assert (s.sampler_logp[~s.mask] == 0).all()
         logp = np.array(whole_logp(sampler.owner.engine, s.tokens.tolist()))
