@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
-from rlhf import rewards
+import pytest
+from judges import FREE
+from rows import write
+
+from rlhf import configuration, rewards
+from rlhf.contracts import Completion, Request, Sample
+from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.rewards import Environments, Reply
+from rlhf.rollout.source import EngineSource
 
 ENVIRONMENT = """
 import os, re
@@ -150,3 +161,157 @@ def test_check_names_what_is_wrong_with_an_environment(counting, tmp_path, spec,
         rewards.check(spec.format(folder=tmp_path), "environment")
     assert says in str(error.value)
     assert str(error.value).startswith("rollout.environment=")
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    text = (Path(__file__).parents[1] / "docs/environments.md").read_text()
+    match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert match
+    (tmp_path / "guess.py").write_text(match[1])
+    with Environments(f"{tmp_path}/guess.py:Guess", timeout=5, workers=1) as environments:
+        told, replies = ["Is it 50?", "hm", "It is 70."], []
+        for n in range(len(told) + 1):
+            replies += ask(environments, ("a", {"answer": "70"}, told[:n]))
+    assert [reply.messages[0]["content"] if reply.messages else None for reply in replies] == [
+        "I think of a number between 1 and 100. What is it?",
+        "It is larger.",
+        "Say a number.",
+        None,
+    ]
+    assert [reply.value for reply in replies] == [0.0, 0.0, -0.1, 1 / 3]
+
+
+class Engine:
+    """Says the next of its texts to every request, one request in a step, ended by a stop token unless there is no room."""
+
+    version = 3
+    withdraw = list
+
+    def __init__(self, tokenizer: Tokenizer, *texts: str):
+        self.tokenizer, self.texts = tokenizer, texts
+        self.waiting: list[Request] = []
+        self.keys: list[int] = []
+
+    def stream(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        self.submit(requests)
+        while self.waiting:
+            request = self.waiting.pop(0)
+            turn = self.tokenizer.decode(request.prompt).count("ANSWER")
+            tokens = [*self.tokenizer.encode(self.texts[min(turn, len(self.texts) - 1)], continues=True), self.tokenizer.eos]
+            cut = len(tokens) > request.sampling.max_tokens
+            tokens = tokens[: request.sampling.max_tokens]
+            yield [(request.key, Completion(tokens, [-1.0] * len(tokens), "length" if cut else "stop"))]
+
+    def submit(self, requests: list[Request]) -> None:
+        self.waiting += requests
+        self.keys += [request.key for request in requests]
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting
+
+
+def agree(mistake: str) -> None:
+    if mistake:
+        raise UserError(mistake)
+
+
+TALKING = """
+class Talking:
+    def reset(self, record):
+        self.turns = 0
+        how = record.get("reset")
+        if how == "raise":
+            raise ValueError("no container")
+        return [{"role": "user", "content": how}] if how else None
+
+    def step(self, text):
+        self.turns += 1
+        if "bad role" in text:
+            return [{"role": "system", "content": "ANSWER"}], 1.0
+        if "fail" in text:
+            raise ValueError("no such tool")
+        if "over" in text:
+            return None, 0.25
+        return [{"role": "user", "content": "ANSWER" + " and so on" * text.count("more")}], 1.0
+"""
+ALONE = SimpleNamespace(
+    rank=0, world=1, is_first_on_node=True, all_gather=lambda value: [value], agree=agree, gatherer=lambda size: lambda value: [value]
+)
+
+
+def talk(folder: Path, tokenizer: Tokenizer, *texts: str, keys: tuple[str, ...] = (), record: dict | None = None) -> list[Sample]:
+    """Two prompts with two responses each."""
+    (folder / "talking.py").write_text(TALKING)
+    data = write(folder / "train.jsonl", *({"prompt": f"What is {n}?", **(record or {})} for n in range(2)))
+    given = [
+        "batch.prompts=2",
+        "rollout.group=2",
+        "data.max_tokens=128",
+        "rollout.max_tokens=64",
+        f"rollout.environment={folder}/talking.py:Talking",
+    ]
+    config = configuration.load("grpo", [*given, *keys])
+    records = Records.load(data, "prompts", tokenizer, config.data, max_prompt=64)
+    engine = Engine(tokenizer, *texts)
+    with Environments(config.rollout.environment, 10, 2) as environments:
+        source = EngineSource(config, ALONE, engine, tokenizer, records, FREE, environments=environments)  # type: ignore[arg-type]
+        samples, _ = source.take(0)
+        assert not environments._homes, "no dialogue is left"
+    assert len(set(engine.keys)) == len(engine.keys), "keys of requests are unique"
+    assert len(samples) == 4
+    return samples
+
+
+def roles(sample: Sample) -> list[str]:
+    return [turn["role"] for turn in sample.text.turns]
+
+
+def test_turns_until_the_environment_ends(tmp_path, llama2):
+    for s in talk(tmp_path, llama2, "one", "two", "over"):
+        assert (s.reward, s.verdict.rule, s.verdict.failed, s.truncated) == (2.25, 2.25, False, False)
+        assert roles(s) == ["assistant", "user"] * 2 + ["assistant"]
+        assert llama2.decode(s.tokens[1:][s.mask]).split() == ["onetwoover"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "keys", "expected"),
+    [
+        (["one"], ["rollout.turns=3"], (3.0, 5)),
+        (["one"], ["rollout.turns=1"], (1.0, 1)),
+        (["one", "more more more more more"], ["rollout.max_tokens=40"], (2.0, 3)),  # the second answer leaves no room
+        (["one " * 80], [], (0.0, 1)),  # nor does the first turn end
+        (["one", "more more more more more"], ["data.max_tokens=48", "rollout.max_tokens=40"], (2.0, 3)),
+    ],
+)
+def test_limits_cut_a_response(tmp_path, llama2, texts, keys, expected):
+    for s in talk(tmp_path, llama2, *texts, keys=tuple(keys)):
+        assert (s.reward, len(s.text.turns)) == expected
+        assert s.truncated
+        assert not s.verdict.failed
+        assert s.mask[-1], "the last token is the model's"
+        assert len(s.tokens) - s.mask.argmax() - 1 <= 64
+
+
+@pytest.mark.parametrize(
+    ("texts", "record", "says"),
+    [
+        (["one", "fail"], {}, "ValueError: no such tool"),
+        (["one", "bad role"], {}, "expected 'user'"),
+        (["one"], {"reset": "raise"}, "ValueError: no container"),
+    ],
+)
+def test_a_failure_is_counted_and_shown_once(tmp_path, llama2, capsys, texts, record, says):
+    for s in talk(tmp_path, llama2, *texts, record=record):
+        assert (s.reward, s.verdict.failed, s.truncated) == (0.0, True, False)
+    shown = capsys.readouterr().out
+    assert says in shown
+    assert shown.count("the code of the environment failed") == 1
+
+
+def test_reset_gives_the_prompt(tmp_path, llama2):
+    for s in talk(tmp_path, llama2, "over", record={"reset": "Begin."}):
+        assert s.text.prompt == "Begin."
+        assert s.tokens[: s.mask.argmax() + 1].tolist() == [llama2.bos, *llama2.encode("Begin.")]
+    with pytest.raises(UserError, match=r"reset\(\) of line 1: a prompt of \d+ tokens is longer than .*=64; shorten it"):
+        talk(tmp_path, llama2, "over", record={"reset": "Begin. " * 80})
