@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import demo_task
@@ -69,7 +70,7 @@ def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 2048, 
     def problem(a: int, b: int) -> dict[str, str]:
         return {"prompt": question(a, b, draw), "answer": str(a * b)}
 
-    files = {
+    files: dict[str, Sequence[dict]] = {
         "train_sft": [{"messages": dialogue(*pick(train), draw)} for _ in range(num_sft)],
         "train_rl": [problem(*pick(train)) for _ in range(num_rl)],
         "heldout": [problem(*pick([pair])) for pair in heldout],
