@@ -32,14 +32,15 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.residence import Residence
 from rlhf.rollout.flight import Group
 from rlhf.rollout.owner import EngineOwner
+from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.source import EngineSource
 from rlhf.weights import hf
 
 SHORTEST, SHARED = 16, 0.5
 
 
-class Forced(EngineSource):
-    """A source whose responses have lengths that are drawn beforehand, by prompt and sibling."""
+class Forced(Sampler):
+    """Gives responses lengths that are drawn beforehand, by prompt and sibling."""
 
     lengths: Lengths
 
@@ -103,14 +104,15 @@ class Bench:
         keys += [f"policy.load={self.folder}/model", f"rollout.max_tokens={a.longest}", f"data.max_tokens={a.length + a.longest}"]
         return configuration.load("grpo", keys)
 
-    def source(self, inflight: float, lengths: Lengths) -> Forced:
+    def source(self, inflight: float, lengths: Lengths) -> EngineSource:
         owner = EngineOwner(self.engine, Residence((), self.mesh.device))
         prompts: Any = Prompts(self.arch.vocab, self.a.length)
-        made = Forced(self.config(inflight), self.mesh, owner, self.tokenizer, prompts, Free())
-        made.lengths = lengths
+        made = EngineSource(self.config(inflight), self.mesh, owner, self.tokenizer, prompts, Free())
+        made.sampler = Forced(made.config, self.mesh, owner, self.tokenizer)
+        made.sampler.lengths = lengths
         return made
 
-    def take(self, source: Forced, step: int) -> tuple[list[Sample], dict[str, float], float]:
+    def take(self, source: EngineSource, step: int) -> tuple[list[Sample], dict[str, float], float]:
         """A step's samples, its metrics, and its seconds."""
         source.owner.version = step
         self.engine.llm.reset_prefix_cache()
@@ -157,7 +159,7 @@ def main() -> None:
     p.add_argument("--groups", type=int, nargs="*", default=[64, 16], help="prompts of a step, as batch.prompts")
     p.add_argument("--siblings", type=int, default=8, help="responses to a prompt, as rollout.group")
     p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.5], help="as rollout.inflight")
-    p.add_argument("--max-lag", type=int, default=6, help="as rollout.max_lag")
+    p.add_argument("--max-lag", type=int, default=4, help="as rollout.max_lag")
     p.add_argument("--length", type=int, default=128, help="of a prompt")
     p.add_argument("--mean", type=int, default=906, help="tokens of a response")
     p.add_argument("--longest", type=int, default=16384, help="tokens of a response")

@@ -26,9 +26,8 @@ from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards
 from rlhf.roles import Roles
 from rlhf.rollout.judge import Rule
-from rlhf.rollout.offline import DataSource, Source
 from rlhf.rollout.owner import EngineOwner
-from rlhf.rollout.source import EngineSource
+from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.weights import files, names
 from rlhf.weights.entries import UNSOUND
 from rlhf.weights.publish import Publisher

@@ -13,8 +13,8 @@ from rlhf.contracts import Algorithm, Sample
 from rlhf.data.records import Records
 from rlhf.metrics import Metrics, say
 from rlhf.roles import Roles
-from rlhf.rollout.judge import Judge, summary
-from rlhf.rollout.source import EngineSource
+from rlhf.rollout.judge import Judge
+from rlhf.rollout.source import EngineSource, summary
 
 
 class Evaluation(Protocol):

@@ -21,7 +21,7 @@ from rlhf.metrics import Metrics
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Phase
 from rlhf.roles import Roles
-from rlhf.rollout.offline import Source
+from rlhf.rollout.source import Source
 from rlhf.train.optimizer import learning_rate
 
 

@@ -16,8 +16,7 @@ from rlhf import configuration
 from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.rollout.judge import summary
-from rlhf.rollout.source import EngineSource
+from rlhf.rollout.source import EngineSource, summary
 
 ALONE = SimpleNamespace(rank=0, world=1, all_gather=lambda value: [value])
 KEYS = ["data.max_tokens=64", "rollout.max_tokens=4", "rollout.group=3", "batch.prompts=4"]
@@ -77,14 +76,14 @@ def test_every_draw_has_a_seed_of_its_own(build) -> None:
     source, engine = build()
     prompts = source.records.head(4)
     for step in (3, 4, 3):
-        source.sample(prompts, source.sampling(), 3, step, FREE)
+        source.sample(prompts, source.sampler.sampling(), 3, step, FREE)
     other, others = build("seed=2")
-    other.sample(prompts, other.sampling(), 3, 3, FREE)
+    other.sample(prompts, other.sampler.sampling(), 3, 3, FREE)
     third, fourth, again, another = (call.seeds for call in (*engine.asked, *others.asked))
     assert third == again
     assert len({*third, *fourth, *another}) == 3 * 12
     assert engine.asked[0].prompts == [tuple(p.tokens.tolist()) for p in prompts for _ in range(3)]
-    source.sample([prompts[2]], source.sampling(), 2, 3, FREE)
+    source.sample([prompts[2]], source.sampler.sampling(), 2, 3, FREE)
     assert engine.asked[3].seeds == third[6:8], "whoever is drawn beside it"
 
 

@@ -21,7 +21,7 @@ from vocabularies import write_byte_level, write_sentencepiece
 
 from rlhf import configuration
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.rollout.source import EngineSource
+from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.stops import Stops
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def test_a_special_token_may_be_a_stop_string(tmp_path: Path) -> None:
     """<|im_end|> of a tokenizer whose eos is another: alone it stops the engine, as a part of a longer string it is seen in the tokens."""
     tokenizer = Tokenizer.load(write_byte_level(tmp_path, eos="<|endoftext|>"))
     config = configuration.load("grpo", ['rollout.stop=["<|im_end|>", "<|im_end|>\\n", "e l"]'])
-    sampler = EngineSource(config, None, None, tokenizer, None, None)
+    sampler = Sampler(config, None, None, tokenizer)
     (end,) = tokenizer.encode("<|im_end|>", control=True)
     assert sampler.sampling().stop_ids == (tokenizer.eos, end)
     assert not Stops(tokenizer, ["<|im_end|>"]).watched, "the engine ends there by itself"

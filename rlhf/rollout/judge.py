@@ -1,13 +1,11 @@
-"""What responses are found to be worth while others are still being generated, and what a step's samples look like."""
+"""Who says what responses are worth: the protocol, and a reward function that runs in processes of its own."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import Protocol
 
-import numpy as np
-
-from rlhf.contracts import Sample, Sums, Verdict
+from rlhf.contracts import Sample, Verdict
 from rlhf.metrics import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Pool, Rewards
@@ -61,24 +59,3 @@ class Warnings:
         if self.pool.late and not self.late and self.mesh.is_first_on_node:
             say(f"the {self.what} took longer than reward.timeout={self.pool.timeout:g}: another run may differ from this one")
         self.failed, self.late = bool(self.pool.failure), self.pool.late
-
-
-def summary(samples: list[Sample]) -> Sums:
-    """What a step's samples look like, as (sum, count)."""
-    n = float(len(samples))
-    both = [(s.verdict.rule, s.verdict.score) for s in samples if s.verdict.score is not None]  # those that a reward model scored, too
-    return {
-        "reward_rule": (sum(rule for rule, _ in both), float(len(both))),
-        "reward_score": (sum(score for _, score in both), float(len(both))),
-        "reward": (sum(s.reward for s in samples), n),
-        "response_tokens": (float(sum(s.mask.sum() for s in samples)), n),
-        "truncated": (float(sum(s.truncated for s in samples)), n),
-        "reward_failed": (float(sum(s.verdict.failed for s in samples)), n),
-    }
-
-
-def ages(samples: list[Sample], step: int, max_lag: int) -> Sums:
-    """How many steps old the weights were that drew what a step learns from: the share of tokens of each age, and the highest age."""
-    lags = np.concatenate([step - s.version[s.mask] for s in samples])
-    shares = {f"lag/{lag}": (float((lags == lag).sum()), float(len(lags))) for lag in range(max_lag + 1)}
-    return {**shares, "lag_max": (float(lags.max()), 1.0)}

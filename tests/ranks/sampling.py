@@ -30,10 +30,9 @@ from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.residence import Residence
 from rlhf.rewards import Environments
-from rlhf.rollout.judge import summary
 from rlhf.rollout.kvcache import KVCache
 from rlhf.rollout.owner import EngineOwner
-from rlhf.rollout.source import EngineSource
+from rlhf.rollout.source import EngineSource, summary
 from rlhf.weights import initial, names
 
 POOLS = list[Environments]()  # they end with this process
