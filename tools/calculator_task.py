@@ -1,6 +1,6 @@
 """A task for a tool: products that a small model cannot work out, and a calculator that it may ask. Everything derives from a seed.
 
-python tools/calculator_task.py                          makes data and a tiny model in runs/calculator
+python tools/calculator_task.py                          makes data and a tiny model in runs/calculator, anew
 ./launch.sh sft configs/calculator/sft.toml              shows the model both ways to answer: it mostly guesses
 ./launch.sh grpo configs/calculator/grpo.toml            it finds out that asking pays
 ./launch.sh grpo configs/calculator/grpo.toml rollout.environment=tools/calculator_task.py:Noise out=runs/calculator/noise
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,5 +83,6 @@ def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 2048, 
 
 if __name__ == "__main__":
     runs = Path(__file__).parents[1] / "runs" / "calculator"
+    shutil.rmtree(runs, ignore_errors=True)  # what was trained on other data would be continued
     write(runs / "data")
     demo_task.make_model(runs / "model", runs / "data")
