@@ -124,7 +124,8 @@ def test_what_a_step_may_not_do_ends_the_dialogue_as_failed(counting, capfd):
             assert ask(environments, ("a", {}, ["x"]))[0].value == 0.5
             assert ask(environments, ("a", {}, ["x", text])) == [Reply(None, 0.0, True)]
             assert says in environments.failure
-            assert ask(environments, ("b", {}, ["print"]), ("c", {}, ["end"]))[1] == Reply(None, 1.0, False)
+            printed, ended = ask(environments, ("b", {}, ["print"]), ("c", {}, ["end"]))
+            assert (printed.value, printed.failed, ended) == (0.5, False, Reply(None, 1.0, False))
             assert environments.late == (text == "hang")
     assert "x" * 100_000 in capfd.readouterr().out
 

@@ -44,17 +44,18 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     die_with_parent(lifeline=int(sys.argv[2]))
     sys.path[:], place, name, kind = connection.recv()
-    with Attempt() as attempt:
+    with Attempt() as loading:
         answer = KINDS[kind](load(place, name))
-    connection.send((None, attempt.error))
-    while not attempt.error:
+    connection.send((None, loading.error))
+    while not loading.error:
         try:
             item = connection.recv()
         except EOFError:
             return
+        value = None
         with Attempt() as attempt:
             value = answer(*item)
-        connection.send((None, attempt.error) if attempt.error else (value, ""))
+        connection.send((value, attempt.error))
 
 
 def die_with_parent(lifeline: int) -> None:
