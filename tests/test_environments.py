@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from judges import FREE
 from rows import write
 
 from rlhf import configuration, rewards
-from rlhf.contracts import Completion, Request, Sample
+from rlhf.contracts import Completion, Request, Sample, Text, Verdict
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
-from rlhf.rewards import Environments, Reply
+from rlhf.rewards import Environments, Reply, Rewards
+from rlhf.rollout.judge import Rule
 from rlhf.rollout.source import EngineSource
 
 ENVIRONMENT = """
@@ -316,3 +318,17 @@ def test_reset_gives_the_prompt(tmp_path, llama2):
         assert s.tokens[: s.mask.argmax() + 1].tolist() == [llama2.bos, *llama2.encode("Begin.")]
     with pytest.raises(UserError, match=r"reset\(\) of line 1: a prompt of \d+ tokens is longer than .*=64; shorten it"):
         talk(tmp_path, llama2, "over", record={"reset": "Begin. " * 80})
+
+
+def test_a_reward_function_is_added_to_what_the_environment_gives():
+    def sample(response: str, failed: bool) -> Sample:
+        text, verdict = Text(0, {"answer": "4"}, "2 + 2?", response), Verdict(rule=0.25, failed=failed)
+        return Sample(np.arange(3), np.ones(2, bool), 0, reward=0.25, text=text, verdict=verdict)
+
+    samples = [sample("#### 4", True), sample("#### 5", False)]
+    with Rewards("math", timeout=1, workers=1) as function:
+        judge = Rule(function, ALONE)  # type: ignore[arg-type]
+        for s in samples:
+            judge.give(s)
+        judge.collect(block=True)
+    assert [(s.reward, s.verdict.rule, s.verdict.failed) for s in samples] == [(1.25, 1.25, True), (0.25, 0.25, False)]

@@ -52,6 +52,9 @@ def test_grpo_overlong() -> None:
     assert shaped == pytest.approx([0.625, 0.125, -0.375, -0.375])
     wider = advantages(drawn(), *limit, "grpo.overlong=shape", "grpo.overlong_buffer=8")
     assert wider == pytest.approx([0.3125, 0.0625, -0.1875, -0.1875])
+    answered = drawn()
+    answered[1].mask[3:5] = False  # what an environment has said counts
+    assert advantages(answered, *limit, "grpo.overlong=shape", "grpo.overlong_buffer=4") == shaped
     samples = drawn()
     samples[3].reward = 5.0
     assert advantages(samples, *limit, "grpo.overlong=mask") == [-1.0] * 3  # it is no longer learned, but still in the mean of 2
