@@ -61,7 +61,7 @@ def inputs(config: Config, world: int) -> Inputs:
     for function in _functions(config):
         rewards.check(function)
     if config.rollout.environment and ALGORITHMS[config.mode].online:
-        rewards.check(config.rollout.environment, "environment")
+        rewards.check(config.rollout.environment, kind="environment")
         templates.reply(tokenizer, config.data.template, [tokenizer.eos], [{"role": "user", "content": "?"}])
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:

@@ -159,9 +159,9 @@ def test_ended_dialogues_are_dropped(counting):
     ],
 )
 def test_check_names_what_is_wrong_with_an_environment(counting, tmp_path, spec, says):
-    rewards.check(counting, "environment")
+    rewards.check(counting, kind="environment")
     with pytest.raises(UserError) as error:
-        rewards.check(spec.format(folder=tmp_path), "environment")
+        rewards.check(spec.format(folder=tmp_path), kind="environment")
     assert says in str(error.value)
     assert str(error.value).startswith("rollout.environment=")
 

@@ -58,11 +58,11 @@ GIVEN = {  # by the kind of child.KINDS: the key that names it, and what may be 
 }
 
 
-def check(spec: str, kind: str = "function") -> None:
+def check(spec: str, *, kind: str = "function") -> None:
     """Raise UserError unless spec names what can be imported, in a process of its own, and is of the kind; a function may be in REWARDS."""
     if kind == "function" and spec in REWARDS:
         return
-    worker = Worker(spec, kind)
+    worker = Worker(spec, kind=kind)
     try:
         while not worker.loaded:
             wait([worker.connection], worker.seconds_left())
@@ -77,7 +77,7 @@ class Worker:
     Not forked: the parent may hold a CUDA context or the threads of torch.distributed, which no fork survives.
     """
 
-    def __init__(self, spec: str, kind: str = "function"):
+    def __init__(self, spec: str, *, kind: str = "function"):
         place, _, name = spec.rpartition(":")
         self.key, self.remedy = GIVEN[kind]
         if not place or not name:
@@ -214,7 +214,7 @@ class Pool(Generic[Given, Found]):
         """Keep as many processes as there is work for, give each idle one an item, and return those with something to do."""
         self.pool = [worker for worker in self.pool if not worker.connection.closed]
         while len(self.pool) < min(self.num_workers, num_open):
-            self.pool.append(Worker(self.spec, self.kind))
+            self.pool.append(Worker(self.spec, kind=self.kind))
         for worker in self.pool:
             if worker.loaded and worker.item is None:
                 self._hand(worker)
