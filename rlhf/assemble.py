@@ -24,7 +24,7 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, inputs, rule
 from rlhf.residence import Residence, capacity, unused
-from rlhf.rewards import Rewards
+from rlhf.rewards import Environments, Rewards
 from rlhf.roles import Roles
 from rlhf.rollout.judge import Rule
 from rlhf.rollout.owner import EngineOwner
@@ -44,11 +44,15 @@ def run(config: Config) -> int:
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
     mesh.agree(note(config) if mesh.rank == 0 else "")  # not before the run is known to be one that may continue what is there
     limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
-    with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards:
+    with (
+        Rewards(rule(config), *limits) as rewards,
+        Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards,
+        Environments(config.rollout.environment, *limits) as environments,
+    ):
         try:
             if ALGORITHMS[config.mode].trains:
-                return 0 if train(config, mesh, given, rewards, held_out_rewards) else SAVED
-            evaluate(config, mesh, given, held_out_rewards)
+                return 0 if train(config, mesh, given, rewards, held_out_rewards, environments) else SAVED
+            evaluate(config, mesh, given, held_out_rewards, environments)
             return 0
         except OSError as error:
             if not (text := failure(error, config.out)):
@@ -77,11 +81,11 @@ def note(config: Config) -> str:
     return ""
 
 
-def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards) -> bool:
+def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards, environments: Environments) -> bool:
     """A training run. False: a signal came before the last step was done."""
     interrupt = Interrupt(told=mesh.rank == 0)  # before anything that takes long
     ledger = checked_ledger(config, mesh, given)
-    training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt)
+    training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt, environments)
     announce(training, given, ledger)
     finished = training.train()
     training.metrics.close()
@@ -90,14 +94,14 @@ def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_
     return finished
 
 
-def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> None:
+def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, environments: Environments) -> None:
     """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
     dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
     engine = build_engine(config, mesh, given, dtype, load=True)
     owner = EngineOwner(engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given))
     mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
-    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh))
+    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), environments=environments)
 
     def model(samples: list[Sample]) -> None:
         residence.enter(Phase.SCORE, "reward")  # the engine leaves the device before the reward model is built
@@ -114,11 +118,18 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards) -> Non
 
 
 def build(
-    config: Config, mesh: Mesh, given: Inputs, ledger: Ledger, rewards: Rewards, held_out_rewards: Rewards, interrupt: Interrupt
+    config: Config,
+    mesh: Mesh,
+    given: Inputs,
+    ledger: Ledger,
+    rewards: Rewards,
+    held_out_rewards: Rewards,
+    interrupt: Interrupt,
+    environments: Environments | None = None,
 ) -> Run:
     """The parts of a training run, in the order in which they take the device's memory.
 
-    rewards says what samples are worth, held_out_rewards what responses to held-out prompts are.
+    rewards says what samples are worth, held_out_rewards what responses to held-out prompts are, environments answer both.
     """
     algorithm, dtype, held_out = ALGORITHMS[config.mode](config), dtype_of(config, mesh), given.held_out
     residence = Residence(ledger.offload, mesh.device)
@@ -130,7 +141,8 @@ def build(
     evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
     if algorithm.online:
         score = partial(roles.read, POLICY)
-        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), score, TOLERANCE[dtype])
+        judge = Rule(rewards, mesh)
+        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, judge, score, TOLERANCE[dtype], environments)
         evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge) if held_out else None
     checkpoints = Checkpoints(config, mesh, dtype, given.identity)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0

@@ -113,11 +113,13 @@ class Rollout:
     engine: Literal["vllm", "kvcache"] = "vllm"  # kvcache: plain torch, an oracle and a fallback
     tp: Count = 1  # ranks that share one engine; the world holds world / tp engines
     group: Count = 8  # responses per prompt
-    max_tokens: Count = 512  # longest response
+    max_tokens: Count = 512  # longest response, with what an environment says in it
     temperature: Annotated[float, Between(0, 100)] = 1.0  # of sampling, and of the learner's log-probs with it
     top_p: Share = 1.0  # nucleus sampling; 1: off
     top_k: int = 0  # sample among the k likeliest; 0: off
     stop: tuple[str, ...] = ()  # strings that end a response, which is cut behind them
+    environment: str = ""  # answers the model's turns: module:Class or path/file.py:Class (docs/environments.md); empty: nothing does
+    turns: Count = 8  # of the model in a response, at most (environment)
     memory: Share = 0.5  # share of the device's memory for the engine (GPU)
     cache: float = 0.0  # GiB of KV cache; 0: what memory leaves (GPU), or 0.25 (CPU)
     inflight: Annotated[float, Between(1)] = 1.0  # groups being generated, in batch.prompts; above 1 no step waits for the longest ones
@@ -139,10 +141,10 @@ class Memory:
 class Reward:
     """What a response is worth."""
 
-    function: str = ""  # math (verifies the answer), or module:function(prompt, response, record) -> float; empty: math, unless load is set
+    function: str = ""  # math, or module:function(prompt, response, record) -> float; empty: math, without load and environment
     load: str = ""  # folder of a reward model, whose score is the reward; with a function too: the sum of both
-    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds for one response; beyond that it scores 0 and counts as failed
-    workers: Annotated[int, Between(1, 256)] = 2  # killable processes per rank that run rewards
+    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds for a response, or step of an environment; over it: 0 and failed
+    workers: Annotated[int, Between(1, 256)] = 2  # killable processes per rank that run rewards, and as many for environments
     memory: float = 0.0  # GiB of data that each of these may have, and each process that it starts; 0: no limit
 
 

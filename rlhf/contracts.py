@@ -30,7 +30,8 @@ class Text:
     row: int = -1  # place of the line among the lines of all files
     record: Mapping[str, Any] = field(default_factory=dict)  # the line, for reward functions
     prompt: str = ""
-    response: str = ""  # empty until a response is sampled
+    response: str = ""  # empty until a response is sampled; of several turns, all of them
+    turns: Sequence[Mapping[str, str]] = ()  # of a response that an environment has answered: role and content
 
 
 @dataclass(frozen=True, slots=True)

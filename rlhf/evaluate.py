@@ -75,5 +75,7 @@ def table(config: Config, values: Mapping[str, float]) -> str:
 def show(samples: list[Sample]) -> None:
     """Print rollouts to read; call on rank 0."""
     for sample in samples:
-        text = f"{sample.text.prompt} => {sample.text.response}" + (" [cut]" if sample.truncated else "")
+        turns = sample.text.turns or [{"role": "assistant", "content": sample.text.response}]
+        said = "".join(f" {'=>' if turn['role'] == 'assistant' else '<='} {turn['content']}" for turn in turns)
+        text = sample.text.prompt + said + (" [cut]" if sample.truncated else "")
         say(textwrap.indent(f"reward {sample.reward:g} | {text}", "    "))

@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
-from rlhf.data import columns, jsonl
+from rlhf.data import columns, jsonl, templates
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
@@ -62,6 +62,9 @@ def inputs(config: Config, world: int) -> Inputs:
         remarks.append(f"{config.mode} learns from tokens of older weights as from its own: it has no weight for them")
     for function in _functions(config):
         rewards.check(function, config.reward.memory)
+    if config.rollout.environment and ALGORITHMS[config.mode].online:
+        rewards.check(config.rollout.environment, config.reward.memory, kind="environment")
+        templates.reply(tokenizer, config.data.template, [tokenizer.eos], [{"role": "user", "content": "?"}])
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
@@ -119,8 +122,8 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
 
 
 def rule(config: Config) -> str:
-    """The function that rewards samples; empty: the reward model alone does."""
-    return config.reward.function or ("" if config.reward.load else "math")
+    """The function that rewards samples; empty: the reward model or the environment alone does."""
+    return config.reward.function or ("" if config.reward.load or config.rollout.environment else "math")
 
 
 def _functions(config: Config) -> list[str]:
@@ -241,7 +244,7 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
             f"rollout.inflight={config.rollout.inflight:g} holds more than is learned in rollout.max_lag={config.rollout.max_lag} steps: "
             f"set it to {most} at most, or raise rollout.max_lag"
         )
-    if config.rollout.rounds > 1 and not rule(config):
+    if config.rollout.rounds > 1 and not rule(config) and not config.rollout.environment:
         raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
     if config.rollout.rounds > 1 and config.rollout.group == 1:
         raise UserError("rollout.rounds > 1 keeps groups of unequal rewards, and rollout.group=1 makes none: set one of the two")

@@ -62,6 +62,7 @@ def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
         "group": sample.group,
         "prompt": text.prompt,
         "response": text.response,
+        "turns": list(text.turns) or [{"role": "assistant", "content": text.response}],
         "reward": sample.reward,
         "rule": verdict.rule,
         "score": verdict.score,

@@ -80,6 +80,19 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
     assert all(part in line for part in wanted), line
 
 
+@pytest.mark.parametrize(
+    ("environment", "template", "wanted"),
+    [
+        ("Calculator", "plain", "is unknown: give module:Class or path/file.py:Class"),
+        ("tools/calculator_task.py:Abacus", "plain", "has no attribute 'Abacus'"),
+        ("tools/calculator_task.py:write", "plain", "not a class with the methods reset(record) and step(text)"),
+        ("tools/calculator_task.py:Calculator", "human", "data.template=human does not end the assistant's turns"),
+    ],
+)
+def test_environments(fail, environment: str, template: str, wanted: str) -> None:
+    assert wanted in fail("grpo", f"rollout.environment={environment}", f"data.template={template}")
+
+
 def test_rounds_need_groups(fail, made: Path) -> None:
     """Every group of one has equal rewards, so each step would sample all of its rounds and keep none of them."""
     line = fail("rlhf", f"critic.load={made}/model", "rollout.rounds=3", "rollout.group=1")

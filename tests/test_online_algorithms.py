@@ -52,6 +52,9 @@ def test_grpo_overlong() -> None:
     assert shaped == pytest.approx([0.625, 0.125, -0.375, -0.375])
     wider = advantages(drawn(), *limit, "grpo.overlong=shape", "grpo.overlong_buffer=8")
     assert wider == pytest.approx([0.3125, 0.0625, -0.1875, -0.1875])
+    answered = drawn()
+    answered[1].mask[3:5] = False  # what an environment has said counts
+    assert advantages(answered, *limit, "grpo.overlong=shape", "grpo.overlong_buffer=4") == shaped
     samples = drawn()
     samples[3].reward = 5.0
     assert advantages(samples, *limit, "grpo.overlong=mask") == [-1.0] * 3  # it is no longer learned, but still in the mean of 2
@@ -317,3 +320,39 @@ def test_rewards_that_float32_cannot_tell_apart_tie() -> None:
     kept, sums = algorithm("online-dpo", "rollout.group=2").credit(samples)
     assert (kept, sums["tied"]) == ([], (1.0, 1.0))
     assert algorithm("grpo", "rollout.group=2").credit(samples)[1]["silent"] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "role", "overrides"),
+    [
+        *(("grpo", "policy", [f"grpo.mean={unit}", "grpo.mismatch_cap=2"]) for unit in ("sequence", "token", "constant")),
+        ("grpo", "policy", ["grpo.ratio=sequence", "grpo.advantage=global"]),
+        ("rlhf", "policy", ["ppo.ngram=2", "ppo.ngram_penalty=0.5", "ppo.lam=0.9", "ppo.whiten=true"]),
+        ("rlhf", "critic", ["ppo.lam=0.9"]),
+    ],
+)
+def test_what_an_environment_says_within_a_response_changes_nothing(mode: str, role: str, overrides: list[str]) -> None:
+    """Tokens that are not learned between those that are: neither rewards nor losses see them."""
+    streams = ("old_logp", "ref_logp", "sampler_logp", "values")
+    draw = np.random.default_rng(1)
+    whole = [s for group in range(2) for s in responses([0.0, 1.0, 0.5], group, 5)]
+    for s in whole:
+        for name in streams:
+            setattr(s, name, draw.normal(-1, 0.3, len(s.mask)).astype(np.float32))
+
+    def gap(row: np.ndarray) -> np.ndarray:
+        return np.insert(row, 3, [50, 50])  # between the second and the third token of a response
+
+    answered = []
+    for s in whole:
+        mask = np.insert(s.mask, 3, [False, False])
+        answered.append(Sample(gap(s.tokens), mask, s.group, s.reward, **{name: gap(getattr(s, name)) for name in streams}))
+    said = [draw.normal(-1, 0.3, len(s.mask)).astype(np.float32) for s in whole]
+    losses = []
+    for samples, spoken in ((whole, said), (answered, [gap(row) for row in said])):
+        made = algorithm(mode, *overrides)
+        learned, sums = made.credit(samples)
+        row = torch.from_numpy(np.concatenate(spoken))
+        loss = made.loss(role, pack(learned), Output(logp=row, entropy=row, value=row))
+        losses.append([mean(loss), *means(loss).values(), *(total for total, _ in sums.values())])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -125,6 +125,8 @@ def test_all_models_read_the_same_tokens(root: Path, tmp_path: Path) -> None:
         (["reward.load=folder"], ""),
         (["reward.load=folder", "reward.function=math"], "math"),
         (["evaluate.function=file.py:score"], "math"),
+        (["rollout.environment=file.py:Class"], ""),
+        (["rollout.environment=file.py:Class", "reward.function=math"], "math"),
     ],
 )
 def test_the_rule_that_rewards(overrides: list[str], wanted: str) -> None:

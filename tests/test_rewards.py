@@ -226,7 +226,7 @@ def children(pid: int) -> set[int]:
         ("no_such_module:function", "No module named 'no_such_module'"),
         ("no/such/file.py:function", "No such file or directory"),
         ("{file}:absent", "has no attribute 'absent'"),
-        ("{file}:broken", "broken is 3, not a function"),
+        ("{file}:broken", "it is 3, not a function"),
         ("json:JSONDecoderr", "has no attribute 'JSONDecoderr'"),
         ("{folder}/typo.py:function", "SyntaxError"),
         ("{folder}/ends.py:function", "exit code 5"),

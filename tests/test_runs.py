@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,3 +127,22 @@ def test_layouts_agree(tmp_path: Path) -> None:
         assert one.keys() == four.keys()
         for key in one.keys() - {"mismatch"}:
             assert four[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one, four)
+
+
+def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
+    """A model that mostly guesses products learns to ask. Where the answers are noise, nothing helps."""
+    subprocess.run([sys.executable, "tools/calculator_task.py"], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=100)
+    run("sft", "configs/calculator/sft.toml")
+    accuracies = {}
+    for name, steps in (("Calculator", 20), ("Noise", 10)):
+        keys = [f"rollout.environment=tools/calculator_task.py:{name}", f"out={tmp_path}/{name}", f"steps={steps}"]
+        output = run("grpo", "configs/calculator/grpo.toml", *keys)
+        accuracies[name] = [row["eval_reward"] for row in metrics(tmp_path / name) if "eval_reward" in row]
+        if name == "Calculator":
+            assert re.search(r" => calc \d+ \* \d+ <= (\d+) => #### \1", output), "the dialogue is shown"
+    assert accuracies["Calculator"][0] < 0.5
+    assert accuracies["Calculator"][-1] > 0.9
+    assert accuracies["Noise"][-1] < 0.5
+    last = (tmp_path / "Calculator/samples/step_000020.jsonl").read_text().splitlines()
+    asked = [line["turns"] for line in map(json.loads, last) if line["reward"] == 1]
+    assert ["assistant", "user", "assistant"] in [[turn["role"] for turn in turns] for turns in asked], "and kept"

@@ -145,6 +145,7 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
         "group": 1,
         "prompt": "2 + 2?",
         "response": "\ud800 4",
+        "turns": [{"role": "assistant", "content": "\ud800 4"}],
         "reward": 0.5,
         "rule": 0.5,
         "score": None,

@@ -87,8 +87,9 @@ def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingPro
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (data / "train_sft.jsonl").read_text().splitlines()]
+    texts = [text for row in rows for text in ([said["content"] for said in row["messages"]] if "messages" in row else row.values())]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for row in rows for text in row.values()]),
+        sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=pieces,

@@ -89,7 +89,7 @@ class GRPO(Algorithm):
         """DAPO's soft punishment (2503.14476, eq. 13), positive: 0 before the buffer, 1 at the limit and for cut responses."""
         if self.keys.overlong != "shape":
             return 0.0
-        into = float(sample.mask.sum()) - (self.limit - self.keys.overlong_buffer)
+        into = float(len(sample.mask) - sample.mask.argmax()) - (self.limit - self.keys.overlong_buffer)
         return 1.0 if sample.truncated else min(max(into / self.keys.overlong_buffer, 0.0), 1.0)
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:

@@ -187,6 +187,36 @@ def encode(tokenizer: Tokenizer, template: str, messages: list[Message], learn: 
     return script.ids, script.learn
 
 
+def reply(tokenizer: Tokenizer, template: str, turn: list[int], messages: list[Message]) -> list[int]:
+    """The tokens between a sampled turn of the assistant, of these tokens, and its next one, where messages answer it.
+
+    First whatever the turn lacks of the tokens that end it, as where a stop string has ended it. Raises UserError where the messages do not
+    fit the template, or where its turns have no end.
+    """
+    if template == "human":
+        raise UserError("data.template=human does not end the assistant's turns, so nothing can answer them; choose another")
+    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
+    talk = [*before, *validate(messages)]
+    if template != "tokenizer":
+        _check_roles(talk)
+    said, behind = _parted(tokenizer, template, talk)
+    other, _ = _parted(tokenizer, template, [before[0], {"role": "assistant", "content": "!"}, *messages])
+    differ = (n for n in range(min(len(said), len(other))) if said[-1 - n] != other[-1 - n])
+    end = said[len(said) - next(differ, len(said)) :]  # what is the same whatever is said
+    held = max(n for n in range(len(end) + 1) if turn[len(turn) - n :] == end[:n])
+    if not held and turn[-1:] == end[-1:]:
+        held = len(end)  # it has skipped the rest
+    return end[held:] + behind
+
+
+def _parted(tokenizer: Tokenizer, template: str, messages: list[Message]) -> tuple[list[int], list[int]]:
+    """Tokens of the second message, which is learned, and those behind it."""
+    script = Script(tokenizer)
+    TEMPLATES[template](script, messages, frozenset({1}))
+    start, end = script.learn.index(True), len(script.learn) - script.learn[::-1].index(True)
+    return script.ids[start:end], script.ids[end:]
+
+
 def num_cue(tokenizer: Tokenizer, template: str) -> int:
     """Tokens at the end of every prompt that say the assistant speaks next: cutting a prompt from the left must spare them."""
     if template == "tokenizer":

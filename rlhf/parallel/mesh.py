@@ -127,6 +127,19 @@ class Mesh:
         dist.all_gather_object(values, value, group=self._objects)
         return values
 
+    def gatherer(self, size: int) -> Callable[[Any], list[Any]]:
+        """As all_gather(), but among each `size` consecutive ranks. Call on all ranks alike."""
+        if size in (1, self.world):
+            return self.all_gather if size == self.world else lambda value: [value]
+        group, _ = dist.new_subgroups(size, backend="gloo")
+
+        def gather(value: Any) -> list[Any]:
+            values: list[Any] = [None] * size
+            dist.all_gather_object(values, value, group=group)
+            return values
+
+        return gather
+
     def first_on_node(self, call: Callable[[], T]) -> T:
         """What call() returns. The first rank of every node calls it before the others, who find what it has left on storage.
 

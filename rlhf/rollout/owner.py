@@ -39,6 +39,7 @@ class EngineOwner:
         self.engine, self._residence, self._publisher, self._verify = engine, residence, publisher, verify
         self._weights: Mapping[str, Tensor] = {}
         self._resident, self._fresh = AWAKE, publisher is None
+        self._waiting = 0  # requests of a stream that are not complete
         self.version = 0  # steps after which the weights that it generates with were offered
         residence.add_engine(self)
         if publisher:
@@ -56,19 +57,28 @@ class EngineOwner:
         self._publish()
 
     def stream(self, requests: list[Request]) -> Generator[list[tuple[int, Completion]], None, None]:
-        """After every step of the engine what it has completed, by the requests' keys, until all are complete.
-
-        Whoever stops earlier withdraws the rest.
+        """After every step of the engine what it has completed, by the requests' keys, until all are complete, also those that were
+        submitted meanwhile. Whoever stops earlier withdraws the rest.
         """
         if not self._fresh:
             self._publish()
-        self.engine.submit(requests)
-        waiting = len(requests)
+        self._waiting = 0
+        self.submit(requests)
         with uncollected():
-            while waiting:
+            while self._waiting:
                 found = self.engine.advance()
-                waiting -= len(found)
+                self._waiting -= len(found)
                 yield found
+
+    def submit(self, requests: list[Request]) -> None:
+        """More requests for the stream at hand."""
+        self.engine.submit(requests)
+        self._waiting += len(requests)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the engine has completed all requests."""
+        return not self._waiting
 
     def withdraw(self) -> list[tuple[int, Completion]]:
         """Whatever is not complete, by the requests' keys, as far as it is. The engine holds nothing afterwards."""

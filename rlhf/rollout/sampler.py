@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 
 from rlhf.config import Config
-from rlhf.contracts import Completion, Request, Sample, Sampling
+from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.metrics import Progress
 from rlhf.parallel.mesh import Mesh
+from rlhf.rewards import Environments
+from rlhf.rollout.dialogues import Dialogues, Place
 from rlhf.rollout.flight import Group, Response, choose
-from rlhf.rollout.judge import Judge
+from rlhf.rollout.judge import Judge, Warnings
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.stops import Stops
 
@@ -22,10 +25,15 @@ from rlhf.rollout.stops import Stops
 class Sampler:
     """This rank's part of an engine, which is rollout.tp consecutive ranks: all of them know all of its responses."""
 
-    def __init__(self, config: Config, mesh: Mesh, owner: EngineOwner, tokenizer: Tokenizer):
+    def __init__(self, config: Config, mesh: Mesh, owner: EngineOwner, tokenizer: Tokenizer, environments: Environments | None = None):
+        """environments: that answer the turns of responses that are judged, where rollout.environment is set."""
         self.config, self.mesh, self.owner, self.tokenizer = config, mesh, owner, tokenizer
         self.stops = Stops(tokenizer, config.rollout.stop)
-        self.waited = 0.0  # seconds in which rewards alone were awaited
+        self.waited = 0.0  # seconds in which rewards or environments alone were awaited
+        self.dialogues: Dialogues | None = None
+        if environments and config.rollout.environment:
+            self.warn = Warnings(environments, mesh, "environment")
+            self.dialogues = Dialogues(config, tokenizer, environments, mesh.gatherer(config.rollout.tp))
 
     @property
     def engines(self) -> tuple[int, int]:
@@ -45,50 +53,96 @@ class Sampler:
         mine = [prompt for prompt in prompts if prompt.group % engines == engine]
         return [Group(prompt, (batch, prompt.group), step, [Response() for _ in range(size)]) for prompt in mine]
 
+    def opened(self, groups: list[Group]) -> list[Group]:
+        """With the prompts that their environments give them. Every rank calls it."""
+        if self.dialogues:
+            self.mesh.agree(self.dialogues.open(groups, self.judges))
+            self.warn()
+        return groups
+
     def generate(self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None) -> list[Group]:
         """Generate until a step can take `quota` of these groups from this engine: those. The others are as far as they are.
 
-        All ranks of an engine know all of its responses. The judge gets a rank's portion of them, each when it is complete.
+        All ranks of an engine know all of its responses. The judge gets a rank's portion of them, each when it is complete; without a
+        judge no environment answers either.
         """
-        max_lag = self.config.rollout.max_lag
-        chosen = choose(groups, quota, step, max_lag)
+        chosen = choose(groups, quota, step, self.config.rollout.max_lag)
         waiting = [(group, k) for group in groups for k, response in enumerate(group.responses) if not response.finish]
-        jobs = [] if chosen else waiting
+        jobs: list[Place] = [] if chosen else waiting
         requests = [self._request(n, group, k, sampling) for n, (group, k) in enumerate(jobs)]
         total = min(len(jobs), quota * len(groups[0].responses)) if groups else 0
         with Progress("rollout", "responses", total, shown=self.mesh.rank == 0) as progress, closing(self.owner.stream(requests)) as stream:
             for completed in stream:
+                ended = []
                 for n, completion in completed:
-                    progress.add(1, len(completion.tokens))
-                    self._complete(*jobs[n], completion, judge)
-                if judge:
-                    judge.collect()
-                if completed and (chosen := choose(groups, quota, step, max_lag)):
+                    progress.add(0, len(completion.tokens))
+                    ended += self._end_turn(*jobs[n], completion, judge)
+                for group, k in self._answered() if judge else ():
+                    if group.responses[k].finish:
+                        ended.append((group, k))
+                    else:
+                        self.owner.submit([self._request(len(jobs), group, k, sampling)])
+                        jobs.append((group, k))
+                self._complete(ended, judge)
+                progress.add(len(ended), 0)
+                if ended and (chosen := choose(groups, quota, step, self.config.rollout.max_lag)):
                     break
         for n, completion in self.owner.withdraw():
             group, k = jobs[n]
             group.responses[k].extend(completion, self.owner.version)
         start = time.perf_counter()
         if judge:
+            rest = self.dialogues.finish() if self.dialogues else []
+            self._complete([(group, k) for group, k in rest if group.responses[k].finish], judge)
             judge.collect(block=True)
         self.waited += time.perf_counter() - start
         return chosen
 
-    def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
-        """The rest of a response. What was drawn of it makes the prompt longer, and its seed another."""
-        drawn = group.responses[k].tokens
-        seed = seeded(self.config.seed, *group.key, k, *([len(drawn)] if drawn else []))
-        rest = replace(sampling, max_tokens=sampling.max_tokens - len(drawn))
-        return Request(n, group.prompt.tokens.tolist() + drawn, rest, seed, self.stops.after(drawn))
+    def _answered(self) -> Iterator[Place]:
+        """The responses that an environment has answered after one more step of the engine, or instead of one without work."""
+        pending = self.dialogues is not None
+        while self.dialogues and pending:
+            start = time.perf_counter()
+            answered = self.dialogues.advance(self.owner.idle)
+            self.waited += time.perf_counter() - start
+            self.warn()
+            yield from answered
+            pending = self.owner.idle and self.dialogues.pending
 
-    def _complete(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> None:
-        """Take up the end of a response, and have it judged if it is this rank's."""
+    def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
+        """The rest of a response. What there is of it makes the prompt longer, and its seed another."""
+        response = group.responses[k]
+        known = response.tokens
+        seed = seeded(self.config.seed, *group.key, k, *([len(known)] if known else []))
+        rest = replace(sampling, max_tokens=sampling.max_tokens - len(known))
+        return Request(n, group.prompt.tokens.tolist() + known, rest, seed, self.stops.after(response.turn))
+
+    def _end_turn(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> list[Place]:
+        """Take up the end of a turn, and give it to the environment. The response, if that ends it."""
         response = group.responses[k]
         response.extend(completion, self.owner.version)
-        if self.judges(group, k):
-            response.sample = self.sample(group.prompt, response)
-            if judge:
-                judge.give(response.sample)
+        end = self.stops.end(response.turn)
+        if end is not None:
+            response.cut(end)
+            response.finish = "stop"
+        if not self.dialogues or not judge:
+            return [(group, k)]
+        response.turns.append({"role": "assistant", "content": self.tokenizer.decode(response.turn)})
+        if response.finish == "length":
+            self.dialogues.end(group, k)
+            return [(group, k)]
+        self.dialogues.ask(group, k, self.judges(group, k))
+        return []
+
+    def _complete(self, ended: list[Place], judge: Judge | None) -> None:
+        """Have complete responses judged that are this rank's, and take up what others were found to be worth."""
+        for group, k in ended:
+            if self.judges(group, k):
+                sample = group.responses[k].sample = self.sample(group.prompt, group.responses[k])
+                if judge:
+                    judge.give(sample)
+        if judge:
+            judge.collect()
 
     def judges(self, group: Group, k: int) -> bool:
         """Whether a response is in this rank's portion of those of its engine."""
@@ -102,18 +156,18 @@ class Sampler:
         return [sample for *_, sample in sorted(found, key=lambda item: item[:2])]
 
     def sample(self, prompt: Sample, response: Response) -> Sample:
-        """A complete response as a sample, cut behind its first stop string."""
-        end = self.stops.end(response.tokens)
-        drawn = response.tokens[:end]
-        tokens, first = np.concatenate([prompt.tokens, np.array(drawn, np.int32)]), len(prompt.tokens) - 1
-        mask, logp, version = np.zeros(len(tokens) - 1, bool), np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
-        mask[first:], logp[first:], version[first:] = True, response.logp[:end], response.version[:end]
+        """A complete response as a sample. What an environment has said in it is not learned."""
+        tokens, first = np.concatenate([prompt.tokens, np.array(response.tokens, np.int32)]), len(prompt.tokens) - 1
+        logp, version = np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
+        logp[first:], version[first:] = response.logp, response.version
         return Sample(
             tokens,
-            mask,
+            version >= 0,
             prompt.group,
-            truncated=end is None and response.finish == "length",
-            text=replace(prompt.text, response=self.tokenizer.decode(drawn)),
+            reward=response.earned,
+            truncated=response.finish == "length",
+            text=replace(prompt.text, response=self.tokenizer.decode(response.tokens), turns=tuple(response.turns)),
+            verdict=Verdict(rule=response.earned, failed=response.failed),
             version=version,
             sampler_logp=logp,
         )

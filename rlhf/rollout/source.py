@@ -14,6 +14,7 @@ from rlhf.contracts import ABSENT, Sample, Sampling, Sums, Verdict, differ, grou
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.parallel.mesh import Mesh
+from rlhf.rewards import Environments
 from rlhf.rollout.flight import Group, Response
 from rlhf.rollout.judge import Judge
 from rlhf.rollout.owner import EngineOwner
@@ -88,6 +89,7 @@ class EngineSource:
     judge: Judge
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
     tolerance: float = 0.0  # of the mean |engine - policy| over log-probs
+    environments: Environments | None = None  # that answer the turns of responses that are judged
     sampler: Sampler = field(init=False)
     flight: list[Group] = field(default_factory=list)  # of this engine, in the order in which they were drawn (rollout.inflight > 1)
     drawn: int = 0  # groups of all engines that have been begun since the run began, ...
@@ -95,7 +97,7 @@ class EngineSource:
     notes: list[str] = field(default_factory=list)  # on what was resumed
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.config, self.mesh, self.owner, self.tokenizer)
+        self.sampler = Sampler(self.config, self.mesh, self.owner, self.tokenizer, self.environments)
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
         """The step's samples, grouped by prompt.
@@ -164,7 +166,7 @@ class EngineSource:
         for key, response in state["responses"]:
             held.setdefault(tuple(key), []).append(response)
         oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
-        self.flight = [group for group in self._span(oldest, self.drawn, step) if group.key in held]
+        self.flight = self.sampler.opened([group for group in self._span(oldest, self.drawn, step) if group.key in held])
         if state["engines"] != self.sampler.engines[0]:
             self.notes.append(
                 f"{len(held)} groups that were in flight on {state['engines']} engines begin anew on {self.sampler.engines[0]}"
@@ -207,7 +209,7 @@ class EngineSource:
         """The samples of batch.prompts more groups. Each engine gives its share of them, and keeps what is in flight beyond that."""
         engines, engine = self.sampler.engines
         quota = len(range(engine, self.config.batch.prompts, engines))  # where they do not divide it, the first ones give one more
-        flight = self.flight + self._fresh(step, turn)
+        flight = self.flight + self.sampler.opened(self._fresh(step, turn))
         chosen = self.sampler.generate(flight, self.sampler.sampling(), step, quota, self.judge)
         taken = set(map(id, chosen))
         self.flight = [group for group in flight if id(group) not in taken]
@@ -217,6 +219,8 @@ class EngineSource:
     def _run(self, prompts: list[Sample], sampling: Sampling, size: int, step: int, judge: Judge | None) -> list[Group]:
         """This engine's share of the prompts, answered as a whole."""
         groups = self.sampler.begin(prompts, size, step, step)
+        if judge:
+            groups = self.sampler.opened(groups)
         return self.sampler.generate(groups, sampling, step, len(groups), judge)
 
     def _fresh(self, step: int, turn: int) -> list[Group]:

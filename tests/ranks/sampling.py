@@ -29,10 +29,13 @@ from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.residence import Residence
+from rlhf.rewards import Environments
 from rlhf.rollout.kvcache import KVCache
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import EngineSource, summary
 from rlhf.weights import initial, names
+
+POOLS = list[Environments]()  # they end with this process
 
 
 def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
@@ -46,7 +49,9 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
             sample.reward = float(len(sample.text.response))
 
     records = Records.load(folder / "train_rl.jsonl", "prompts", tokenizer, config.data, max_prompt=80)
-    return EngineSource(config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, Judging(reward))
+    judge = FREE if config.rollout.environment else Judging(reward)
+    POOLS.append(Environments(config.rollout.environment, 10, 2))
+    return EngineSource(config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, judge, environments=POOLS[-1])
 
 
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
@@ -280,6 +285,8 @@ def check_the_first_rank_of_a_node_goes_first(folder: Path, mesh: Mesh) -> None:
 
 
 def main() -> None:
+    import turns  # which imports this file
+
     folder, mesh = Path(sys.argv[1]), Mesh(Parallel(), seed=1)
     check_the_first_rank_of_a_node_goes_first(folder, mesh)
     check_draw_is_a_function_of_seed_and_step(folder, mesh)
@@ -291,7 +298,7 @@ def main() -> None:
     check_in_flight(folder, mesh)
     check_log_probs_of_every_version(folder, mesh)
     check_dynamic_sampling_in_flight(folder, mesh)
-    drawn = [s.tokens.tolist() for s in build(folder, mesh).take(0)[0]]
+    drawn = [s.tokens.tolist() for s in [*build(folder, mesh).take(0)[0], *turns.check(folder, mesh)]]
     if mesh.rank == 0:  # all ranks have been checked to know the same
         print("drawn", drawn, flush=True)
     mesh.barrier()

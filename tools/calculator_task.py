@@ -1,0 +1,88 @@
+"""A task for a tool: products that a small model cannot work out, and a calculator that it may ask. Everything derives from a seed.
+
+python tools/calculator_task.py                          makes data and a tiny model in runs/calculator, anew
+./launch.sh sft configs/calculator/sft.toml              shows the model both ways to answer: it mostly guesses
+./launch.sh grpo configs/calculator/grpo.toml            it finds out that asking pays
+./launch.sh grpo configs/calculator/grpo.toml rollout.environment=tools/calculator_task.py:Noise out=runs/calculator/noise
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import demo_task
+
+FORMS = ("What is {a} times {b}?", "{name} buys {a} bags of {b} nuts. How many nuts?", "{name} earns {a} a day. How much in {b} days?")
+ASKING = 0.3  # share of the demonstrations whose author asks the calculator; the others guess
+CALL, ANSWER = re.compile(r"calc (\d{1,4}) \* (\d{1,4})"), re.compile(r"#### ?(\d+)")
+
+
+class Calculator:
+    """Answers calls as `calc 12 * 34`. What the model says without one is its answer, worth 1 if it is right."""
+
+    def reset(self, record: dict) -> None:
+        self.answer = record["answer"]
+
+    def step(self, text: str) -> tuple[list[dict[str, str]] | None, float]:
+        call, said = CALL.search(text), ANSWER.search(text)
+        if call:
+            return [{"role": "user", "content": self.product(int(call[1]), int(call[2]))}], 0.0
+        return None, float(said is not None and said[1] == self.answer)
+
+    def product(self, a: int, b: int) -> str:
+        return str(a * b)
+
+
+class Noise(Calculator):
+    """Says another number, always the same for the same call: asking it must not help."""
+
+    def product(self, a: int, b: int) -> str:
+        return str(random.Random(f"{a} {b}").randrange(100, 10_000))
+
+
+def question(a: int, b: int, draw: random.Random) -> str:
+    return draw.choice(FORMS).format(name=draw.choice(demo_task.NAMES), a=a, b=b)
+
+
+def dialogue(a: int, b: int, draw: random.Random) -> list[dict[str, str]]:
+    """One whose author asks, or guesses."""
+    said = [question(a, b, draw), f"#### {draw.randrange(100, 10_000)}"]
+    if draw.random() < ASKING:
+        said[1:] = [f"calc {a} * {b}", str(a * b), f"#### {a * b}"]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 2048, num_heldout: int = 200) -> None:
+    """Three jsonl files. A pair of numbers of the held-out file is in neither of the others, in no order."""
+    draw = random.Random(seed)
+    pairs = [(a, b) for a in range(11, 100) for b in range(11, 100) if a <= b]
+    draw.shuffle(pairs)
+    heldout, train = pairs[:num_heldout], pairs[num_heldout:]
+
+    def pick(pool: list[tuple[int, int]]) -> tuple[int, int]:
+        a, b = draw.choice(pool)
+        return (a, b) if draw.random() < 0.5 else (b, a)
+
+    def problem(a: int, b: int) -> dict[str, str]:
+        return {"prompt": question(a, b, draw), "answer": str(a * b)}
+
+    files: dict[str, Sequence[dict]] = {
+        "train_sft": [{"messages": dialogue(*pick(train), draw)} for _ in range(num_sft)],
+        "train_rl": [problem(*pick(train)) for _ in range(num_rl)],
+        "heldout": [problem(*pick([pair])) for pair in heldout],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+if __name__ == "__main__":
+    runs = Path(__file__).parents[1] / "runs" / "calculator"
+    shutil.rmtree(runs, ignore_errors=True)  # what was trained on other data would be continued
+    write(runs / "data")
+    demo_task.make_model(runs / "model", runs / "data")
