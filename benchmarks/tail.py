@@ -89,9 +89,7 @@ class Bench:
         from rlhf.rollout.vllm import VLLM
 
         dtype = "bfloat16" if self.mesh.device.type == "cuda" else "float32"
-        self.engine = VLLM(
-            str(folder / "model"), self.arch, tp=1, dtype=dtype, seed=1, max_len=a.length + a.longest, memory=a.memory, cache=a.cache
-        )
+        self.engine = VLLM(str(folder / "model"), tp=1, dtype=dtype, seed=1, max_len=a.length + a.longest, memory=a.memory, cache=a.cache)
 
     def config(self, inflight: float) -> Any:
         a = self.a

@@ -12,7 +12,6 @@ import torch.multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rlhf.contracts import Completion, Engine, Request, Sampling
-from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.rollout import kvcache
 from rlhf.rollout.kvcache import KVCache
@@ -326,13 +325,6 @@ def test_vllm_with_tied_embeddings_and_no_weights_in_the_folder(vllm_engine, tmp
         publish(model, architecture.read(tmp_path), engine)
         check_greedy(model, engine, 2e-5)
     check_sampled(new, engine, 2e-5)
-
-
-def test_vllm_refuses_head_dims_its_cpu_attention_cannot_do(vllm_engine, tmp_path):
-    config = LlamaConfig(**(SIZES | {"head_dim": 16}), architectures=["LlamaForCausalLM"])
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"config.json: .* head_dim .* 16; set rollout.engine=kvcache"):
-        vllm_engine(str(tmp_path), load=False)
 
 
 def test_ranks_of_an_engine_leave_nothing_in_shared_memory(vllm_engine):

@@ -81,9 +81,12 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Take over the state that the same rank of the same layout saved."""
+        """Take over the state that the same rank of the same layout saved. What the configuration says stays as it is."""
         for inner, adam, main in zip(self._inner(), state["adam"], state["main"], strict=True):
+            configured = [{name: group[name] for name in ("betas", "eps")} for group in inner.param_groups]
             inner.load_state_dict(adam)
+            for group, own in zip(inner.param_groups, configured, strict=True):
+                group.update(own)
             for moments in inner.state.values():  # of their own: memory that maps a file can be neither emptied nor filled again
                 moments.update({name: moments[name].clone() for name in MOMENTS if name in moments})
                 moments["step"] = moments["step"].cpu().clone()
