@@ -15,7 +15,6 @@ a run continues from, and which ones may go.
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -153,10 +152,8 @@ class Checkpoints:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with folders.writing(path) as file:
+        file.write(text.encode())
 
 
 def _replace(path: Path, text: str) -> None:

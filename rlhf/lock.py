@@ -16,6 +16,7 @@ from threading import Thread
 PATIENCE = 5.0  # seconds that a lock is waited for: the process that has it may have been killed, and still be ending
 RENEWAL = 5.0  # seconds between two renewals of a lease
 LEASE = 30.0  # seconds without one after which the process that had it counts as dead
+LENGTH = 256  # characters of the file of a lease: a host's name has at most 64
 
 _held: set[Path] = set()  # by this process
 
@@ -85,7 +86,9 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file as a whole."""
-    fresh = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    fresh.write_text(text)
-    fresh.replace(path)
+    """In place and at one length: a reader never finds an empty file, and a kill leaves no second one."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(file, text.ljust(LENGTH).encode(), 0)
+    finally:
+        os.close(file)

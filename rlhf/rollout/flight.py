@@ -70,7 +70,7 @@ class Response:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A prompt with the responses to it."""
+    """A prompt with the responses to it. Equal to itself alone."""
 
     prompt: Sample
     key: tuple[int, int]  # decides its draws: batch of the data's order, place in the batch
@@ -90,7 +90,7 @@ def choose(groups: Sequence[Group], quota: int, step: int, max_lag: int) -> list
     late for any, this step waits for older ones.
     """
     chosen = [group for group in groups if group.complete][:quota]
-    taken = set(map(id, chosen))
-    left = [group for group in groups if id(group) not in taken]
-    late = any(step + 1 + j // quota > group.begun + max_lag for j, group in enumerate(left)) if quota else False
+    taken = set(chosen)
+    left = [group for group in groups if group not in taken]
+    late = any(step + 1 + j // quota > group.begun + max_lag for j, group in enumerate(left))
     return [] if late or len(chosen) < quota else chosen

@@ -211,8 +211,8 @@ class EngineSource:
         quota = len(range(engine, self.config.batch.prompts, engines))  # where they do not divide it, the first ones give one more
         flight = self.flight + self.sampler.opened(self._fresh(step, turn))
         chosen = self.sampler.generate(flight, self.sampler.sampling(), step, quota, self.judge)
-        taken = set(map(id, chosen))
-        self.flight = [group for group in flight if id(group) not in taken]
+        taken = set(chosen)
+        self.flight = [group for group in flight if group not in taken]
         self.taken += self.config.batch.prompts
         return self.sampler.gather(chosen)
 
