@@ -1,0 +1,183 @@
+"""GRPO: what it makes of rewards, step zero, and every key that it reads."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from streams import algorithm, mean, means, packed, responses, rows, said
+
+from rlhf.contracts import Output, Sample, differ
+from rlhf.data.packing import pack
+
+
+def advantages(samples: list[Sample], *overrides: str) -> list[float]:
+    return [float(s.advantages[-1]) for s in algorithm("grpo", *overrides).credit(samples)[0]]
+
+
+def test_grpo_advantages() -> None:
+    """The prompt gets none; a tie teaches nothing."""
+    samples = responses([1.0, 0.0], 3) + responses([0.5, 0.5], 4) + responses([3.0, 1.0, 1.0, 1.0], 5)
+    credited, sums = algorithm("grpo").credit(samples)
+    wanted = [1.0, -1.0, 0.0, 0.0, math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
+    assert [s.advantages[-1] for s in credited] == pytest.approx(wanted, abs=1e-5)
+    assert all(s.advantages[0] == 0.0 for s in credited)
+    assert sums == {"silent": (1.0, 3.0)}
+
+
+def test_grpo_advantage_kinds() -> None:
+    def found(kind: str) -> list[float]:
+        return advantages(responses([3.0, 1.0, 1.0, 1.0], 0) + responses([0.0, 2.0], 1), f"grpo.advantage={kind}")
+
+    centred = np.array([1.5, -0.5, -0.5, -0.5, -1.0, 1.0])
+    assert found("none") == pytest.approx(centred)
+    assert found("leave_one_out") == pytest.approx([2.0, -2 / 3, -2 / 3, -2 / 3, -2.0, 2.0])
+    assert found("global") == pytest.approx(centred / centred.std(), abs=1e-6)
+
+
+def test_grpo_overlong() -> None:
+    """Of 10 tokens the last 4 are the buffer: 6 cost nothing, 8 a half, 10 one, and what was cut one at any length."""
+    limit = ["rollout.max_tokens=10", "grpo.advantage=none"]
+
+    def drawn() -> list[Sample]:
+        cut = responses([1.0], 0, length=5, truncated=True)
+        return [s for length in (6, 8, 10) for s in responses([1.0], 0, length)] + cut
+
+    assert advantages(drawn(), *limit) == [0.0] * 4
+    shaped = advantages(drawn(), *limit, "grpo.overlong=shape", "grpo.overlong_buffer=4")
+    assert shaped == pytest.approx([0.625, 0.125, -0.375, -0.375])
+    wider = advantages(drawn(), *limit, "grpo.overlong=shape", "grpo.overlong_buffer=8")
+    assert wider == pytest.approx([0.3125, 0.0625, -0.1875, -0.1875])
+    answered = drawn()
+    answered[1].mask[3:5] = False  # what an environment has said counts
+    assert advantages(answered, *limit, "grpo.overlong=shape", "grpo.overlong_buffer=4") == shaped
+    samples = drawn()
+    samples[3].reward = 5.0
+    assert advantages(samples, *limit, "grpo.overlong=mask") == [-1.0] * 3  # it is no longer learned, but still in the mean of 2
+    learned, _ = algorithm("grpo", *limit[:1], "grpo.overlong=mask", "grpo.advantage=global").credit(samples + responses([0.0, 2.0], 1))
+    assert len(learned) == 5
+    assert not any(s.truncated for s in learned)
+    whitened = np.concatenate([s.advantages[s.mask] for s in learned])  # of what is learned, and of nothing else
+    assert (whitened.mean(), whitened.std()) == pytest.approx((0.0, 1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence", "constant"])
+def test_grpo_step_zero(unit: str) -> None:
+    """Where policy, old policy and reference are one: ratio 1, nothing clipped, KL 0, loss minus the mean advantage."""
+    found = means(
+        algorithm("grpo", f"grpo.mean={unit}", "rollout.max_tokens=8").loss("policy", packed(ref_logp="old_logp"), said("old_logp"))
+    )
+    assert found["kl"] == 0.0
+    assert found["clipped"] == 0.0
+    given = rows("advantages")
+    each = [{"sequence": r.mean(), "constant": r.sum() / 8}.get(unit, 0.0) for r in given]
+    wanted = np.concatenate(given).mean() if unit == "token" else np.mean(each)
+    assert found["loss"] == pytest.approx(-wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("overrides", [[], ["grpo.ratio=sequence"], ["grpo.objective=cispo"], ["grpo.mismatch_cap=1.1"]], ids=" ".join)
+def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) -> None:
+    """Its log-probs are those of the policy that sampled: loss, gradient and metrics as with old log-probs that were scored."""
+    found = []
+    for updates in (1, 2):
+        made, out = algorithm("grpo", f"batch.minibatches={updates}", *overrides), said("logp")
+        out.logp.requires_grad_()
+        loss = made.loss("policy", packed(old_logp="logp"), out)
+        (gradient,) = torch.autograd.grad(loss.total, out.logp)
+        found.append((mean(loss), gradient.tolist(), means(loss)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == found[1][1]
+    gap = np.abs(np.concatenate(rows("logp")) - np.concatenate(rows("sampler_logp"))).mean()
+    assert found[0][2].pop("mismatch") == pytest.approx(gap, rel=1e-5)
+    assert found[0][2] == found[1][2]
+
+
+def grpo_loss(*overrides: str, sampler: float = 0.0) -> tuple[dict[str, float], list[float]]:
+    """One response of two tokens with ratios 1.5 and 0.9 and advantage 1, reference twice as likely; the loss and its gradient by token."""
+    streams = {"old_logp": np.zeros(2), "ref_logp": np.full(2, math.log(2)), "sampler_logp": np.full(2, sampler), "advantages": np.ones(2)}
+    named = {name: x.astype(np.float32) for name, x in streams.items()}
+    batch = pack([Sample(np.zeros(3, np.int32), np.ones(2, bool), 0, **named)])
+    logp = torch.tensor([1.5, 0.9]).log().requires_grad_()
+    loss = algorithm("grpo", "grpo.kl=0", *overrides).loss("policy", batch, Output(logp=logp, entropy=torch.zeros(2)))
+    loss.total.backward()
+    return means(loss), (logp.grad / loss.count).tolist()
+
+
+def test_grpo_ratio_and_objective() -> None:
+    found, gradient = grpo_loss()
+    assert found["loss"] == pytest.approx(-(1.2 + 0.9) / 2)
+    assert found["clipped"] == 0.5
+    assert gradient == pytest.approx([0.0, -0.45])
+    mean_ratio = math.sqrt(1.5 * 0.9)
+    found, gradient = grpo_loss("grpo.ratio=sequence", "grpo.clip_high=0.5")
+    assert found["loss"] == pytest.approx(-mean_ratio)
+    assert gradient == pytest.approx([-mean_ratio / 2] * 2)
+    found, gradient = grpo_loss("grpo.objective=cispo")
+    assert found["loss"] == pytest.approx(-(1.2 * math.log(1.5) + 0.9 * math.log(0.9)) / 2)
+    assert gradient == pytest.approx([-0.6, -0.45])  # the clipped token keeps its gradient
+    assert grpo_loss("grpo.objective=cispo", "grpo.clip_low=0.05")[1] == pytest.approx([-0.6, -0.475])
+
+
+def test_grpo_clip_kl_mean_and_mismatch() -> None:
+    assert grpo_loss("grpo.clip_high=0.28")[0]["loss"] == pytest.approx(-(1.28 + 0.9) / 2)
+    assert grpo_loss("grpo.mean=constant", "rollout.max_tokens=4")[0]["loss"] == pytest.approx(-(1.2 + 0.9) / 4)
+    k1 = [math.log(1.5 / 2), math.log(0.9 / 2)]
+    k3 = [2 / 1.5 - 1 + k1[0], 2 / 0.9 - 1 + k1[1]]
+    for kind, kl in (("k1", np.mean(k1)), ("k2", np.mean(np.square(k1)) / 2), ("k3", np.mean(k3))):
+        found, _ = grpo_loss("grpo.kl=0.5", f"grpo.kl_kind={kind}")
+        assert found["kl"] == pytest.approx(kl, abs=1e-6)
+        assert found["loss"] == pytest.approx(-1.05 + 0.5 * kl, abs=1e-6)
+    found, _ = grpo_loss("grpo.mismatch_cap=4", sampler=math.log(0.5))  # the learner is twice as sure as the engine was
+    assert (found["loss"], found["capped"]) == pytest.approx((-2.1, 0.0))
+    found, _ = grpo_loss("grpo.mismatch_cap=1.5", "grpo.kl=0.5", "grpo.kl_kind=k1", sampler=math.log(0.5))
+    assert found["loss"] == pytest.approx(-1.05 * 1.5 + 0.5 * np.mean(k1), abs=1e-6)  # the weight is not on the KL
+    assert found["capped"] == 1.0
+
+
+def test_rewards_that_float32_cannot_tell_apart_tie() -> None:
+    """0.1 + 0.2 and 0.3: no pair, and counted as tied, silent and not worth keeping alike."""
+    samples = responses([0.1 + 0.2, 0.3], group=0)
+    assert samples[0].reward != samples[1].reward
+    assert pack(samples).pairs.shape == (2, 0)
+    assert not differ([s.reward for s in samples])
+    kept, sums = algorithm("online-dpo", "rollout.group=2").credit(samples)
+    assert (kept, sums["tied"]) == ([], (1.0, 1.0))
+    assert algorithm("grpo", "rollout.group=2").credit(samples)[1]["silent"] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "role", "overrides"),
+    [
+        *(("grpo", "policy", [f"grpo.mean={unit}", "grpo.mismatch_cap=2"]) for unit in ("sequence", "token", "constant")),
+        ("grpo", "policy", ["grpo.ratio=sequence", "grpo.advantage=global"]),
+        ("rlhf", "policy", ["ppo.ngram=2", "ppo.ngram_penalty=0.5", "ppo.lam=0.9", "ppo.whiten=true"]),
+        ("rlhf", "critic", ["ppo.lam=0.9"]),
+    ],
+)
+def test_what_an_environment_says_within_a_response_changes_nothing(mode: str, role: str, overrides: list[str]) -> None:
+    """Tokens that are not learned between those that are: neither rewards nor losses see them."""
+    streams = ("old_logp", "ref_logp", "sampler_logp", "values")
+    draw = np.random.default_rng(1)
+    whole = [s for group in range(2) for s in responses([0.0, 1.0, 0.5], group, 5)]
+    for s in whole:
+        for name in streams:
+            setattr(s, name, draw.normal(-1, 0.3, len(s.mask)).astype(np.float32))
+
+    def gap(row: np.ndarray) -> np.ndarray:
+        return np.insert(row, 3, [50, 50])  # between the second and the third token of a response
+
+    answered = []
+    for s in whole:
+        mask = np.insert(s.mask, 3, [False, False])
+        answered.append(Sample(gap(s.tokens), mask, s.group, s.reward, **{name: gap(getattr(s, name)) for name in streams}))
+    said = [draw.normal(-1, 0.3, len(s.mask)).astype(np.float32) for s in whole]
+    losses = []
+    for samples, spoken in ((whole, said), (answered, [gap(row) for row in said])):
+        made = algorithm(mode, *overrides)
+        learned, sums = made.credit(samples)
+        row = torch.from_numpy(np.concatenate(spoken))
+        loss = made.loss(role, pack(learned), Output(logp=row, entropy=row, value=row))
+        losses.append([mean(loss), *means(loss).values(), *(total for total, _ in sums.values())])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
