@@ -26,5 +26,5 @@ class Interrupt:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.told and not self.came:
             with suppress(OSError):  # no print: this may have interrupted one
-                os.write(2, f"rlhf: {signal.Signals(number).name}: the run ends after the step at hand, which is saved\n".encode())
+                os.write(2, f"rlhf: {signal.Signals(number).name}: the run finishes the step at hand, saves it, and ends\n".encode())
         self.came = True

@@ -16,7 +16,8 @@ from pathlib import Path
 from rlhf.interrupt import SAVED, SIGNALS
 from rlhf.rewards.child import die_with_parent
 
-GRACE = 10.0  # seconds that ranks get to end by themselves after one of them failed
+GRACE = 10.0  # seconds that the others get to end by themselves after a rank has ended with one of TOLD
+TOLD = (2, SAVED)  # exit codes of all ranks alike: a mistake, which the first rank tells, or a signal
 WAITED = {*SIGNALS, signal.SIGCHLD}
 PR_SET_CHILD_SUBREAPER = 36  # of Linux
 
@@ -24,8 +25,8 @@ PR_SET_CHILD_SUBREAPER = 36  # of Linux
 def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
     """Run command once per environment (with a RANK in it), each in a process group of its own, until all have ended.
 
-    SIGNALS are passed on; SIGINT for the second time kills. After a failure the others get SIGTERM, and SIGKILL when GRACE is
-    over. Returns the exit code of the first that failed, 128 + signal if it was killed; 0 if none did.
+    SIGNALS are passed on; SIGINT for the second time kills. After a failure the others are killed, as they wait for the one that is
+    gone. Returns the exit code of the first that failed, 128 + signal if it was killed; 0 if none did.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what the ranks leave behind becomes a child of this process
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)  # they are waited for, not handled, so none can come at a bad moment
@@ -36,11 +37,13 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
         failed = [(index, rank.returncode) for index, rank in enumerate(ranks) if rank.returncode]
         if failed and not code:
             index, status = failed[0]
-            code, deadline = _exit_code(status), time.monotonic() + GRACE
-            if code not in (2, SAVED) and not seen:  # a mistake, which it has told, or asked for
+            code = _exit_code(status)
+            deadline = time.monotonic() + GRACE * (code in TOLD)
+            if code in TOLD:
+                _signal(running, signal.SIGTERM)
+            elif not seen:
                 print(f"rlhf: rank {environments[index]['RANK']} ended with exit code {code}; ending the others", file=sys.stderr)
-            _signal(running, signal.SIGTERM)
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             _kill(running)
         _bury(ranks)
         came = signal.sigtimedwait(WAITED, 1.0)

@@ -80,6 +80,17 @@ def test_the_first_failure_counts_and_ends_the_others(end: str, code: int, said:
     assert gone(pids)
 
 
+def test_a_lost_rank_saves_no_step():
+    """The others, who remember signals, get none that they would take for a wish to save the step at hand, and end at once."""
+    program = "from rlhf.interrupt import Interrupt\nInterrupt(told=rank == '0')\nready()\n"
+    process = start(f"{program}if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
+    pids, began = ready(process), time.monotonic()
+    assert process.communicate(timeout=20) == ("", "rlhf: rank 1 ended with exit code 137; ending the others\n")
+    assert time.monotonic() - began < 2, "the launcher's GRACE in these tests"
+    assert process.returncode == 137
+    assert gone(pids)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_every_rank(number: signal.Signals):
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"  # which the slower ones get when the first has ended
@@ -128,7 +139,7 @@ def test_in_the_loop_a_signal_is_remembered_and_told_once():
     )
     pids = ready(process)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[1] == "rlhf: SIGTERM: the run ends after the step at hand, which is saved\n"
+    assert process.communicate(timeout=20)[1] == "rlhf: SIGTERM: the run finishes the step at hand, saves it, and ends\n"
     assert process.returncode == 75
     assert gone(pids)
 
