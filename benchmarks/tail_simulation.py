@@ -1,6 +1,7 @@
 """What tail.py would measure in the long run, by arithmetic.
 
     python benchmarks/tail_simulation.py                             64 and 16 groups, several times in flight, several bounds on their age
+    python benchmarks/tail_simulation.py --refill 3 --inflight 1     the same if a complete group were replaced at once
 
 A step of the engine costs time by itself, for each sequence and for each token of context that is read; whatever enters the engine is
 prefilled. The costs are fitted to tail.py's rows of 8B shapes on an H200. Lengths are tail.py's, and rlhf.rollout.flight says what a step
@@ -22,39 +23,59 @@ PROMPT, SIBLINGS = 128, 8
 
 
 class Simulation:
-    """Groups in flight: how many tokens each response has, and which steps drew them."""
+    """Groups in flight: how many tokens each response has, and which steps drew them.
 
-    def __init__(self, prompts: int, inflight: float, max_lag: int, lengths: Lengths):
-        self.prompts, self.size, self.max_lag, self.lengths = prompts, round(inflight * prompts), max_lag, lengths
+    refill: how many groups may be in flight within a step, in units of prompts, where a group that is complete is replaced at once;
+    0: groups are begun between steps only, as rlhf does.
+    """
+
+    def __init__(self, prompts: int, inflight: float, max_lag: int, lengths: Lengths, refill: int = 0):
+        self.prompts, self.size, self.max_lag, self.lengths, self.refill = prompts, round(inflight * prompts), max_lag, lengths, refill
         self.flight: list[Group] = []
         self.begun = 0
 
     def step(self, step: int) -> tuple[float, list[int]]:
         """The seconds of a step, and the versions of the tokens that it learns from."""
-        while len(self.flight) < self.size:
-            key = divmod(self.begun, self.prompts)
-            self.flight.append(Group(ABSENT, key, step, [Response() for _ in range(SIBLINGS)]))
-            self.begun += 1
+        open_groups = sum(not group.complete for group in self.flight) if self.refill else len(self.flight)
+        for _ in range(self.size - open_groups):
+            self._begin(step)
         jobs = [(group, k) for group in self.flight for k, response in enumerate(group.responses) if not response.finish]
-        drawn = np.array([len(group.responses[k].version) for group, k in jobs])
-        left = np.array([self.lengths.of(group.key, k) for group, k in jobs]) - drawn
+        known, left = self._tokens(jobs)
+        gone = np.zeros_like(left)
         chosen = choose(self.flight, self.prompts, step, self.max_lag)
-        seconds, gone = 0.0 if chosen else PREFILL * float((PROMPT + drawn).sum()), 0
-        for i in np.argsort(left, kind="stable"):  # the one that is complete next
-            if chosen:
-                break
-            active = left > gone
-            tokens = int(left[i]) - gone
-            context = (PROMPT + drawn[active] + gone).sum() + active.sum() * tokens / 2
+        seconds = 0.0 if chosen else PREFILL * float((PROMPT + known).sum())
+        while not chosen:
+            active = gone < left
+            tokens = int((left - gone)[active].min())
+            context = (PROMPT + known + gone)[active].sum() + active.sum() * tokens / 2
             seconds += tokens * (STEP + SEQUENCE * active.sum() + CONTEXT * context)
-            gone += tokens
-            group, k = jobs[i]
-            group.responses[k].finish = "length"
+            gone[active] += tokens
+            for i in np.flatnonzero(active & (gone == left)):
+                group, k = jobs[i]
+                group.responses[k].finish = "length"
+                if group.complete and len(self.flight) < self.refill * self.prompts:
+                    begun = self._begin(step)
+                    fresh = [(begun, k) for k in range(SIBLINGS)]
+                    jobs += fresh
+                    known, left = (np.append(old, new) for old, new in zip((known, left), self._tokens(fresh), strict=True))
+                    gone = np.append(gone, np.zeros(SIBLINGS, int))
+                    seconds += PREFILL * PROMPT * SIBLINGS
             chosen = choose(self.flight, self.prompts, step, self.max_lag)
-        for (group, k), tokens in zip(jobs, np.minimum(left, gone), strict=True):
+        for (group, k), tokens in zip(jobs, gone, strict=True):
             group.responses[k].version += [step] * int(tokens)
         self.flight = [group for group in self.flight if group not in chosen]
         return seconds, [version for group in chosen for response in group.responses for version in response.version]
+
+    def _begin(self, step: int) -> Group:
+        group = Group(ABSENT, divmod(self.begun, self.prompts), step, [Response() for _ in range(SIBLINGS)])
+        self.flight.append(group)
+        self.begun += 1
+        return group
+
+    def _tokens(self, jobs: list[tuple[Group, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """How many tokens each of these responses has, and how many are missing."""
+        known = np.array([len(group.responses[k].version) for group, k in jobs])
+        return known, np.array([self.lengths.of(group.key, k) for group, k in jobs]) - known
 
 
 def measure(simulation: Simulation, warm: int, steps: int) -> tuple[float, dict[int, float]]:
@@ -72,6 +93,7 @@ def main() -> None:
     p.add_argument("--groups", type=int, nargs="*", default=[64, 16])
     p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.25, 1.5, 2.0])
     p.add_argument("--max-lag", type=int, nargs="*", default=[2, 4, 6])
+    p.add_argument("--refill", type=int, default=0, help="groups in flight within a step, in prompts, where complete ones are replaced")
     p.add_argument("--warm", type=int, default=8)
     p.add_argument("--steps", type=int, default=12)
     a = p.parse_args()
@@ -79,8 +101,8 @@ def main() -> None:
         equal, _ = measure(Simulation(groups, 1, 1, Lengths(906, 16384, 0.0)), 0, 1)
         print(f"{groups} groups of equal lengths: {1e6 * equal:.1f} us per token")
         for inflight in a.inflight:
-            for max_lag in a.max_lag[: None if inflight > 1 else 1]:
-                seconds, ages = measure(Simulation(groups, inflight, max_lag, Lengths(906, 16384, 1.0)), a.warm, a.steps)
+            for max_lag in a.max_lag[: None if inflight > 1 or a.refill else 1]:
+                seconds, ages = measure(Simulation(groups, inflight, max_lag, Lengths(906, 16384, 1.0), a.refill), a.warm, a.steps)
                 shares = ", ".join(f"{share:.0%}" for share in ages.values())
                 print(f"  {inflight:g} in flight, max_lag {max_lag}: {seconds / equal:.2f} x; tokens by age {shares}", flush=True)
 
