@@ -1,4 +1,4 @@
-"""How long what the host does takes as it grows: stop strings, packing, and loading the tokens of a data set.
+"""How long what the host does takes as it grows: stop strings, packing, loading the tokens of a data set, and the plan of a publish.
 
     python benchmarks/host.py                                                   all of it, on one core
     python benchmarks/host.py --packing 1024 2048 --stop-strings --data-cache   these sizes; a name alone leaves it out
@@ -30,7 +30,10 @@ from rlhf.data import columns
 from rlhf.data.columns import Columns
 from rlhf.data.packing import microbatches, shares
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.model.architecture import Architecture
 from rlhf.rollout.stops import Stops
+from rlhf.weights import names
+from rlhf.weights.plan import Plan
 
 Result = dict[str, float]
 ABSENT: Any = None
@@ -80,6 +83,23 @@ def data_cache(sizes: list[int]) -> dict[int, Result]:
     return found
 
 
+def plan(sizes: list[int]) -> dict[int, Result]:
+    """Work out what one of so many ranks, 8 on a node, sends and receives in a publish: Llama-3 70B from TP8 PP4 to engines of TP8."""
+    arch = Architecture(
+        "llama", 80, 8192, 28672, 64, 8, 128, 128256, 8192, eps=1e-5, tied=False, qkv_bias=False, qk_norm=False, rope_theta=5e5
+    )
+    found = {}
+    for size in sizes:
+        slowest = moves = 0.0
+        for rank in (0, size // 2 + 3, size - 1):
+            start = time.perf_counter()
+            made = Plan(names.tilings(arch, "mcore", size, 8, 4), names.tilings(arch, "vllm", size, 8), [r // 8 for r in range(size)])
+            count = len(made.received(rank)) + len(made.sent(rank))
+            slowest, moves = max(slowest, time.perf_counter() - start), max(moves, count)
+        found[size] = {"seconds": slowest, "moves": moves}
+    return found
+
+
 def _columns(size: int) -> Columns:
     count = max(1, size // 400)
     ends = np.arange(1, count + 1, dtype=np.int64)
@@ -126,6 +146,7 @@ ROWS: list[tuple[str, str, list[int], Callable[[list[int]], dict[int, Result]]]]
     ("stop-strings", "tokens", [1024, 2048, 4096, 8192], stop_strings),
     ("packing", "samples", [2048, 4096, 8192, 16384], packing),
     ("data-cache", "tokens", [7_500_000, 15_000_000, 30_000_000, 60_000_000], data_cache),
+    ("plan", "ranks", [32, 256, 1024, 4096], plan),
 ]
 
 

@@ -29,8 +29,8 @@ import torch.distributed as dist
 from rlhf.model.architecture import Architecture
 from rlhf.rollout import kvcache
 from rlhf.weights import hf, names
+from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher
-from rlhf.weights.tiles import Plan, plan
 
 SHAPES = {"family": "llama", "context": 4096, "eps": 1e-5, "tied": False, "qkv_bias": False, "qk_norm": False, "rope_theta": 1e4}
 MODELS = {
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
     arch = MODELS[a.model]
     engine = vllm_engine(arch, a.engine_tp, dtype, a.memory) if a.engine == "vllm" else None
     training = names.tilings(arch, "mcore", ranks.world, a.train_tp, a.train_pp)
-    moves = plan(training, names.tilings(arch, "vllm", ranks.world, a.engine_tp), [0] * ranks.world)
+    moves = Plan(training, names.tilings(arch, "vllm", ranks.world, a.engine_tp), [0] * ranks.world)
     publisher = Publisher(moves, ranks.rank, dtype, a.bucket << 20)
     source = {name: torch.randn(shape, dtype=dtype, device=ranks.device) for name, shape in names.shapes(training[ranks.rank]).items()}
     plain = {} if engine else kvcache.shapes(arch, a.engine_tp)

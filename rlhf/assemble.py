@@ -31,8 +31,8 @@ from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.weights import files, names
 from rlhf.weights.entries import UNSOUND
+from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher
-from rlhf.weights.tiles import plan
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner| of log-probs; forgotten weights show as more
 
@@ -218,7 +218,7 @@ def build_publisher(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtyp
     """What carries the policy's shards to the engines' shards."""
     training = names.tilings(given.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
     engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
-    return Publisher(plan(training, engines, mesh.nodes()), mesh.rank, dtype, config.rollout.bucket << 20)
+    return Publisher(Plan(training, engines, mesh.nodes()), mesh.rank, dtype, config.rollout.bucket << 20)
 
 
 def announce(run: Run, given: Inputs, ledger: Ledger) -> None:

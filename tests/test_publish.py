@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
 from rlhf.weights import files, publish
 from rlhf.weights.names import shapes, tiles, tilings
+from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher, _rounds, checksum
-from rlhf.weights.tiles import plan
 
 ROOT = Path(__file__).parents[1]
 WORLD = 4
@@ -45,7 +46,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
-    moves = plan(tilings(arch, "mcore", WORLD, tp, pp), tilings(arch, "vllm", WORLD, engine_tp), [0] * WORLD)
+    moves = Plan(tilings(arch, "mcore", WORLD, tp, pp), tilings(arch, "vllm", WORLD, engine_tp), [0] * WORLD)
     publisher = Publisher(moves, rank, torch.bfloat16, SMALL)
     hf = random_hf(arch)
     for update in range(2):  # the same publisher serves every step
@@ -101,22 +102,35 @@ def test_a_checksum_sees_what_changed_places():
 
 
 @pytest.mark.parametrize("limit", [50, 1000, 100_000])
-def test_rounds_carry_everything_within_the_limit(limit: int):
-    moves = plan(tilings(LLAMA, "mcore", WORLD, 2, 2), tilings(LLAMA, "vllm", WORLD, 4), [0] * WORLD)
-    remote = [move for move in moves.moves if move.source != move.target]
-    rounds = _rounds(remote, limit)
-    assert sum(move.numel for group in rounds for move in group) == moves.volume()[1]
-    for group in rounds:
-        for rank in range(WORLD):
-            assert sum(move.numel for move in group if rank in (move.source, move.target)) <= limit
+@pytest.mark.parametrize("nodes", [[0, 0, 0, 0], [0, 0, 1, 1]])
+def test_rounds_carry_everything_within_the_limit(limit: int, nodes: list[int]):
+    """And in an order in which no rank waits for ever: each does its rounds one after the other, and a message needs both of its ends."""
+    moves = Plan(tilings(LLAMA, "mcore", WORLD, 2, 2), tilings(LLAMA, "vllm", WORLD, 4), nodes)
+    ranks = [_rounds(moves.received(rank) + moves.sent(rank), WORLD, limit) for rank in range(WORLD)]
+    assert all(sum(message.numel for message in messages) <= limit for rounds in ranks for messages in rounds)
+    begun: list[Counter] = [Counter() for _ in ranks]  # by rank: (source, target) -> messages that it has begun to send or to receive
+    turn, sizes = [-1] * WORLD, Counter()
+
+    def waits(rank: int) -> bool:
+        mine = ranks[rank][turn[rank]] if turn[rank] >= 0 else []
+        return any(begun[m.source + m.target - rank][m.source, m.target] < begun[rank][m.source, m.target] for m in mine)
+
+    while ready := [rank for rank in range(WORLD) if not waits(rank) and turn[rank] + 1 < len(ranks[rank])]:
+        turn[ready[0]] += 1
+        for message in ranks[ready[0]][turn[ready[0]]]:
+            begun[ready[0]][message.source, message.target] += 1
+            sizes[ready[0] == message.source] += message.numel
+    assert turn == [len(rounds) - 1 for rounds in ranks]
+    assert not any(map(waits, range(WORLD)))
+    assert sizes == {True: moves.volume()[1], False: moves.volume()[1]}
 
 
 def test_rounds_fill_both_directions():
     """Two ranks that exchange halves: neither waits for the other's direction to be done."""
-    moves = plan(tilings(LLAMA, "mcore", 2, 2), tilings(LLAMA, "vllm", 2, 1), [0, 0]).moves
-    rounds = _rounds([move for move in moves if move.source != move.target], 10_000)
+    moves = Plan(tilings(LLAMA, "mcore", 2, 2), tilings(LLAMA, "vllm", 2, 1), [0, 0])
+    rounds = _rounds(moves.received(0) + moves.sent(0), 2, 10_000)
     assert len(rounds) > 4
-    assert all({move.source for move in group} == {0, 1} for group in rounds)
+    assert all({message.source for message in messages} == {0, 1} for messages in rounds)
 
 
 def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPatch):
@@ -144,7 +158,7 @@ def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPat
         (publish, "copy", copy),
     ):
         monkeypatch.setattr(where, name, fake)
-    moves = plan(training, engines, [0, 0])
+    moves = Plan(training, engines, [0, 0])
     publisher = Publisher(moves, 0, torch.float32, SMALL)
     publisher.publish(source, target)
     staying = sum(move.numel for move in moves.moves if move.source == move.target == 0)

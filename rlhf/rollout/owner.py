@@ -85,10 +85,9 @@ class EngineOwner:
         return self.engine.withdraw()
 
     def volume(self) -> tuple[int, int]:
-        """Bytes of a publish that stay on their ranks, and that cross, over all ranks."""
+        """Bytes of a publish that this rank keeps, and that it receives from others."""
         assert self._publisher, "an engine that loaded its own weights is never published to"
-        stay, cross = self._publisher.plan.volume()
-        return stay * self._publisher.dtype.itemsize, cross * self._publisher.dtype.itemsize
+        return self._publisher.volume()
 
     def leave(self, keep: Collection[Kind]) -> None:
         """Give back the memory of all kinds but these. It goes as a whole. For the residence, as is come()."""

@@ -137,7 +137,7 @@ class EngineSource:
 
     def remarks(self) -> list[str]:
         stay, cross = self.owner.volume()
-        return [f"publish: {stay / 1e9:.3g} GB of weights stay on their ranks, {cross / 1e9:.3g} GB cross", *self.notes]
+        return [f"publish: of the weights {stay / 1e9:.3g} GB stay on this rank, and {cross / 1e9:.3g} GB come from others", *self.notes]
 
     def state(self) -> dict[str, Any] | None:
         """The groups that are in flight on all engines, oldest first, with all that is known of their responses."""

@@ -22,7 +22,8 @@ from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 from rlhf.weights import hf, megatron, names, torch_dist
 from rlhf.weights.entries import DTYPES, SIZES, Entry, Shape, groups, kind, mapped, some, store
-from rlhf.weights.tiles import Move, Tile, plan, view
+from rlhf.weights.plan import Move, Plan
+from rlhf.weights.tiles import Tile, view
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ class Source:
         """Which box comes from which shard: the plan of a world whose last rank alone holds nothing and wants everything."""
         held = [[tile for tile in shard if tile.name in wanted] for shard in self.tilings]
         mine = [tile for tile in tiling if tile.name != names.SCORE or self.has_head]
-        return plan([*held, []], [*([] for _ in held), mine], [0] * (len(held) + 1)).moves
+        return Plan([*held, []], [*([] for _ in held), mine], [0] * (len(held) + 1)).received(len(held))
 
 
 def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = None, head: bool = False) -> Source:
@@ -252,7 +253,7 @@ def write(
     device = next(iter(parameters.values())).device
 
     def fill(targets: list[list[Tile]], tensors: dict[str, torch.Tensor]) -> None:
-        Publisher(plan(sources, targets, nodes), rank, dtype, bucket).publish(parameters, tensors)
+        Publisher(Plan(sources, targets, nodes), rank, dtype, bucket).publish(parameters, tensors)
 
     to = target(arch, format, dtype, tp=tp, pp=pp, shard=shard)
     for _ in carry(Path(folder), arch, to, fill, dtype, rank=rank, world=len(sources), bucket=bucket, device=device):

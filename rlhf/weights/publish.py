@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.weights.tiles import Geometry, Move, Plan, geometry, shaped, split, view
+from rlhf.weights.plan import Move, Plan
+from rlhf.weights.tiles import Geometry, geometry, numel, shaped, split, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,10 @@ class Part:
     numel: int
 
     @classmethod
-    def of(cls, move: Move) -> Part:
+    def of(cls, move: Move, limit: int) -> list[Part]:
+        """In parts of at most `limit` elements."""
         a, b = move.source_tile, move.target_tile
-        return cls(a.local, geometry(a, move.box), b.local, geometry(b, move.box), move.numel)
+        return [cls(a.local, geometry(a, box), b.local, geometry(b, box), numel(box)) for box in split(move.box, limit)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +65,21 @@ class Publisher:
     """
 
     def __init__(self, plan: Plan, rank: int, dtype: torch.dtype, bucket: int = 512 << 20):
-        self.plan, self.rank, self.dtype = plan, rank, dtype
-        self.local = [Part.of(move) for move in plan.moves if move.source == move.target == rank]
-        remote = [move for move in plan.moves if move.source != move.target]
+        self.rank, self.world, self.dtype = rank, plan.world, dtype
+        self.coming, self.leaving = plan.received(rank), plan.sent(rank)
+        self.local = [part for move in self.coming if move.source == rank for part in Part.of(move, move.numel)]
         # Half of a bucket is packed, or received and unpacked, while the other half is on its way.
-        rounds = (_messages(moves, rank) for moves in _rounds(remote, bucket // 2 // dtype.itemsize))
-        self.rounds = [messages for messages in rounds if messages] or [[]]  # one at least, in which local copies are made
+        self.rounds = _rounds(self.coming + self.leaving, plan.world, bucket // 2 // dtype.itemsize)
         self.bound: list[tuple[int, int]] = []  # the storages that the views below are of
         self.out_of: dict[int, Tensor] = {}  # id of a part -> its box in the source
         self.into: dict[int, Tensor] = {}  # and in the target
-        if remote:
+        if plan.world > 1:
             dist.barrier()  # NCCL makes its communicator in the first call, which all ranks must join; some may send nothing
+
+    def volume(self) -> tuple[int, int]:
+        """Bytes that stay on this rank, and that it receives from others."""
+        stay, cross = (sum(m.numel for m in self.coming if (m.source == self.rank) == own) for own in (True, False))
+        return stay * self.dtype.itemsize, cross * self.dtype.itemsize
 
     @torch.no_grad()
     def publish(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -80,13 +88,14 @@ class Publisher:
         On a GPU all of it is in the order of the current stream, which nobody waits for.
         """
         self._bind(source, target)
-        turns = len(self.rounds)
-        size = max(sum(message.numel for message in messages) for messages in self.rounds)
+        rounds = self.rounds or [[]]  # one at least, in which local copies are made
+        turns = len(rounds)
+        size = max(sum(message.numel for message in messages) for messages in rounds)
         rooms = torch.empty(2, size, dtype=self.dtype, device=next(iter(source.values())).device)
-        flying = [self._send(self.rounds[0], rooms[0])]
+        flying = [self._send(rounds[0], rooms[0])]
         for turn in range(turns):
             if turn + 1 < turns:
-                flying.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2]))
+                flying.append(self._send(rounds[turn + 1], rooms[(turn + 1) % 2]))
             share = self.local[turn::turns]  # spread over the rounds: while links work the device has time, and links never wait for it
             copy([self.into[id(part)] for part in share], [self.out_of[id(part)] for part in share])
             self._receive(flying.pop(0))
@@ -109,23 +118,38 @@ class Publisher:
 
         Raises RuntimeError on the rank whose parameter holds something else.
         """
-        device = next(iter(source.values())).device
-        moves = self.plan.moves
-        sums = torch.zeros(len(moves), dtype=torch.int64, device=device)
-        for i, move in enumerate(moves):
-            if move.source == self.rank:
-                sums[i] = checksum(view(source[move.source_tile.local], move.source_tile, move.box).to(self.dtype))
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        wanted = sums.tolist()
-        for move, right in zip(moves, wanted, strict=True):
-            if move.target == self.rank:
-                held = view(target[move.target_tile.local], move.target_tile, move.box).to(self.dtype)
-                if checksum(held).item() != right:
-                    raise RuntimeError(
-                        f"after publishing, the engine's {move.target_tile.local} on rank {self.rank} differs from {move.target_tile.name}"
-                        f" {move.box} on rank {move.source}: the engine does not hold the weights that were trained"
-                    )
+        coming, leaving = _by(self.coming, "source"), _by(self.leaving, "target")
+        wanted = self._exchanged(
+            {rank: self._sums(moves, source, "source") for rank, moves in leaving.items()},
+            {rank: len(moves) for rank, moves in coming.items() if rank != self.rank},
+            next(iter(source.values())).device,
+        )
+        if self.rank in coming:
+            wanted[self.rank] = self._sums(coming[self.rank], source, "source")
+        for rank, moves in coming.items():
+            found = self._sums(moves, target, "target")
+            for move in itertools.compress(moves, (found != wanted[rank]).tolist()):
+                raise RuntimeError(
+                    f"after publishing, the engine's {move.target_tile.local} on rank {self.rank} differs from {move.target_tile.name}"
+                    f" {move.box} on rank {rank}: the engine does not hold the weights that were trained"
+                )
+
+    def _sums(self, moves: list[Move], tensors: Mapping[str, Tensor], end: Literal["source", "target"]) -> Tensor:
+        """The checksum of each move's box, where it comes from or where it goes."""
+        tiles = [move.source_tile if end == "source" else move.target_tile for move in moves]
+        boxes = [view(tensors[tile.local], tile, move.box) for tile, move in zip(tiles, moves, strict=True)]
+        return torch.stack([checksum(box.to(self.dtype)) for box in boxes])
+
+    def _exchanged(self, ours: dict[int, Tensor], theirs: dict[int, int], device: torch.device) -> dict[int, Tensor]:
+        """Give other ranks (keys) their integers, and get so many from others, as in the rounds of a publish."""
+        found = {rank: torch.empty(count, dtype=torch.int64, device=device) for rank, count in theirs.items()}
+        for shift in range(1, self.world):
+            to, by = (self.rank + shift) % self.world, (self.rank - shift) % self.world
+            calls = [dist.P2POp(dist.isend, ours[to], to)] if to in ours else []
+            calls += [dist.P2POp(dist.irecv, found[by], by)] if by in found else []
+            for work in dist.batch_isend_irecv(calls) if calls else ():
+                work.wait()
+        return found
 
     def _send(self, messages: list[Message], room: Tensor) -> Flight:
         """Pack what leaves and start all transfers of a round."""
@@ -175,37 +199,42 @@ def _pieces(message: Message, flat: Tensor, boxes: list[Tensor]) -> list[Tensor]
     return [piece.view(box.shape) for piece, box in zip(parts, boxes, strict=True)]
 
 
-def _rounds(moves: list[Move], limit: int) -> list[list[Move]]:
-    """Moves in rounds, first fit: in a round no rank sends more than half of limit elements, nor receives more than the other half.
+def _by(moves: list[Move], end: Literal["source", "target"]) -> dict[int, list[Move]]:
+    """Moves by the rank at one end of them."""
+    found: dict[int, list[Move]] = defaultdict(list)
+    for move in moves:
+        found[getattr(move, end)].append(move)
+    return found
 
-    Links carry both directions at once, so a round fills both. All ranks walk the same rounds, and within one every send meets its
-    receive, so none can wait for ever.
+
+def _rounds(moves: list[Move], world: int, limit: int) -> list[list[Message]]:
+    """The messages of one rank, from all moves to and from it: in a round at most one that it sends and one that it receives, each of
+    at most half of limit elements.
+
+    Rounds are in the order of ((target - source) modulo the world, the message's place in its pair). Each rank works that out alone.
+    Of all messages that are still to be carried out, the first one in this order is the next one of both of its ranks, so no rank can
+    wait for ever. Links carry both directions at once, and a round fills both.
     """
     half = max(1, limit // 2)
-    largest = max(1, half // 4)  # of the pieces; a direction whose load leaves no room for one is done with a round
-    rounds: list[list[Move]] = []
-    load: list[dict[tuple[str, int], int]] = []  # per round: ("out" or "in", rank) -> elements
-    first: dict[tuple[str, int], int] = defaultdict(int)  # the first round that a direction of a rank is not done with
-    for move in [replace(whole, box=box) for whole in moves for box in split(whole.box, largest)]:
-        ends, size = (("out", move.source), ("in", move.target)), move.numel
-        k = max(first[end] for end in ends)
-        while k < len(rounds) and max(load[k][end] for end in ends) + size > half:
-            k += 1
-        if k == len(rounds):
-            rounds.append([])
-            load.append(defaultdict(int))
-        rounds[k].append(move)
-        for end in ends:
-            load[k][end] += size
-            while first[end] < len(rounds) and load[first[end]][end] + largest > half:
-                first[end] += 1
-    return rounds
-
-
-def _messages(moves: list[Move], rank: int) -> list[Message]:
-    """The messages of one round that this rank sends or receives, one per pair and direction."""
     pairs: dict[tuple[int, int], list[Part]] = defaultdict(list)
     for move in moves:
-        if rank in (move.source, move.target):
-            pairs[move.source, move.target].append(Part.of(move))
-    return [Message(source, target, pairs[source, target]) for source, target in sorted(pairs)]
+        if move.source != move.target:
+            pairs[move.source, move.target] += Part.of(move, max(1, half // 4))
+    rounds: dict[tuple[int, int], list[Message]] = defaultdict(list)
+    for (source, target), parts in pairs.items():
+        for place, cut in enumerate(_cut(parts, half)):
+            rounds[(target - source) % world, place].append(Message(source, target, cut))
+    return [rounds[key] for key in sorted(rounds)]
+
+
+def _cut(parts: list[Part], limit: int) -> Iterator[list[Part]]:
+    """Consecutive parts of at most limit elements together."""
+    cut: list[Part] = []
+    size = 0
+    for part in parts:
+        if size + part.numel > limit:
+            yield cut
+            cut, size = [], 0
+        cut.append(part)
+        size += part.numel
+    yield cut

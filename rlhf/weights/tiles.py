@@ -8,8 +8,6 @@ tilings, move the boxes. No torch here: view() only calls methods of the tensor 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -32,44 +30,6 @@ class Tile:
     rows: int
     shape: tuple[int, ...]  # seen with this shape,
     at: tuple[int, ...]  # hold the box from these offsets on
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A box that one rank holds and another, or the same one, needs."""
-
-    source: int  # rank
-    target: int  # rank
-    box: Box
-    source_tile: Tile
-    target_tile: Tile
-
-    @property
-    def numel(self) -> int:
-        return numel(self.box)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All moves of all ranks, in the same order on every rank."""
-
-    moves: list[Move]
-
-    def volume(self) -> tuple[int, int]:
-        """(elements that stay on their rank, elements that cross ranks)."""
-        local = sum(move.numel for move in self.moves if move.source == move.target)
-        return local, sum(move.numel for move in self.moves) - local
-
-    def seconds(self, nodes: Sequence[int], itemsize: int, within: float, between: float) -> float:
-        """How long the transfers take at least: those of the busiest rank, at the rates (bytes/s, each way) of one rank's links within
-        its node and between nodes, which work at the same time. nodes[r] is the node of rank r, itemsize the bytes of an element."""
-        sent: dict[tuple[int, bool, bool], int] = defaultdict(int)  # (rank, out, between nodes) -> elements
-        for move in self.moves:
-            if move.source != move.target:
-                far = nodes[move.source] != nodes[move.target]
-                sent[move.source, True, far] += move.numel
-                sent[move.target, False, far] += move.numel
-        return max((count * itemsize / (between if far else within) for (_, _, far), count in sent.items()), default=0.0)
 
 
 def numel(box: Box) -> int:
@@ -126,45 +86,3 @@ def shaped(tensor: Tensor, place: Geometry) -> Tensor:
     assert tensor.is_contiguous(), f"a local tensor of shape {tuple(tensor.shape)} is not contiguous"
     size, strides, offset = place
     return tensor.as_strided(size, strides, tensor.storage_offset() + offset)
-
-
-def plan(sources: Sequence[Sequence[Tile]], targets: Sequence[Sequence[Tile]], nodes: Sequence[int]) -> Plan:
-    """Cover every target tile with source tiles, each box from the nearest rank that holds it.
-
-    sources[r] and targets[r] are the tilings of rank r, nodes[r] the node it runs on. The same rank comes first, then the
-    same node, then whoever has sent least so far. A byte crosses at most once per target rank, and only if that rank does
-    not hold it. A pure function: every rank computes the same plan without communication.
-    """
-    held: dict[str, dict[Box, dict[int, Tile]]] = defaultdict(dict)  # name -> box -> rank -> tile
-    for rank, tiling in enumerate(sources):
-        for tile in tiling:
-            held[tile.name].setdefault(tile.box, {})[rank] = tile
-    sent = [0] * len(sources)
-    return Plan(
-        [move for rank, tiling in enumerate(targets) for tile in tiling for move in _cover(rank, tile, held[tile.name], nodes, sent)]
-    )
-
-
-def _cover(rank: int, tile: Tile, held: dict[Box, dict[int, Tile]], nodes: Sequence[int], sent: list[int]) -> list[Move]:
-    def distance(holder: int) -> int:
-        return (holder != rank) + (nodes[holder] != nodes[rank])
-
-    nearest = []
-    for box, holders in held.items():
-        if intersect(box, tile.box):
-            holder = min(holders, key=lambda r: (distance(r), sent[r], (r - rank) % len(nodes)))
-            nearest.append((distance(holder), box, holder))
-    moves, missing = [], [tile.box]
-    for _, box, holder in sorted(nearest):
-        rest: list[Box] = []
-        for part in missing:
-            common = intersect(part, box)
-            if common is None:
-                rest.append(part)
-                continue
-            rest += subtract(part, common)
-            moves.append(Move(holder, rank, common, held[box][holder], tile))
-            sent[holder] += numel(common) * (holder != rank)
-        missing = rest
-    assert not missing, f"no rank holds {tile.name} {missing}, which rank {rank} needs for {tile.local}"
-    return moves

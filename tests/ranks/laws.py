@@ -30,8 +30,9 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.rollout.kvcache import KVCache
 from rlhf.train.learner import Learner
 from rlhf.weights import files, names
+from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher
-from rlhf.weights.tiles import plan, view
+from rlhf.weights.tiles import view
 
 LR = 0.1
 EXCHANGING = build.pays, linear.exchange
@@ -121,7 +122,7 @@ class Case:
             engine = KVCache(arch, tp=tp, tp_rank=mesh.rank % tp, group=mesh.subgroup(tp), dtype=torch.float32, device="cpu", max_len=64)
             engine.sleep()
             engine.wake_weights()
-            moves = plan(self.sharding, names.tilings(arch, "vllm", mesh.world, tp), mesh.nodes())
+            moves = Plan(self.sharding, names.tilings(arch, "vllm", mesh.world, tp), mesh.nodes())
             Publisher(moves, mesh.rank, torch.float32, bucket=1 << 16).publish(learner.parameters(), engine.parameters())
             engine.wake()
             prompt = [5, 6, 7, 8]

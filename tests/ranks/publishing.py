@@ -20,8 +20,8 @@ from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.rollout.kvcache import KVCache
 from rlhf.weights import files, names
+from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher
-from rlhf.weights.tiles import plan
 
 
 def build(kind: str, folder: Path, tp: int, mesh: Mesh) -> Engine:
@@ -42,7 +42,7 @@ def main() -> None:
     engines = names.tilings(arch, "vllm", mesh.world, engine_tp)
     for tp, pp in (map(int, layout.split("x")) for layout in layouts):
         training = names.tilings(arch, "mcore", mesh.world, tp, pp)
-        publisher = Publisher(plan(training, engines, mesh.nodes()), mesh.rank, torch.float32, bucket=1 << 18)
+        publisher = Publisher(Plan(training, engines, mesh.nodes()), mesh.rank, torch.float32, bucket=1 << 18)
         for name in (f"{model}-old", f"{model}-new"):
             tiling = training[mesh.rank]
             weights = {local: torch.zeros(shape) for local, shape in names.shapes(tiling).items()}
