@@ -146,7 +146,7 @@ ROWS: list[tuple[str, str, list[int], Callable[[list[int]], dict[int, Result]]]]
     ("stop-strings", "tokens", [1024, 2048, 4096, 8192], stop_strings),
     ("packing", "samples", [2048, 4096, 8192, 16384], packing),
     ("data-cache", "tokens", [7_500_000, 15_000_000, 30_000_000, 60_000_000], data_cache),
-    ("plan", "ranks", [32, 256, 1024, 4096], plan),
+    ("plan", "world", [32, 256, 1024, 4096], plan),
 ]
 
 

@@ -82,12 +82,14 @@ def test_step(tmp_path: Path) -> None:
 
 def test_host() -> None:
     """What the host does, at two sizes each; tokens of a data set are mapped, so a process has none of its own."""
-    found = lines("host", "--stop-strings", "64", "128", "--packing", "32", "64", "--data-cache", "400000", "2000000")
-    sizes = {"stop-strings": (64, 128), "packing": (32, 64), "data-cache": (400_000, 2_000_000)}
-    named = [(line["case"], line.get("tokens", line.get("samples"))) for line in found]
+    sizes = {"stop-strings": (64, 128), "packing": (32, 64), "data-cache": (400_000, 2_000_000), "plan": (32, 4096)}
+    found = lines("host", *(str(argument) for name, both in sizes.items() for argument in (f"--{name}", *both)))
+    named = [(line["case"], line.get("tokens", line.get("samples", line.get("world")))) for line in found]
     assert named == [(name, size) for name, both in sizes.items() for size in both]
     assert all(line["seconds"] > 0 for line in found)
-    assert found[-1]["own_after_use_mib"] < 4 < found[-1]["resident_after_use_mib"], "of 10 MiB"
+    cache, plans = found[-4:-2], found[-2:]
+    assert cache[1]["own_after_use_mib"] < 4 < cache[1]["resident_after_use_mib"], "of 10 MiB"
+    assert plans[0]["moves"] == plans[1]["moves"], "a rank's part of a publish does not grow with the world"
 
 
 @pytest.mark.skipif(not TRL, reason="trl is not installed: pip install trl==1.16.0 datasets")
