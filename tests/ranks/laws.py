@@ -131,15 +131,17 @@ class Case:
                 said = self.model(torch.tensor([prompt + done.tokens])).logits[0, 3:-1].log_softmax(-1)
             close(torch.tensor(done.logp), said.gather(1, torch.tensor(done.tokens)[:, None])[:, 0], 1e-5, f"{self.what}: engine tp{tp}")
 
-    def check_update(self, mode: str, budget: int) -> None:
+    def check_update(self, mode: str, budgets: tuple[int, ...]) -> None:
         """One update: the gradient is the same function of the samples for every packing and layout."""
-        learner, algorithm = self.learner(train=True), ALGORITHMS[mode](self.config)
-        learner.learn(self.cut(budget), partial(algorithm.loss, "policy"), LR)
-        updated, shards = expected_update(self.model, mode, self.samples), learner.parameters()
+        algorithm, updated = ALGORITHMS[mode](self.config), expected_update(self.model, mode, self.samples)
         whole = {tile.name: tile for tile in names.tiles(self.arch, "hf")}
-        for tile in self.sharding[self.mesh.rank]:
-            wanted = view(updated[tile.name], whole[tile.name], tile.box)
-            close(view(shards[tile.local], tile, tile.box), wanted, 2e-6, f"{self.what}: {mode} update packed by {budget} of {tile.name}")
+        for budget in budgets:
+            learner = self.learner(train=True)
+            learner.learn(self.cut(budget), partial(algorithm.loss, "policy"), LR)
+            shards, what = learner.parameters(), f"{self.what}: {mode} update packed by {budget}"
+            for tile in self.sharding[self.mesh.rank]:
+                wanted = view(updated[tile.name], whole[tile.name], tile.box)
+                close(view(shards[tile.local], tile, tile.box), wanted, 2e-6, f"{what} of {tile.name}")
 
     def check_step_zero(self, learner: Learner) -> None:
         """Where policy, old policy and reference are one model: ratio 1, so nothing is clipped, and KL 0."""
@@ -154,17 +156,17 @@ class Case:
         """Two updates, a checkpoint, one more: bit by bit what a new learner has, and then makes, of that checkpoint."""
         config = dataclasses.replace(self.config, out=str(out))
         checkpoints, loss = Checkpoints(config, self.mesh, dtype), partial(ALGORITHMS["grpo"](config).loss, "policy")
-        first, second = self.learner(True, dtype), self.learner(True, dtype)
+        first, second, cut = self.learner(True, dtype), self.learner(True, dtype), self.cut(10_000)
         for _ in range(2):
-            first.learn(self.cut(100), loss, LR)
+            first.learn(cut, loss, LR)
         checkpoints.save(2, {"policy": first}.items(), {"coefficient": 0.1})
         saved = {name: p.clone() for name, p in first.parameters().items()}
-        first.learn(self.cut(100), loss, LR)
+        first.learn(cut, loss, LR)
         state: dict[str, float] = {}
         assert checkpoints.resume({"policy": second}.items(), state) == 2
         assert state == {"coefficient": 0.1}
         assert all(torch.equal(saved[name], p) for name, p in second.parameters().items()), f"{self.what}: not what was saved"
-        second.learn(self.cut(100), loss, LR)
+        second.learn(cut, loss, LR)
         wanted = first.parameters()
         assert all(torch.equal(wanted[name], p) for name, p in second.parameters().items()), f"{self.what}: resume is not bitwise"
 
@@ -188,8 +190,8 @@ def main() -> None:
             case.check_logits(frozen)
             case.check_logp(frozen)
             case.check_engine(frozen)
-            for mode, budget in (("sft", 10_000), ("grpo", 100), ("grpo", 10_000)):
-                case.check_update(mode, budget)
+            case.check_update("sft", (10_000,))
+            case.check_update("grpo", (100, 10_000))
             case.check_export(frozen, root / f"out-{family}-{entry}")
             for dtype in (torch.float32, torch.bfloat16)[: 1 + (family == "llama3-tied")]:  # bfloat16 has main parameters of its own
                 case.check_resume(root / f"run-{family}-{entry}-{dtype}", dtype)
