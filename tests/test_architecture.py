@@ -24,7 +24,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="llama", layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, context=4096, eps=1e-5,
-            tied=False, qkv_bias=False, qk_norm=False, rope_theta=10000.0,
+            tied=False, rope_theta=10000.0,
         ),
         6_738_415_616,
     ),
@@ -37,7 +37,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="llama", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, context=131072, eps=1e-5,
-            tied=False, qkv_bias=False, qk_norm=False, rope_theta=500000.0, rope_scaling=LLAMA3_SCALING,
+            tied=False, rope_theta=500000.0, rope_scaling=LLAMA3_SCALING,
         ),
         8_030_261_248,
     ),
@@ -49,7 +49,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="mistral", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=32768, context=32768, eps=1e-5,
-            tied=False, qkv_bias=False, qk_norm=False, rope_theta=1000000.0,
+            tied=False, rope_theta=1000000.0,
         ),
         7_248_023_552,
     ),
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="qwen2", layers=24, hidden=896, ffn=4864, heads=14, kv_heads=2, head_dim=64, vocab=151936, context=32768, eps=1e-6,
-            tied=True, qkv_bias=True, qk_norm=False, rope_theta=1000000.0,
+            tied=True, rope_theta=1000000.0,
         ),
         494_032_768,
     ),
@@ -75,7 +75,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="qwen3", layers=28, hidden=1024, ffn=3072, heads=16, kv_heads=8, head_dim=128, vocab=151936, context=40960, eps=1e-6,
-            tied=True, qkv_bias=False, qk_norm=True, rope_theta=1000000.0,
+            tied=True, rope_theta=1000000.0,
         ),
         596_049_920,
     ),

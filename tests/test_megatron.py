@@ -30,7 +30,7 @@ from rlhf.weights import files, hf, megatron, names, pt
 
 
 def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):
-    arch = replace(LLAMA, kv_heads=2, qkv_bias=True, family="qwen2", rope_theta=1e6)
+    arch = replace(LLAMA, kv_heads=2, family="qwen2", rope_theta=1e6)
     wanted = hf_folder(tmp_path / "hf", arch)
     run(
         "--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy", "--tp", 2, "--pp", 2, "--iteration", 7, "--dtype", "fp16"

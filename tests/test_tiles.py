@@ -13,15 +13,15 @@ from rlhf.weights.tiles import Plan, Tile, intersect, numel, plan, split, subtra
 
 LLAMA = Architecture(
     family="llama", layers=4, hidden=32, ffn=48, heads=8, kv_heads=4, head_dim=8, vocab=101, context=64,
-    eps=1e-5, tied=False, qkv_bias=False, qk_norm=False, rope_theta=10000.0,
+    eps=1e-5, tied=False, rope_theta=10000.0,
 )  # fmt: skip
 FAMILIES = {
     "gqa": LLAMA,
     "mha": replace(LLAMA, kv_heads=8),
     "groups fewer than ranks": replace(LLAMA, kv_heads=2),
     "tied, head_dim apart": replace(LLAMA, tied=True, head_dim=16),
-    "qkv bias, tied, one group": replace(LLAMA, family="qwen2", qkv_bias=True, tied=True, kv_heads=1),
-    "qk norm": replace(LLAMA, family="qwen3", qk_norm=True),
+    "qkv bias, tied, one group": replace(LLAMA, family="qwen2", tied=True, kv_heads=1),
+    "qk norm": replace(LLAMA, family="qwen3"),
     "ranks with nothing but padding": replace(LLAMA, vocab=30),
 }
 LLAMA_70B = replace(LLAMA, layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
@@ -76,9 +76,9 @@ def mcore_layer(arch: Architecture, hf: Tensors, t: int, num_t: int) -> Tensors:
         "mlp.linear_fc1.weight": torch.cat([hf[f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")]),
         "mlp.linear_fc2.weight": hf["mlp.down_proj.weight"].chunk(num_t, dim=1)[t],
     }
-    if arch.qkv_bias:
+    if arch.row.qkv_bias:
         held["self_attention.linear_qkv.bias"] = fused_qkv("bias")
-    if arch.qk_norm:
+    if arch.row.qk_norm:
         held |= {f"self_attention.{x}_layernorm.weight": hf[f"self_attn.{x}_norm.weight"] for x in "qk"}
     return held
 
@@ -104,7 +104,7 @@ def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
     for i in range(arch.layers):
         at = f"model.layers.{i}."
         held[at + "self_attn.qkv_proj.weight"] = stacked_qkv(at + "self_attn.", "weight")
-        if arch.qkv_bias:
+        if arch.row.qkv_bias:
             held[at + "self_attn.qkv_proj.bias"] = stacked_qkv(at + "self_attn.", "bias")
         held[at + "self_attn.o_proj.weight"] = hf[at + "self_attn.o_proj.weight"].chunk(num_t, dim=1)[t]
         held[at + "mlp.gate_up_proj.weight"] = torch.cat([hf[at + f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")])

@@ -9,11 +9,7 @@ from typing import Any
 
 from rlhf import texts
 from rlhf.errors import UserError
-
-# config.json's "architectures" -> family. Anything else is refused by name.
-FAMILIES = {
-    f"{name}For{kind}": name.lower() for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("CausalLM", "SequenceClassification")
-}
+from rlhf.model.families import CLASSES, FAMILIES, SCALAR, Family
 
 CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")  # vLLM takes the least of them
 LARGEST, LAYERS = 2**31 - 1, 4096  # of any number, and of layers, whose tensors are listed one by one
@@ -24,7 +20,7 @@ REMEDY = "give the one that belongs to the weights"
 class Architecture:
     """The numbers that define a dense decoder."""
 
-    family: str  # llama, mistral, qwen2 or qwen3
+    family: str  # in FAMILIES
     layers: int
     hidden: int
     ffn: int  # intermediate size of the gated MLP
@@ -35,12 +31,15 @@ class Architecture:
     context: int  # longest sequence, in tokens
     eps: float  # of RMSNorm
     tied: bool  # output layer shares the embedding
-    qkv_bias: bool
-    qk_norm: bool
     rope_theta: float
-    rope_scaling: dict[str, Any] = field(default_factory=dict)  # llama3 scaling, or empty
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # llama3 scaling, or empty
     lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
     scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
+
+    @property
+    def row(self) -> Family:
+        """What it has in common with the other models of its family."""
+        return FAMILIES[self.family]
 
     def padded_vocab(self, tp: int) -> int:
         """Rows of the embedding when tp ranks split it: a multiple of 64 per vLLM's own padding, and of tp."""
@@ -49,10 +48,9 @@ class Architecture:
 
     def num_parameters(self) -> int:
         """Parameters without padding; a tied embedding counts once."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        layer = qkv * (self.hidden + self.qkv_bias) + self.heads * self.head_dim * self.hidden + 3 * self.hidden * self.ffn
-        layer += 2 * self.hidden + 2 * self.head_dim * self.qk_norm
-        return self.layers * layer + self.hidden * (1 + self.vocab * (1 + (self.lm and not self.tied)) + self.scalar)
+        row = self.row
+        outer, layer = (sum(math.prod(w.shape) for w in held) for held in (row.before(self) + row.behind(self), row.layer(self)))
+        return outer + self.layers * layer
 
     def check_split(self, tp: int, pp: int = 1, *, said: tuple[str, str], where: str = "") -> None:
         """Raise UserError unless tp ranks can split every layer and pp ranks the layers. said: how the user set the two; where: in whose
@@ -96,9 +94,9 @@ def check_numbers(where: Path, numbers: Mapping[str, Any]) -> None:
 
 def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-    family = FAMILIES.get(names[0])
+    family = CLASSES.get(names[0])  # anything else is refused by name
     if family is None:
-        raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(CLASSES)}")
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     optional = [key for key in ("num_key_value_heads", "head_dim", *CONTEXTS) if config.get(key) is not None]
     check_sizes(path, {key: config[key] for key in (*needed, *optional)})
@@ -117,14 +115,14 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"], "rope_theta": theta, **{key: rope[key] for key in scaling}})
     if scaling and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise UserError(f"{path}: low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor: {REMEDY}")
-    scalar = config.get("architectures", [""])[0].endswith("SequenceClassification")
+    scalar = config.get("architectures", [""])[0].endswith(SCALAR)
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if scalar and labels != 1:
         raise UserError(f"{path}: num_labels {labels} is not supported; a reward model has 1")
     return Architecture(
         lm=not scalar,
         scalar=scalar,
-        family=family,
+        family=family.name,
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
         ffn=config["intermediate_size"],
@@ -135,16 +133,14 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         context=min(config[key] for key in CONTEXTS if config.get(key) is not None),
         eps=float(config["rms_norm_eps"]),
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
         rope_theta=float(theta),
         rope_scaling={k: rope[k] for k in scaling},
     )
 
 
-def _refuse_unsupported(config: dict[str, Any], family: str, rope: dict[str, Any], kind: str, path: Path) -> None:
+def _refuse_unsupported(config: dict[str, Any], family: Family, rope: dict[str, Any], kind: str, path: Path) -> None:
     """One line for the first feature of config.json that would silently give other numbers here."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", family == "mistral") else None
+    window = config.get("sliding_window") if config.get("use_sliding_window", family.name == "mistral") else None
     if window is not None and window < config["max_position_embeddings"]:
         raise UserError(f"{path}: sliding_window {window} is not supported; set it to null if sequences stay under it")
     if kind not in ("default", "llama3"):
@@ -153,9 +149,9 @@ def _refuse_unsupported(config: dict[str, Any], family: str, rope: dict[str, Any
         raise UserError(f"{path}: partial_rotary_factor {partial!r:.80} is not supported; supported is 1")
     if config.get("tie_word_embeddings") not in (None, True, False):
         raise UserError(f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r:.80} is neither true nor false: {REMEDY}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is silu")
+    if config.get("hidden_act", family.activation) != family.activation:
+        raise UserError(f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is {family.activation}")
     if config.get("attention_bias") or config.get("mlp_bias"):
-        raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family}; both must be false")
+        raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family.name}; both must be false")
     if "quantization_config" in config:
         raise UserError(f"{path}: quantized weights are not supported; give the bfloat16 or float32 folder")

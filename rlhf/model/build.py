@@ -106,10 +106,10 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
         normalization="RMSNorm",
         layernorm_epsilon=arch.eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=getattr(F, arch.row.activation),
         add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        add_qkv_bias=arch.row.qkv_bias,
+        qk_layernorm=arch.row.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
@@ -133,7 +133,7 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
 
 def layer_spec(arch: Architecture, exchanges: bool) -> ModuleSpec:
     """One decoder layer: parallel linears around our norm and our attention."""
-    norm = RMSNorm if arch.qk_norm else IdentityOp
+    norm = RMSNorm if arch.row.qk_norm else IdentityOp
     columns, rows = (ColumnLinear, RowLinear) if exchanges else (ColumnParallelLinear, RowParallelLinear)
     attention = SelfAttentionSubmodules(linear_qkv=columns, core_attention=Attention, linear_proj=rows, q_layernorm=norm, k_layernorm=norm)
     return ModuleSpec(

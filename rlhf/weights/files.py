@@ -202,9 +202,9 @@ def target(
     shard     bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
     """
     if format == "hf":
-        whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
+        whole = _by_local(names.tiles(arch, "hf"))
         sizes = {name: prod(shape) * dtype.itemsize for name, shape in names.hf_shapes(arch).items()}
-        return Target("hf", {title: [whole[name] for name in held] for title, held in hf.titles(sizes, shard).items()})
+        return Target("hf", {title: [tile for name in held for tile in whole[name]] for title, held in hf.titles(sizes, shard).items()})
     if format == "torch_dist":
         tp = pp = 1  # any layout reads it
     unit = tp * (divisor or (1 if arch.vocab % tp == 0 else 128))

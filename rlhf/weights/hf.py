@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
+from rlhf.model.families import CAUSAL, SCALAR
 from rlhf.weights.entries import Entry, Shape, groups, intact, kind, some
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-HEADS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # family -> class name's start
 
 
 def entries(folder: Path) -> dict[str, Entry]:
@@ -71,9 +71,9 @@ def description(arch: Architecture) -> dict[str, Any]:
     if arch.rope_scaling:
         rope["rope_scaling"] = {"rope_type": "llama3", **arch.rope_scaling}
     return {
-        "architectures": [HEADS[arch.family] + ("ForCausalLM" if arch.lm else "ForSequenceClassification")],
+        "architectures": [arch.row.classes + (CAUSAL if arch.lm else SCALAR)],
         "model_type": arch.family,
-        "hidden_act": "silu",
+        "hidden_act": arch.row.activation,
         "hidden_size": arch.hidden,
         "intermediate_size": arch.ffn,
         "num_hidden_layers": arch.layers,

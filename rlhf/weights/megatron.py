@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture, check_numbers, check_sizes
+from rlhf.model.families import FAMILIES
 from rlhf.weights import names, pt, torch_dist
 from rlhf.weights.entries import Entry, Shape, intact, kind
 from rlhf.weights.tiles import Tile
@@ -185,10 +186,10 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
         "norm_epsilon": arch.eps,
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
-        "qk_layernorm": arch.qk_norm,
+        "qk_layernorm": arch.row.qk_norm,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": arch.qkv_bias,
+        "add_qkv_bias": arch.row.qkv_bias,
         "untie_embeddings_and_output_weights": not arch.tied,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -226,7 +227,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     try:
         check_sizes(checkpoint.path, {f"args.{key}": a[key] for key in (*needed, *groups, *optional)})
         return Architecture(
-            family="qwen3" if a.get("qk_layernorm") else "qwen2" if a.get("add_qkv_bias") else "llama",
+            family=_family(checkpoint),
             layers=a["num_layers"],
             hidden=a["hidden_size"],
             ffn=a["ffn_hidden_size"],
@@ -237,8 +238,6 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
             context=a["max_position_embeddings"],
             eps=a["norm_epsilon"] if "norm_epsilon" in a else a["layernorm_epsilon"],
             tied=not a["untie_embeddings_and_output_weights"],
-            qkv_bias=bool(a.get("add_qkv_bias")),
-            qk_norm=bool(a.get("qk_layernorm")),
             rope_theta=float(a.get("rotary_base") or 10000),
             rope_scaling={"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {},
             # A tied output layer alone has no tensor that would tell; a reward model is taken to be without.
@@ -248,6 +247,15 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         )
     except KeyError as error:
         raise UserError(f"{checkpoint.path}: args has no {error}: copy the model's config.json into {checkpoint.path.parent}") from None
+
+
+def _family(checkpoint: Checkpoint) -> str:
+    """The first family whose layers are those that the args describe: they have no name of it."""
+    said = {name: bool(checkpoint.args.get(name)) for name in ("add_qkv_bias", "qk_layernorm")}
+    found = [row.name for row in FAMILIES.values() if (row.qkv_bias, row.qk_norm) == tuple(said.values())]
+    if not found:
+        raise UserError(f"{checkpoint.path}: its args say {' and '.join(said)}, which no supported family has together")
+    return found[0]
 
 
 def _iteration(folder: Path, iteration: int | None) -> Path:
