@@ -31,7 +31,7 @@ LLAMA3 = {
 FAMILIES = {
     "llama": transformers.LlamaConfig(**SHAPE),
     "llama3-tied": transformers.LlamaConfig(**SHAPE | {"head_dim": 32}, rope_parameters=LLAMA3, tie_word_embeddings=True),
-    "mistral": transformers.MistralConfig(**SHAPE | {"num_key_value_heads": 4}, sliding_window=None, rms_norm_eps=1e-5),
+    "mistral": transformers.MistralConfig(**SHAPE | {"num_key_value_heads": 4}, sliding_window=7, rms_norm_eps=1e-5),
     "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SHAPE | {"head_dim": 32}),
 }

@@ -128,19 +128,28 @@ def test_a_classifier_of_one_label_is_a_reward_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "supported"),
+    ("name", "changes", "window"),
     [
-        ("Mistral-7B-v0.3", {"sliding_window": 4096}, False),  # as v0.1 was published
-        ("Mistral-7B-v0.3", {"sliding_window": 32768}, True),
-        ("Qwen2.5-0.5B", {"use_sliding_window": True}, False),
-        ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 32768}, True),
-        ("Llama-2-7b-hf", {"sliding_window": 64}, True),  # a key that the family does not read
+        ("Mistral-7B-v0.3", {"sliding_window": 4096}, 4096),  # as v0.1 was published
+        ("Mistral-7B-v0.3", {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 32}, 4096),
+        ("Mistral-7B-v0.3", {"sliding_window": 32768}, 0),
+        ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 32768}, 0),
+        ("Llama-2-7b-hf", {"sliding_window": 4096}, 0),
     ],
 )
-def test_sliding_windows(tmp_path: Path, name: str, changes: dict[str, Any], supported: bool) -> None:
+def test_sliding_windows(tmp_path: Path, name: str, changes: dict[str, Any], window: int) -> None:
     config, wanted, _ = PUBLISHED[name]
-    if supported:
-        assert read(tmp_path, {**config, **changes}) == wanted
-    else:
-        with pytest.raises(UserError, match="sliding_window 4096 is not supported"):
-            read(tmp_path, {**config, **changes})
+    assert read(tmp_path, {**config, **changes}) == replace(wanted, window=window)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 64}),  # in the layers from max_window_layers on
+        ("Llama-2-7b-hf", {"sliding_window": 64}),  # transformers does not read it, and vLLM does
+        ("Mistral-7B-v0.3", {"sliding_window": 64, "layer_types": ["full_attention"] * 32}),  # vLLM reads the second, transformers does not
+    ],
+)
+def test_windows_of_some_layers_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="sliding_window 64 is not supported for some layers"):
+        read(tmp_path, {**PUBLISHED[name][0], **changes})

@@ -22,7 +22,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     [
         ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM is not supported", "LlamaForCausalLM"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'"]),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, ["sliding_window 64"]),
+        ({"sliding_window": 64}, ["sliding_window 64"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, ["sliding_window 0 is not a whole number above 0"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'"]),
         ({"quantization_config": {}}, ["quantized"]),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+import transformers
 
 from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.model import architecture
@@ -35,12 +35,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # short, so that the stretched frequencies matter here
 }
-MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "llama-tied-llama3": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-    "llama-one-kv-head": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"hidden_size": 128}),  # its head_dim is hidden / heads
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+MODELS = {  # class names' beginning and what config.json has besides SIZES
+    "llama": ("Llama", {}),
+    "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
+    "mistral-tied-llama3": ("Mistral", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "sliding_window": 10}),
+    "qwen2": ("Qwen2", {"hidden_size": 128}),  # its head_dim is hidden / heads
+    "qwen3": ("Qwen3", {}),
 }
 MAX_LEN = 192
 LONG = [i * i % 101 for i in range(150)]  # fills a block of vLLM's prefix cache, 128 tokens on a CPU
@@ -51,9 +52,10 @@ GREEDY = Sampling(max_tokens=8, temperature=0.0)
 
 def build(kind: str, seed: int = 0):
     """A random model of transformers, wide enough awake that no two tokens tie."""
-    model_class, config_class, changes = MODELS[kind]
+    name, changes = MODELS[kind]
     torch.manual_seed(seed)
-    model = model_class(config_class(**(SIZES | changes), attn_implementation="eager")).eval().requires_grad_(False)
+    config = getattr(transformers, f"{name}Config")(**(SIZES | changes), attn_implementation="eager")
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(parameter)  # biases and norms too: at their initial 0 and 1 they would prove nothing
     return model
@@ -317,8 +319,8 @@ def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
 
 
 def test_vllm_with_tied_embeddings_and_no_weights_in_the_folder(vllm_engine, tmp_path):
-    old, new = build("llama-tied-llama3", 0), build("llama-tied-llama3", 1)
-    old.config.architectures = ["LlamaForCausalLM"]
+    old, new = build("mistral-tied-llama3", 0), build("mistral-tied-llama3", 1)
+    old.config.architectures = ["MistralForCausalLM"]
     old.config.save_pretrained(tmp_path)
     engine = vllm_engine(str(tmp_path), load=False)
     for model in (old, new):

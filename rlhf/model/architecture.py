@@ -33,6 +33,7 @@ class Architecture:
     tied: bool  # output layer shares the embedding
     rope_theta: float
     rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # llama3 scaling, or empty
+    window: int = 0  # tokens that a token attends to, itself included; 0: all before it
     lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
     scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
 
@@ -40,6 +41,11 @@ class Architecture:
     def row(self) -> Family:
         """What it has in common with the other models of its family."""
         return FAMILIES[self.family]
+
+    @property
+    def window_size(self) -> tuple[int, int] | None:
+        """The window in megatron-core's words: the keys before a query's own, and those behind it."""
+        return (self.window - 1, 0) if self.window else None
 
     def padded_vocab(self, tp: int) -> int:
         """Rows of the embedding when tp ranks split it: a multiple of 64 per vLLM's own padding, and of tp."""
@@ -119,6 +125,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if scalar and labels != 1:
         raise UserError(f"{path}: num_labels {labels} is not supported; a reward model has 1")
+    context = min(config[key] for key in CONTEXTS if config.get(key) is not None)
     return Architecture(
         lm=not scalar,
         scalar=scalar,
@@ -130,7 +137,8 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=config["vocab_size"],
-        context=min(config[key] for key in CONTEXTS if config.get(key) is not None),
+        context=context,
+        window=_window(config, family, context, path),
         eps=float(config["rms_norm_eps"]),
         tied=bool(config.get("tie_word_embeddings", False)),
         rope_theta=float(theta),
@@ -138,11 +146,23 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     )
 
 
+def _window(config: dict[str, Any], family: Family, context: int, path: Path) -> int:
+    """Architecture.window: 0 where config.json has a window that is no shorter than the context."""
+    window = config.get("sliding_window")
+    if window is None or (family.window == "some" and not config.get("use_sliding_window")):
+        return 0
+    check_sizes(path, {"sliding_window": window})
+    if window >= context:
+        return 0
+    kinds = set(config.get("layer_types") or ["sliding_attention"])
+    if family.window != "all" or kinds != {"sliding_attention"}:  # where vLLM and transformers would not agree on the layers, too
+        remedy = "set it to null if sequences stay under it"
+        raise UserError(f"{path}: sliding_window {window} is not supported for some layers of a {family.name} model; {remedy}")
+    return int(window)
+
+
 def _refuse_unsupported(config: dict[str, Any], family: Family, rope: dict[str, Any], kind: str, path: Path) -> None:
     """One line for the first feature of config.json that would silently give other numbers here."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", family.name == "mistral") else None
-    if window is not None and window < config["max_position_embeddings"]:
-        raise UserError(f"{path}: sliding_window {window} is not supported; set it to null if sequences stay under it")
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported; supported are default and llama3")
     if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):

@@ -110,6 +110,7 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
         add_bias_linear=False,
         add_qkv_bias=arch.row.qkv_bias,
         qk_layernorm=arch.row.qk_norm,
+        window_size=arch.window_size,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,

@@ -47,6 +47,9 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every head's queries and keys, before they are rotated
     activation: str = "silu"  # of the gated MLP, as hidden_act says it
+    # Which layers attend to the last sliding_window tokens alone: all of them, those from max_window_layers on where
+    # use_sliding_window is true, or none.
+    window: Literal["all", "some", "none"] = "none"
     files: Mapping[str, str] = field(default_factory=dict, hash=False)  # as rlhf.weights.names.Layout.names, for its Hugging Face files
 
     def before(self, arch: Architecture) -> list[Weight]:
@@ -79,9 +82,9 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("llama", "Llama"),
-        Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2", qkv_bias=True),
-        Family("qwen3", "Qwen3", qk_norm=True),
+        Family("mistral", "Mistral", window="all"),
+        Family("qwen2", "Qwen2", qkv_bias=True, window="some"),
+        Family("qwen3", "Qwen3", qk_norm=True, window="some"),
     )
 }
 CAUSAL, SCALAR = "ForCausalLM", "ForSequenceClassification"  # how class names end

@@ -158,7 +158,10 @@ class KVCache(Engine):
         arch, w = self.arch, self.weights
         angles = positions[..., None, None] * self.frequencies  # [B, Q, 1, D/2]
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        seen = torch.arange(int(positions.max()) + 1, device=self.device) <= positions[:, None, :, None]  # [B, 1, Q, K]
+        keys, queries = torch.arange(int(positions.max()) + 1, device=self.device), positions[:, None, :, None]
+        seen = keys <= queries  # [B, 1, Q, K]
+        if arch.window:
+            seen &= keys > queries - arch.window
         x = self._embed(tokens)
         for i in range(arch.layers):
             layer = f"model.layers.{i}."

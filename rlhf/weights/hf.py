@@ -86,7 +86,7 @@ def description(arch: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": arch.tied,
         **rope,
         **({} if arch.lm else {"num_labels": 1, "id2label": {"0": "LABEL_0"}}),
-        **({"sliding_window": None} if arch.family == "mistral" else {}),
+        **({"sliding_window": arch.window or None} if arch.row.window == "all" else {}),
     }
 
 

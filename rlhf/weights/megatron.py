@@ -31,7 +31,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 # What args may say that no tensor shows, -> what we compute.
-UNSEEN = {"apply_layernorm_1p": False, "rotary_interleaved": False, "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None}
+UNSEEN = {
+    "apply_layernorm_1p": False,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "rotary_seq_len_interpolation_factor": None,
+    "window_attn_skip_freq": None,
+}
 NUMBERS = ("rotary_base", "rope_scaling_factor", "norm_epsilon", "layernorm_epsilon")
 LINEAR = {  # the linear layers whose (empty) extra state a strict load asks for
     "mcore": ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
@@ -187,6 +193,7 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
         "qk_layernorm": arch.row.qk_norm,
+        "window_size": arch.window_size,
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": arch.row.qkv_bias,
@@ -238,6 +245,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
             context=a["max_position_embeddings"],
             eps=a["norm_epsilon"] if "norm_epsilon" in a else a["layernorm_epsilon"],
             tied=not a["untie_embeddings_and_output_weights"],
+            window=_window(checkpoint),
             rope_theta=float(a.get("rotary_base") or 10000),
             rope_scaling={"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {},
             # A tied output layer alone has no tensor that would tell; a reward model is taken to be without.
@@ -250,12 +258,24 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
 
 
 def _family(checkpoint: Checkpoint) -> str:
-    """The first family whose layers are those that the args describe: they have no name of it."""
-    said = {name: bool(checkpoint.args.get(name)) for name in ("add_qkv_bias", "qk_layernorm")}
-    found = [row.name for row in FAMILIES.values() if (row.qkv_bias, row.qk_norm) == tuple(said.values())]
-    if not found:
-        raise UserError(f"{checkpoint.path}: its args say {' and '.join(said)}, which no supported family has together")
-    return found[0]
+    """The first family that computes what the args describe: they do not name one."""
+    args, window = checkpoint.args, _window(checkpoint)
+    for row in FAMILIES.values():
+        same = (row.qkv_bias, row.qk_norm) == (bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm")))
+        if same and (row.window == "all" or not window):
+            return row.name
+    said = ", ".join(f"{name} {args[name]}" for name in ("add_qkv_bias", "qk_layernorm", "window_size") if args.get(name))
+    raise UserError(f"{checkpoint.path}: its args say {said}, which no supported family has together")
+
+
+def _window(checkpoint: Checkpoint) -> int:
+    """Architecture.window. Megatron's counts the keys before a query's own, and those behind it; -1 is all of them."""
+    args = checkpoint.args
+    before, behind = args.get("window_size") or (-1, 0)
+    if behind != 0:
+        raise UserError(f"{checkpoint.path}: its args say window_size {args['window_size']}, and only (tokens, 0) is supported")
+    check_sizes(checkpoint.path, {"args.window_size[0] + 1": before + 1} if before != -1 else {})
+    return before + 1 if before + 1 < args["max_position_embeddings"] else 0
 
 
 def _iteration(folder: Path, iteration: int | None) -> Path:
