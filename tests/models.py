@@ -29,7 +29,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = {
-    "llama": transformers.LlamaConfig(**SHAPE),
+    "phi3": transformers.Phi3Config(**SHAPE, pad_token_id=None),  # a Llama whose files keep q, k and v, and gate and up, as one tensor
     "llama3-tied": transformers.LlamaConfig(**SHAPE | {"head_dim": 32}, rope_parameters=LLAMA3, tie_word_embeddings=True),
     "mistral": transformers.MistralConfig(**SHAPE | {"num_key_value_heads": 4}, sliding_window=7, rms_norm_eps=1e-5),
     "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),

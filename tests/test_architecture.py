@@ -79,6 +79,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         ),
         596_049_920,
     ),
+    "phi-4": (
+        {
+            "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 5120,
+            "intermediate_size": 17920, "max_position_embeddings": 16384, "num_attention_heads": 40, "num_hidden_layers": 40,
+            "num_key_value_heads": 10, "original_max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_scaling": None,
+            "rope_theta": 250000, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 100352,
+        },
+        Architecture(
+            family="phi3", layers=40, hidden=5120, ffn=17920, heads=40, kv_heads=10, head_dim=128, vocab=100352, context=16384, eps=1e-5,
+            tied=False, rope_theta=250000.0,
+        ),
+        14_659_507_200,
+    ),
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ MODELS = {  # class names' beginning and what config.json has besides SIZES
     "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
     "mistral-tied-llama3": ("Mistral", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "sliding_window": 10}),
+    "phi3": ("Phi3", {"hidden_size": 128, "sliding_window": 30, "pad_token_id": None}),  # its head_dim is hidden / heads
     "qwen2": ("Qwen2", {"hidden_size": 128}),  # its head_dim is hidden / heads
     "qwen3": ("Qwen3", {}),
 }
@@ -79,6 +80,11 @@ def shards(model, arch, tp: int, rank: int) -> dict[str, torch.Tensor]:
     copies = max(1, tp // arch.kv_heads)  # ranks that hold the same kv head
     for name, tensor in state.items():
         if name.endswith("norm.weight"):
+            out[name] = tensor
+        elif "qkv_proj" in name:
+            out[name] = tensor
+            assert tp == 1, "these rows are in the order of one rank"
+        elif "gate_up_proj" in name:
             out[name] = tensor
         elif "q_proj" in name:
             k, v = state[name.replace("q_proj", "k_proj")], state[name.replace("q_proj", "v_proj")]

@@ -14,6 +14,7 @@ from rlhf.algorithms import ALGORITHMS, SECTIONS
 from rlhf.config import Config
 from rlhf.configuration import notes
 from rlhf.contracts import Engine
+from rlhf.model.families import CLASSES, FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf"
@@ -132,6 +133,13 @@ def test_a_mode_is_named_in_one_place():
                 if any(last(side) == "mode" for side in sides) and texts & set(ALGORITHMS):
                     compared.append((path, node))
     assert places(iter(compared)) == []
+
+
+def test_a_family_is_named_in_one_place():
+    """Its row in rlhf/model/families.py has all that differs: nobody else asks which family a model is of."""
+    own = {text for row in FAMILIES.values() for text in (row.name, row.classes)} | set(CLASSES)
+    named = ((path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own)
+    assert places((path, node) for path, node in named if name(path) != "model/families.py") == []
 
 
 def test_an_engine_has_one_owner():

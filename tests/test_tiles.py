@@ -23,6 +23,7 @@ FAMILIES = {
     "qkv bias, tied, one group": replace(LLAMA, family="qwen2", tied=True, kv_heads=1),
     "qk norm": replace(LLAMA, family="qwen3"),
     "window": replace(LLAMA, family="mistral", window=9),
+    "fused files": replace(LLAMA, family="phi3", kv_heads=2),
     "ranks with nothing but padding": replace(LLAMA, vocab=30),
 }
 LLAMA_70B = replace(LLAMA, layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
@@ -35,9 +36,22 @@ def random_hf(arch: Architecture) -> Tensors:
     return {name: torch.randn(shape, generator=generator) for name, shape in hf_shapes(arch).items()}
 
 
+def apart(arch: Architecture, hf: Tensors) -> Tensors:
+    """The tensors of a folder with q, k, v, gate and up each by itself."""
+    found, heads = {}, [arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.kv_heads * arch.head_dim]
+    for name, tensor in hf.items():
+        if "qkv_proj" in name:
+            found |= {name.replace("qkv", x): part for x, part in zip("qkv", tensor.split(heads), strict=True)}
+        elif "gate_up_proj" in name:
+            found |= {name.replace("gate_up", x): part for x, part in zip(("gate", "up"), tensor.chunk(2), strict=True)}
+        else:
+            found[name] = tensor
+    return found
+
+
 def mcore_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int], pp: tuple[int, int]) -> Tensors:
     """What a megatron-core GPTModel holds on one rank, by concatenating and chunking whole tensors."""
-    (t, num_t), (p, num_p) = tp, pp
+    hf, (t, num_t), (p, num_p) = apart(arch, hf), tp, pp
     depth = arch.layers // num_p
 
     def table(name: str) -> torch.Tensor:
@@ -86,7 +100,7 @@ def mcore_layer(arch: Architecture, hf: Tensors, t: int, num_t: int) -> Tensors:
 
 def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
     """What a vLLM engine holds on one rank; each kv head lives on several ranks where there are more ranks than kv heads."""
-    t, num_t = tp
+    hf, (t, num_t) = apart(arch, hf), tp
 
     def table(name: str) -> torch.Tensor:
         padding = torch.zeros(-arch.vocab % 64, arch.hidden)
@@ -242,7 +256,7 @@ def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
     whole = {tile.name: tile for tile in tiles(arch, "hf")}
     marked = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in hf_shapes(arch).items()}
     for tile in tiling:
-        view(marked[tile.name], whole[tile.name], tile.box).fill_(True)
+        view(marked[whole[tile.name].local], whole[tile.name], tile.box).fill_(True)
     return marked
 
 

@@ -85,6 +85,7 @@ FAMILIES = {
         Family("mistral", "Mistral", window="all"),
         Family("qwen2", "Qwen2", qkv_bias=True, window="some"),
         Family("qwen3", "Qwen3", qk_norm=True, window="some"),
+        Family("phi3", "Phi3", window="all", files=FUSED),  # Phi-4, too
     )
 }
 CAUSAL, SCALAR = "ForCausalLM", "ForSequenceClassification"  # how class names end

@@ -137,7 +137,7 @@ class Case:
         updated, shards = expected_update(self.model, mode, self.samples), learner.parameters()
         whole = {tile.name: tile for tile in names.tiles(self.arch, "hf")}
         for tile in self.sharding[self.mesh.rank]:
-            wanted = view(updated[tile.name], whole[tile.name], tile.box)
+            wanted = view(updated[whole[tile.name].local], whole[tile.name], tile.box)
             close(view(shards[tile.local], tile, tile.box), wanted, 2e-6, f"{self.what}: {mode} update packed by {budget} of {tile.name}")
 
     def check_step_zero(self, learner: Learner) -> None:
