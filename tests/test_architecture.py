@@ -13,7 +13,13 @@ from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 
-LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 # name -> (config.json without what only says how it was made, what it is, parameters as the model's card counts them)
 PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
     "Llama-2-7b-hf": (
@@ -33,7 +39,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
             "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
             "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
             "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-            "rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3"}, "tie_word_embeddings": False, "vocab_size": 128256,
+            "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": False, "vocab_size": 128256,
         },
         Architecture(
             family="llama", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, context=131072, eps=1e-5,
@@ -121,7 +127,8 @@ def test_rope_as_transformers_5_writes_it(tmp_path: Path, name: str) -> None:
 
 def test_older_names_and_what_may_be_missing(tmp_path: Path) -> None:
     config, wanted, _ = PUBLISHED["Llama-3.1-8B"]
-    assert read(tmp_path, {**config, "rope_scaling": {**LLAMA3_SCALING, "type": "llama3"}}) == wanted
+    older = {key: value for key, value in LLAMA3_SCALING.items() if key != "rope_type"} | {"type": "llama3"}
+    assert read(tmp_path, {**config, "rope_scaling": older}) == wanted
     default = {**config, "rope_scaling": {"rope_type": "default"}}
     assert read(tmp_path, default) == replace(wanted, rope_scaling={})
     bare = {key: config[key] for key in config if key not in ("num_key_value_heads", "tie_word_embeddings", "rope_theta", "rope_scaling")}

@@ -27,6 +27,7 @@ SIZES = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -41,7 +42,7 @@ MODELS = {  # class names' beginning and what config.json has besides SIZES
     "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
     "mistral-tied-llama3": ("Mistral", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "sliding_window": 10}),
     "phi3": ("Phi3", {"hidden_size": 128, "sliding_window": 30, "pad_token_id": None}),  # its head_dim is hidden / heads
-    "qwen2": ("Qwen2", {"hidden_size": 128}),  # its head_dim is hidden / heads
+    "qwen2-yarn": ("Qwen2", {"hidden_size": 128, "rope_parameters": YARN}),  # its head_dim is hidden / heads, too
     "qwen3": ("Qwen3", {}),
 }
 MAX_LEN = 192
@@ -79,12 +80,7 @@ def shards(model, arch, tp: int, rank: int) -> dict[str, torch.Tensor]:
         out[name] = rows(table, tp, rank)
     copies = max(1, tp // arch.kv_heads)  # ranks that hold the same kv head
     for name, tensor in state.items():
-        if name.endswith("norm.weight"):
-            out[name] = tensor
-        elif "qkv_proj" in name:
-            out[name] = tensor
-            assert tp == 1, "these rows are in the order of one rank"
-        elif "gate_up_proj" in name:
+        if name.endswith("norm.weight") or (tp == 1 and ("qkv_proj" in name or "gate_up_proj" in name)):
             out[name] = tensor
         elif "q_proj" in name:
             k, v = state[name.replace("q_proj", "k_proj")], state[name.replace("q_proj", "v_proj")]
@@ -275,7 +271,7 @@ def test_choose_draws_from_the_filtered_distribution():
 def test_kvcache_tensor_parallel(tmp_path):
     sampling = Sampling(max_tokens=8, temperature=0.8)
     whole = {}
-    for kind in ("llama", "llama-tied-llama3", "llama-one-kv-head", "qwen2"):
+    for kind in ("llama", "llama-tied-llama3", "llama-one-kv-head", "qwen2-yarn"):
         model = build(kind)
         arch = architecture.read(folder(model, tmp_path / kind))
         whole[kind] = plain(model, arch).generate(PROMPTS, sampling, SEEDS)
@@ -308,7 +304,7 @@ def vllm_engine():
 
 
 def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
-    old, new = build("qwen2", 0), build("qwen2", 1)
+    old, new = build("qwen2-yarn", 0), build("qwen2-yarn", 1)
     engine = vllm_engine(folder(old, tmp_path), load=True)
     check_greedy(old, engine, 2e-5)
     check_limits(engine)

@@ -22,8 +22,7 @@ FAMILIES = {
     "tied, head_dim apart": replace(LLAMA, tied=True, head_dim=16),
     "qkv bias, tied, one group": replace(LLAMA, family="qwen2", tied=True, kv_heads=1),
     "qk norm": replace(LLAMA, family="qwen3"),
-    "window": replace(LLAMA, family="mistral", window=9),
-    "fused files": replace(LLAMA, family="phi3", kv_heads=2),
+    "fused files, window": replace(LLAMA, family="phi3", kv_heads=2, window=9),
     "ranks with nothing but padding": replace(LLAMA, vocab=30),
 }
 LLAMA_70B = replace(LLAMA, layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)

@@ -12,6 +12,18 @@ from rlhf.errors import UserError
 from rlhf.model.families import CLASSES, FAMILIES, SCALAR, Family
 
 CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")  # vLLM takes the least of them
+ORIGINAL = "original_max_position_embeddings"
+# rope_type -> the numbers that it needs, and those that it may have with what they are otherwise (None: made from the others).
+ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "default": ((), {}),
+    "linear": (("factor",), {}),
+    "dynamic": (("factor",), {}),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), {}),
+    "yarn": (
+        ("factor", ORIGINAL),
+        {"beta_fast": 32, "beta_slow": 1, "truncate": True, **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"))},
+    ),
+}
 LARGEST, LAYERS = 2**31 - 1, 4096  # of any number, and of layers, whose tensors are listed one by one
 REMEDY = "give the one that belongs to the weights"
 
@@ -32,7 +44,7 @@ class Architecture:
     eps: float  # of RMSNorm
     tied: bool  # output layer shares the embedding
     rope_theta: float
-    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # llama3 scaling, or empty
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # rope_type and its numbers as config.json names them, or empty
     window: int = 0  # tokens that a token attends to, itself included; 0: all before it
     lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
     scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
@@ -41,6 +53,11 @@ class Architecture:
     def row(self) -> Family:
         """What it has in common with the other models of its family."""
         return FAMILIES[self.family]
+
+    @property
+    def rope_kind(self) -> str:
+        """A key of ROPES."""
+        return str(self.rope_scaling.get("rope_type", "default"))
 
     @property
     def window_size(self) -> tuple[int, int] | None:
@@ -106,9 +123,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     optional = [key for key in ("num_key_value_heads", "head_dim", *CONTEXTS) if config.get(key) is not None]
     check_sizes(path, {key: config[key] for key in (*needed, *optional)})
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _refuse_unsupported(config, family, rope, kind, path)
+    _refuse_unsupported(config, family, path)
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
@@ -116,16 +131,15 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     if head_dim % 2 or not head_dim:
         raise UserError(f"{path}: a head has {head_dim} dimensions, which rotary embeddings cannot pair: {REMEDY}")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
-    check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"], "rope_theta": theta, **{key: rope[key] for key in scaling}})
-    if scaling and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise UserError(f"{path}: low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor: {REMEDY}")
+    check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"]})
+    theta, scaling = _rope(config, family, path)
     scalar = config.get("architectures", [""])[0].endswith(SCALAR)
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if scalar and labels != 1:
         raise UserError(f"{path}: num_labels {labels} is not supported; a reward model has 1")
     context = min(config[key] for key in CONTEXTS if config.get(key) is not None)
+    if scaling.get("rope_type") == "yarn":  # vLLM's tables end there
+        context = min(context, int(scaling["factor"] * scaling[ORIGINAL]))
     return Architecture(
         lm=not scalar,
         scalar=scalar,
@@ -141,9 +155,33 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         window=_window(config, family, context, path),
         eps=float(config["rms_norm_eps"]),
         tied=bool(config.get("tie_word_embeddings", False)),
-        rope_theta=float(theta),
-        rope_scaling={k: rope[k] for k in scaling},
+        rope_theta=theta,
+        rope_scaling=scaling,
     )
+
+
+def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, dict[str, Any]]:
+    """Architecture.rope_theta and rope_scaling."""
+    outer = {"rope_theta": config.get("rope_theta", 10000.0)}
+    rope = {**outer, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope["rope_theta"]
+    if kind not in family.ropes:
+        kinds = ", ".join(family.ropes)
+        raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported for {family.name}; supported are {kinds}")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise UserError(f"{path}: partial_rotary_factor {partial!r:.80} is not supported; supported is 1")
+    needed, optional = ROPES[kind]
+    if odd := rope.keys() - {"rope_theta", "rope_type", "type", "partial_rotary_factor", ORIGINAL, *needed, *optional}:
+        raise UserError(f"{path}: rope scaling {kind} with {min(odd)!r:.80} is not supported; {REMEDY}")
+    # As transformers looks it up: Phi-3 has it among the other keys.
+    rope[ORIGINAL] = config.get(ORIGINAL) or rope.get(ORIGINAL) or config["max_position_embeddings"]
+    numbers = {key: rope[key] for key in needed}
+    numbers |= {key: rope[key] for key, usual in optional.items() if rope.get(key) not in (None, usual)}
+    check_numbers(path, {"rope_theta": theta, **{key: value for key, value in numbers.items() if value is not False}})  # truncate may be
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor {numbers['low_freq_factor']} is not below high_freq_factor: {REMEDY}")
+    return float(theta), {"rope_type": kind, **numbers} if kind != "default" else {}
 
 
 def _window(config: dict[str, Any], family: Family, context: int, path: Path) -> int:
@@ -161,12 +199,8 @@ def _window(config: dict[str, Any], family: Family, context: int, path: Path) ->
     return int(window)
 
 
-def _refuse_unsupported(config: dict[str, Any], family: Family, rope: dict[str, Any], kind: str, path: Path) -> None:
+def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> None:
     """One line for the first feature of config.json that would silently give other numbers here."""
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported; supported are default and llama3")
-    if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
-        raise UserError(f"{path}: partial_rotary_factor {partial!r:.80} is not supported; supported is 1")
     if config.get("tie_word_embeddings") not in (None, True, False):
         raise UserError(f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r:.80} is neither true nor false: {REMEDY}")
     if config.get("hidden_act", family.activation) != family.activation:

@@ -23,6 +23,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from rlhf.contracts import ABSENT, Batch, Spans
 from rlhf.model.operations import rotate
+from rlhf.model.rope import Rope
 
 
 @dataclass
@@ -42,10 +43,10 @@ class PackedRow(PackedSeqParams):
         return self.order is None and len(lengths) > 1 and len(set(lengths)) == 1
 
     @classmethod
-    def of(cls, batch: Batch, frequencies: Tensor, dtype: torch.dtype, cp: int) -> PackedRow:
-        angles = torch.outer(batch.positions.float(), frequencies)[:, None]
+    def of(cls, batch: Batch, rope: Rope, dtype: torch.dtype, cp: int) -> PackedRow:
+        cos, sin = rope.tables(batch.positions, dtype)
         order = _gathered_order(len(batch.places) * cp, cp, batch.places.device) if cp > 1 else None
-        return cls(qkv_format="thd", spans=batch.spans, cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), order=order)
+        return cls(qkv_format="thd", spans=batch.spans, cos=cos, sin=sin, order=order)
 
 
 def _gathered_order(total: int, cp: int, device: torch.device) -> Tensor:

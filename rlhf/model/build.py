@@ -32,7 +32,7 @@ from rlhf.model import operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.attention import Attention, PackedRow
 from rlhf.model.linear import ColumnLinear, RowLinear
-from rlhf.model.rope import rope_frequencies
+from rlhf.model.rope import Rope
 from rlhf.parallel.exchange import pays
 
 # megatron-core's linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
@@ -174,12 +174,12 @@ class Decoder(GPTModel):
             if arch.scalar:
                 self.score = ScalarHead(self.config)
         self.to(mesh.device)
-        self.frequencies = rope_frequencies(arch).to(mesh.device)
+        self.rope = Rope.of(arch, mesh.device)
         self.cp = parallel.cp
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states: [T (/tp with sequence parallelism), 1, hidden] between stages, [1, T (/tp), hidden] from the last one."""
-        row = PackedRow.of(batch, self.frequencies, self.config.params_dtype, self.cp)
+        row = PackedRow.of(batch, self.rope, self.config.params_dtype, self.cp)
         return super().forward(batch.inputs[None], None, None, packed_seq_params=row)
 
     def head_weight(self) -> Tensor:

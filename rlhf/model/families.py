@@ -50,6 +50,7 @@ class Family:
     # Which layers attend to the last sliding_window tokens alone: all of them, those from max_window_layers on where
     # use_sliding_window is true, or none.
     window: Literal["all", "some", "none"] = "none"
+    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")  # what rope_type may say
     files: Mapping[str, str] = field(default_factory=dict, hash=False)  # as rlhf.weights.names.Layout.names, for its Hugging Face files
 
     def before(self, arch: Architecture) -> list[Weight]:
@@ -85,7 +86,7 @@ FAMILIES = {
         Family("mistral", "Mistral", window="all"),
         Family("qwen2", "Qwen2", qkv_bias=True, window="some"),
         Family("qwen3", "Qwen3", qk_norm=True, window="some"),
-        Family("phi3", "Phi3", window="all", files=FUSED),  # Phi-4, too
+        Family("phi3", "Phi3", window="all", ropes=("default",), files=FUSED),  # Phi-4, too
     )
 }
 CAUSAL, SCALAR = "ForCausalLM", "ForSequenceClassification"  # how class names end

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.model.architecture import Architecture
-from rlhf.model.rope import rope_frequencies, rotate
+from rlhf.model.rope import Rope, rotate
 from rlhf.weights import names
 
 BATCH = 2**15  # tokens in the KV cache at once; longer lists of prompts run as several batches
@@ -102,7 +102,7 @@ class KVCache(Engine):
         self.arch, self.tp, self.tp_rank, self.group = arch, tp, tp_rank, group
         self.dtype, self.device, self.max_len = dtype, device, max_len
         self.heads, self.kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
-        self.frequencies = rope_frequencies(arch).to(device)
+        self.rope = Rope.of(arch, device)
         self.waiting: list[Request] = []
         self.running: Batch | None = None
         shapes = names.parameters(arch, "vllm", (tp_rank, tp))
@@ -156,8 +156,7 @@ class KVCache(Engine):
     def forward(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
         """tokens, positions [B, Q] -> final hidden states [B, Q, hidden]; the tokens' keys and values go into the cache."""
         arch, w = self.arch, self.weights
-        angles = positions[..., None, None] * self.frequencies  # [B, Q, 1, D/2]
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        cos, sin = self.rope.tables(positions, self.dtype)  # [B, Q, 1, D/2]
         keys, queries = torch.arange(int(positions.max()) + 1, device=self.device), positions[:, None, :, None]
         seen = keys <= queries  # [B, 1, Q, K]
         if arch.window:

@@ -20,7 +20,7 @@ from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
-from rlhf.weights import hf, megatron, names, torch_dist
+from rlhf.weights import args, hf, megatron, names, torch_dist
 from rlhf.weights.entries import DTYPES, SIZES, Entry, Shape, groups, kind, mapped, some, store
 from rlhf.weights.tiles import Move, Tile, plan, view
 
@@ -74,13 +74,11 @@ class Source:
 
     def remarks(self, arch: Architecture, beside: str | Path, key: str) -> list[str]:
         """Where a checkpoint's args and the config.json that wins over them disagree; key is how to name `beside`, a folder with one."""
-        base = self.checkpoint.args.get("rotary_base") if self.checkpoint else None
         where = described(self.path, beside)
         if where is None:
+            base = self.checkpoint.args.get("rotary_base") if self.checkpoint else None
             return [f"{self.path} has no config.json: rotary_base {base}, and all else, is what its args say; {key} gives a better one"]
-        if base is not None and float(base) != arch.rope_theta:
-            return [f"{self.path}: its args say rotary_base {base}, {where}/config.json {arch.rope_theta:g}: config.json is right"]
-        return []
+        return args.remarks(self.path, self.checkpoint.args, arch, where) if self.checkpoint else []
 
     def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
         """Which box comes from which shard: the plan of a world whose last rank alone holds nothing and wants everything."""

@@ -69,7 +69,7 @@ def description(arch: Architecture) -> dict[str, Any]:
     """The config.json of a model that came without one."""
     rope: dict[str, Any] = {"rope_theta": arch.rope_theta}
     if arch.rope_scaling:
-        rope["rope_scaling"] = {"rope_type": "llama3", **arch.rope_scaling}
+        rope["rope_scaling"] = arch.rope_scaling
     return {
         "architectures": [arch.row.classes + (CAUSAL if arch.lm else SCALAR)],
         "model_type": arch.family,
