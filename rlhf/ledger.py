@@ -244,7 +244,8 @@ class Ledger:
             self.arch.check_split(tp, said=(f"rollout.tp={tp}", ""))
         except UserError:  # no remedy: the next start would refuse it
             return False
-        return self.world % tp == 0 and not Ledger(config, self.arch, self.roles, self.world, self.device, self.size)._fault()
+        changed = Ledger(config, self.arch, self.roles, self.world, self.device, self.size)
+        return self.world % tp == 0 and not changed._fault()
 
 
 @cache  # every phase and every remedy asks again

@@ -245,14 +245,16 @@ def _check_vllm(config: Config, arch: Architecture) -> None:
     """What vLLM asks of config.json, which it reads by itself."""
     load = f"policy.load={config.policy.load}"
     if not files.described(config.policy.load, config.policy.tokenizer):
-        raise UserError(f"{load} has no config.json, which vLLM needs: copy it there, or set policy.tokenizer to its folder")
+        remedy = "copy it there, or set policy.tokenizer to its folder"
+        raise UserError(f"{load} has no config.json, which vLLM needs: {remedy}")
     kind = files.config(config.policy.load, config.policy.tokenizer).get("model_type")
     if kind != arch.family:
         needed = f"vLLM needs {arch.family!r} for its architectures"
         raise UserError(f"{load}: config.json has the model_type {kind!r:.80}, and {needed}: set it there")
     factor = arch.rope_scaling.get("factor")
     if arch.rope_kind == "linear" and isinstance(factor, int):
-        raise UserError(f"{load}: config.json has the rope scaling factor {factor}, and vLLM needs {factor}.0: set it there")
+        needed = f"vLLM needs {factor}.0"
+        raise UserError(f"{load}: config.json has the rope scaling factor {factor}, and {needed}: set it there")
 
 
 def check_world(parallel: Parallel, world: int) -> None:

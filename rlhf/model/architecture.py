@@ -13,7 +13,7 @@ from rlhf.model.families import CLASSES, FAMILIES, SCALAR, Family
 
 CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")  # vLLM takes the least of them
 ORIGINAL = "original_max_position_embeddings"
-# rope_type -> the numbers that it needs, and those that it may have with what they are otherwise (None: made from the others).
+# rope_type -> the numbers that it needs, and the optional ones with their defaults (None: computed from the others).
 ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "default": ((), {}),
     "linear": (("factor",), {}),
@@ -21,7 +21,14 @@ ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), {}),
     "yarn": (
         ("factor", ORIGINAL),
-        {"beta_fast": 32, "beta_slow": 1, "truncate": True, **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"))},
+        {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "truncate": True,
+            "attention_factor": None,
+            "mscale": None,
+            "mscale_all_dim": None,
+        },
     ),
 }
 LARGEST, LAYERS = 2**31 - 1, 4096  # of any number, and of layers, whose tensors are listed one by one
@@ -44,7 +51,8 @@ class Architecture:
     eps: float  # of RMSNorm
     tied: bool  # output layer shares the embedding
     rope_theta: float
-    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # rope_type and its numbers as config.json names them, or empty
+    # rope_type and its numbers (ROPES), as config.json names them; empty: no scaling
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
     window: int = 0  # tokens that a token attends to, itself included; 0: all before it
     lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
     scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
@@ -72,8 +80,8 @@ class Architecture:
     def num_parameters(self) -> int:
         """Parameters without padding; a tied embedding counts once."""
         row = self.row
-        outer, layer = (sum(math.prod(w.shape) for w in held) for held in (row.before(self) + row.behind(self), row.layer(self)))
-        return outer + self.layers * layer
+        outer, layer = row.before(self) + row.after(self), row.layer(self)
+        return sum(math.prod(w.shape) for w in outer) + self.layers * sum(math.prod(w.shape) for w in layer)
 
     def check_split(self, tp: int, pp: int = 1, *, said: tuple[str, str], where: str = "") -> None:
         """Raise UserError unless tp ranks can split every layer and pp ranks the layers. said: how the user set the two; where: in whose
@@ -178,10 +186,15 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, di
     rope[ORIGINAL] = config.get(ORIGINAL) or rope.get(ORIGINAL) or config["max_position_embeddings"]
     numbers = {key: rope[key] for key in needed}
     numbers |= {key: rope[key] for key, usual in optional.items() if rope.get(key) not in (None, usual)}
-    check_numbers(path, {"rope_theta": theta, **{key: value for key, value in numbers.items() if value is not False}})  # truncate may be
+    truncate = numbers.pop("truncate", True)
+    check_numbers(path, {"rope_theta": theta, **numbers})
+    if type(truncate) is not bool:
+        raise UserError(f"{path}: truncate {truncate!r:.80} is neither true nor false: {REMEDY}")
     if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         raise UserError(f"{path}: low_freq_factor {numbers['low_freq_factor']} is not below high_freq_factor: {REMEDY}")
-    return float(theta), {"rope_type": kind, **numbers} if kind != "default" else {}
+    if kind == "default":
+        return float(theta), {}
+    return float(theta), {"rope_type": kind, **numbers} | ({} if truncate else {"truncate": False})
 
 
 def _window(config: dict[str, Any], family: Family, context: int, path: Path) -> int:
@@ -192,10 +205,11 @@ def _window(config: dict[str, Any], family: Family, context: int, path: Path) ->
     check_sizes(path, {"sliding_window": window})
     if window >= context:
         return 0
+    # Where vLLM and transformers do not agree on which layers have it, it is refused, too.
     kinds = set(config.get("layer_types") or ["sliding_attention"])
-    if family.window != "all" or kinds != {"sliding_attention"}:  # where vLLM and transformers would not agree on the layers, too
-        remedy = "set it to null if sequences stay under it"
-        raise UserError(f"{path}: sliding_window {window} is not supported for some layers of a {family.name} model; {remedy}")
+    if family.window != "all" or kinds != {"sliding_attention"}:
+        what = f"sliding_window {window} is not supported for some layers of a {family.name} model"
+        raise UserError(f"{path}: {what}; set it to null if sequences stay under it")
     return int(window)
 
 

@@ -61,7 +61,8 @@ class Attention(torch.nn.Module):
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, pg_collection: Any = None, **_: Any):
         super().__init__()
         self.cp_group = pg_collection.cp
-        self.window = config.window_size[0] + 1 if config.window_size else 0  # keys that a query sees; 0: all up to its own
+        # Keys that a query sees, its own included; 0: all up to its own.
+        self.window = config.window_size[0] + 1 if config.window_size else 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, *, packed_seq_params: PackedRow, **_: Any) -> Tensor:
         row = packed_seq_params
@@ -86,7 +87,7 @@ def _even(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> Tensor:
-    """Variable-length flash attention over all spans at once; its window counts the keys to the left of a query's own."""
+    """Variable-length flash attention over all spans at once; its window counts the keys before a query's own."""
     from torch.nn.attention.varlen import varlen_attn
 
     spans = row.spans
@@ -112,7 +113,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> 
 def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> Tensor:
     """The same in plain scaled_dot_product_attention: spans of similar length are padded into a batch.
 
-    A span's queries stand at the rows of their own keys, so that one square mask, causal or of a window, serves every span.
+    A span's queries stand at the rows of their own keys, so that one square mask serves every span.
     """
     if row.plan is None:
         row.plan = [tuple(x.to(q.device) for x in part) for part in _by_length(row.spans)]

@@ -1,7 +1,7 @@
-"""The families of dense decoders, one row each: what config.json and the files call their parts, and what their layers compute.
+"""The families of dense decoders, one row each: the names in config.json and in the files, and what the layers compute.
 
-A new family is a new row. What no row differs in yet (a layer's number, a second pair of norms, `1 + w` norms, experts) would be a field of
-`Family` and its lines in `Family.layer`. No torch here.
+A new family is a new row. What all rows have in common today (the same tensors in every layer, one norm before attention and one
+before the MLP, norms that multiply by their weight, one MLP) becomes a field of `Family` when a family differs. No torch here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rlhf.model.architecture import Architecture
 
 Shape = tuple[int, ...]
-# How tensor parallelism cuts a tensor: its rows, its columns, its rows of a vocabulary that is padded first, its rows by key/value heads,
-# or not at all.
+# How tensor parallelism cuts a tensor: by rows, by columns, by rows of a vocabulary that is padded first, by key/value heads, or not
+# at all.
 Split = Literal["rows", "columns", "vocab", "qkv", "whole"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -51,7 +51,8 @@ class Family:
     # use_sliding_window is true, or none.
     window: Literal["all", "some", "none"] = "none"
     ropes: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")  # what rope_type may say
-    files: Mapping[str, str] = field(default_factory=dict, hash=False)  # as rlhf.weights.names.Layout.names, for its Hugging Face files
+    # Canonical name -> name in the Hugging Face files, where it differs. Tensors of one name follow one another in its rows.
+    files: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def before(self, arch: Architecture) -> list[Weight]:
         """What the first pipeline stage holds before its layers."""
@@ -73,10 +74,11 @@ class Family:
             Weight("mlp.down_proj.weight", (hidden, ffn), "columns"),
         ]
 
-    def behind(self, arch: Architecture) -> list[Weight]:
-        """What the last pipeline stage holds behind its layers; a tied output layer is the embedding, and not listed again."""
+    def after(self, arch: Architecture) -> list[Weight]:
+        """What the last pipeline stage holds after its layers; a tied output layer is the embedding, which is not listed again."""
         head = [Weight(HEAD, (arch.vocab, arch.hidden), "vocab")] if arch.lm and not arch.tied else []
-        return [Weight("model.norm.weight", (arch.hidden,)), *head, *([Weight(SCORE, (1, arch.hidden))] if arch.scalar else [])]
+        score = [Weight(SCORE, (1, arch.hidden))] if arch.scalar else []
+        return [Weight("model.norm.weight", (arch.hidden,)), *head, *score]
 
 
 FAMILIES = {

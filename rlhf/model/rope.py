@@ -1,6 +1,6 @@
-"""Rotary position embeddings (RoFormer, 2104.09864), and their stretching for texts longer than those that a model was trained on first.
+"""Rotary position embeddings (RoFormer, 2104.09864), and their scaling to texts longer than those of a model's first training.
 
-The order of operations is that of transformers: another one's rounding would show in the angles of late positions.
+The order of operations is that of transformers: another order rounds differently, and that shows in the angles of late positions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Rope:
     @classmethod
     def of(cls, arch: Architecture, device: torch.device | str) -> Rope:
         s = arch.rope_scaling
-        periods = arch.rope_theta ** (torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)  # in positions per radian
+        exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+        periods = arch.rope_theta**exponents  # positions per radian
         match arch.rope_kind:
             case "linear":
                 return cls((1 / periods / s["factor"]).to(device))
@@ -41,7 +42,8 @@ class Rope:
 
 
 def _llama3(arch: Architecture, frequencies: Tensor) -> Tensor:
-    """Llama 3's (2407.21783): pairs that turn slowly within the original context are stretched, fast ones kept, those between blended."""
+    """Llama 3's scaling (2407.21783): pairs that turn slowly within the original context are stretched by `factor`, fast ones are kept,
+    those between are blended."""
     s = arch.rope_scaling
     turns = s["original_max_position_embeddings"] / (2 * math.pi / frequencies)
     kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
@@ -49,11 +51,11 @@ def _llama3(arch: Architecture, frequencies: Tensor) -> Tensor:
 
 
 def _yarn(arch: Architecture, periods: Tensor) -> Tensor:
-    """YaRN's (2309.00071): the same, but what is blended is a range of pairs, from beta_fast to beta_slow turns."""
+    """YaRN's (2309.00071): the same, but blended linearly over the pairs between beta_fast and beta_slow turns."""
     s = arch.rope_scaling
 
     def pair(turns: float) -> float:
-        """Which pair turns so often within the original context."""
+        """The number of the pair that makes so many turns within the original context."""
         context = s["original_max_position_embeddings"]
         return arch.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
 

@@ -1,4 +1,4 @@
-"""What Megatron's args say of the things in which families differ: biases and norms, the window, the stretching of rotary embeddings."""
+"""What Megatron's args say of the family, its window and its rope scaling."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def family(path: Path, args: Mapping[str, Any]) -> str:
         same = (row.qkv_bias, row.qk_norm) == (bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm")))
         if same and (row.window == "all" or not windowed):
             return row.name
-    said = ", ".join(f"{name} {args[name]}" for name in ("add_qkv_bias", "qk_layernorm", "window_size") if args.get(name))
+    keys = ("add_qkv_bias", "qk_layernorm", "window_size")
+    said = ", ".join(f"{key} {args[key]}" for key in keys if args.get(key))
     raise UserError(f"{path}: its args say {said}, which no supported family has together")
 
 
@@ -51,7 +52,7 @@ def window(path: Path, args: Mapping[str, Any]) -> int:
 
 
 def of_rope(arch: Architecture) -> dict[str, Any]:
-    """The args that stretch rotary embeddings."""
+    """The args of rope scaling."""
     args: dict[str, Any] = {"position_embedding_type": "rope", "use_rope_scaling": False}
     match arch.rope_kind:
         case "linear":
@@ -68,8 +69,8 @@ def rope_scaling(args: Mapping[str, Any]) -> dict[str, Any]:
     """Architecture.rope_scaling."""
     if args.get("position_embedding_type") == "yarn":
         usual = ROPES["yarn"][1]
-        numbers = {key: args.get(name, usual.get(key)) for name, key in YARN.items()}
-        return {"rope_type": "yarn"} | {key: value for key, value in numbers.items() if value is not None and value != usual.get(key)}
+        numbers = {key: args.get(name) for name, key in YARN.items()}
+        return {"rope_type": "yarn"} | {key: n for key, n in numbers.items() if n not in (None, usual.get(key))}
     if factor := args.get("rotary_seq_len_interpolation_factor"):
         return {"rope_type": "linear", "factor": float(factor)}
     if args.get("use_rope_scaling"):
@@ -78,19 +79,19 @@ def rope_scaling(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remarks(path: Path, args: Mapping[str, Any], arch: Architecture, where: Path) -> list[str]:
-    """Where the args and the config.json in `where`, which wins, disagree on what no tensor shows; what args leave out does not count."""
+    """Where args and the config.json in `where`, which wins, disagree on what no tensor shows. Args may leave it out."""
     said = {
         "rotary_base": (float(args.get("rotary_base") or arch.rope_theta), arch.rope_theta),
         "rope scaling": (rope_scaling(args) or arch.rope_scaling, arch.rope_scaling),
         "window": (window(path, args) or arch.window, arch.window),
     }
-    differ = {name: pair for name, pair in said.items() if pair[0] != pair[1]}
-    return [f"{path}: its args say {name} {a}, {where}/config.json {b or 'none'}: config.json is right" for name, (a, b) in differ.items()]
+    differ = [(f"{name} {theirs}", ours or "none") for name, (theirs, ours) in said.items() if theirs != ours]
+    return [f"{path}: its args say {theirs}, {where}/config.json {ours}: config.json is right" for theirs, ours in differ]
 
 
 def unsaid(arch: Architecture) -> list[str]:
-    """What of a model Megatron's args have no words for, as remarks."""
+    """Remarks on what Megatron's args cannot say of a model."""
     if rope_scaling(of_rope(arch)) == arch.rope_scaling:
         return []
     numbers = ", ".join(f"{key} {value}" for key, value in arch.rope_scaling.items())
-    return [f"Megatron's args cannot say all of the rope scaling ({numbers}): only config.json, which is written beside them, does"]
+    return [f"Megatron's args cannot say all of the rope scaling ({numbers}): config.json beside the weights does"]

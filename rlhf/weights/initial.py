@@ -1,4 +1,4 @@
-"""Random initial weights that do not depend on the layout: a function of the seed and of the tensor's canonical name."""
+"""Random initial weights: a function of the seed and of a tensor's canonical name, whatever the layout."""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ MCORE = {
     "mlp.down_proj.weight": "mlp.linear_fc2.weight",
 }
 LAYOUTS = {
-    "hf": Layout(),  # the tensors of a Hugging Face folder, but for those that the family's files fuse
-    "vllm": Layout(names=FUSED),  # the parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them
+    "hf": Layout(),  # the tensors of a Hugging Face folder; _form() adds the names of the family's files
+    # The parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them.
+    "vllm": Layout(names=FUSED),
     "mcore": Layout(  # a megatron-core GPTModel built without Transformer Engine: live, and its checkpoints
         layer="decoder.layers.{}.",
         names={**MCORE, "post_attention_layernorm.weight": "pre_mlp_layernorm.weight"},
@@ -118,7 +119,7 @@ def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1),
     for i in range(depth):
         found += held(layer, f"model.layers.{stage * depth + i}.", form.layer.format(i))
     if last:
-        found += held(arch.row.behind(arch))
+        found += held(arch.row.after(arch))
     if last and arch.lm and arch.tied and stage > 0:  # where the embedding is on another stage, a tied output layer is a copy of it
         found.append(Held(EMBEDDING, form.tied or form.local(HEAD), (arch.vocab, arch.hidden), "vocab"))
     rows = rows or arch.padded_vocab(tp[1])

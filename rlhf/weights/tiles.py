@@ -1,4 +1,4 @@
-"""The algebra of weight formats: every format is a tiling of the same canonical tensors, which are those of a Llama's Hugging Face files.
+"""The algebra of weight formats: every format is a tiling of the same canonical tensors, those of a Llama's Hugging Face files.
 
 Each canonical tensor has one view that all layouts share: q, k and v projections are [kv_heads, rows of one
 kv head's group, hidden] (biases without hidden), everything else keeps its own shape. A box is a range per dimension of
@@ -35,7 +35,7 @@ class Tile:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The shape of one row of the local tensor: what is left of `shape` behind the dimensions that count its rows."""
+        """The shape of one row of the local tensor: the dimensions of `shape` after those that count rows."""
         first = next(n for n in range(1, len(self.shape) + 1) if prod(self.shape[:n]) == self.rows)
         return self.shape[first:]
 
