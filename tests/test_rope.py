@@ -62,13 +62,14 @@ def test_usual_numbers_are_not_kept(tmp_path: Path) -> None:
     assert read(tmp_path, spelled) == read(tmp_path, YARN)
 
 
-def test_the_original_context_stands_in_three_places(tmp_path: Path) -> None:
-    """Among the other keys first, as transformers looks it up, then in the scaling's, and else it is the context."""
-    for outer, inner, wanted in ((1024, 2048, 1024), (None, 2048, 2048), (None, None, CONTEXT)):
-        rope = {"rope_type": "yarn", "factor": 128.0} | ({"original_max_position_embeddings": inner} if inner else {})
-        arch = read(tmp_path, rope, **({"original_max_position_embeddings": outer} if outer else {}))
-        assert arch.rope_scaling["original_max_position_embeddings"] == wanted
-        assert LlamaConfig.from_pretrained(tmp_path).rope_parameters["original_max_position_embeddings"] == wanted
+def test_the_original_context(tmp_path: Path) -> None:
+    """It is the context where the scaling does not say it. A second one outside of the scaling must say the same."""
+    outer = "original_max_position_embeddings"
+    assert read(tmp_path, {"rope_type": "yarn", "factor": 4.0}).rope_scaling[outer] == CONTEXT
+    assert read(tmp_path, YARN, **{outer: 4096}) == read(tmp_path, YARN)
+    assert read(tmp_path, {"rope_type": "default"}, **{outer: 4096}).rope_scaling == {}
+    with pytest.raises(UserError, match="original_max_position_embeddings is 1024, and 4096 in the rope scaling: delete the first"):
+        read(tmp_path, YARN, **{outer: 1024})
 
 
 def test_yarn_reaches_as_far_as_its_factor(tmp_path: Path) -> None:

@@ -182,8 +182,10 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, di
     needed, optional = ROPES[kind]
     if odd := rope.keys() - {"rope_theta", "rope_type", "type", "partial_rotary_factor", ORIGINAL, *needed, *optional}:
         raise UserError(f"{path}: rope scaling {kind} with {min(odd)!r:.80} is not supported; {REMEDY}")
-    # As transformers looks it up: Phi-3 has it among the other keys.
-    rope[ORIGINAL] = config.get(ORIGINAL) or rope.get(ORIGINAL) or config["max_position_embeddings"]
+    rope[ORIGINAL] = rope.get(ORIGINAL) or config["max_position_embeddings"]
+    other = config.get(ORIGINAL)
+    if ORIGINAL in needed and other not in (None, rope[ORIGINAL]):  # readers disagree on which one counts
+        raise UserError(f"{path}: {ORIGINAL} is {other!r:.80}, and {rope[ORIGINAL]!r:.80} in the rope scaling: delete the first")
     numbers = {key: rope[key] for key in needed}
     numbers |= {key: rope[key] for key, usual in optional.items() if rope.get(key) not in (None, usual)}
     truncate = numbers.pop("truncate", True)
