@@ -27,12 +27,11 @@ import torch
 import torch.distributed as dist
 
 from rlhf.model.architecture import Architecture
-from rlhf.rollout import kvcache
 from rlhf.weights import hf, names
 from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher
 
-SHAPES = {"family": "llama", "context": 4096, "eps": 1e-5, "tied": False, "qkv_bias": False, "qk_norm": False, "rope_theta": 1e4}
+SHAPES = {"family": "llama", "context": 4096, "eps": 1e-5, "tied": False, "rope_theta": 1e4}
 MODELS = {
     "7b": Architecture(layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, **SHAPES),
     "8b": Architecture(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, **SHAPES),
@@ -125,7 +124,7 @@ def main(arguments: list[str]) -> None:
     moves = Plan(training, names.tilings(arch, "vllm", ranks.world, a.engine_tp), [0] * ranks.world)
     publisher = Publisher(moves, ranks.rank, dtype, a.bucket << 20)
     source = {name: torch.randn(shape, dtype=dtype, device=ranks.device) for name, shape in names.shapes(training[ranks.rank]).items()}
-    plain = {} if engine else kvcache.shapes(arch, a.engine_tp)
+    plain = {} if engine else names.parameters(arch, "vllm", (0, a.engine_tp))
     target = {name: torch.zeros(shape, dtype=dtype, device=ranks.device) for name, shape in plain.items()}
 
     def parameters() -> dict[str, torch.Tensor]:

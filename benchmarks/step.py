@@ -51,8 +51,6 @@ LLAMA1B = Architecture(
     context=4096,
     eps=1e-5,
     tied=True,
-    qkv_bias=False,
-    qk_norm=False,
     rope_theta=5e5,
 )
 SIZES = {**MODELS, "1b": LLAMA1B}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights import files, names
+from rlhf.weights import args, files, names
 from rlhf.weights.entries import mapped
 from rlhf.weights.tiles import Tile
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     dtype = getattr(torch, name)
     iteration = a.iteration or (source.checkpoint.iteration if source.checkpoint else 0) or 1
     to = files.target(arch, a.format, dtype, tp=a.tp, pp=a.pp, iteration=iteration, divisor=a.vocab_divisor)
-    for remark in source.remarks(arch, a.config, "--config"):
+    for remark in [*source.remarks(arch, a.config, "--config"), *(args.unsaid(arch) if a.format != "hf" else ())]:
         print(f"convert: {remark}", file=sys.stderr)
     try:
         _make(a, source, arch, to, dtype)

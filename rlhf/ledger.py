@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import CPU_CACHE, Config
@@ -16,6 +17,7 @@ from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.phases import TENANTS, Kind, Phase, Tenant, Visit
 from rlhf.prepare import Role
+from rlhf.weights import names
 
 GIB = 2**30
 # On H200s: what is in use when an engine starts, what libraries have added after a step, and what NCCL adds where there are several ranks.
@@ -126,7 +128,7 @@ class Ledger:
     def _tenants(self, stage: int) -> Iterator[tuple[Tenant, float]]:
         p = self.config.parallel
         for name, role in self.roles.items():
-            count = shard_parameters(role.arch, p.tp, p.pp, stage)
+            count = parameters(role.arch, "mcore", p.tp, p.pp, stage)
             # Main parameters and two moments in float32; float32 weights are their own main parameters.
             state = 12 if self.size == 2 else 8
             held = {Kind.WEIGHTS: self.size * count, Kind.GRADIENTS: 4 * count, Kind.OPTIMIZER: state * count / self.shards}
@@ -154,7 +156,7 @@ class Ledger:
         r, real = self.config.rollout, self._serves and self._on_gpu
         rows = {"engine graphs": ASLEEP[r.tp > 1] if real else 0.0}
         if visit.is_engines:
-            rows["engine weights"] = self.size * engine_parameters(self.arch, r.tp) / GIB
+            rows["engine weights"] = self.size * parameters(self.arch, "vllm", r.tp) / GIB
         if visit.phase == Phase.PUBLISH:
             rows["messages"] = r.bucket / 1024 if self.world > 1 else 0.0
         if visit.phase == Phase.ROLLOUT:
@@ -167,7 +169,7 @@ class Ledger:
         r, arch = self.config.rollout, self.arch
         if r.cache or not self._on_gpu:
             return r.cache or CPU_CACHE
-        weights = self.size * engine_parameters(arch, r.tp) / GIB
+        weights = self.size * parameters(arch, "vllm", r.tp) / GIB
         return max(0.0, r.memory * self.device - CONTEXT - weights - _engine_work(arch, r.tp, self.size))
 
     def sequences(self) -> float:
@@ -237,28 +239,19 @@ class Ledger:
         return ""
 
     def _fits(self, config: Config) -> bool:
-        return not Ledger(config, self.arch, self.roles, self.world, self.device, self.size)._fault()
+        tp = config.rollout.tp
+        try:
+            self.arch.check_split(tp, said=(f"rollout.tp={tp}", ""))
+        except UserError:  # no remedy: the next start would refuse it
+            return False
+        changed = Ledger(config, self.arch, self.roles, self.world, self.device, self.size)
+        return self.world % tp == 0 and not changed._fault()
 
 
-def shard_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
-    """Parameters of one rank of a training layout, padding of the vocabulary included."""
-    qkv = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
-    split = qkv * (arch.hidden + arch.qkv_bias) + arch.heads * arch.head_dim * arch.hidden + 3 * arch.hidden * arch.ffn
-    count = arch.layers // pp * (split // tp + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm)
-    embedding = arch.padded_vocab(tp) // tp * arch.hidden
-    if stage == 0:
-        count += embedding
-    if stage == pp - 1:
-        count += arch.hidden * (1 + arch.scalar) + embedding * (arch.lm and not (arch.tied and pp == 1))
-    return count
-
-
-def engine_parameters(arch: Architecture, tp: int) -> int:
-    """Parameters of one rank of an engine: where ranks outnumber key/value heads, each has a whole one."""
-    heads, kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
-    layer = (heads + 2 * kv_heads) * arch.head_dim * (arch.hidden + arch.qkv_bias) + heads * arch.head_dim * arch.hidden
-    layer += 3 * arch.hidden * arch.ffn // tp + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm
-    return arch.layers * layer + arch.hidden * (1 + arch.padded_vocab(tp) // tp * (2 - arch.tied))
+@cache  # every phase and every remedy asks again
+def parameters(arch: Architecture, layout: str, tp: int, pp: int = 1, stage: int = 0) -> int:
+    """Parameters of one rank of a live model, the rows that pad the vocabulary included."""
+    return sum(map(math.prod, names.parameters(arch, layout, (0, tp), (stage, pp)).values()))
 
 
 def _engine_work(arch: Architecture, tp: int, size: int) -> float:

@@ -220,17 +220,8 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError(
             f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
         )
-    if config.rollout.engine == "vllm" and not files.described(config.policy.load, config.policy.tokenizer):
-        raise UserError(
-            f"policy.load={config.policy.load} has no config.json, which vLLM needs: copy it there, or set policy.tokenizer to its folder"
-        )
     if config.rollout.engine == "vllm":
-        kind = files.config(config.policy.load, config.policy.tokenizer).get("model_type")
-        if kind != arch.family:
-            raise UserError(
-                f"policy.load={config.policy.load}: config.json has the model_type {kind!r:.80}, and vLLM needs {arch.family!r} for its "
-                "architectures: set it there"
-            )
+        _check_vllm(config, arch)
     if not ALGORITHMS[config.mode].trains:
         return
     if config.rollout.temperature < COLDEST:
@@ -248,6 +239,22 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
     if config.rollout.rounds > 1 and config.rollout.group == 1:
         raise UserError("rollout.rounds > 1 keeps groups of unequal rewards, and rollout.group=1 makes none: set one of the two")
+
+
+def _check_vllm(config: Config, arch: Architecture) -> None:
+    """What vLLM asks of config.json, which it reads by itself."""
+    load = f"policy.load={config.policy.load}"
+    if not files.described(config.policy.load, config.policy.tokenizer):
+        remedy = "copy it there, or set policy.tokenizer to its folder"
+        raise UserError(f"{load} has no config.json, which vLLM needs: {remedy}")
+    kind = files.config(config.policy.load, config.policy.tokenizer).get("model_type")
+    if kind != arch.family:
+        needed = f"vLLM needs {arch.family!r} for its architectures"
+        raise UserError(f"{load}: config.json has the model_type {kind!r:.80}, and {needed}: set it there")
+    factor = arch.rope_scaling.get("factor")
+    if arch.rope_kind == "linear" and isinstance(factor, int):
+        needed = f"vLLM needs {factor}.0"
+        raise UserError(f"{load}: config.json has the rope scaling factor {factor}, and {needed}: set it there")
 
 
 def check_world(parallel: Parallel, world: int) -> None:

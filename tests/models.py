@@ -28,12 +28,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 FAMILIES = {
-    "llama": transformers.LlamaConfig(**SHAPE),
+    "phi3": transformers.Phi3Config(**SHAPE | {"head_dim": 32}, pad_token_id=None),  # a Llama with fused files
     "llama3-tied": transformers.LlamaConfig(**SHAPE | {"head_dim": 32}, rope_parameters=LLAMA3, tie_word_embeddings=True),
-    "mistral": transformers.MistralConfig(**SHAPE | {"num_key_value_heads": 4}, sliding_window=None, rms_norm_eps=1e-5),
-    "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen3": transformers.Qwen3Config(**SHAPE | {"head_dim": 32}),
+    "mistral": transformers.MistralConfig(**SHAPE | {"num_key_value_heads": 4}, sliding_window=7, rms_norm_eps=1e-5),
+    "qwen2": transformers.Qwen2Config(**SHAPE, rope_parameters=YARN, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SHAPE | {"head_dim": 32}, rope_parameters=LINEAR),
 }
 
 

@@ -13,7 +13,13 @@ from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 
-LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 # name -> (config.json without what only says how it was made, what it is, parameters as the model's card counts them)
 PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
     "Llama-2-7b-hf": (
@@ -24,7 +30,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="llama", layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, context=4096, eps=1e-5,
-            tied=False, qkv_bias=False, qk_norm=False, rope_theta=10000.0,
+            tied=False, rope_theta=10000.0,
         ),
         6_738_415_616,
     ),
@@ -33,11 +39,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
             "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
             "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
             "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-            "rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3"}, "tie_word_embeddings": False, "vocab_size": 128256,
+            "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": False, "vocab_size": 128256,
         },
         Architecture(
             family="llama", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, context=131072, eps=1e-5,
-            tied=False, qkv_bias=False, qk_norm=False, rope_theta=500000.0, rope_scaling=LLAMA3_SCALING,
+            tied=False, rope_theta=500000.0, rope_scaling=LLAMA3_SCALING,
         ),
         8_030_261_248,
     ),
@@ -49,7 +55,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="mistral", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=32768, context=32768, eps=1e-5,
-            tied=False, qkv_bias=False, qk_norm=False, rope_theta=1000000.0,
+            tied=False, rope_theta=1000000.0,
         ),
         7_248_023_552,
     ),
@@ -62,7 +68,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="qwen2", layers=24, hidden=896, ffn=4864, heads=14, kv_heads=2, head_dim=64, vocab=151936, context=32768, eps=1e-6,
-            tied=True, qkv_bias=True, qk_norm=False, rope_theta=1000000.0,
+            tied=True, rope_theta=1000000.0,
         ),
         494_032_768,
     ),
@@ -75,9 +81,22 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="qwen3", layers=28, hidden=1024, ffn=3072, heads=16, kv_heads=8, head_dim=128, vocab=151936, context=40960, eps=1e-6,
-            tied=True, qkv_bias=False, qk_norm=True, rope_theta=1000000.0,
+            tied=True, rope_theta=1000000.0,
         ),
         596_049_920,
+    ),
+    "phi-4": (
+        {
+            "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 5120,
+            "intermediate_size": 17920, "max_position_embeddings": 16384, "num_attention_heads": 40, "num_hidden_layers": 40,
+            "num_key_value_heads": 10, "original_max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_scaling": None,
+            "rope_theta": 250000, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 100352,
+        },
+        Architecture(
+            family="phi3", layers=40, hidden=5120, ffn=17920, heads=40, kv_heads=10, head_dim=128, vocab=100352, context=16384, eps=1e-5,
+            tied=False, rope_theta=250000.0,
+        ),
+        14_659_507_200,
     ),
 }  # fmt: skip
 
@@ -108,7 +127,8 @@ def test_rope_as_transformers_5_writes_it(tmp_path: Path, name: str) -> None:
 
 def test_older_names_and_what_may_be_missing(tmp_path: Path) -> None:
     config, wanted, _ = PUBLISHED["Llama-3.1-8B"]
-    assert read(tmp_path, {**config, "rope_scaling": {**LLAMA3_SCALING, "type": "llama3"}}) == wanted
+    older = {key: value for key, value in LLAMA3_SCALING.items() if key != "rope_type"} | {"type": "llama3"}
+    assert read(tmp_path, {**config, "rope_scaling": older}) == wanted
     default = {**config, "rope_scaling": {"rope_type": "default"}}
     assert read(tmp_path, default) == replace(wanted, rope_scaling={})
     bare = {key: config[key] for key in config if key not in ("num_key_value_heads", "tie_word_embeddings", "rope_theta", "rope_scaling")}
@@ -128,19 +148,28 @@ def test_a_classifier_of_one_label_is_a_reward_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "supported"),
+    ("name", "changes", "window"),
     [
-        ("Mistral-7B-v0.3", {"sliding_window": 4096}, False),  # as v0.1 was published
-        ("Mistral-7B-v0.3", {"sliding_window": 32768}, True),
-        ("Qwen2.5-0.5B", {"use_sliding_window": True}, False),
-        ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 32768}, True),
-        ("Llama-2-7b-hf", {"sliding_window": 64}, True),  # a key that the family does not read
+        ("Mistral-7B-v0.3", {"sliding_window": 4096}, 4096),  # as v0.1 was published
+        ("Mistral-7B-v0.3", {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 32}, 4096),
+        ("Mistral-7B-v0.3", {"sliding_window": 32768}, 0),
+        ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 32768}, 0),
+        ("Llama-2-7b-hf", {"sliding_window": 4096}, 0),
     ],
 )
-def test_sliding_windows(tmp_path: Path, name: str, changes: dict[str, Any], supported: bool) -> None:
+def test_sliding_windows(tmp_path: Path, name: str, changes: dict[str, Any], window: int) -> None:
     config, wanted, _ = PUBLISHED[name]
-    if supported:
-        assert read(tmp_path, {**config, **changes}) == wanted
-    else:
-        with pytest.raises(UserError, match="sliding_window 4096 is not supported"):
-            read(tmp_path, {**config, **changes})
+    assert read(tmp_path, {**config, **changes}) == replace(wanted, window=window)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 64}),  # in the layers from max_window_layers on
+        ("Llama-2-7b-hf", {"sliding_window": 64}),  # transformers does not read it, and vLLM does
+        ("Mistral-7B-v0.3", {"sliding_window": 64, "layer_types": ["full_attention"] * 32}),  # vLLM reads the second, transformers does not
+    ],
+)
+def test_windows_of_some_layers_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="sliding_window 64 is not supported for some layers"):
+        read(tmp_path, {**PUBLISHED[name][0], **changes})

@@ -21,8 +21,16 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ("changes", "wanted"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM is not supported", "LlamaForCausalLM"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'"]),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, ["sliding_window 64"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, ["'longrope' is not supported for llama"]),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            ["'yarn' is not supported for phi3"],
+        ),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "alpha": 2.0}}, ["rope scaling dynamic with 'alpha' is not supported"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": "1"}}, ["mscale '1' is not a number above 0"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["key 'factor' is missing"]),
+        ({"sliding_window": 64}, ["sliding_window 64"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, ["sliding_window 0 is not a whole number above 0"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'"]),
         ({"quantization_config": {}}, ["quantized"]),
@@ -60,6 +68,7 @@ def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: li
     [
         ({"head_dim": 48}, "has a head_dim of 48, and vLLM on a CPU knows 32, 64"),
         ({"seq_length": 64}, "data.max_tokens=128 is longer than the context of"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "has the rope scaling factor 2, and vLLM needs 2.0"),
         ({"model_type": "gpt2"}, "has the model_type 'gpt2', and vLLM needs 'llama'"),
     ],
 )

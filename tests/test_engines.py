@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+import transformers
 
 from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.model import architecture
@@ -27,6 +27,7 @@ SIZES = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -35,12 +36,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # short, so that the stretched frequencies matter here
 }
-MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "llama-tied-llama3": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-    "llama-one-kv-head": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"hidden_size": 128}),  # its head_dim is hidden / heads
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+MODELS = {  # class names' beginning and what config.json has besides SIZES
+    "llama": ("Llama", {}),
+    "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
+    "mistral-tied-llama3": ("Mistral", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "sliding_window": 10}),
+    "phi3": ("Phi3", {"hidden_size": 128, "sliding_window": 30, "pad_token_id": None}),  # its head_dim is hidden / heads
+    "qwen2-yarn": ("Qwen2", {"hidden_size": 128, "rope_parameters": YARN}),  # its head_dim is hidden / heads, too
+    "qwen3": ("Qwen3", {}),
 }
 MAX_LEN = 192
 LONG = [i * i % 101 for i in range(150)]  # fills a block of vLLM's prefix cache, 128 tokens on a CPU
@@ -51,9 +54,10 @@ GREEDY = Sampling(max_tokens=8, temperature=0.0)
 
 def build(kind: str, seed: int = 0):
     """A random model of transformers, wide enough awake that no two tokens tie."""
-    model_class, config_class, changes = MODELS[kind]
+    name, changes = MODELS[kind]
     torch.manual_seed(seed)
-    model = model_class(config_class(**(SIZES | changes), attn_implementation="eager")).eval().requires_grad_(False)
+    config = getattr(transformers, f"{name}Config")(**(SIZES | changes), attn_implementation="eager")
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(parameter)  # biases and norms too: at their initial 0 and 1 they would prove nothing
     return model
@@ -76,7 +80,7 @@ def shards(model, arch, tp: int, rank: int) -> dict[str, torch.Tensor]:
         out[name] = rows(table, tp, rank)
     copies = max(1, tp // arch.kv_heads)  # ranks that hold the same kv head
     for name, tensor in state.items():
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") or (tp == 1 and ("qkv_proj" in name or "gate_up_proj" in name)):
             out[name] = tensor
         elif "q_proj" in name:
             k, v = state[name.replace("q_proj", "k_proj")], state[name.replace("q_proj", "v_proj")]
@@ -267,7 +271,7 @@ def test_choose_draws_from_the_filtered_distribution():
 def test_kvcache_tensor_parallel(tmp_path):
     sampling = Sampling(max_tokens=8, temperature=0.8)
     whole = {}
-    for kind in ("llama", "llama-tied-llama3", "llama-one-kv-head", "qwen2"):
+    for kind in ("llama", "llama-tied-llama3", "llama-one-kv-head", "qwen2-yarn"):
         model = build(kind)
         arch = architecture.read(folder(model, tmp_path / kind))
         whole[kind] = plain(model, arch).generate(PROMPTS, sampling, SEEDS)
@@ -300,7 +304,7 @@ def vllm_engine():
 
 
 def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
-    old, new = build("qwen2", 0), build("qwen2", 1)
+    old, new = build("qwen2-yarn", 0), build("qwen2-yarn", 1)
     engine = vllm_engine(folder(old, tmp_path), load=True)
     check_greedy(old, engine, 2e-5)
     check_limits(engine)
@@ -317,8 +321,8 @@ def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
 
 
 def test_vllm_with_tied_embeddings_and_no_weights_in_the_folder(vllm_engine, tmp_path):
-    old, new = build("llama-tied-llama3", 0), build("llama-tied-llama3", 1)
-    old.config.architectures = ["LlamaForCausalLM"]
+    old, new = build("mistral-tied-llama3", 0), build("mistral-tied-llama3", 1)
+    old.config.architectures = ["MistralForCausalLM"]
     old.config.save_pretrained(tmp_path)
     engine = vllm_engine(str(tmp_path), load=False)
     for model in (old, new):

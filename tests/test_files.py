@@ -55,6 +55,12 @@ def test_random_weights_are_of_seed_and_name():
     corners = [float(tensor[0, 0]) for tensors in (first, second) for tensor in tensors.values()]
     assert len(set(corners)) == 2 * len(first)
     assert all(torch.equal(first[name], again[name]) for name in first)
+    fused = replace(LLAMA, family="phi3")
+    tensors = {name: torch.empty(shape) for name, shape in names.hf_shapes(fused).items()}
+    initial.fill(fused, names.tiles(fused, "hf"), tensors, 1)
+    for parts, whole in (("qkv", "self_attn.qkv_proj.weight"), (("gate", "up"), "mlp.gate_up_proj.weight")):
+        prefix = f"model.layers.3.{whole.split('.')[0]}."
+        assert torch.equal(tensors[f"model.layers.3.{whole}"], torch.cat([first[f"{prefix}{x}_proj.weight"] for x in parts]))
 
 
 def test_check_does_without_torch(tmp_path: Path):

@@ -86,7 +86,7 @@ def test_a_response_is_what_all_weights_drew_of_it() -> None:
 
 ARCH = Architecture(
     family="llama", layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=128, context=128, eps=1e-5, tied=False,
-    qkv_bias=False, qk_norm=False, rope_theta=1e4,
+    rope_theta=1e4,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from rlhf.algorithms import ALGORITHMS, SECTIONS
 from rlhf.config import Config
 from rlhf.configuration import notes
 from rlhf.contracts import Engine
+from rlhf.model.families import CLASSES, FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf"
@@ -37,10 +38,10 @@ LAYERS = (
     ("__main__",),
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
-SIBLINGS = {  # the exceptions: who may import which module beside it
-    "metrics": "parallel.mesh",
-    "weights": "model.architecture",
-    "checkpoint": "train.learner",
+SIBLINGS = {  # the exceptions: who may import which modules beside it
+    "metrics": ("parallel.mesh",),
+    "weights": ("model.architecture", "model.families"),
+    "checkpoint": ("train.learner",),
 }
 ONLY_IN = {
     "vllm": {"rollout/vllm.py"},
@@ -103,7 +104,7 @@ def test_imports_point_one_way():
             there = dotted.split(".")[1] if within(dotted, "rlhf") else ""
             if there not in DEPTH or there == here:
                 continue
-            sibling = here in SIBLINGS and within(dotted, f"rlhf.{SIBLINGS[here]}")
+            sibling = within(dotted, *(f"rlhf.{module}" for module in SIBLINGS.get(here, ())))
             if not sibling and DEPTH[there] >= DEPTH[here]:
                 wrong.append(f"{name(path)} imports {dotted}")
     assert wrong == []
@@ -132,6 +133,13 @@ def test_a_mode_is_named_in_one_place():
                 if any(last(side) == "mode" for side in sides) and texts & set(ALGORITHMS):
                     compared.append((path, node))
     assert places(iter(compared)) == []
+
+
+def test_a_family_is_named_in_one_place():
+    """Its row in rlhf/model/families.py has all that differs: nobody else asks which family a model is of."""
+    own = {text for row in FAMILIES.values() for text in (row.name, row.classes)} | set(CLASSES)
+    named = ((path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own)
+    assert places((path, node) for path, node in named if name(path) != "model/families.py") == []
 
 
 def test_an_engine_has_one_owner():

@@ -24,21 +24,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [
-        (1, ["tp1", "tp1-recomputefull:llama"]),
+        (1, ["tp1", "tp1-recomputefull:phi3"]),
         (
             2,
             [
                 "tp2-sp1",
                 "tp2-sp0-recomputeselective",
-                "tp2-sp1-recomputefull:llama",
-                "tp2-sp1+megatron:llama",
+                "tp2-sp1-recomputefull:phi3",
+                "tp2-sp1+megatron:phi3",
                 "pp2",
                 "cp2",
                 "dp2-zero1",
-                "dp2-zero0-recomputefull:llama",
+                "dp2-zero0-recomputefull:phi3",
             ],
         ),
-        (4, ["tp2-pp2-sp1", "tp2-cp2-sp1:llama", "pp2-dp2:llama3-tied", "tp4:llama"]),  # tp4: more ranks than key/value heads
+        (4, ["tp2-pp2-sp1", "tp2-cp2-sp1:phi3", "pp2-dp2:llama3-tied", "tp4:phi3"]),  # tp4: more ranks than key/value heads
     ],
     ids=lambda value: f"{value}ranks" if isinstance(value, int) else "",
 )

@@ -13,10 +13,9 @@ import pytest
 from rlhf import configuration, prepare
 from rlhf.config import Config
 from rlhf.errors import UserError
-from rlhf.ledger import CONTEXT, GIB, Ledger, engine_parameters, shard_parameters
+from rlhf.ledger import CONTEXT, GIB, Ledger, parameters
 from rlhf.model import architecture
 from rlhf.phases import Kind, Phase, Tenant, Visit
-from rlhf.weights import names
 
 ROOT = Path(__file__).parents[1]
 MODES = ("sft", "reward", "rlhf", "dpo", "online-dpo", "grpo")
@@ -113,17 +112,21 @@ def test_cache_of_grouped_queries(tp: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (8, 4)])
-def test_shards_hold_what_their_tiles_cover(size: str, tp: int, pp: int) -> None:
+def test_published_sizes(size: str) -> None:
+    """Ranks share all parameters but norms; the first and the last stage have a table of the vocabulary each."""
     arch = architecture.read(ROOT / f"configs/models/llama2-{size}")
     assert arch.num_parameters() == SIZES[size][1]
+    norms = (2 * arch.layers + 1) * arch.hidden
+    stages = [parameters(arch, "mcore", 4, 2, stage) for stage in range(2)]
+    assert 4 * sum(stages) == arch.num_parameters() + 3 * norms
+    assert parameters(arch, "vllm", 4) == sum(stages)
 
-    def covered(tiles: list) -> int:
-        return sum(math.prod(high - low for low, high in tile.box) for tile in tiles)
 
-    for stage in range(pp):
-        assert shard_parameters(arch, tp, pp, stage) == covered(names.tiles(arch, "mcore", (tp - 1, tp), (stage, pp)))
-    assert engine_parameters(arch, tp) == covered(names.tiles(arch, "vllm", (tp - 1, tp)))
+def test_a_remedy_is_a_split_that_the_model_has() -> None:
+    """Of the 32 heads of 7B on 8 ranks."""
+    made = ledger("grpo", "7B")
+    fits = [tp for tp in (1, 2, 3, 8, 16, 64) if made._fits(replace(made.config, rollout=replace(made.config.rollout, tp=tp)))]
+    assert fits == [1, 2, 8]
 
 
 @pytest.mark.parametrize("size", SIZES)

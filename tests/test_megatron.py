@@ -30,7 +30,7 @@ from rlhf.weights import files, hf, megatron, names, pt
 
 
 def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):
-    arch = replace(LLAMA, kv_heads=2, qkv_bias=True, family="qwen2", rope_theta=1e6)
+    arch = replace(LLAMA, kv_heads=2, family="qwen2", rope_theta=1e6)
     wanted = hf_folder(tmp_path / "hf", arch)
     run(
         "--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy", "--tp", 2, "--pp", 2, "--iteration", 7, "--dtype", "fp16"
@@ -168,17 +168,6 @@ def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         held = {name: torch.zeros(shape) for name, shape in names.shapes(tiling).items()}
         files.read(folder, arch, tiling, held)
         assert torch.equal(held["model.layers.2.mlp.down_proj.weight"], wanted["model.layers.2.mlp.down_proj.weight"].chunk(2, dim=1)[rank])
-
-
-def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The scaling of rope is kept; what we would compute otherwise is refused."""
-    save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, use_rope_scaling=True, rope_scaling_factor=32.0)
-    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    assert files.model(tmp_path / "core") == replace(LLAMA, rope_scaling=scaling)
-    for name, value in (("apply_layernorm_1p", True), ("rotary_interleaved", True), ("rotary_percent", 0.5)):
-        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
-        with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
-            files.open_folder(tmp_path / name, LLAMA)
 
 
 def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture):

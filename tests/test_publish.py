@@ -184,10 +184,10 @@ def test_benchmark_runs(layout: str, crossing: float):
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of each of two families, and what transformers says after some prompts."""
+    """Two models of each of three families, and what transformers says after some prompts."""
     root = tmp_path_factory.mktemp("greedy")
     prompts, tokens = [[5, 9, 33], [7], [500, 0, 64, 65, 1, 2, 3]], {}
-    for family in ("llama3-tied", "qwen3"):
+    for family in ("llama3-tied", "qwen3", "phi3"):
         for seed, age in enumerate(("old", "new")):
             name = f"{family}-{age}"
             models.make(family, root / name, seed)
@@ -204,7 +204,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("engine", "tp", "model", "layouts"),
-    [("kvcache", "4", "llama3-tied", "2x1 1x4"), ("vllm", "1", "qwen3", "2x2 1x4"), ("vllm", "2", "llama3-tied", "4x1 2x2")],
+    [("kvcache", "4", "llama3-tied", "2x1 1x4"), ("vllm", "1", "qwen3", "2x2 1x4"), ("vllm", "2", "phi3", "4x1 2x2")],
     ids=lambda value: value.replace(" ", ","),
 )
 def test_engines_say_what_transformers_says(greedy: Path, engine: str, tp: str, model: str, layouts: str):

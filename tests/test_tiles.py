@@ -14,15 +14,16 @@ from rlhf.weights.tiles import Tile, intersect, numel, split, subtract, view
 
 LLAMA = Architecture(
     family="llama", layers=4, hidden=32, ffn=48, heads=8, kv_heads=4, head_dim=8, vocab=101, context=64,
-    eps=1e-5, tied=False, qkv_bias=False, qk_norm=False, rope_theta=10000.0,
+    eps=1e-5, tied=False, rope_theta=10000.0,
 )  # fmt: skip
 FAMILIES = {
     "gqa": LLAMA,
     "mha": replace(LLAMA, kv_heads=8),
     "groups fewer than ranks": replace(LLAMA, kv_heads=2),
     "tied, head_dim apart": replace(LLAMA, tied=True, head_dim=16),
-    "qkv bias, tied, one group": replace(LLAMA, family="qwen2", qkv_bias=True, tied=True, kv_heads=1),
-    "qk norm": replace(LLAMA, family="qwen3", qk_norm=True),
+    "qkv bias, tied, one group": replace(LLAMA, family="qwen2", tied=True, kv_heads=1),
+    "qk norm": replace(LLAMA, family="qwen3"),
+    "fused files, window": replace(LLAMA, family="phi3", kv_heads=2, window=9),
     "ranks with nothing but padding": replace(LLAMA, vocab=30),
 }
 LLAMA_70B = replace(LLAMA, layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
@@ -35,9 +36,22 @@ def random_hf(arch: Architecture) -> Tensors:
     return {name: torch.randn(shape, generator=generator) for name, shape in hf_shapes(arch).items()}
 
 
+def apart(arch: Architecture, hf: Tensors) -> Tensors:
+    """The tensors of a folder with q, k, v, gate and up each by itself."""
+    found, heads = {}, [arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.kv_heads * arch.head_dim]
+    for name, tensor in hf.items():
+        if "qkv_proj" in name:
+            found |= {name.replace("qkv", x): part for x, part in zip("qkv", tensor.split(heads), strict=True)}
+        elif "gate_up_proj" in name:
+            found |= {name.replace("gate_up", x): part for x, part in zip(("gate", "up"), tensor.chunk(2), strict=True)}
+        else:
+            found[name] = tensor
+    return found
+
+
 def mcore_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int], pp: tuple[int, int]) -> Tensors:
     """What a megatron-core GPTModel holds on one rank, by concatenating and chunking whole tensors."""
-    (t, num_t), (p, num_p) = tp, pp
+    hf, (t, num_t), (p, num_p) = apart(arch, hf), tp, pp
     depth = arch.layers // num_p
 
     def table(name: str) -> torch.Tensor:
@@ -77,16 +91,16 @@ def mcore_layer(arch: Architecture, hf: Tensors, t: int, num_t: int) -> Tensors:
         "mlp.linear_fc1.weight": torch.cat([hf[f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")]),
         "mlp.linear_fc2.weight": hf["mlp.down_proj.weight"].chunk(num_t, dim=1)[t],
     }
-    if arch.qkv_bias:
+    if arch.row.qkv_bias:
         held["self_attention.linear_qkv.bias"] = fused_qkv("bias")
-    if arch.qk_norm:
+    if arch.row.qk_norm:
         held |= {f"self_attention.{x}_layernorm.weight": hf[f"self_attn.{x}_norm.weight"] for x in "qk"}
     return held
 
 
 def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
     """What a vLLM engine holds on one rank; each kv head lives on several ranks where there are more ranks than kv heads."""
-    t, num_t = tp
+    hf, (t, num_t) = apart(arch, hf), tp
 
     def table(name: str) -> torch.Tensor:
         padding = torch.zeros(-arch.vocab % 64, arch.hidden)
@@ -105,7 +119,7 @@ def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
     for i in range(arch.layers):
         at = f"model.layers.{i}."
         held[at + "self_attn.qkv_proj.weight"] = stacked_qkv(at + "self_attn.", "weight")
-        if arch.qkv_bias:
+        if arch.row.qkv_bias:
             held[at + "self_attn.qkv_proj.bias"] = stacked_qkv(at + "self_attn.", "bias")
         held[at + "self_attn.o_proj.weight"] = hf[at + "self_attn.o_proj.weight"].chunk(num_t, dim=1)[t]
         held[at + "mlp.gate_up_proj.weight"] = torch.cat([hf[at + f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")])
@@ -243,7 +257,7 @@ def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
     whole = {tile.name: tile for tile in tiles(arch, "hf")}
     marked = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in hf_shapes(arch).items()}
     for tile in tiling:
-        view(marked[tile.name], whole[tile.name], tile.box).fill_(True)
+        view(marked[whole[tile.name].local], whole[tile.name], tile.box).fill_(True)
     return marked
 
 

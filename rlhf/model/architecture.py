@@ -9,13 +9,28 @@ from typing import Any
 
 from rlhf import texts
 from rlhf.errors import UserError
-
-# config.json's "architectures" -> family. Anything else is refused by name.
-FAMILIES = {
-    f"{name}For{kind}": name.lower() for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("CausalLM", "SequenceClassification")
-}
+from rlhf.model.families import CLASSES, FAMILIES, SCALAR, Family
 
 CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")  # vLLM takes the least of them
+ORIGINAL = "original_max_position_embeddings"
+# rope_type -> the numbers that it needs, and the optional ones with their defaults (None: computed from the others).
+ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "default": ((), {}),
+    "linear": (("factor",), {}),
+    "dynamic": (("factor",), {}),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), {}),
+    "yarn": (
+        ("factor", ORIGINAL),
+        {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "truncate": True,
+            "attention_factor": None,
+            "mscale": None,
+            "mscale_all_dim": None,
+        },
+    ),
+}
 LARGEST, LAYERS = 2**31 - 1, 4096  # of any number, and of layers, whose tensors are listed one by one
 REMEDY = "give the one that belongs to the weights"
 
@@ -24,7 +39,7 @@ REMEDY = "give the one that belongs to the weights"
 class Architecture:
     """The numbers that define a dense decoder."""
 
-    family: str  # llama, mistral, qwen2 or qwen3
+    family: str  # in FAMILIES
     layers: int
     hidden: int
     ffn: int  # intermediate size of the gated MLP
@@ -35,12 +50,27 @@ class Architecture:
     context: int  # longest sequence, in tokens
     eps: float  # of RMSNorm
     tied: bool  # output layer shares the embedding
-    qkv_bias: bool
-    qk_norm: bool
     rope_theta: float
-    rope_scaling: dict[str, Any] = field(default_factory=dict)  # llama3 scaling, or empty
+    # rope_type and its numbers (ROPES), as config.json names them; empty: no scaling
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
+    window: int = 0  # tokens that a token attends to, itself included; 0: all before it
     lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
     scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
+
+    @property
+    def row(self) -> Family:
+        """What it has in common with the other models of its family."""
+        return FAMILIES[self.family]
+
+    @property
+    def rope_kind(self) -> str:
+        """A key of ROPES."""
+        return str(self.rope_scaling.get("rope_type", "default"))
+
+    @property
+    def window_size(self) -> tuple[int, int] | None:
+        """The window in megatron-core's words: the keys before a query's own, and those behind it."""
+        return (self.window - 1, 0) if self.window else None
 
     def padded_vocab(self, tp: int) -> int:
         """Rows of the embedding when tp ranks split it: a multiple of 64 per vLLM's own padding, and of tp."""
@@ -49,10 +79,9 @@ class Architecture:
 
     def num_parameters(self) -> int:
         """Parameters without padding; a tied embedding counts once."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        layer = qkv * (self.hidden + self.qkv_bias) + self.heads * self.head_dim * self.hidden + 3 * self.hidden * self.ffn
-        layer += 2 * self.hidden + 2 * self.head_dim * self.qk_norm
-        return self.layers * layer + self.hidden * (1 + self.vocab * (1 + (self.lm and not self.tied)) + self.scalar)
+        row = self.row
+        outer, layer = row.before(self) + row.after(self), row.layer(self)
+        return sum(math.prod(w.shape) for w in outer) + self.layers * sum(math.prod(w.shape) for w in layer)
 
     def check_split(self, tp: int, pp: int = 1, *, said: tuple[str, str], where: str = "") -> None:
         """Raise UserError unless tp ranks can split every layer and pp ranks the layers. said: how the user set the two; where: in whose
@@ -96,15 +125,13 @@ def check_numbers(where: Path, numbers: Mapping[str, Any]) -> None:
 
 def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-    family = FAMILIES.get(names[0])
+    family = CLASSES.get(names[0])  # anything else is refused by name
     if family is None:
-        raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(CLASSES)}")
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     optional = [key for key in ("num_key_value_heads", "head_dim", *CONTEXTS) if config.get(key) is not None]
     check_sizes(path, {key: config[key] for key in (*needed, *optional)})
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _refuse_unsupported(config, family, rope, kind, path)
+    _refuse_unsupported(config, family, path)
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
@@ -112,19 +139,19 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     if head_dim % 2 or not head_dim:
         raise UserError(f"{path}: a head has {head_dim} dimensions, which rotary embeddings cannot pair: {REMEDY}")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
-    check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"], "rope_theta": theta, **{key: rope[key] for key in scaling}})
-    if scaling and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise UserError(f"{path}: low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor: {REMEDY}")
-    scalar = config.get("architectures", [""])[0].endswith("SequenceClassification")
+    check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"]})
+    theta, scaling = _rope(config, family, path)
+    scalar = config.get("architectures", [""])[0].endswith(SCALAR)
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if scalar and labels != 1:
         raise UserError(f"{path}: num_labels {labels} is not supported; a reward model has 1")
+    context = min(config[key] for key in CONTEXTS if config.get(key) is not None)
+    if scaling.get("rope_type") == "yarn":  # vLLM's tables end there
+        context = min(context, int(scaling["factor"] * scaling[ORIGINAL]))
     return Architecture(
         lm=not scalar,
         scalar=scalar,
-        family=family,
+        family=family.name,
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
         ffn=config["intermediate_size"],
@@ -132,30 +159,69 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=config["vocab_size"],
-        context=min(config[key] for key in CONTEXTS if config.get(key) is not None),
+        context=context,
+        window=_window(config, family, context, path),
         eps=float(config["rms_norm_eps"]),
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        rope_theta=float(theta),
-        rope_scaling={k: rope[k] for k in scaling},
+        rope_theta=theta,
+        rope_scaling=scaling,
     )
 
 
-def _refuse_unsupported(config: dict[str, Any], family: str, rope: dict[str, Any], kind: str, path: Path) -> None:
-    """One line for the first feature of config.json that would silently give other numbers here."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", family == "mistral") else None
-    if window is not None and window < config["max_position_embeddings"]:
-        raise UserError(f"{path}: sliding_window {window} is not supported; set it to null if sequences stay under it")
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported; supported are default and llama3")
-    if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
+def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, dict[str, Any]]:
+    """Architecture.rope_theta and rope_scaling."""
+    outer = {"rope_theta": config.get("rope_theta", 10000.0)}
+    rope = {**outer, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope["rope_theta"]
+    if kind not in family.ropes:
+        kinds = ", ".join(family.ropes)
+        raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported for {family.name}; supported are {kinds}")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
         raise UserError(f"{path}: partial_rotary_factor {partial!r:.80} is not supported; supported is 1")
+    needed, optional = ROPES[kind]
+    if odd := rope.keys() - {"rope_theta", "rope_type", "type", "partial_rotary_factor", ORIGINAL, *needed, *optional}:
+        raise UserError(f"{path}: rope scaling {kind} with {min(odd)!r:.80} is not supported; {REMEDY}")
+    rope[ORIGINAL] = rope.get(ORIGINAL) or config["max_position_embeddings"]
+    other = config.get(ORIGINAL)
+    if ORIGINAL in needed and other not in (None, rope[ORIGINAL]):  # readers disagree on which one counts
+        raise UserError(f"{path}: {ORIGINAL} is {other!r:.80}, and {rope[ORIGINAL]!r:.80} in the rope scaling: delete the first")
+    numbers = {key: rope[key] for key in needed}
+    numbers |= {key: rope[key] for key, usual in optional.items() if rope.get(key) not in (None, usual)}
+    truncate = numbers.pop("truncate", True)
+    check_numbers(path, {"rope_theta": theta, **numbers})
+    if type(truncate) is not bool:
+        raise UserError(f"{path}: truncate {truncate!r:.80} is neither true nor false: {REMEDY}")
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor {numbers['low_freq_factor']} is not below high_freq_factor: {REMEDY}")
+    if kind == "default":
+        return float(theta), {}
+    return float(theta), {"rope_type": kind, **numbers} | ({} if truncate else {"truncate": False})
+
+
+def _window(config: dict[str, Any], family: Family, context: int, path: Path) -> int:
+    """Architecture.window: 0 where config.json has a window that is no shorter than the context."""
+    window = config.get("sliding_window")
+    if window is None or (family.window == "some" and not config.get("use_sliding_window")):
+        return 0
+    check_sizes(path, {"sliding_window": window})
+    if window >= context:
+        return 0
+    # Where vLLM and transformers do not agree on which layers have it, it is refused, too.
+    kinds = set(config.get("layer_types") or ["sliding_attention"])
+    if family.window != "all" or kinds != {"sliding_attention"}:
+        what = f"sliding_window {window} is not supported for some layers of a {family.name} model"
+        raise UserError(f"{path}: {what}; set it to null if sequences stay under it")
+    return int(window)
+
+
+def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> None:
+    """One line for the first feature of config.json that would silently give other numbers here."""
     if config.get("tie_word_embeddings") not in (None, True, False):
         raise UserError(f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r:.80} is neither true nor false: {REMEDY}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is silu")
+    if config.get("hidden_act", family.activation) != family.activation:
+        raise UserError(f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is {family.activation}")
     if config.get("attention_bias") or config.get("mlp_bias"):
-        raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family}; both must be false")
+        raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family.name}; both must be false")
     if "quantization_config" in config:
         raise UserError(f"{path}: quantized weights are not supported; give the bfloat16 or float32 folder")

@@ -23,6 +23,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from rlhf.contracts import ABSENT, Batch, Spans
 from rlhf.model.operations import rotate
+from rlhf.model.rope import Rope
 
 
 @dataclass
@@ -42,10 +43,10 @@ class PackedRow(PackedSeqParams):
         return self.order is None and len(lengths) > 1 and len(set(lengths)) == 1
 
     @classmethod
-    def of(cls, batch: Batch, frequencies: Tensor, dtype: torch.dtype, cp: int) -> PackedRow:
-        angles = torch.outer(batch.positions.float(), frequencies)[:, None]
+    def of(cls, batch: Batch, rope: Rope, dtype: torch.dtype, cp: int) -> PackedRow:
+        cos, sin = rope.tables(batch.positions, dtype)
         order = _gathered_order(len(batch.places) * cp, cp, batch.places.device) if cp > 1 else None
-        return cls(qkv_format="thd", spans=batch.spans, cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), order=order)
+        return cls(qkv_format="thd", spans=batch.spans, cos=cos, sin=sin, order=order)
 
 
 def _gathered_order(total: int, cp: int, device: torch.device) -> Tensor:
@@ -60,19 +61,20 @@ class Attention(torch.nn.Module):
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, pg_collection: Any = None, **_: Any):
         super().__init__()
         self.cp_group = pg_collection.cp
+        # Keys that a query sees, its own included; 0: all up to its own.
+        self.window = config.window_size[0] + 1 if config.window_size else 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, *, packed_seq_params: PackedRow, **_: Any) -> Tensor:
         row = packed_seq_params
         q, k = rotate(q, row.cos, row.sin), rotate(k, row.cos, row.sin)
         if row.order is not None:  # all-gather in forward, reduce-scatter in backward
             k, v = (tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[row.order] for x in (k, v))
+        window = self.window if self.window < max(row.spans.k_lengths) else 0  # a wider one hides nothing
         if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
-            attend = _padded
-        elif row.even:
-            attend = _even
-        else:
-            attend = _flash
-        return attend(q, k, v, row).flatten(1)
+            return _padded(q, k, v, row, window).flatten(1)
+        if row.even and not window:  # cuDNN's kernel is asked for no window
+            return _even(q, k, v, row).flatten(1)
+        return _flash(q, k, v, row, window).flatten(1)
 
 
 def _even(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
@@ -84,8 +86,8 @@ def _even(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
-    """Variable-length flash attention over all spans at once."""
+def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> Tensor:
+    """Variable-length flash attention over all spans at once; its window counts the keys before a query's own."""
     from torch.nn.attention.varlen import varlen_attn
 
     spans = row.spans
@@ -103,15 +105,15 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
     gqa: dict[str, Any] = {} if native else {"enable_gqa": True}
     if keys is not None:
         k, v = k[keys], v[keys]
-    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **gqa)
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(window - 1, 0), **gqa)
     assert isinstance(out, Tensor)  # not the pair that it returns when asked for more
     return out
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
+def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> Tensor:
     """The same in plain scaled_dot_product_attention: spans of similar length are padded into a batch.
 
-    A span's queries stand at the rows of their own keys, so that one square causal mask serves every span.
+    A span's queries stand at the rows of their own keys, so that one square mask serves every span.
     """
     if row.plan is None:
         row.plan = [tuple(x.to(q.device) for x in part) for part in _by_length(row.spans)]
@@ -127,12 +129,18 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
             spread(q, rows_q, cells_q),
             spread(k, rows_k, cells_k),
             spread(v, rows_k, cells_k),
-            is_causal=True,
+            attn_mask=_band(width, window, q.device) if window else None,
+            is_causal=not window,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1)[cells_q])
         sources.append(rows_q)
     return torch.empty_like(q).index_copy(0, torch.cat(sources), torch.cat(outputs))
+
+
+def _band(width: int, window: int, device: torch.device) -> Tensor:
+    """[width, width], True where a query (row) sees a key: the last `window` up to its own."""
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
 def _by_length(spans: Spans) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:

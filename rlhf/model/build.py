@@ -32,7 +32,7 @@ from rlhf.model import operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.attention import Attention, PackedRow
 from rlhf.model.linear import ColumnLinear, RowLinear
-from rlhf.model.rope import rope_frequencies
+from rlhf.model.rope import Rope
 from rlhf.parallel.exchange import pays
 
 # megatron-core's linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
@@ -106,10 +106,11 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
         normalization="RMSNorm",
         layernorm_epsilon=arch.eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=getattr(F, arch.row.activation),
         add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        add_qkv_bias=arch.row.qkv_bias,
+        qk_layernorm=arch.row.qk_norm,
+        window_size=arch.window_size,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
@@ -133,7 +134,7 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
 
 def layer_spec(arch: Architecture, exchanges: bool) -> ModuleSpec:
     """One decoder layer: parallel linears around our norm and our attention."""
-    norm = RMSNorm if arch.qk_norm else IdentityOp
+    norm = RMSNorm if arch.row.qk_norm else IdentityOp
     columns, rows = (ColumnLinear, RowLinear) if exchanges else (ColumnParallelLinear, RowParallelLinear)
     attention = SelfAttentionSubmodules(linear_qkv=columns, core_attention=Attention, linear_proj=rows, q_layernorm=norm, k_layernorm=norm)
     return ModuleSpec(
@@ -173,12 +174,12 @@ class Decoder(GPTModel):
             if arch.scalar:
                 self.score = ScalarHead(self.config)
         self.to(mesh.device)
-        self.frequencies = rope_frequencies(arch).to(mesh.device)
+        self.rope = Rope.of(arch, mesh.device)
         self.cp = parallel.cp
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states: [T (/tp with sequence parallelism), 1, hidden] between stages, [1, T (/tp), hidden] from the last one."""
-        row = PackedRow.of(batch, self.frequencies, self.config.params_dtype, self.cp)
+        row = PackedRow.of(batch, self.rope, self.config.params_dtype, self.cp)
         return super().forward(batch.inputs[None], None, None, packed_seq_params=row)
 
     def head_weight(self) -> Tensor:

@@ -1,8 +1,12 @@
-"""Rotary position embeddings (RoFormer, 2104.09864), with the stretch of Llama 3 (2407.21783)."""
+"""Rotary position embeddings (RoFormer, 2104.09864), and their scaling to texts longer than those of a model's first training.
+
+The order of operations is that of transformers: another order rounds differently, and that shows in the angles of late positions.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,19 +14,72 @@ from torch import Tensor
 from rlhf.model.architecture import Architecture
 
 
-def rope_frequencies(arch: Architecture) -> Tensor:
-    """Radians per position of each rotated pair, [head_dim / 2].
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How a model rotates its queries and keys."""
 
-    Llama 3's scaling, where config.json asks for it: pairs that turn slowly within the original context are stretched by `factor`, fast
-    ones kept, those between blended.
-    """
-    frequencies = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
-    if not arch.rope_scaling:
-        return frequencies
+    frequencies: Tensor  # [head_dim / 2] float32, radians per position of each rotated pair
+    scale: float = 1.0  # of the rotated queries and keys
+
+    @classmethod
+    def of(cls, arch: Architecture, device: torch.device | str) -> Rope:
+        s = arch.rope_scaling
+        exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+        periods = arch.rope_theta**exponents  # positions per radian
+        match arch.rope_kind:
+            case "linear":
+                return cls((1 / periods / s["factor"]).to(device))
+            case "llama3":
+                return cls(_llama3(arch, 1 / periods).to(device))
+            case "yarn":
+                return cls(_yarn(arch, periods).to(device), _yarn_scale(arch))
+        return cls((1 / periods).to(device))  # dynamic, too: it changes nothing within the context
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [...] -> cos and sin [..., 1, head_dim / 2]."""
+        angles = positions[..., None, None].float() * self.frequencies
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def _llama3(arch: Architecture, frequencies: Tensor) -> Tensor:
+    """Llama 3's scaling (2407.21783): pairs that turn slowly within the original context are stretched by `factor`, fast ones are kept,
+    those between are blended."""
     s = arch.rope_scaling
-    turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    turns = s["original_max_position_embeddings"] / (2 * math.pi / frequencies)
     kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / s["factor"])
+    return (1 - kept) * frequencies / s["factor"] + kept * frequencies
+
+
+def _yarn(arch: Architecture, periods: Tensor) -> Tensor:
+    """YaRN's (2309.00071): the same, but blended linearly over the pairs between beta_fast and beta_slow turns."""
+    s = arch.rope_scaling
+
+    def pair(turns: float) -> float:
+        """The number of the pair that makes so many turns within the original context."""
+        context = s["original_max_position_embeddings"]
+        return arch.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
+
+    first, last = pair(s.get("beta_fast", 32)), pair(s.get("beta_slow", 1))
+    if s.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, arch.head_dim - 1)
+    ramp = (torch.arange(len(periods), dtype=torch.float32) - first) / (last - first or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    return 1 / (s["factor"] * periods) * (1 - kept) + 1 / periods * kept
+
+
+def _yarn_scale(arch: Architecture) -> float:
+    """YaRN's attention factor, as config.json says it or makes it from mscale and mscale_all_dim."""
+    s = arch.rope_scaling
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
+
+    if "attention_factor" in s:
+        return float(s["attention_factor"])
+    if "mscale" in s and "mscale_all_dim" in s:
+        return magnitude(s["mscale"]) / magnitude(s["mscale_all_dim"])
+    return magnitude(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.model.architecture import Architecture
-from rlhf.model.rope import rope_frequencies, rotate
+from rlhf.model.rope import Rope, rotate
+from rlhf.weights import names
 
 BATCH = 2**15  # tokens in the KV cache at once; longer lists of prompts run as several batches
 
@@ -101,10 +102,11 @@ class KVCache(Engine):
         self.arch, self.tp, self.tp_rank, self.group = arch, tp, tp_rank, group
         self.dtype, self.device, self.max_len = dtype, device, max_len
         self.heads, self.kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
-        self.frequencies = rope_frequencies(arch).to(device)
+        self.rope = Rope.of(arch, device)
         self.waiting: list[Request] = []
         self.running: Batch | None = None
-        self.weights = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes(arch, tp).items()}
+        shapes = names.parameters(arch, "vllm", (tp_rank, tp))
+        self.weights = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
     def submit(self, requests: list[Request]) -> None:
         """Log-probs are of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution."""
@@ -154,9 +156,11 @@ class KVCache(Engine):
     def forward(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
         """tokens, positions [B, Q] -> final hidden states [B, Q, hidden]; the tokens' keys and values go into the cache."""
         arch, w = self.arch, self.weights
-        angles = positions[..., None, None] * self.frequencies  # [B, Q, 1, D/2]
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        seen = torch.arange(int(positions.max()) + 1, device=self.device) <= positions[:, None, :, None]  # [B, 1, Q, K]
+        cos, sin = self.rope.tables(positions, self.dtype)  # [B, Q, 1, D/2]
+        keys, queries = torch.arange(int(positions.max()) + 1, device=self.device), positions[:, None, :, None]
+        seen = keys <= queries  # [B, 1, Q, K]
+        if arch.window:
+            seen &= keys > queries - arch.window
         x = self._embed(tokens)
         for i in range(arch.layers):
             layer = f"model.layers.{i}."
@@ -170,9 +174,9 @@ class KVCache(Engine):
     def _attend(self, h: Tensor, name: str, positions: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache: Tensor) -> Tensor:
         """Causal attention of h [B, Q, hidden] to everything in the cache [2, B, K, G, D] up to its own positions."""
         arch, w = self.arch, self.weights
-        qkv = F.linear(h, w[name + "qkv_proj.weight"], w[name + "qkv_proj.bias"] if arch.qkv_bias else None)
+        qkv = F.linear(h, w[name + "qkv_proj.weight"], w[name + "qkv_proj.bias"] if arch.row.qkv_bias else None)
         q, k, v = qkv.unflatten(-1, (-1, arch.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if arch.qk_norm:
+        if arch.row.qk_norm:
             q = F.rms_norm(q, (arch.head_dim,), w[name + "q_norm.weight"], arch.eps)
             k = F.rms_norm(k, (arch.head_dim,), w[name + "k_norm.weight"], arch.eps)
         rows = torch.arange(len(h), device=self.device)[:, None]
@@ -202,27 +206,6 @@ class KVCache(Engine):
         if self.group is not None:
             dist.all_reduce(x, group=self.group)
         return x
-
-
-def shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter that one of tp ranks holds, fused and split as vLLM does."""
-    heads, kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)  # a kv head is copied where tp > kv_heads
-    qkv = (heads + 2 * kv_heads) * arch.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (arch.hidden,),
-        "self_attn.qkv_proj.weight": (qkv, arch.hidden),  # rows of q, then k, then v
-        "self_attn.o_proj.weight": (arch.hidden, heads * arch.head_dim),
-        "post_attention_layernorm.weight": (arch.hidden,),
-        "mlp.gate_up_proj.weight": (2 * arch.ffn // tp, arch.hidden),  # rows of gate, then up
-        "mlp.down_proj.weight": (arch.hidden, arch.ffn // tp),
-    }
-    if arch.qkv_bias:
-        layer["self_attn.qkv_proj.bias"] = (qkv,)
-    if arch.qk_norm:
-        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (arch.head_dim,)
-    table = (arch.padded_vocab(tp) // tp, arch.hidden)
-    outer = {"model.embed_tokens.weight": table, "model.norm.weight": (arch.hidden,)} | ({} if arch.tied else {"lm_head.weight": table})
-    return outer | {f"model.layers.{i}.{name}": shape for i in range(arch.layers) for name, shape in layer.items()}
 
 
 def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> tuple[Tensor, Tensor]:

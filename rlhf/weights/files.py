@@ -20,7 +20,7 @@ from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
-from rlhf.weights import hf, megatron, names, torch_dist
+from rlhf.weights import args, hf, megatron, names, torch_dist
 from rlhf.weights.entries import DTYPES, SIZES, Entry, Shape, groups, kind, mapped, some, store
 from rlhf.weights.plan import Move, Plan
 from rlhf.weights.tiles import Tile, view
@@ -75,13 +75,11 @@ class Source:
 
     def remarks(self, arch: Architecture, beside: str | Path, key: str) -> list[str]:
         """Where a checkpoint's args and the config.json that wins over them disagree; key is how to name `beside`, a folder with one."""
-        base = self.checkpoint.args.get("rotary_base") if self.checkpoint else None
         where = described(self.path, beside)
         if where is None:
+            base = self.checkpoint.args.get("rotary_base") if self.checkpoint else None
             return [f"{self.path} has no config.json: rotary_base {base}, and all else, is what its args say; {key} gives a better one"]
-        if base is not None and float(base) != arch.rope_theta:
-            return [f"{self.path}: its args say rotary_base {base}, {where}/config.json {arch.rope_theta:g}: config.json is right"]
-        return []
+        return args.remarks(self.path, self.checkpoint.args, arch, where) if self.checkpoint else []
 
     def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
         """Which box comes from which shard: the plan of a world whose last rank alone holds nothing and wants everything."""
@@ -203,9 +201,9 @@ def target(
     shard     bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
     """
     if format == "hf":
-        whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
+        whole = _by_local(names.tiles(arch, "hf"))
         sizes = {name: prod(shape) * dtype.itemsize for name, shape in names.hf_shapes(arch).items()}
-        return Target("hf", {title: [whole[name] for name in held] for title, held in hf.titles(sizes, shard).items()})
+        return Target("hf", {title: [tile for name in held for tile in whole[name]] for title, held in hf.titles(sizes, shard).items()})
     if format == "torch_dist":
         tp = pp = 1  # any layout reads it
     unit = tp * (divisor or (1 if arch.vocab % tp == 0 else 128))

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
+from rlhf.model.families import CAUSAL, SCALAR
 from rlhf.weights.entries import Entry, Shape, groups, intact, kind, some
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-HEADS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # family -> class name's start
 
 
 def entries(folder: Path) -> dict[str, Entry]:
@@ -69,11 +69,11 @@ def description(arch: Architecture) -> dict[str, Any]:
     """The config.json of a model that came without one."""
     rope: dict[str, Any] = {"rope_theta": arch.rope_theta}
     if arch.rope_scaling:
-        rope["rope_scaling"] = {"rope_type": "llama3", **arch.rope_scaling}
+        rope["rope_scaling"] = arch.rope_scaling
     return {
-        "architectures": [HEADS[arch.family] + ("ForCausalLM" if arch.lm else "ForSequenceClassification")],
+        "architectures": [arch.row.classes + (CAUSAL if arch.lm else SCALAR)],
         "model_type": arch.family,
-        "hidden_act": "silu",
+        "hidden_act": arch.row.activation,
         "hidden_size": arch.hidden,
         "intermediate_size": arch.ffn,
         "num_hidden_layers": arch.layers,
@@ -86,7 +86,7 @@ def description(arch: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": arch.tied,
         **rope,
         **({} if arch.lm else {"num_labels": 1, "id2label": {"0": "LABEL_0"}}),
-        **({"sliding_window": None} if arch.family == "mistral" else {}),
+        **({"sliding_window": arch.window or None} if arch.row.window == "all" else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Random initial weights that do not depend on the layout: a function of the seed and of the Hugging Face tensor's name."""
+"""Random initial weights: a function of the seed and of a tensor's canonical name, whatever the layout."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ def fill(arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, Te
     """Matrices from N(0, STD^2), norms 1, biases and scalar heads 0; rows that pad the vocabulary 0."""
     for tensor in parameters.values():
         tensor.zero_()
-    whole = {tile.name: tile for tile in names.tiles(arch, "hf")}
-    shapes = names.hf_shapes(arch)
+    shapes = {tile.name: [high for _, high in tile.box] for tile in names.tiles(arch, "hf")}  # of whole tensors
     for tile in tiling:
         target = view(parameters[tile.local], tile, tile.box)
         if tile.name.endswith("norm.weight"):
             target.fill_(1.0)
-        elif not tile.name.endswith((".bias", "score.weight")):
+        elif not tile.name.endswith((".bias", names.SCORE)):
             # 32 bits that depend on both: a CPU's generator looks at no more of them.
             generator = torch.Generator(target.device).manual_seed(zlib.crc32(tile.name.encode(), seed))
             full = torch.empty(shapes[tile.name], device=target.device).normal_(std=STD, generator=generator)
-            target.copy_(view(full, whole[tile.name], tile.box))
+            target.copy_(full[tuple(slice(low, high) for low, high in tile.box)])

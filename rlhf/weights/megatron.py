@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture, check_numbers, check_sizes
-from rlhf.weights import names, pt, torch_dist
+from rlhf.weights import args, names, pt, torch_dist
 from rlhf.weights.entries import Entry, Shape, intact, kind
 from rlhf.weights.tiles import Tile
 
@@ -30,8 +30,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 # What args may say that no tensor shows, -> what we compute.
-UNSEEN = {"apply_layernorm_1p": False, "rotary_interleaved": False, "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None}
-NUMBERS = ("rotary_base", "rope_scaling_factor", "norm_epsilon", "layernorm_epsilon")
+UNSEEN = {
+    "apply_layernorm_1p": False,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "window_attn_skip_freq": None,
+}
+NUMBERS = ("rotary_base", "rope_scaling_factor", "rotary_seq_len_interpolation_factor", "norm_epsilon", "layernorm_epsilon")
 LINEAR = {  # the linear layers whose (empty) extra state a strict load asks for
     "mcore": ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
     "legacy": ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
@@ -91,6 +96,7 @@ def load(folder: Path, iteration: int | None = None) -> Checkpoint:
     for name, ours in UNSEEN.items():
         if checkpoint.args.get(name, ours) != ours:
             raise UserError(f"{checkpoint.path}: its args say {name} {checkpoint.args[name]}, which is not supported; supported is {ours}")
+    args.check(checkpoint.path, checkpoint.args)
     check_numbers(checkpoint.path, {f"args.{name}": said for name in NUMBERS if (said := checkpoint.args.get(name)) is not None})
     return checkpoint
 
@@ -161,7 +167,6 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
     """The args of a checkpoint: what Megatron-LM's load_args_from_checkpoint and check_checkpoint_args ask for, and the true rope."""
     import torch
 
-    scaling = {"rope_scaling_factor": arch.rope_scaling["factor"]} if arch.rope_scaling else {}
     return {
         "num_layers": arch.layers,
         "encoder_num_layers": arch.layers,
@@ -173,22 +178,21 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
         "kv_channels": arch.head_dim,
         "seq_length": arch.context,
         "max_position_embeddings": arch.context,
-        "position_embedding_type": "rope",
         "add_position_embedding": False,
         "use_rotary_position_embeddings": True,
         "rotary_base": int(arch.rope_theta) if arch.rope_theta.is_integer() else arch.rope_theta,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "use_rope_scaling": bool(scaling),
-        **scaling,
+        **args.of_rope(arch),
         "normalization": "RMSNorm",
         "norm_epsilon": arch.eps,
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
-        "qk_layernorm": arch.qk_norm,
+        "qk_layernorm": arch.row.qk_norm,
+        "window_size": arch.window_size,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": arch.qkv_bias,
+        "add_qkv_bias": arch.row.qkv_bias,
         "untie_embeddings_and_output_weights": not arch.tied,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -218,7 +222,6 @@ def describe(arch: Architecture, layout: str, tp: int, pp: int, vocab: int, dtyp
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
     """The model that a checkpoint's args describe, for folders without a config.json. Raises UserError where they lack something."""
-    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as in Megatron, for all models
     a, last, form = checkpoint.args, {name.partition("#")[0] for name in checkpoint.shards[-1]}, names.LAYOUTS[checkpoint.layout]
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
     groups = ("num_query_groups",) if a.get("group_query_attention") else ()
@@ -226,7 +229,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     try:
         check_sizes(checkpoint.path, {f"args.{key}": a[key] for key in (*needed, *groups, *optional)})
         return Architecture(
-            family="qwen3" if a.get("qk_layernorm") else "qwen2" if a.get("add_qkv_bias") else "llama",
+            family=args.family(checkpoint.path, a),
             layers=a["num_layers"],
             hidden=a["hidden_size"],
             ffn=a["ffn_hidden_size"],
@@ -237,10 +240,9 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
             context=a["max_position_embeddings"],
             eps=a["norm_epsilon"] if "norm_epsilon" in a else a["layernorm_epsilon"],
             tied=not a["untie_embeddings_and_output_weights"],
-            qkv_bias=bool(a.get("add_qkv_bias")),
-            qk_norm=bool(a.get("qk_layernorm")),
+            window=args.window(checkpoint.path, a),
             rope_theta=float(a.get("rotary_base") or 10000),
-            rope_scaling={"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {},
+            rope_scaling=args.rope_scaling(a),
             # A tied output layer alone has no tensor that would tell; a reward model is taken to be without.
             lm=bool(last & {form.local("lm_head.weight"), form.tied})
             or (not a["untie_embeddings_and_output_weights"] and names.SCORE not in last),

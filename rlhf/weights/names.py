@@ -2,24 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from rlhf.model.architecture import Architecture
+from rlhf.model.families import EMBEDDING, FUSED, HEAD, QKV, Shape, Split, Weight
+from rlhf.model.families import SCORE as SCORE  # callers of this module ask for it here
 from rlhf.weights.tiles import Box, Tile
 
-Shape = tuple[int, ...]
-Split = Literal["rows", "columns", "vocab", "qkv", "whole"]
 Part = tuple[int, int]  # (rank, size) along one axis of parallelism
-
-SCORE = "score.weight"  # the scalar head [1, hidden] of a reward model or critic, in every layout
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Local names by Hugging Face name; a name that is not listed is kept.
+    """Local names by canonical name; a name that is not listed is kept.
 
-    Tensors that share a local name follow one another in its rows, in the order of hf_shapes(). The exception is grouped
+    Tensors that share a local name follow one another in its rows, in the order of Family.layer. The exception is grouped
     qkv: the rows of each kv head are its q heads, then k, then v, and tensor parallelism chunks the result.
     """
 
@@ -32,7 +30,6 @@ class Layout:
         return self.names.get(name, name)
 
 
-QKV = [f"self_attn.{x}_proj.{kind}" for kind in ("weight", "bias") for x in "qkv"]
 MCORE = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
     "model.norm.weight": "decoder.final_layernorm.weight",
@@ -46,14 +43,9 @@ MCORE = {
     "mlp.down_proj.weight": "mlp.linear_fc2.weight",
 }
 LAYOUTS = {
-    "hf": Layout(),  # the tensors of a Hugging Face folder, each under its own name
-    "vllm": Layout(  # the parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them
-        names={
-            **{name: f"self_attn.qkv_proj.{name.split('.')[-1]}" for name in QKV},
-            "mlp.gate_proj.weight": "mlp.gate_up_proj.weight",
-            "mlp.up_proj.weight": "mlp.gate_up_proj.weight",
-        },
-    ),
+    "hf": Layout(),  # the tensors of a Hugging Face folder; _form() adds the names of the family's files
+    # The parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them.
+    "vllm": Layout(names=FUSED),
     "mcore": Layout(  # a megatron-core GPTModel built without Transformer Engine: live, and its checkpoints
         layer="decoder.layers.{}.",
         names={**MCORE, "post_attention_layernorm.weight": "pre_mlp_layernorm.weight"},
@@ -89,32 +81,25 @@ LAYOUTS = {
     ),
 }
 
-# How tensor parallelism cuts a tensor, by its module; every other tensor is held whole by every rank.
-SPLITS: dict[str, Split] = {
-    "embed_tokens": "vocab",
-    "lm_head": "vocab",
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "o_proj": "columns",
-    "gate_proj": "rows",
-    "up_proj": "rows",
-    "down_proj": "columns",
-}
+
+class Held(NamedTuple):
+    """A tensor that a pipeline stage holds, before tensor parallelism cuts it."""
+
+    name: str  # canonical
+    local: str
+    shape: Shape
+    split: Split
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     """Name -> shape of every tensor in a Hugging Face folder, in the model's order; a tied model has no lm_head.weight, a scalar head is
     score.weight."""
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab, arch.hidden)}
-    for i in range(arch.layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(arch).items()}
-    shapes["model.norm.weight"] = (arch.hidden,)
-    if arch.lm and not arch.tied:
-        shapes["lm_head.weight"] = (arch.vocab, arch.hidden)
-    if arch.scalar:
-        shapes[SCORE] = (1, arch.hidden)
-    return shapes
+    return shapes(tiles(arch, "hf"))
+
+
+def parameters(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1)) -> dict[str, Shape]:
+    """Local name -> shape of every parameter of one rank of a live model, with the rows that pad the vocabulary."""
+    return shapes(tiles(arch, layout, tp, pp, pad=True))
 
 
 def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1), rows: int = 0, pad: bool = False) -> list[Tile]:
@@ -123,26 +108,22 @@ def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1),
     The vocabulary has `rows` rows over all ranks (0: as live models pad it). Rows that pad it are covered by no tile, or with pad
     each by one of the last real row, as Megatron-LM fills them.
     """
-    form, (stage, stages) = LAYOUTS[layout], pp
+    form, (stage, stages) = _form(arch, layout), pp
     assert arch.layers % stages == 0, f"{arch.layers} layers do not divide over {stages} pipeline stages"
     depth, last = arch.layers // stages, stage == stages - 1
-    embedding, table = "model.embed_tokens.weight", (arch.vocab, arch.hidden)
-    held: list[tuple[str, str, Shape]] = []  # (Hugging Face name, local name, Hugging Face shape)
-    if stage == 0:
-        held.append((embedding, form.local(embedding), table))
+
+    def held(weights: Sequence[Weight], canonical: str = "", local: str = "") -> list[Held]:
+        return [Held(canonical + w.name, local + form.local(w.name), w.shape, w.split) for w in weights]
+
+    found, layer = held(arch.row.before(arch)) if stage == 0 else [], arch.row.layer(arch)
     for i in range(depth):
-        for name, shape in _layer_shapes(arch).items():
-            held.append((f"model.layers.{stage * depth + i}.{name}", form.layer.format(i) + form.local(name), shape))
+        found += held(layer, f"model.layers.{stage * depth + i}.", form.layer.format(i))
     if last:
-        held.append(("model.norm.weight", form.local("model.norm.weight"), (arch.hidden,)))
-    if last and arch.scalar:
-        held.append((SCORE, SCORE, (1, arch.hidden)))
-    if last and arch.lm and not arch.tied:
-        held.append(("lm_head.weight", form.local("lm_head.weight"), table))
+        found += held(arch.row.after(arch))
     if last and arch.lm and arch.tied and stage > 0:  # where the embedding is on another stage, a tied output layer is a copy of it
-        held.append((embedding, form.tied or form.local("lm_head.weight"), table))
+        found.append(Held(EMBEDDING, form.tied or form.local(HEAD), (arch.vocab, arch.hidden), "vocab"))
     rows = rows or arch.padded_vocab(tp[1])
-    return _place(arch, form, tp, held, rows) + (_padding(arch, tp, held, rows) if pad else [])
+    return _place(arch, tp, found, rows, form.grouped_qkv) + (_padding(arch, tp, found, rows) if pad else [])
 
 
 def tilings(arch: Architecture, layout: str, world: int, tp: int, pp: int = 1) -> list[list[Tile]]:
@@ -153,65 +134,43 @@ def tilings(arch: Architecture, layout: str, world: int, tp: int, pp: int = 1) -
     return [unique[rank % tp, rank // (world // pp)] for rank in range(world)]
 
 
-def _layer_shapes(arch: Architecture) -> dict[str, Shape]:
-    """Name within the layer -> Hugging Face shape."""
-    hidden, ffn, q, kv = arch.hidden, arch.ffn, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    bias = {f"self_attn.{x}_proj.bias": (rows,) for x, rows in (("q", q), ("k", kv), ("v", kv))}
-    norm = {f"self_attn.{x}_norm.weight": (arch.head_dim,) for x in "qk"}
-    return {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        **(bias if arch.qkv_bias else {}),
-        **(norm if arch.qk_norm else {}),
-        "self_attn.o_proj.weight": (hidden, q),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-    }
-
-
 def shapes(tiling: Sequence[Tile]) -> dict[str, Shape]:
     """Local name -> shape of the local tensors that the tiles cover, in their order."""
     found: dict[str, Shape] = {}
     for tile in tiling:
-        fused = SPLITS.get(_module(tile.name)) == "qkv"
         rows = max(tile.start + tile.rows, found.get(tile.local, (0,))[0])
-        found[tile.local] = (rows, *tile.shape[1 + fused :])
+        found[tile.local] = (rows, *tile.columns)
     return found
 
 
-def _module(name: str) -> str:
-    return name.split(".")[-2]
+def _form(arch: Architecture, layout: str) -> Layout:
+    """A layout as the family has it: its Hugging Face files may keep several tensors as one."""
+    return replace(LAYOUTS[layout], names=arch.row.files) if layout == "hf" else LAYOUTS[layout]
 
 
-def _padding(arch: Architecture, tp: Part, held: list[tuple[str, str, Shape]], rows: int) -> list[Tile]:
+def _padding(arch: Architecture, tp: Part, held: list[Held], rows: int) -> list[Tile]:
     """One tile for each row of this rank's share of the vocabulary tables that is no token's."""
     low, high = _chunk(rows, tp)
     real = max(0, min(high, arch.vocab) - low)
-    tables = [(name, local) for name, local, _ in held if SPLITS.get(_module(name)) == "vocab"]
+    tables = [(each.name, each.local) for each in held if each.split == "vocab"]
     last: Box = ((arch.vocab - 1, arch.vocab), (0, arch.hidden))
     return [Tile(name, last, local, row, 1, (1, arch.hidden), (0, 0)) for name, local in tables for row in range(real, high - low)]
 
 
-def _place(arch: Architecture, form: Layout, tp: Part, held: list[tuple[str, str, Shape]], vocab: int) -> list[Tile]:
+def _place(arch: Architecture, tp: Part, held: list[Held], vocab: int, grouped: bool) -> list[Tile]:
     """Tiles of whole tensors cut over tp; tensors that share a local name follow one another in its rows."""
     filled: dict[str, int] = defaultdict(int)
     placed = []
-    for name, local, shape in held:
-        module = _module(name)
-        split = SPLITS.get(module, "whole")
+    for name, local, shape, split in held:
         if split == "qkv":
-            box, view, at = _cut_qkv(arch, module[0], shape[1:], tp, form.grouped_qkv)
+            box, view, at = _cut_qkv(arch, name.split(".")[-2][0], shape[1:], tp, grouped)
         else:
             box = _cut(arch, shape, split, tp, vocab)
             view, at = tuple(high - low for low, high in box), (0,) * len(box)
         rows = view[0] * view[1] if split == "qkv" else view[0]
         if all(low < high for low, high in box):
             placed.append(Tile(name, box, local, filled[local], rows, view, at))
-        if not (split == "qkv" and form.grouped_qkv):
+        if not (split == "qkv" and grouped):
             filled[local] += rows
     return placed
 

@@ -1,6 +1,6 @@
-"""The algebra of weight formats: every format is a tiling of the same Hugging Face tensors.
+"""The algebra of weight formats: every format is a tiling of the same canonical tensors, those of a Llama's Hugging Face files.
 
-Each Hugging Face tensor has one canonical view that all layouts share: q, k and v projections are [kv_heads, rows of one
+Each canonical tensor has one view that all layouts share: q, k and v projections are [kv_heads, rows of one
 kv head's group, hidden] (biases without hidden), everything else keeps its own shape. A box is a range per dimension of
 that view; a tile says where a box lives on one rank. Converting, loading, saving and resharding are all: intersect two
 tilings, move the boxes. No torch here: view() only calls methods of the tensor it is given.
@@ -21,15 +21,21 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # (size, strides, offse
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """This box of that Hugging Face tensor lives at this place of that local tensor."""
+    """This box of that canonical tensor lives at this place of that local tensor."""
 
-    name: str  # the Hugging Face tensor
+    name: str  # the canonical tensor
     box: Box
     local: str  # the local tensor that holds it
     start: int  # rows start : start + rows of the local tensor,
     rows: int
     shape: tuple[int, ...]  # seen with this shape,
     at: tuple[int, ...]  # hold the box from these offsets on
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The shape of one row of the local tensor: the dimensions of `shape` after those that count rows."""
+        first = next(n for n in range(1, len(self.shape) + 1) if prod(self.shape[:n]) == self.rows)
+        return self.shape[first:]
 
 
 def numel(box: Box) -> int:

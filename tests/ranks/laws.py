@@ -140,7 +140,7 @@ class Case:
             learner.learn(self.cut(budget), partial(algorithm.loss, "policy"), LR)
             shards, what = learner.parameters(), f"{self.what}: {mode} update packed by {budget}"
             for tile in self.sharding[self.mesh.rank]:
-                wanted = view(updated[tile.name], whole[tile.name], tile.box)
+                wanted = view(updated[whole[tile.name].local], whole[tile.name], tile.box)
                 close(view(shards[tile.local], tile, tile.box), wanted, 2e-6, f"{what} of {tile.name}")
 
     def check_step_zero(self, learner: Learner) -> None:

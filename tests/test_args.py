@@ -1,0 +1,74 @@
+"""What Megatron's args say of a model, and what they cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_convert import hf_folder, run
+from test_megatron import save_as_megatron_does
+from test_tiles import LLAMA
+
+from rlhf.errors import UserError
+from rlhf.weights import files, hf
+
+
+def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The scaling of rope is kept; what we would compute otherwise is refused."""
+    save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, use_rope_scaling=True, rope_scaling_factor=32.0)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert files.model(tmp_path / "core") == replace(LLAMA, rope_scaling=scaling)
+    save_as_megatron_does(tmp_path / "window", monkeypatch, LLAMA, 102, window_size=(8, 0))
+    assert files.model(tmp_path / "window") == replace(LLAMA, family="mistral", window=9)
+    for args, said in (
+        ({"window_size": (8, 8)}, r"window_size \(8, 8\), and only \(tokens, 0\) is supported"),
+        ({"window_size": (8, 0), "qk_layernorm": True}, r"qk_layernorm True, window_size \(8, 0\), which no supported family has together"),
+    ):
+        save_as_megatron_does(tmp_path / str(args), monkeypatch, LLAMA, 102, **args)
+        with pytest.raises(UserError, match=f"its args say {said}"):
+            files.model(tmp_path / str(args))
+    for name, value in (("apply_layernorm_1p", True), ("rotary_interleaved", True), ("rotary_percent", 0.5), ("window_attn_skip_freq", 2)):
+        save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
+        with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
+            files.open_folder(tmp_path / name, LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, True),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8, "truncate": False}, True),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 2.0, "mscale_all_dim": 1.0}, True),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 2.0}, False),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+            False,
+        ),
+    ],
+)
+def test_rope_scaling_in_args(tmp_path: Path, capsys: pytest.CaptureFixture, scaling: dict, said: bool):
+    """What they can say comes back from them alone, and what they cannot from config.json, of which the user is told."""
+    arch = replace(LLAMA, rope_scaling=scaling)
+    hf_folder(tmp_path / "hf", arch)
+    run("--from", tmp_path / "hf", "--to", tmp_path / "core", "--format", "mcore")
+    assert ("Megatron's args cannot say all of the rope scaling" in capsys.readouterr().err) != said
+    assert files.model(tmp_path / "core") == arch
+    (tmp_path / "core/config.json").write_text(json.dumps(hf.description(replace(arch, rope_scaling={}))))
+    run("--from", tmp_path / "core", "--to", tmp_path / "plain", "--format", "hf")
+    assert "its args say rope scaling {'rope_type'" in capsys.readouterr().err
+    (tmp_path / "core/config.json").unlink()
+    assert (files.model(tmp_path / "core") == arch) == said
+
+
+def test_args_that_ask_for_yarn_have_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, position_embedding_type="yarn")
+    with pytest.raises(UserError, match=r"args\.yarn_rotary_scaling_factor None is not a number above 0"):
+        files.open_folder(tmp_path / "core", LLAMA)
