@@ -12,6 +12,8 @@ from types import CodeType, ModuleType
 
 import torch
 
+from rlhf.patches import replace
+
 # Calls that are replaced as a whole, and functions that are exchanged for their CPU twins.
 CALLS = {
     "torch.cuda.current_device": "'cpu'",
@@ -75,4 +77,4 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder)
     import megatron.core.tensor_parallel.random as random
 
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
