@@ -122,7 +122,7 @@ def test_shards_hold_what_their_tiles_cover(size: str, tp: int, pp: int) -> None
         return sum(math.prod(high - low for low, high in tile.box) for tile in tiles)
 
     for stage in range(pp):
-        assert shard_parameters(arch, tp, pp, stage) == covered(names.tiles(arch, "mcore", (tp - 1, tp), (stage, pp)))
+        assert shard_parameters(arch, tp, pp, stage) == covered(names.tiles(arch, "megatron", (tp - 1, tp), (stage, pp)))
     assert engine_parameters(arch, tp) == covered(names.tiles(arch, "vllm", (tp - 1, tp)))
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.weights.tiles import Geometry, Move, Plan, geometry, shaped, split, view
+from rlhf.weights.entries import some
+from rlhf.weights.names import shapes
+from rlhf.weights.tiles import Geometry, Move, Plan, Tile, geometry, shaped, split, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,17 @@ class Flight:
     works: list[dist.Work]
 
 
+class Transform(Protocol):
+    """Changes weights on their way from the sender's tensors to wherever they go."""
+
+    def __call__(self, local: str, tensor: Tensor) -> Tensor:
+        """What is sent in place of a local tensor of the sender: contiguous, of the same shape and device, of any dtype.
+
+        `tensor` itself is not changed; it may be returned as it is. Ranks call this at different times, so it must not communicate.
+        Large tensors are cut over several rounds, so it may be called several times for one tensor, with the same result.
+        """
+
+
 class Publisher:
     """This rank's part of a plan, grouped once; every publish() is then only copies and sends.
 
@@ -58,15 +73,25 @@ class Publisher:
     rank    this rank
     dtype   what crosses ranks, the same on all: the sender converts before the transfer, the receiver's copy does the rest
     bucket  bytes that packed messages, in and out together, may take on a rank at any time
+    transform  applied on the sender to a whole local tensor, before it is cut into boxes; one result per direction (to other ranks, and
+               to this rank) is held at a time
     """
 
-    def __init__(self, plan: Plan, rank: int, dtype: torch.dtype, bucket: int = 512 << 20):
-        self.plan, self.rank, self.dtype = plan, rank, dtype
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        dtype: torch.dtype,
+        bucket: int = 512 << 20,
+        transform: Transform | None = None,
+    ):
+        self.plan, self.rank, self.dtype, self.transform = plan, rank, dtype, transform
         self.local = [Part.of(move) for move in plan.moves if move.source == move.target == rank]
         remote = [move for move in plan.moves if move.source != move.target]
         # Half of a bucket is packed, or received and unpacked, while the other half is on its way.
         rounds = (_messages(moves, rank) for moves in _rounds(remote, bucket // 2 // dtype.itemsize))
         self.rounds = [messages for messages in rounds if messages] or [[]]  # one at least, in which local copies are made
+        self.shares = _shares(self.local, len(self.rounds))
         self.bound: list[tuple[int, int]] = []  # the storages that the views below are of
         self.out_of: dict[int, Tensor] = {}  # id of a part -> its box in the source
         self.into: dict[int, Tensor] = {}  # and in the target
@@ -83,12 +108,13 @@ class Publisher:
         turns = len(self.rounds)
         size = max(sum(message.numel for message in messages) for messages in self.rounds)
         rooms = torch.empty(2, size, dtype=self.dtype, device=next(iter(source.values())).device)
-        flying = [self._send(self.rounds[0], rooms[0])]
+        sent, kept = (Transformed(self.transform, source) if self.transform else None for _ in range(2))
+        flying = [self._send(self.rounds[0], rooms[0], sent)]
         for turn in range(turns):
             if turn + 1 < turns:
-                flying.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2]))
-            share = self.local[turn::turns]  # spread over the rounds: while links work the device has time, and links never wait for it
-            copy([self.into[id(part)] for part in share], [self.out_of[id(part)] for part in share])
+                flying.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2], sent))
+            share = self.shares[turn]  # between rounds: while links work the device has time, and links never wait for it
+            self._copy_out(share, [self.into[id(part)] for part in share], kept)
             self._receive(flying.pop(0))
 
     def _bind(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -111,10 +137,11 @@ class Publisher:
         """
         device = next(iter(source.values())).device
         moves = self.plan.moves
+        sent = Transformed(self.transform, source) if self.transform else source
         sums = torch.zeros(len(moves), dtype=torch.int64, device=device)
         for i, move in enumerate(moves):
             if move.source == self.rank:
-                sums[i] = checksum(view(source[move.source_tile.local], move.source_tile, move.box).to(self.dtype))
+                sums[i] = checksum(view(sent[move.source_tile.local], move.source_tile, move.box).to(self.dtype))
         if dist.is_initialized():
             dist.all_reduce(sums)
         wanted = sums.tolist()
@@ -127,15 +154,23 @@ class Publisher:
                         f" {move.box} on rank {move.source}: the engine does not hold the weights that were trained"
                     )
 
-    def _send(self, messages: list[Message], room: Tensor) -> Flight:
+    def _copy_out(self, parts: list[Part], targets: list[Tensor], transformed: Transformed | None) -> None:
+        """Copy the boxes that parts take out of the source into targets."""
+        if transformed is None:
+            copy(targets, [self.out_of[id(part)] for part in parts])
+            return
+        for local, pairs in groupby(zip(parts, targets, strict=True), key=lambda pair: pair[0].source):
+            whole, held = transformed[local], list(pairs)
+            copy([target for _, target in held], [shaped(whole, part.out_of) for part, _ in held])
+
+    def _send(self, messages: list[Message], room: Tensor, transformed: Transformed | None) -> Flight:
         """Pack what leaves and start all transfers of a round."""
         sizes = [message.numel for message in messages]
         packed = room[: sum(sizes)].split(sizes)
         calls = []
         for message, flat in zip(messages, packed, strict=True):
             if message.source == self.rank:
-                boxes = [self.out_of[id(part)] for part in message.parts]
-                copy(_pieces(message, flat, boxes), boxes)
+                self._copy_out(message.parts, _pieces(message, flat), transformed)
                 calls.append(dist.P2POp(dist.isend, flat, message.target))
             else:
                 calls.append(dist.P2POp(dist.irecv, flat, message.source))
@@ -147,8 +182,7 @@ class Publisher:
             work.wait()
         for message, flat in zip(flight.messages, flight.packed, strict=True):
             if message.target == self.rank:
-                boxes = [self.into[id(part)] for part in message.parts]
-                copy(boxes, _pieces(message, flat, boxes))
+                copy([self.into[id(part)] for part in message.parts], _pieces(message, flat))
 
 
 def checksum(x: Tensor) -> Tensor:
@@ -169,10 +203,52 @@ def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _pieces(message: Message, flat: Tensor, boxes: list[Tensor]) -> list[Tensor]:
+def mismatch(parameters: Mapping[str, Tensor], tiling: Sequence[Tile], dtype: torch.dtype) -> str:
+    """The first difference between an engine's parameters and the local tensors of its tiles; empty: there is none.
+
+    tiling covers the engine's shard as a whole, rows that pad the vocabulary included (names.tiles with pad).
+    """
+    wanted = shapes(tiling)
+    if missing := wanted.keys() - parameters.keys():
+        return f"it has no {some(sorted(missing))}"
+    if extra := parameters.keys() - wanted.keys():
+        return f"it also has {some(sorted(extra))}"
+    for local, shape in wanted.items():
+        found = parameters[local]
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            return f"its {local} is {list(found.shape)} {found.dtype}, and {list(shape)} {dtype} is written"
+    return ""
+
+
+class Transformed:
+    """Source tensors by local name, transformed when they are asked for. The last result is kept, as its boxes follow one another."""
+
+    def __init__(self, transform: Transform, source: Mapping[str, Tensor]):
+        self.transform, self.source = transform, source
+        self.local, self.result = "", torch.empty(0)
+
+    def __getitem__(self, local: str) -> Tensor:
+        if local != self.local:
+            tensor = self.source[local]
+            self.local, self.result = local, self.transform(local, tensor)
+            assert self.result.shape == tensor.shape, f"a transform gave {local} the shape {tuple(self.result.shape)}"
+        return self.result
+
+
+def _pieces(message: Message, flat: Tensor) -> list[Tensor]:
     """A packed message as the boxes in it."""
-    parts = flat.split([part.numel for part in message.parts])
-    return [piece.view(box.shape) for piece, box in zip(parts, boxes, strict=True)]
+    pieces = flat.split([part.numel for part in message.parts])
+    return [piece.view(part.into[0]) for piece, part in zip(pieces, message.parts, strict=True)]
+
+
+def _shares(parts: list[Part], count: int) -> list[list[Part]]:
+    """Parts in order, in shares of about the same number of elements."""
+    total, done = sum(part.numel for part in parts), 0
+    shares: list[list[Part]] = [[] for _ in range(count)]
+    for part in parts:
+        shares[done * count // total].append(part)
+        done += part.numel
+    return shares
 
 
 def _rounds(moves: list[Move], limit: int) -> list[list[Move]]:

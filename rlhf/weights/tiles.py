@@ -72,6 +72,14 @@ class Plan:
         return max((count * itemsize / (between if far else within) for (_, _, far), count in sent.items()), default=0.0)
 
 
+def by_local(tiling: Sequence[Tile]) -> dict[str, list[Tile]]:
+    """The tiles of each local tensor, by its name."""
+    found: dict[str, list[Tile]] = {}
+    for tile in tiling:
+        found.setdefault(tile.local, []).append(tile)
+    return found
+
+
 def numel(box: Box) -> int:
     return prod(high - low for low, high in box)
 

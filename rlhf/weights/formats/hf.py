@@ -1,68 +1,85 @@
-"""Hugging Face folders of safetensors: found, described by their headers, and begun.
+"""Hugging Face's format: a folder of safetensors files and a config.json.
 
-The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, data_offsets), the data.
+A safetensors file is 8 bytes with the length of the header (little-endian), the header (JSON: name -> dtype, shape, data_offsets), and
+the tensors' bytes.
 """
 
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf import texts
 from rlhf.errors import UserError
+from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
+from rlhf.weights import names
 from rlhf.weights.entries import Entry, Shape, groups, intact, kind, some
-
-if TYPE_CHECKING:
-    import torch
+from rlhf.weights.formats.format import Contents, Format, Target
+from rlhf.weights.tiles import Tile
 
 INDEX = "model.safetensors.index.json"
 HEADS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # family -> class name's start
 
 
-def entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder, from the headers alone. Raises UserError where a file is missing, cut short or not safetensors."""
-    found: dict[str, Entry] = {}
-    for path in _paths(folder):
-        more = _header(path)
-        if twice := found.keys() & more.keys():
-            raise UserError(f"{path}: tensors {some(sorted(twice))} are in {found[min(twice)].path.name} too; download the folder again")
-        found |= more
-    return found
+@dataclass(frozen=True, slots=True)
+class HuggingFaceContents(Contents):
+    """All tensors of a folder, as one shard."""
+
+    def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
+        return [names.tiles(arch, self.layout)]
+
+    def architecture(self) -> Architecture:
+        return architecture.read(self.path)
 
 
-def titles(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """File -> its tensors, of at most limit bytes together."""
-    shares = groups(sizes, limit)
-    if len(shares) == 1:
-        return {"model.safetensors": shares[0]}
-    return {f"model-{i:05}-of-{len(shares):05}.safetensors": share for i, share in enumerate(shares, 1)}
+class HuggingFace(Format):
+    """Folders that transformers and vLLM read."""
 
+    split, pads, needs_config = False, False, True
 
-def begin(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Entry]:
-    """Write the header of a new file; where its tensors will go."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stop = 0
-    for name, shape in shapes.items():
-        start, stop = stop, stop + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind(dtype), "shape": shape, "data_offsets": (start, stop)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + stop)
-    return _header(path)
+    def __init__(self) -> None:
+        super().__init__("hf", "hf")
 
+    def owns(self, folder: Path, iteration: int | None = None) -> bool:
+        return True  # if no other format does; open() says what is missing
 
-def index(folder: Path, files: Mapping[str, list[str]], size: int) -> None:
-    """Write what lists the tensors of several files."""
-    if len(files) > 1:
-        where = {name: title for title, group in files.items() for name in group}
-        save_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    def open(self, folder: Path, iteration: int | None = None) -> HuggingFaceContents:
+        return HuggingFaceContents(folder, self.name, self.layout, [_entries(folder)])
+
+    def lay_out(self, target: Target) -> dict[str, list[Tile]]:
+        whole = {tile.name: tile for tile in names.tiles(target.arch, self.layout)}
+        sizes = {name: prod(shape) * target.dtype.itemsize for name, shape in names.hf_shapes(target.arch).items()}
+        shares = groups(sizes, target.shard)
+        titles = [f"model-{i:05}-of-{len(shares):05}.safetensors" for i in range(1, 1 + len(shares))]
+        if len(shares) == 1:
+            titles = ["model.safetensors"]
+        return {title: [whole[name] for name in share] for title, share in zip(titles, shares, strict=True)}
+
+    def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        stop = 0
+        for name, shape in shapes.items():
+            start, stop = stop, stop + prod(shape) * target.dtype.itemsize
+            header[name] = {"dtype": kind(target.dtype), "shape": shape, "data_offsets": (start, stop)}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data is aligned
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + stop)
+        return _header(path)
+
+    def finish(self, target: Target, folder: Path, config: Mapping[str, Any]) -> None:
+        if len(target.files) > 1:
+            shapes = {title: names.shapes(tiling) for title, tiling in target.files.items()}
+            size = sum(prod(shape) for held in shapes.values() for shape in held.values()) * target.dtype.itemsize
+            where = {name: title for title, held in shapes.items() for name in held}
+            texts.save(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        texts.save(folder / "config.json", config)
 
 
 def description(arch: Architecture) -> dict[str, Any]:
@@ -90,11 +107,16 @@ def description(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is either whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.rename(path)
+def _entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder. Raises UserError if a file is missing or damaged, or two files have a tensor of the same name."""
+    found: dict[str, Entry] = {}
+    for path in _paths(folder):
+        more = _header(path)
+        if twice := found.keys() & more.keys():
+            first = found[min(twice)].path.name
+            raise UserError(f"{path}: tensors {some(sorted(twice))} are in {first} too; download the folder again")
+        found |= more
+    return found
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -117,32 +139,20 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    size = path.stat().st_size
+    """Every tensor of one file. The safetensors library validates the header; it gives no offsets, so these are read from the header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):  # maps the file, and reads no tensor
+            pass
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error}; {size} bytes); download it again") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > 100 << 20:  # the format's own limit; a text file's first letters make a far larger number
-            raise UserError(f"{path}: not a safetensors file, or cut short at {size} bytes; download it again")
-        text = file.read(length)
-    if len(text) < length:
-        raise UserError(f"{path}: cut short at {size} bytes, its header alone has {8 + length}; download it again")
-    with intact(path, "a safetensors file"):
-        header, data = texts.parse(text), 8 + length
-        header.pop("__metadata__", None)
-        found = {name: _entry(path, at, data) for name, at in header.items()}
-    end = data
-    for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:  # nor do those overlap that others read
-            raise UserError(f"{path}: {name} starts at byte {entry.start}, the tensor before it ends at {end}; download it again")
-        end = entry.stop
-    if size != end:
-        what = "cut short at" if size < end else "longer than it says:"
-        raise UserError(f"{path}: {what} {size} of {end} bytes; download it again")
-    return found
-
-
-def _entry(path: Path, at: Mapping[str, Any], data: int) -> Entry:
-    """What the header says of one tensor; data is where the first one starts."""
-    start, stop = (operator.index(offset) for offset in at["data_offsets"])
-    if not 0 <= start <= stop:
-        raise ValueError(f"a tensor starts at {start} and stops at {stop}")
-    return Entry(path, str(at["dtype"]), tuple(map(operator.index, at["shape"])), data + start, data + stop)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data = 8 + length
+    return {
+        name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"])) for name, at in header.items()
+    }

@@ -1,4 +1,4 @@
-"""megatron-core's sharded checkpoints (torch_dist): read and written by their parts, without a process group.
+"""megatron-core's sharded checkpoints (torch_dist): read and written file by file, without a process group.
 
     iter_0000001/.metadata      a pickle: key -> global shape, dtype and chunks; chunk -> file, offset and length
                  __0_0.distcp   the chunks one after another, each a file of torch.save
@@ -17,119 +17,152 @@ import json
 import pickle
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import EnumType
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import names, pt
 from rlhf.weights.entries import Entry, Shape, intact, kind
-from rlhf.weights.tiles import Tile
+from rlhf.weights.formats import args
+from rlhf.weights.formats.format import Target
+from rlhf.weights.formats.megatron import METADATA, Megatron, MegatronContents, iteration_folder, number, title
+from rlhf.weights.formats.metadata import Metadata
+from rlhf.weights.tiles import Tile, by_local
 
 if TYPE_CHECKING:
     import torch
 
-METADATA, COMMON, DATA = ".metadata", "common.pt", "__0_0.distcp"
+COMMON, DATA = "common.pt", "__0_0.distcp"
 COMMON_OBJECT = "common_state/shard_0_1"  # where there is no common.pt
-BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+EMBEDDING = "embedding.word_embeddings.weight"
 LAYERS = "decoder.layers."
 FC1 = "mlp.linear_fc1.weight"
-EXTRA = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")  # have an (empty) extra state
-# What the pickle of the metadata may name.
-ALLOWED = {
-    "torch": ("Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8"),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata"),
-        *("BytesStorageMetadata", "MetadataIndex", "StorageMeta"),
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
-    "collections": ("OrderedDict",),
-}
-# megatron-core 0.15 and earlier derived two of them.
-OLDER = {
-    ("megatron.core.dist_checkpointing.strategies.torch", f"MCore{name}"): (f"torch.distributed.checkpoint.{module}", name)
-    for module, name in (("metadata", "Metadata"), ("planner", "SavePlan"))
-}
+# These linear layers have an (empty) extra state.
+EXTRA = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 @dataclass(frozen=True, slots=True)
-class Sharded:
-    """A checkpoint's tensors: megatron-core's local name of TP1 PP1 -> its chunks in the order of their offsets."""
-
-    layout: str  # in names.LAYOUTS
-    chunks: dict[str, list[Entry]]
-    common: dict[str, Any]  # what is not sharded
+class ShardedContents(MegatronContents):
+    """A checkpoint's tensors, as one shard that holds every chunk under a name of its own, LOCAL#NUMBER: megatron-core's local name at
+    TP1 PP1, and the number of the chunk in the order of the offsets."""
 
     @property
     def vocab(self) -> int:
-        """Rows of the embedding, with whatever pads it."""
-        return sum(entry.shape[0] for entry in self.chunks["embedding.word_embeddings.weight"])
+        return sum(entry.shape[0] for local, entry in self.shards[0].items() if local.startswith(f"{EMBEDDING}#"))
 
-    @property
-    def entries(self) -> dict[str, Entry]:
-        """Every chunk under a name of its own, behind a #."""
-        return {f"{local}#{i}": entry for local, held in self.chunks.items() for i, entry in enumerate(held)}
+    def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
+        """Of the n chunks of a tensor each is that of one of n tensor-parallel ranks; of linear_fc1 a rank has two."""
 
-    def tiling(self, arch: Architecture, pad: bool = False) -> list[Tile]:
-        """What the chunks hold: those of n tensor-parallel ranks, one for each, or of linear_fc1 two."""
+        @cache
+        def held(rank: int, ranks: int) -> dict[str, list[Tile]]:
+            return by_local(names.tiles(arch, self.layout, (rank, ranks), rows=self.vocab, pad=pad))
+
+        counts = Counter(name.partition("#")[0] for name in self.shards[0])
         found = []
         for local in names.shapes(names.tiles(arch, self.layout, rows=self.vocab, pad=True)):
-            count = len(self.chunks.get(local, ()))
+            count = counts[local]
             halves = local.endswith(FC1) and count > 1
             ranks = max(1, count // 2 if halves else count)
             for rank in range(ranks):
-                mine = [t for t in names.tiles(arch, self.layout, (rank, ranks), rows=self.vocab, pad=pad) if t.local == local]
-                for i, tile in enumerate(mine):
+                for i, tile in enumerate(held(rank, ranks).get(local, [])):
                     place = {"local": f"{local}#{rank + i * ranks}", "start": 0} if halves else {"local": f"{local}#{rank}"}
                     found.append(replace(tile, **place))
+        return [found]
+
+
+class TorchDist(Megatron):
+    """Sharded checkpoints, which megatron-core loads at any layout."""
+
+    split, sign = False, METADATA
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", "megatron-te")
+
+    def open(self, folder: Path, iteration: int | None = None) -> ShardedContents:
+        path = iteration_folder(folder, iteration)
+        with intact(path, "a checkpoint"):
+            contents = self._open(path)
+        args.check(path, contents.args)
+        return contents
+
+    def _open(self, path: Path) -> ShardedContents:
+        """Find every chunk of a checkpoint; optimizer states are skipped."""
+        with intact(path / METADATA, "a checkpoint's metadata"):
+            metadata = Metadata(path / METADATA).load()
+            chunks = _chunks(path, metadata)
+        if not all(len(entry.shape) == 2 for entry in chunks.get(EMBEDDING, [])) or EMBEDDING not in chunks:
+            raise UserError(f"{path}: no matrix {EMBEDDING}; this is not a GPT model's checkpoint")
+        common = _common(path, metadata.storage_data)
+        fused = any(name.endswith("linear_qkv.layer_norm_weight") for name in chunks)
+        entries = {f"{local}#{i}": entry for local, held in chunks.items() for i, entry in enumerate(held)}
+        layout = "megatron-te" if fused else "megatron"
+        return ShardedContents(path, self.name, layout, [entries], args.read(common), number(common))
+
+    def lay_out(self, target: Target) -> dict[str, list[Tile]]:
+        tiling = names.tiles(target.arch, self.layout, rows=target.rows, pad=True)
+        return {f"{title(target.iteration)}/{DATA}": tiling}
+
+    def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+        """Also write the files beside it."""
+        import torch
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import (
+            BytesStorageMetadata,
+            ChunkStorageMetadata,
+            MetadataIndex,
+            StorageMeta,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+        from torch.distributed.checkpoint.metadata import Metadata as Content
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layers, dtype = target.arch.layers, target.dtype
+        tensors: dict[str, Any] = {}
+        where: dict[Any, Any] = {}
+        found: dict[str, Entry] = {}
+        with path.open("wb") as file:
+            for local, shape in shapes.items():
+                layer, key = _key(local)
+                sizes, offsets = (shape, [0] * len(shape)) if layer is None else ((1, *shape), [layer] + [0] * len(shape))
+                whole = torch.Size(sizes if layer is None else (layers, *shape))
+                described = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, []))
+                described.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                start = file.tell()
+                data, length = _append(file, path, torch.empty(sizes, dtype=dtype))
+                where[MetadataIndex(key, offsets)] = _StorageInfo(path.name, start, length)
+                found[local] = Entry(path, kind(dtype), shape, data, data + prod(shape) * dtype.itemsize)
+            empty = io.BytesIO()
+            torch.save([None], empty)
+            for key in [f"{LAYERS}{x}._extra_state/shard_{i}_{layers}" for x in EXTRA for i in range(layers)]:
+                tensors[key] = BytesStorageMetadata()
+                where[MetadataIndex(key)] = _StorageInfo(path.name, file.tell(), file.write(empty.getvalue()))
+        content = Content(tensors, storage_data=where, storage_meta=StorageMeta(), version="1.0.0")
+        (path.parent / METADATA).write_bytes(pickle.dumps(content))
+        common = {
+            "args": argparse.Namespace(**args.describe(target)),
+            "checkpoint_version": 3.0,
+            "iteration": target.iteration,
+        }
+        pt.write(common, path.parent / COMMON)
+        (path.parent / "metadata.json").write_text(json.dumps(BACKENDS))
         return found
 
 
-class Metadata(pickle.Unpickler):
-    """Reads the metadata's pickle, and refuses what it should not ask for."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        super().__init__(io.BytesIO(texts.regular(path).read_bytes()))
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return self.member
-        module, name = OLDER.get((module, name), (module, name))
-        if name not in ALLOWED.get(module, ()):
-            raise self.distrust(f"{module}.{name}")
-        return super().find_class(module, name)
-
-    def member(self, owner: Any, name: Any) -> Any:
-        """What the file's getattr gives: some releases of Python 3.11 (Debian's 3.11.2 is one) write a member of an enum as
-        getattr(enum, name), others as enum(value). Nothing but the members of the enums in ALLOWED is reached."""
-        if type(owner) is not EnumType or not isinstance(name, str) or name not in owner.__members__:
-            raise self.distrust(f"getattr({owner!r}, {name!r})")
-        return owner.__members__[name]
-
-    def distrust(self, asked: str) -> UserError:
-        return UserError(f"{self.path}: it asks for {asked}, and only shapes and offsets are read: do not trust this file")
-
-
-def load(folder: Path) -> Sharded:
-    """Find every chunk of a checkpoint; optimizer states are passed over. Raises UserError where the folder is incomplete or odd."""
-    with intact(folder / METADATA, "a checkpoint's metadata"):
-        metadata = Metadata(folder / METADATA).load()
-        found = _chunks(folder, metadata)
-    fused = any(name.endswith("linear_qkv.layer_norm_weight") for name in found)
-    if "embedding.word_embeddings.weight" not in found:
-        raise UserError(f"{folder}: no tensor embedding.word_embeddings.weight; this is not a GPT model's checkpoint")
-    return Sharded("mcore-te" if fused else "mcore", found, _common(folder, metadata.storage_data))
-
-
 def _chunks(folder: Path, metadata: Any) -> dict[str, list[Entry]]:
+    """Local name -> the chunks, in the order of their offsets."""
     found: dict[str, dict[tuple[int, ...], Entry]] = {}
     for index, info in metadata.storage_data.items():
         key = index.fqn.removeprefix("model.")
@@ -154,49 +187,6 @@ def _common(folder: Path, stored: Mapping[Any, Any]) -> dict[str, Any]:
     if info is None or (folder / COMMON).exists():
         return pt.read(folder / COMMON)
     return pt.read(folder / info.relative_path, (info.offset, info.length))
-
-
-def begin(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, args: Mapping[str, Any]) -> dict[str, Entry]:
-    """Write the chunks' file, in which the bytes of tensors are still to come, and the files beside it; where they will go."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-    from torch.distributed.checkpoint.metadata import Metadata as Content
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    layers = 1 + max(int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(LAYERS)}(\d+)\.", name)))
-    tensors: dict[str, Any] = {}
-    where: dict[Any, Any] = {}
-    found: dict[str, Entry] = {}
-    with path.open("wb") as file:
-        for local, shape in shapes.items():
-            layer, key = _key(local)
-            sizes, offsets = (shape, [0] * len(shape)) if layer is None else ((1, *shape), [layer] + [0] * len(shape))
-            whole = torch.Size(sizes if layer is None else (layers, *shape))
-            described = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, []))
-            described.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            start = file.tell()
-            data, length = _append(file, path, torch.empty(sizes, dtype=dtype))
-            where[MetadataIndex(key, offsets)] = _StorageInfo(path.name, start, length)
-            found[local] = Entry(path, kind(dtype), shape, data, data + prod(shape) * dtype.itemsize)
-        empty = io.BytesIO()
-        torch.save([None], empty)
-        for key in [f"{LAYERS}{x}._extra_state/shard_{i}_{layers}" for x in EXTRA for i in range(layers)]:
-            tensors[key] = BytesStorageMetadata()
-            where[MetadataIndex(key)] = _StorageInfo(path.name, file.tell(), file.write(empty.getvalue()))
-    content = Content(tensors, storage_data=where, storage_meta=StorageMeta(), version="1.0.0")
-    (path.parent / METADATA).write_bytes(pickle.dumps(content))
-    common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": args["iteration"]}
-    pt.write(common, path.parent / COMMON)
-    (path.parent / "metadata.json").write_text(json.dumps(BACKENDS))
-    return found
 
 
 def _key(local: str) -> tuple[int | None, str]:
