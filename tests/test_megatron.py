@@ -106,6 +106,7 @@ KVCache.parameters = lambda self: held | {"model.scale": torch.zeros(1)}
 refused(assemble.build_engine, config, mesh, given, torch.float32)
 del megatron_private.mlp.bias_swiglu_impl
 refused(megatron_private.install)
+refused(megatron_private.define, megatron_private.layers, "no_extension", None)
 refused(megatron_private.become, model.embedding, torch.nn.Linear)
 sys.stdout.flush()
 os._exit(0)
@@ -125,10 +126,13 @@ os._exit(0)
     command = [sys.executable, "-c", script, *map(str, folders)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    engine, name, kind = done.stdout.splitlines()
+    engine, name, extension, kind = done.stdout.splitlines()
     assert engine.startswith("rollout.engine=kvcache is of a version whose parameters are others (it also has model.scale): install")
-    assert re.match(r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, which is used here: install", name)
-    assert "LanguageModelEmbedding" in kind
+    assert re.match(
+        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, which is replaced or read here: install", name
+    )
+    assert "megatron.core.tensor_parallel.layers has no use of no_extension" in extension
+    assert kind.startswith("megatron-core builds a LanguageModelEmbedding, which cannot become a Linear: install")
 
 
 def foreign(monkeypatch: pytest.MonkeyPatch, name: str) -> Enum:

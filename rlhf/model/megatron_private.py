@@ -1,4 +1,4 @@
-"""The private names of megatron-core that are replaced or read, all in this file. Checked with megatron-core 0.16 and 0.19.
+"""The private names of megatron-core that are replaced or read. Checked with megatron-core 0.16 and 0.19.
 
 install() runs when this module is imported, so it must be imported before a model is built.
 """
@@ -23,19 +23,22 @@ from megatron.core.transformer import mlp
 
 from rlhf.errors import UserError
 from rlhf.model import operations
-from rlhf.patches import REMEDY, replace, require
+from rlhf.patches import REMEDY, define, replace, require
 
 
 def install() -> None:
-    """Replace three of megatron-core's operations. Raises UserError if one of them is not where it was."""
+    """Replace operations of megatron-core. Raises UserError if one of them is not where it was."""
     # Its linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
-    accumulate = SimpleNamespace(wgrad_gemm_accum_fp32=lambda inputs, gradients, total: operations.accumulate(total, gradients, inputs))
-    replace(layers, "fused_weight_gradient_mlp_cuda", accumulate)
+    define(layers, "fused_weight_gradient_mlp_cuda", SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate))
     replace(layers, "_grad_accum_fusion_available", True)
     # Its own is compiled again for every new number of tokens.
     replace(mlp, "bias_swiglu_impl", lambda x, bias, *_: operations.swiglu(x))
     # Without Transformer Engine or Apex it copies the norm of each tensor to the host; this reads all of them once.
     replace(clip_grads, "l2_norm_impl", _norm)
+
+
+def _accumulate(inputs: Tensor, gradients: Tensor, total: Tensor) -> None:
+    operations.accumulate(total, gradients, inputs)
 
 
 def _norm(_: Any, __: Any, lists: list[list[Tensor]], ___: Any) -> tuple[Tensor, None]:
@@ -45,7 +48,8 @@ def _norm(_: Any, __: Any, lists: list[list[Tensor]], ___: Any) -> tuple[Tensor,
 def become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
     """Make a module that megatron-core has built one of a subclass of its class, which adds methods only."""
     if type(module) is not kind.__base__:
-        raise UserError(f"megatron-core builds a {type(module).__name__}, which no {kind.__name__} can stand for: {REMEDY}")
+        found = type(module).__name__
+        raise UserError(f"megatron-core builds a {found}, which cannot become a {kind.__name__}: {REMEDY}")
     module.__class__ = kind
 
 

@@ -1,4 +1,4 @@
-"""Folders of weights of any format, written from a model that lives on many ranks, or batch by batch from any other source."""
+"""Folders of weights of any format, written from a model on many ranks, or in batches from any other source."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(
 ) -> None:
     """Write a model that lives on many ranks as a folder; every rank calls it.
 
-    folder      new or empty, on storage that all ranks share; an interrupted call leaves a folder without config.json or tracker file
+    folder      new or empty, on storage that all ranks share; if interrupted, it has no config.json or no tracker file
     config      the content of config.json, but for the dtype
     sources     the tiles of every rank; parameters are this rank's, by local name
     nodes       the node of every rank
@@ -77,24 +77,35 @@ def finish(target: Target, folder: Path, config: Mapping[str, Any]) -> None:
     target.format.finish(target, folder, {**config, key: DTYPES[kind(target.dtype)]})
 
 
-def write_batches(folder: Path, target: Target, fill: Fill, *, rank: int, world: int, bucket: int, device: Any = "cpu") -> Iterator[int]:
-    """Write a target's files, which are shared out over the ranks; yields the bytes written by this rank after each batch.
+def write_batches(
+    folder: Path,
+    target: Target,
+    fill: Fill,
+    *,
+    rank: int,
+    world: int,
+    bucket: int,
+    device: Any = "cpu",
+) -> Iterator[int]:
+    """Write a target's files, which are shared out over the ranks; yields the bytes of this rank after each batch.
 
-    Tensors are assembled in batches of at most half of bucket bytes (or one tensor), the same number on every rank. While one batch is
-    assembled, the one before is written.
+    Tensors are assembled in batches of at most half of bucket bytes (or one tensor), the same number on every rank.
+    While one batch is assembled, the one before is written.
     """
     import torch
 
     dtype = target.dtype
-    owned = [[title for i, title in enumerate(target.files) if i * world // len(target.files) == r] for r in range(world)]
+    titles, count = list(target.files), len(target.files)
+    owned = [[title for i, title in enumerate(titles) if i * world // count == r] for r in range(world)]
     folder.mkdir(parents=True, exist_ok=True)
     assert not any((folder / title).exists() for title in owned[rank]), f"{folder} already holds weights"
     shapes = {title: names.shapes(tiling) for title, tiling in target.files.items()}
     stored = {title: target.format.begin(target, folder / title, shapes[title]) for title in owned[rank]}
     tiling = {title: by_local(tiles) for title, tiles in target.files.items()}
-    batches = [[(title, group) for title in titles for group in _batches(shapes[title], dtype, bucket // 2)] for titles in owned]
+    cut = {title: _batches(shapes[title], dtype, bucket // 2) for title in titles}
+    batches = [[(title, group) for title in held for group in cut[title]] for held in owned]
     largest = max((sum(prod(shapes[title][local]) for local in group) for title, group in batches[rank]), default=0)
-    # Two buffers for all batches in turn (fresh memory would cost more than the copies): one is filled, the other written.
+    # Two buffers serve all batches (fresh memory would cost more than the copies): one is filled, the other written.
     buffers = deque(torch.empty(largest, dtype=dtype, device=device) for _ in range(2))
     writing: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as writer:

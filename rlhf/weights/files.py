@@ -1,8 +1,8 @@
 """Folders of weights of any format: opened, checked and read box by box.
 
-Every format is a list of shards (one of Hugging Face tensors, or one per Megatron rank). A shard is a tiling of the same Hugging Face
-tensors, and a table of where its own tensors are stored. torch is imported where tensors are handled, and to look into .pt files, so
-that a Hugging Face folder can be refused before anything else is loaded.
+Every format is a list of shards (one of Hugging Face tensors, or one per Megatron rank). A shard is a tiling of the
+same Hugging Face tensors, and a table of where its own tensors are stored. torch is imported where tensors are handled,
+and to look into .pt files, so that a Hugging Face folder can be refused before anything else is loaded.
 """
 
 from __future__ import annotations
@@ -80,33 +80,32 @@ class Source:
 def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = None, head: bool = False) -> Source:
     """Open a folder of any format, and check it. Reads headers only.
 
-    Raises UserError, naming the file, unless it holds exactly the tensors of arch. A scalar model may come from a causal one: its head
-    may be missing (it becomes zeros) unless `head` asks for it, and an output layer that it does not use is ignored.
+    Raises UserError, naming the file, unless it holds exactly the tensors of arch. A scalar model may come from a
+    causal one: its head may be missing (it becomes zeros) unless `head` asks for it, and an output layer that it does
+    not use is ignored.
     """
     folder = Path(folder)
     contents = inspect(folder, iteration)
     contents.check(arch)
     for tiling, shard in zip(contents.tilings(arch, pad=True), contents.shards, strict=True):
-        _check(folder, arch, contents.layout, names.shapes(tiling), shard)
-    tilings = [
-        [tile for tile in tiling if tile.local in shard] for tiling, shard in zip(contents.tilings(arch), contents.shards, strict=True)
-    ]
-    source = Source(folder, contents, tilings)
+        _check(contents, arch, names.shapes(tiling), shard)
+    pairs = zip(contents.tilings(arch), contents.shards, strict=True)
+    source = Source(folder, contents, [[tile for tile in tiling if tile.local in shard] for tiling, shard in pairs])
     if head and not source.has_head:
         what = f"{folder} has no scalar head ({names.SCORE})"
         raise UserError(f"{what}: it is no reward model, and all of its scores would be 0")
     return source
 
 
-def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], parameters: Mapping[str, torch.Tensor]) -> None:
+def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], tensors: Mapping[str, torch.Tensor]) -> None:
     """Open a folder and fill live tensors from it; rows that no tile covers are left alone."""
-    open_folder(folder, arch).read(tiling, parameters)
+    open_folder(folder, arch).read(tiling, tensors)
 
 
 def config_folder(folder: str | Path, beside: str | Path = "") -> Path | None:
-    """The folder with the config.json of the model in `folder`; None if there is none and the format does without (Megatron's do).
+    """The folder with the config.json of the model in `folder`; None if there is none and the format does without.
 
-    beside: a folder with a config.json, for formats that do without.
+    beside: a folder with a config.json, for formats that do without one of their own (Megatron's).
     """
     folder, form = Path(folder), recognise(folder)
     places = form.config_folders(folder, Path(beside) if beside else None)
@@ -115,7 +114,7 @@ def config_folder(folder: str | Path, beside: str | Path = "") -> Path | None:
 
 
 def read_architecture(folder: str | Path, beside: str | Path = "", iteration: int | None = None) -> Architecture:
-    """The architecture of the model in a folder: from its config.json, or else as the checkpoint itself describes it."""
+    """The architecture of the model in a folder: from config.json, or else as the checkpoint itself describes it."""
     where = config_folder(folder, beside)
     return architecture.read(where) if where else inspect(folder, iteration).architecture()
 
@@ -128,28 +127,27 @@ def read_config(folder: str | Path, beside: str | Path = "", iteration: int | No
     return hf.description(read_architecture(folder, beside, iteration))
 
 
-def _check(folder: Path, arch: Architecture, layout: str, wanted: Mapping[str, Shape], found: Mapping[str, Entry]) -> None:
+def _check(contents: Contents, arch: Architecture, wanted: Mapping[str, Shape], found: Mapping[str, Entry]) -> None:
     """Raise UserError unless one shard holds what it should."""
     for name, shape in wanted.items():
         if name not in found and name.partition("#")[0] == names.SCORE:
             continue
         if name not in found:
             why = "config.json asks for it, so download the weights that belong to it"
-            raise UserError(f"{folder}: tensor {name} is missing; {why}")
+            raise UserError(f"{contents.path}: tensor {name} is missing; {why}")
         entry = found[name]
         if entry.shape != shape:
             what = f"{name} has shape {list(entry.shape)}"
             raise UserError(f"{entry.path}: {what}, but config.json asks for {list(shape)}")
         if entry.dtype not in DTYPES:
             raise UserError(f"{entry.path}: {name} has dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
-    form = names.LAYOUTS[layout]
+    form = names.LAYOUTS[contents.layout]
     ignored = {form.local("lm_head.weight"), form.tied} if arch.tied or not arch.lm else set()
-    extra = [
-        name for name in found if name not in wanted and name.partition("#")[0] not in ignored and not name.endswith("rotary_emb.inv_freq")
-    ]
+    ignored |= {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    extra = [name for name in found if name not in wanted and name.partition("#")[0] not in ignored]
     if any(name.startswith("pooler_head.") for name in extra):  # of ChatLearn's reward models
         what = "a reward head of two layers (pooler_head), where ours has one"
-        raise UserError(f"{folder}: {what}; train a reward model here, with mode reward")
+        raise UserError(f"{contents.path}: {what}; train a reward model here, with mode reward")
     if extra:
         what = f"tensors {some(extra)} are not part of a {arch.family} model of config.json's shape"
         raise UserError(f"{found[extra[0]].path}: {what}")

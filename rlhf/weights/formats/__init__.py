@@ -1,4 +1,4 @@
-"""The formats of weights on storage, by the names that users write. Which one a folder has is decided here, and nowhere else."""
+"""The formats of weights on storage, by the names that users write. This file alone decides which one a folder has."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FORMATS: dict[str, Format] = {form.name: form for form in (HuggingFace(), MCORE,
 def recognise(folder: str | Path, iteration: int | None = None) -> Format:
     """The format of a folder, by the names of its files.
 
-    A folder of no known format counts as Hugging Face's. The three formats of rank files have the same file names, so one of them stands
-    for all; Contents.format, read from the files, is exact.
+    A folder of no known format counts as Hugging Face's. The three formats of rank files have the same file names, so
+    one of them stands for all; Contents.format, which is read from the files, is exact.
     """
     return next(form for form in reversed(FORMATS.values()) if form.owns(Path(folder), iteration))
 

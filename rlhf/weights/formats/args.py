@@ -29,7 +29,7 @@ def read(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(path: Path, args: Mapping[str, Any]) -> None:
-    """Raise UserError if args ask for a computation that is not ours, or hold what is no number. path: for the message."""
+    """Raise UserError, naming path, if args ask for a computation that is not ours, or hold what should be a number."""
     for name, ours in UNSEEN.items():
         if args.get(name, ours) != ours:
             raise UserError(f"{path}: its args say {name} {args[name]}, which is not supported; supported is {ours}")
@@ -37,7 +37,7 @@ def check(path: Path, args: Mapping[str, Any]) -> None:
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """The args of a checkpoint: what Megatron-LM's load_args_from_checkpoint and check_checkpoint_args read, with the model's own rope."""
+    """The args that Megatron-LM reads (load_args_from_checkpoint, check_checkpoint_args), with the model's own rope."""
     import torch
 
     arch, layout, dtype, tp, pp = target.arch, target.format.layout, target.dtype, target.tp, target.pp
@@ -104,11 +104,15 @@ def architecture(contents: Contents, rows: int) -> Architecture:
 
     Raises UserError if args lack something.
     """
-    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as in Megatron, for all models
-    a, last, form = contents.args, {name.partition("#")[0] for name in contents.shards[-1]}, names.LAYOUTS[contents.layout]
-    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
+    # As in Megatron, for all models.
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    a, form = contents.args, names.LAYOUTS[contents.layout]
+    last = {name.partition("#")[0] for name in contents.shards[-1]}
+    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+    needed += ("max_position_embeddings",)
     groups = ("num_query_groups",) if a.get("group_query_attention") else ()
     optional = ("vocab_size",) if a.get("vocab_size") else ()
+    scaling = {"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {}
     try:
         check_sizes(contents.path, {f"args.{key}": a[key] for key in (*needed, *groups, *optional)})
         return Architecture(
@@ -126,11 +130,12 @@ def architecture(contents: Contents, rows: int) -> Architecture:
             qkv_bias=bool(a.get("add_qkv_bias")),
             qk_norm=bool(a.get("qk_layernorm")),
             rope_theta=float(a.get("rotary_base") or 10000),
-            rope_scaling={"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {},
+            rope_scaling=scaling,
             # A tied output layer alone has no tensor that would tell; a reward model is taken to be without.
             lm=bool(last & {form.local("lm_head.weight"), form.tied})
             or (not a["untie_embeddings_and_output_weights"] and names.SCORE not in last),
             scalar=names.SCORE in last,
         )
     except KeyError as error:
-        raise UserError(f"{contents.path}: args has no {error}: copy the model's config.json into {contents.path.parent}") from None
+        remedy = f"copy the model's config.json into {contents.path.parent}"
+        raise UserError(f"{contents.path}: args has no {error}: {remedy}") from None

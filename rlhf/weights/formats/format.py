@@ -1,4 +1,4 @@
-"""What a format is: a class that finds, opens and lays out folders of weights. Everything else treats all formats alike.
+"""What a format is: a class that finds, opens and lays out folders of weights. All other code treats formats alike.
 
 To add a format, write its class and add a line to the table in rlhf/weights/formats/__init__.py.
 """
@@ -28,19 +28,19 @@ class Contents(ABC):
     format: str  # name of the format, as in FORMATS
     layout: str  # in names.LAYOUTS
     shards: list[dict[str, Entry]]  # for each shard: local name -> where the tensor is stored
-    args: dict[str, Any] = field(default_factory=dict)  # Megatron's own description of the model; empty if there is none
+    args: dict[str, Any] = field(default_factory=dict)  # Megatron's own description of the model, if any
     iteration: int = 0  # 0: none is known
 
     @abstractmethod
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
-        """The tiles of every shard, if the folder holds a model of arch; with pad, also those of padding rows (see names.tiles)."""
+        """The tiles of every shard, if it is a model of arch; with pad, also of padding rows (see names.tiles)."""
 
     @abstractmethod
     def architecture(self) -> Architecture:
         """The model as the folder's own files describe it. Raises UserError if they do not."""
 
     def check(self, arch: Architecture) -> None:  # noqa: B027  (most formats have nothing to check)
-        """Raise UserError if the folder as a whole cannot hold a model of arch. Single tensors are checked elsewhere."""
+        """Raise UserError if the folder as a whole cannot hold a model of arch; its tensors are checked elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Target:
 
     tp, pp     the layout of Megatron's rank files; (1, 1) for formats that are not split over ranks
     iteration  under which Megatron's formats file it
-    divisor    the rows of the vocabulary are a multiple of divisor * tp, as with Megatron-LM's make_vocab_size_divisible_by; 0: no
-               padding if tp divides the vocabulary, else 128 as in Megatron-LM
+    divisor    the rows of the vocabulary are a multiple of divisor * tp (Megatron-LM's make_vocab_size_divisible_by);
+               0: no padding if tp divides the vocabulary, else 128 as in Megatron-LM
     shard      bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
     """
 
@@ -107,7 +107,7 @@ class Format(ABC):
 
     @abstractmethod
     def finish(self, target: Target, folder: Path, config: Mapping[str, Any]) -> None:
-        """Write config.json and the format's other small files. The one that marks the folder as complete comes last."""
+        """Write config.json and the format's other small files; what marks the folder as complete comes last."""
 
     def config_folders(self, folder: Path, beside: Path | None) -> list[Path]:
         """Where the config.json of a folder may be, best place first; beside: a folder that the user named for it."""

@@ -1,7 +1,7 @@
 """Hugging Face's format: a folder of safetensors files and a config.json.
 
-A safetensors file is 8 bytes with the length of the header (little-endian), the header (JSON: name -> dtype, shape, data_offsets), and
-the tensors' bytes.
+A safetensors file is 8 bytes with the length of the header (little-endian), the header (JSON: name -> dtype, shape,
+data_offsets), and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def description(arch: Architecture) -> dict[str, Any]:
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder. Raises UserError if a file is missing or damaged, or two files have a tensor of the same name."""
+    """Every tensor of a folder. Raises UserError if a file is missing or damaged, or two have the same tensor."""
     found: dict[str, Entry] = {}
     for path in _paths(folder):
         more = _header(path)
@@ -139,20 +139,21 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """Every tensor of one file. The safetensors library validates the header; it gives no offsets, so these are read from the header."""
+    """Every tensor of one file. The safetensors library validates the header; it gives no offsets."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np"):  # maps the file, and reads no tensor
             pass
     except SafetensorError as error:
-        size = path.stat().st_size
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error}; {size} bytes); download it again") from None
+        why = f"{error}; {path.stat().st_size} bytes"
+        raise UserError(f"{path}: damaged, or not a safetensors file ({why}); download it again") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    data = 8 + length
-    return {
-        name: Entry(path, at["dtype"], tuple(at["shape"]), *(data + offset for offset in at["data_offsets"])) for name, at in header.items()
-    }
+    found = {}
+    for name, at in header.items():
+        start, stop = (8 + length + offset for offset in at["data_offsets"])
+        found[name] = Entry(path, at["dtype"], tuple(at["shape"]), start, stop)
+    return found

@@ -41,7 +41,8 @@ class MegatronContents(Contents):
         if self.vocab < arch.vocab:
             raise UserError(f"{self.path}: a vocabulary of {self.vocab} rows, but config.json asks for {arch.vocab}")
         if arch.layers % self.pp:
-            raise UserError(f"{self.path}: {self.pp} pipeline stages cannot share config.json's {arch.layers} layers evenly")
+            what = f"{self.pp} pipeline stages cannot share config.json's {arch.layers} layers evenly"
+            raise UserError(f"{self.path}: {what}")
 
 
 class Megatron(Format):
@@ -69,7 +70,7 @@ def title(iteration: int) -> str:
 
 
 def iteration_folder(folder: Path, iteration: int | None) -> Path:
-    """The folder of the given iteration, else of the tracker file's. Raises UserError if there is none, or nothing says which."""
+    """The folder of the given iteration, else of the tracker file's. Raises UserError if none is found."""
     if _is_iteration(folder):
         return folder
     if iteration is not None:
@@ -78,10 +79,12 @@ def iteration_folder(folder: Path, iteration: int | None) -> Path:
         wanted = _tracked(folder)
         if not wanted:
             text = (folder / TRACKER).read_text(errors="replace").strip()
-            raise UserError(f"{folder / TRACKER}: {text[:40]!r} is neither a number nor release: name the iteration that is complete")
+            what = f"{text[:40]!r} is neither a number nor release"
+            raise UserError(f"{folder / TRACKER}: {what}: name the iteration that is complete")
     else:
         found = ", ".join(sorted(child.name for child in folder.glob("iter_*")))
-        raise UserError(f"{folder}: no {TRACKER}, so {found} may be incomplete; give one of these folders itself if it is not")
+        what = f"no {TRACKER}, so {found} may be incomplete"
+        raise UserError(f"{folder}: {what}; give one of these folders itself if it is not")
     if not (folder / wanted).is_dir():
         there = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
         raise UserError(f"{folder}: no folder {wanted}; there are {there}")

@@ -25,8 +25,11 @@ ALLOWED = {
 }
 # megatron-core 0.15 and earlier derived two of them.
 OLDER = {
-    ("megatron.core.dist_checkpointing.strategies.torch", f"MCore{name}"): (f"torch.distributed.checkpoint.{module}", name)
-    for module, name in (("metadata", "Metadata"), ("planner", "SavePlan"))
+    ("megatron.core.dist_checkpointing.strategies.torch", f"MCore{name}"): (module, name)
+    for module, name in (
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.planner", "SavePlan"),
+    )
 }
 
 
@@ -46,11 +49,15 @@ class Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
     def member(self, owner: Any, name: Any) -> Any:
-        """What the file's getattr gives: some releases of Python 3.11 (Debian's 3.11.2 is one) write a member of an enum as
-        getattr(enum, name), others as enum(value). Nothing but the members of the enums in ALLOWED is reached."""
+        """What the file's getattr gives: nothing but the members of the enums in ALLOWED.
+
+        Some releases of Python 3.11 (Debian's 3.11.2 is one) pickle such a member as getattr(enum, name), others as
+        enum(value).
+        """
         if type(owner) is not EnumType or not isinstance(name, str) or name not in owner.__members__:
             raise self.distrust(f"getattr({owner!r}, {name!r})")
         return owner.__members__[name]
 
     def distrust(self, asked: str) -> UserError:
-        return UserError(f"{self.path}: it asks for {asked}, and only shapes and offsets are read: do not trust this file")
+        what = f"it asks for {asked}, and only shapes and offsets are read"
+        return UserError(f"{self.path}: {what}: do not trust this file")

@@ -2,8 +2,9 @@
 
     iter_0000001/mp_rank_{tp:02}/model_optim_rng.pt        with pipeline stages mp_rank_{tp:02}_{pp:03}
 
-The three formats differ in the names of the tensors (names.LAYOUTS). A .pt file is a zip archive: one record is a pickle of the tree of
-dicts, each of the others holds the bytes of one storage. It is never read as a whole: only the place of each tensor's bytes is kept.
+The three formats differ in the names of the tensors (names.LAYOUTS). A .pt file is a zip archive: one record is a
+pickle of the tree of dicts, each of the others holds the bytes of one storage. It is never read as a whole: only the
+place of each tensor's bytes is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,14 +45,15 @@ class RankContents(MegatronContents):
         return self.shards[0][local].shape[0] * self.tp
 
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
-        return [names.tiles(arch, self.layout, (t, self.tp), (p, self.pp), rows=self.vocab, pad=pad) for t, p in _ranks(self.tp, self.pp)]
+        tp, pp, rows = self.tp, self.pp, self.vocab
+        return [names.tiles(arch, self.layout, (t, tp), (p, pp), rows=rows, pad=pad) for t, p in _ranks(tp, pp)]
 
 
 class RankFiles(Megatron):
     """Rank files of megatron-core models."""
 
     split, sign = True, RANKS
-    # A strict load asks for the (empty) extra states of these layers, and of the output layer where this tensor is held.
+    # A strict load asks for the (empty) extra states of these layers, and of the output layer if this tensor is held.
     linear: ClassVar[tuple[str, ...]] = (
         *("self_attention.linear_qkv", "self_attention.linear_proj"),
         *("mlp.linear_fc1", "mlp.linear_fc2"),
@@ -133,7 +134,8 @@ LEGACY = LegacyFiles("legacy", "legacy")
 
 
 def _open(path: Path) -> RankContents:
-    found = {tuple(int(n or 0) for n in match.groups()): child for child in path.iterdir() if (match := RANK.fullmatch(child.name))}
+    matches = {child: match for child in path.iterdir() if (match := RANK.fullmatch(child.name))}
+    found = {tuple(int(n or 0) for n in match.groups()): child for child, match in matches.items()}
     if not found:
         raise UserError(f"{path}: no mp_rank_* folder; a Megatron checkpoint has one for every rank")
     trees = {rank: pt.read(child / FILE) for rank, child in sorted(found.items())}
@@ -188,7 +190,8 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def _entries(path: Path, tree: Mapping[str, Any]) -> dict[str, Entry]:
     """Where the tensors of the model lie in the file.
 
-    The file is mapped as a whole, so a tensor's address says where its bytes are: the first storage in memory is the first in the file.
+    The file is mapped as a whole, so a tensor's address says where its bytes are: the first storage in memory is the
+    first in the file.
     """
     import torch
 
@@ -197,7 +200,8 @@ def _entries(path: Path, tree: Mapping[str, Any]) -> dict[str, Entry]:
     if "model" not in tree:
         raise UserError(f"{path}: no model in it, but {', '.join(map(str, tree))}; give a Megatron checkpoint")
     reader = torch._C.PyTorchFileReader(str(path))
-    records = {reader.get_record_offset(n) for n in reader.get_all_records() if n.startswith("data/")}  # type: ignore[attr-defined]
+    stored = [record for record in reader.get_all_records() if record.startswith("data/")]  # type: ignore[attr-defined]
+    records = {reader.get_record_offset(record) for record in stored}
     addresses = {storage.data_ptr() for _, tensor in _flat(tree) if (storage := tensor.untyped_storage()).nbytes()}
     origin = min(addresses) - min(records) if addresses else 0
     assert {address - origin for address in addresses} <= records, f"{path}: its storages are not mapped in one piece"
@@ -208,5 +212,5 @@ def _entries(path: Path, tree: Mapping[str, Any]) -> dict[str, Entry]:
         if not tensor.is_contiguous():
             raise UserError(f"{path}: {name} is a strided view; save contiguous tensors")
         start = tensor.data_ptr() - origin
-        found[name] = Entry(path, kind(tensor.dtype), tuple(tensor.shape), start, start + prod(tensor.shape) * tensor.element_size())
+        found[name] = Entry(path, kind(tensor.dtype), tuple(tensor.shape), start, start + tensor.nbytes)
     return found

@@ -2,11 +2,11 @@
 
     iter_0000001/.metadata      a pickle: key -> global shape, dtype and chunks; chunk -> file, offset and length
                  __0_0.distcp   the chunks one after another, each a file of torch.save
-                 common.pt      what is not sharded, as Megatron's args (from megatron-core 0.19 on one more object in a .distcp)
+                 common.pt      what is not sharded, as Megatron's args (since megatron-core 0.19 in a .distcp)
                  metadata.json  the names of these formats
 
-A key covers all layers: the first axis of its global shape counts them, and so do the chunks' offsets. The other axes are those of the
-tensor before tensor parallelism cut it, and of linear_fc1 all gate rows come before all up rows.
+A key covers all layers: the first axis of its global shape counts them, and so do the chunks' offsets. The other axes
+are those of the tensor before tensor parallelism cut it, and of linear_fc1 all gate rows come before all up rows.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ EXTRA = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_
 
 @dataclass(frozen=True, slots=True)
 class ShardedContents(MegatronContents):
-    """A checkpoint's tensors, as one shard that holds every chunk under a name of its own, LOCAL#NUMBER: megatron-core's local name at
-    TP1 PP1, and the number of the chunk in the order of the offsets."""
+    """A checkpoint's tensors, as one shard that holds every chunk under a name of its own, LOCAL#NUMBER.
+
+    LOCAL is megatron-core's local name at TP1 PP1, NUMBER that of the chunk in the order of the offsets.
+    """
 
     @property
     def vocab(self) -> int:
@@ -77,8 +79,8 @@ class ShardedContents(MegatronContents):
             ranks = max(1, count // 2 if halves else count)
             for rank in range(ranks):
                 for i, tile in enumerate(held(rank, ranks).get(local, [])):
-                    place = {"local": f"{local}#{rank + i * ranks}", "start": 0} if halves else {"local": f"{local}#{rank}"}
-                    found.append(replace(tile, **place))
+                    start, chunk = (0, rank + i * ranks) if halves else (tile.start, rank)
+                    found.append(replace(tile, local=f"{local}#{chunk}", start=start))
         return [found]
 
 
@@ -136,8 +138,9 @@ class TorchDist(Megatron):
         with path.open("wb") as file:
             for local, shape in shapes.items():
                 layer, key = _key(local)
-                sizes, offsets = (shape, [0] * len(shape)) if layer is None else ((1, *shape), [layer] + [0] * len(shape))
-                whole = torch.Size(sizes if layer is None else (layers, *shape))
+                sizes, offsets, whole = shape, [0] * len(shape), torch.Size(shape)
+                if layer is not None:
+                    sizes, offsets, whole = (1, *shape), [layer, *offsets], torch.Size((layers, *shape))
                 described = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, []))
                 described.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
                 start = file.tell()
@@ -178,7 +181,8 @@ def _chunks(folder: Path, metadata: Any) -> dict[str, list[Entry]]:
         local = f"{LAYERS}{offsets[0]}.{key.removeprefix(LAYERS)}" if layered else key
         sizes = next(tuple(chunk.sizes) for chunk in stored.chunks if tuple(chunk.offsets) == offsets)
         shape = sizes[1:] if layered else sizes
-        found.setdefault(local, {})[offsets] = _entry(folder / info.relative_path, info.offset, info.length, shape, stored.properties.dtype)
+        entry = _entry(folder / info.relative_path, info.offset, info.length, shape, stored.properties.dtype)
+        found.setdefault(local, {})[offsets] = entry
     return {local: [held[at] for at in sorted(held)] for local, held in found.items()}
 
 
@@ -196,7 +200,7 @@ def _key(local: str) -> tuple[int | None, str]:
 
 
 def _append(file: io.BufferedWriter, path: Path, tensor: torch.Tensor) -> tuple[int, int]:
-    """Append what torch.save would write of a tensor, with a hole for its bytes; where the hole is, and the length of it all."""
+    """Append what torch.save would write of a tensor, with a hole for its bytes; returns its place and the length."""
     import torch
 
     alone, start = path.with_suffix(".partial"), file.tell()
@@ -213,7 +217,7 @@ def _append(file: io.BufferedWriter, path: Path, tensor: torch.Tensor) -> tuple[
 
 
 def _data(path: Path, start: int, length: int) -> int:
-    """Where the only storage in a file of torch.save, which may lie within another file, has its bytes; from its start."""
+    """Where the only storage of a torch.save file has its bytes, from its start. It may lie within another file."""
     with path.open("rb") as file:
         part = Part(file, start, length)
         record = next(info for info in zipfile.ZipFile(part).infolist() if info.filename.endswith("/data/0"))
