@@ -21,7 +21,7 @@ def replace(owner: Any, name: str, new: Any) -> None:
 
 
 def define(module: ModuleType, name: str, new: Any) -> None:
-    """Stand in for an optional package that a module imports. Raises UserError unless the module calls functions of it."""
+    """Stand in for an optional package that a module imports. Raises UserError unless the module uses it."""
     if f"{name}." not in inspect.getsource(module):
         raise _missing(module, f"use of {name}")
     setattr(module, name, new)

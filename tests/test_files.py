@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_megatron import save_as_megatron_does
 from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
 
+from rlhf.config import Checkpoint
 from rlhf.errors import UserError
 from rlhf.weights import export, files, initial, names
-from rlhf.weights.formats import args
+from rlhf.weights.formats import FORMATS, args
 from rlhf.weights.names import tilings
 
 
@@ -41,6 +43,26 @@ def test_each_rank_reads_its_boxes(tmp_path: Path, arch, num_files: int):
         got = blank([wanted])[0]
         files.read(tmp_path, arch, tiling, got)
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_stored_tensors_are_transformed_as_a_whole(tmp_path: Path):
+    hf = random_hf(LLAMA)
+    save(tmp_path, hf)
+
+    def scaled(local: str, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.shape == hf[local].shape
+        return 3 * tensor if "_proj" in local else tensor
+
+    source, tiling = files.open_folder(tmp_path, LLAMA), names.tiles(LLAMA, "megatron", (1, 2), (0, 2))
+    wanted = mcore_rank(LLAMA, {name: scaled(name, tensor) for name, tensor in hf.items()}, (1, 2), (0, 2))
+    got = blank([wanted])[0]
+    source.read(tiling, got, scaled)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_formats_are_those_of_the_key():
+    (choices, _) = get_args(get_type_hints(Checkpoint)["format"])
+    assert get_args(choices) == tuple(FORMATS)
 
 
 def test_random_weights_are_of_seed_and_name():

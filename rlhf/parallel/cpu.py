@@ -2,6 +2,9 @@
 
 megatron-core names the CUDA device in its source. An import hook rewrites these names, in `megatron.core` modules only, while they are
 imported: torch itself is not patched, and nothing is intercepted at run time. On a machine with CUDA nothing happens.
+
+So tests on a CPU run a slightly different program than a GPU does. A call of torch.cuda that a new version adds, and that is not listed
+here, is left as it is: torch raises an error when it runs.
 """
 
 import ast

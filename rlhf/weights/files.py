@@ -24,6 +24,8 @@ from rlhf.weights.tiles import Move, Tile, plan, view
 if TYPE_CHECKING:
     import torch
 
+    from rlhf.weights.publish import Transform
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -33,10 +35,16 @@ class Source:
     contents: Contents
     tilings: list[list[Tile]]  # of every shard, without tensors that may be missing
 
-    def read(self, tiling: Sequence[Tile], tensors: Mapping[str, torch.Tensor]) -> None:
+    def read(
+        self,
+        tiling: Sequence[Tile],
+        tensors: Mapping[str, torch.Tensor],
+        transform: Transform | None = None,
+    ) -> None:
         """Fill live tensors (local name -> tensor) with the boxes of their tiles, cast to the tensors' own dtypes.
 
         Files are mapped one tensor at a time, so only the pages of these boxes are read, and they are released at once.
+        With a transform, each stored tensor is read as a whole, and its boxes are those of the result.
         """
         import torch
 
@@ -46,6 +54,8 @@ class Source:
                 entry = self.contents.shards[move.source][move.source_tile.local]
                 if entry != last:
                     last, stored = entry, mapped(entry)
+                    if transform:
+                        stored = transform(move.source_tile.local, stored)
                 source = view(stored, move.source_tile, move.box)
                 view(tensors[move.target_tile.local], move.target_tile, move.box).copy_(source)
             for tile in tiling:
