@@ -44,7 +44,8 @@ def vllm_engine():
     engines = []
 
     def make(folder: str, load: bool):
-        engines.append(vllm.VLLM(folder, tp=1, dtype="float32", seed=0, max_len=MAX_LEN, memory=0.1, cache=1 / 64, load=load))
+        sizes = {"max_len": MAX_LEN, "memory": 0.1, "cache": 1 / 64}
+        engines.append(vllm.VLLM(folder, tp=1, dtype="float32", seed=0, **sizes, load=load))
         check_parameters(engines[-1], names.tiles(architecture.read(folder), "vllm", pad=True))
         return engines[-1]
 

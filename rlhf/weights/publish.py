@@ -59,10 +59,11 @@ class Transform(Protocol):
     """Changes weights on their way from the sender's tensors to wherever they go."""
 
     def __call__(self, local: str, tensor: Tensor) -> Tensor:
-        """What is sent in place of a local tensor of the sender: contiguous, of the same shape and device, of any dtype.
+        """Return what is sent in place of a local tensor: contiguous, of the same shape and device, of any dtype.
 
-        `tensor` itself is not changed; it may be returned as it is. Ranks call this at different times, so it must not communicate.
-        Large tensors are cut over several rounds, so it may be called several times for one tensor, with the same result.
+        It must not change `tensor`, but may return it as it is. Ranks call it at different times, so it must not
+        communicate. It may be called several times for one tensor, which is sent in several rounds, and must then return
+        the same values.
         """
 
 
@@ -73,8 +74,8 @@ class Publisher:
     rank    this rank
     dtype   what crosses ranks, the same on all: the sender converts before the transfer, the receiver's copy does the rest
     bucket  bytes that packed messages, in and out together, may take on a rank at any time
-    transform  applied on the sender to a whole local tensor, before it is cut into boxes; one result per direction (to other ranks, and
-               to this rank) is held at a time
+    transform  applied on the sender to a whole local tensor, before it is cut into boxes. Two results at most are held at
+               a time: one that is being sent, and one that is being copied within this rank
     """
 
     def __init__(
@@ -221,7 +222,7 @@ def mismatch(parameters: Mapping[str, Tensor], tiling: Sequence[Tile], dtype: to
 
 
 class Transformed:
-    """Source tensors by local name, transformed when they are asked for. The last result is kept, as its boxes follow one another."""
+    """Source tensors by local name, transformed on access. The last result is kept: its boxes follow one another."""
 
     def __init__(self, transform: Transform, source: Mapping[str, Tensor]):
         self.transform, self.source = transform, source
