@@ -108,8 +108,10 @@ def architecture(contents: Contents, rows: int) -> Architecture:
     scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     a, form = contents.args, names.LAYOUTS[contents.layout]
     last = {name.partition("#")[0] for name in contents.shards[-1]}
-    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
-    needed += ("max_position_embeddings",)
+    needed = (
+        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+        "max_position_embeddings",
+    )
     groups = ("num_query_groups",) if a.get("group_query_attention") else ()
     optional = ("vocab_size",) if a.get("vocab_size") else ()
     scaling = {"factor": float(a.get("rope_scaling_factor", 8)), **scaling} if a.get("use_rope_scaling") else {}

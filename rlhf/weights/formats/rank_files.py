@@ -200,8 +200,8 @@ def _entries(path: Path, tree: Mapping[str, Any]) -> dict[str, Entry]:
     if "model" not in tree:
         raise UserError(f"{path}: no model in it, but {', '.join(map(str, tree))}; give a Megatron checkpoint")
     reader = torch._C.PyTorchFileReader(str(path))
-    stored = [record for record in reader.get_all_records() if record.startswith("data/")]  # type: ignore[attr-defined]
-    records = {reader.get_record_offset(record) for record in stored}
+    stored = [record for record in reader.get_all_records() if record.startswith("data/")]
+    records = {reader.get_record_offset(record) for record in stored}  # type: ignore[attr-defined]
     addresses = {storage.data_ptr() for _, tensor in _flat(tree) if (storage := tensor.untyped_storage()).nbytes()}
     origin = min(addresses) - min(records) if addresses else 0
     assert {address - origin for address in addresses} <= records, f"{path}: its storages are not mapped in one piece"
