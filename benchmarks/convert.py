@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from publish import MODELS
 
-from rlhf.weights import files, hf
+from rlhf.weights import export, names
 from rlhf.weights.entries import store
+from rlhf.weights.formats import FORMATS, Target, hf
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,13 +31,13 @@ ROOT = Path(__file__).parents[1]
 def make(folder: Path, layers: int) -> int:
     """A Hugging Face folder of random weights; its bytes."""
     arch, dtype = replace(MODELS["7b"], layers=layers), torch.bfloat16
-    to, noise = files.target(arch, "hf", dtype), torch.randn(1 << 20)
+    target, noise = Target(FORMATS["hf"], arch, dtype), torch.randn(1 << 20)
     folder.mkdir(parents=True)
-    for title in to.tilings:
-        for entry in to.begin(folder, title, arch, dtype).values():
+    for title, tiling in target.files.items():
+        for entry in target.format.begin(target, folder / title, names.shapes(tiling)).values():
             count = prod(entry.shape)
             store(entry, noise.mul_(1.0001).to(dtype).repeat(-(-count // len(noise)))[:count].view(entry.shape))
-    to.finish(folder, hf.description(arch), dtype)
+    export.finish(target, folder, hf.description(arch))
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
     p.add_argument("--layers", type=int, default=32)
-    p.add_argument("--format", choices=files.FORMATS, default="legacy")
+    p.add_argument("--format", choices=FORMATS, default="legacy")
     p.add_argument("--tp", default="1")
     p.add_argument("--pp", default="1")
     a = p.parse_args(arguments)

@@ -93,7 +93,7 @@ def plan(sizes: list[int]) -> dict[int, Result]:
         slowest = moves = 0.0
         for rank in (0, size // 2 + 3, size - 1):
             start = time.perf_counter()
-            made = Plan(names.tilings(arch, "mcore", size, 8, 4), names.tilings(arch, "vllm", size, 8), [r // 8 for r in range(size)])
+            made = Plan(names.tilings(arch, "megatron", size, 8, 4), names.tilings(arch, "vllm", size, 8), [r // 8 for r in range(size)])
             count = len(made.received(rank)) + len(made.sent(rank))
             slowest, moves = max(slowest, time.perf_counter() - start), max(moves, count)
         found[size] = {"seconds": slowest, "moves": moves}

@@ -26,8 +26,10 @@ import record
 import torch
 import torch.distributed as dist
 
+from rlhf import texts
 from rlhf.model.architecture import Architecture
-from rlhf.weights import hf, names
+from rlhf.weights import names
+from rlhf.weights.formats import hf
 from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher
 
@@ -96,7 +98,7 @@ def vllm_engine(arch: Architecture, tp: int, dtype: torch.dtype, memory: float) 
     from rlhf.rollout.vllm import VLLM
 
     with tempfile.TemporaryDirectory() as folder:
-        hf.save_json(Path(folder) / "config.json", hf.description(arch))
+        texts.save(Path(folder) / "config.json", hf.description(arch))
         name = str(dtype).removeprefix("torch.")
         return VLLM(folder, tp=tp, dtype=name, seed=1, max_len=256, memory=memory, cache=0.0)
 
@@ -120,7 +122,7 @@ def main(arguments: list[str]) -> None:
     a, ranks, dtype = options(arguments), Ranks(), torch.bfloat16
     arch = MODELS[a.model]
     engine = vllm_engine(arch, a.engine_tp, dtype, a.memory) if a.engine == "vllm" else None
-    training = names.tilings(arch, "mcore", ranks.world, a.train_tp, a.train_pp)
+    training = names.tilings(arch, "megatron", ranks.world, a.train_tp, a.train_pp)
     moves = Plan(training, names.tilings(arch, "vllm", ranks.world, a.engine_tp), [0] * ranks.world)
     publisher = Publisher(moves, ranks.rank, dtype, a.bucket << 20)
     source = {name: torch.randn(shape, dtype=dtype, device=ranks.device) for name, shape in names.shapes(training[ranks.rank]).items()}

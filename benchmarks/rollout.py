@@ -33,7 +33,7 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.residence import Residence
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import EngineSource
-from rlhf.weights import hf
+from rlhf.weights.formats import hf
 
 
 def add_options(p: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ from rlhf.ledger import Ledger
 from rlhf.model.architecture import Architecture
 from rlhf.prepare import shapes
 from rlhf.residence import capacity
-from rlhf.weights import hf
+from rlhf.weights.formats import hf
 
 ROOT = Path(__file__).parents[1]
 LLAMA1B = Architecture(

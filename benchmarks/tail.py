@@ -34,7 +34,7 @@ from rlhf.rollout.flight import Group
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.source import EngineSource
-from rlhf.weights import hf
+from rlhf.weights.formats import hf
 
 SHORTEST, SHARED = 16, 0.5
 

@@ -160,10 +160,10 @@ def theirs(a: argparse.Namespace, config: Config, settings: dict[str, Any]) -> d
     model = folder(a, config.seed)
     if not GPU:
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # TRL has no switch for eager mode
-    from rlhf.rollout.vllm import adapt_to_cpu  # before TRL, as it says how vLLM is to behave when it is imported
+    from rlhf.rollout.vllm import vllm_private  # before TRL, as it says how vLLM is to behave when it is imported
 
     if not GPU:
-        adapt_to_cpu()
+        vllm_private.adapt_to_cpu()
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 

@@ -21,6 +21,7 @@ from rlhf.ledger import Ledger
 from rlhf.loop import Run
 from rlhf.metrics import Metrics, own_name, say
 from rlhf.parallel.mesh import Mesh
+from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, inputs, rule
 from rlhf.residence import Residence, capacity, unused
@@ -31,8 +32,9 @@ from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.weights import files, names
 from rlhf.weights.entries import UNSOUND
+from rlhf.weights.formats import recognise
 from rlhf.weights.plan import Plan
-from rlhf.weights.publish import Publisher
+from rlhf.weights.publish import Publisher, mismatch
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner| of log-probs; forgotten weights show as more
 
@@ -175,7 +177,19 @@ def checked_ledger(config: Config, mesh: Mesh, given: Inputs) -> Ledger:
 
 
 def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool = False) -> Engine:
-    """The engine of this rank. With load, vLLM reads the weights of a Hugging Face folder by itself; other weights come later."""
+    """The engine of this rank. With load, vLLM reads the weights of a Hugging Face folder by itself; other weights come later.
+
+    Raises UserError on all ranks unless its parameters are exactly those that a publish writes.
+    """
+    engine, tp = _engine(config, mesh, given, dtype, load), config.rollout.tp
+    tiling = names.tiles(given.arch, "vllm", (mesh.rank % tp, tp), pad=True)
+    problem = mismatch(engine.parameters(), tiling, dtype)
+    why = f"rollout.engine={config.rollout.engine} is of a version whose parameters are others"
+    mesh.agree(problem and f"{why} ({problem}): {REMEDY}")
+    return engine
+
+
+def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool) -> Engine:
     tp = config.rollout.tp
     if config.rollout.engine == "kvcache":
         from rlhf.rollout.kvcache import KVCache
@@ -192,7 +206,7 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
     from rlhf.rollout.vllm import VLLM
 
     return VLLM(
-        str(files.described(config.policy.load, config.policy.tokenizer)),
+        str(files.config_folder(config.policy.load, config.policy.tokenizer)),
         tp=tp,
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,
@@ -205,7 +219,7 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
 
 def engine_loads(config: Config) -> bool:
     """Whether the engine can read policy.load: vLLM reads Hugging Face folders."""
-    return config.rollout.engine == "vllm" and not files.is_checkpoint(config.policy.load)
+    return config.rollout.engine == "vllm" and recognise(config.policy.load).name == "hf"
 
 
 def fill_engine(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str, Tensor]) -> None:
@@ -216,7 +230,7 @@ def fill_engine(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str,
 
 def build_publisher(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Publisher:
     """What carries the policy's shards to the engines' shards."""
-    training = names.tilings(given.arch, "mcore", mesh.world, config.parallel.tp, config.parallel.pp)
+    training = names.tilings(given.arch, "megatron", mesh.world, config.parallel.tp, config.parallel.pp)
     engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
     return Publisher(Plan(training, engines, mesh.nodes()), mesh.rank, dtype, config.rollout.bucket << 20)
 

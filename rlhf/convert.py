@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
-from rlhf.weights import args, files, names
+from rlhf.weights import entries, export, files, names
 from rlhf.weights.entries import mapped
+from rlhf.weights.formats import FORMATS, Target, args
 from rlhf.weights.tiles import Tile
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--format",
         required=True,
-        choices=files.FORMATS,
+        choices=FORMATS,
         help="hf: safetensors; mcore: Megatron core with Transformer Engine's names, mcore-local without; legacy: before Megatron core; "
         "torch_dist: Megatron core's sharded checkpoints",
     )
@@ -96,52 +97,54 @@ def main(arguments: Sequence[str]) -> None:
     a = parser().parse_args(arguments)
     if a.config and not Path(a.config).is_dir():
         raise UserError(f"--config {a.config}: no such folder; give the one with config.json and tokenizer")
-    arch = files.model(a.source, a.config, a.iteration)
+    arch = files.read_architecture(a.source, a.config, a.iteration)
     source = files.open_folder(a.source, arch, a.iteration, head=arch.scalar)
     _check(a, arch)
     import torch
 
-    stored = {shard[tile.local].dtype for tiling, shard in zip(source.tilings, source.shards, strict=True) for tile in tiling}
-    name = DTYPES[a.dtype] if a.dtype else files.DTYPES[stored.pop()] if len(stored) == 1 else ""
+    stored = {shard[tile.local].dtype for tiling, shard in zip(source.tilings, source.contents.shards, strict=True) for tile in tiling}
+    name = DTYPES[a.dtype] if a.dtype else entries.DTYPES[stored.pop()] if len(stored) == 1 else ""
     if not name:
         raise UserError(f"{a.source}: its tensors have several dtypes, {', '.join(sorted(stored))}: choose one with --dtype")
     dtype = getattr(torch, name)
-    iteration = a.iteration or (source.checkpoint.iteration if source.checkpoint else 0) or 1
-    to = files.target(arch, a.format, dtype, tp=a.tp, pp=a.pp, iteration=iteration, divisor=a.vocab_divisor)
+    iteration = a.iteration or source.contents.iteration or 1
+    target = Target(FORMATS[a.format], arch, dtype, a.tp, a.pp, iteration, a.vocab_divisor)
     for remark in [*source.remarks(arch, a.config, "--config"), *(args.unsaid(arch) if a.format != "hf" else ())]:
         print(f"convert: {remark}", file=sys.stderr)
     try:
-        _make(a, source, arch, to, dtype)
+        _make(a, source, target)
     except OSError as error:
         raise UserError(f"--to {a.to}: {error}") from None
     print(
-        f"convert: {a.source} ({source.layout}) -> {a.to} ({a.format}, tp {a.tp}, pp {a.pp}, {name})" + (", verified" if a.verify else "")
+        f"convert: {a.source} ({source.contents.format}) -> {a.to} ({a.format}, tp {a.tp}, pp {a.pp}, {name})"
+        + (", verified" if a.verify else "")
     )
 
 
-def _make(a: argparse.Namespace, source: files.Source, arch: Architecture, to: files.Target, dtype: torch.dtype) -> None:
+def _make(a: argparse.Namespace, source: files.Source, target: Target) -> None:
     """Write the new folder under another name, which it has until it is complete."""
-    final, where = Path(a.to), files.described(a.source, a.config)
+    final, where = Path(a.to), files.config_folder(a.source, a.config)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     beside = [[path for pattern in BESIDE for path in Path(place).glob(pattern) if path.is_file()] for place in (a.config, where) if place]
     try:
-        convert(source, arch, to, partial, dtype)
+        convert(source, target, partial)
         for path in next((paths for paths in beside if paths), []):  # all of one folder: a tokenizer is several files
             shutil.copy(path, partial / path.name)
-        to.finish(partial, files.config(a.source, a.config, a.iteration), dtype)
+        export.finish(target, partial, files.read_config(a.source, a.config, a.iteration))
         if a.verify:
-            verify(source, arch, partial)
+            verify(source, target.arch, partial)
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # where it failed: what is left would fill a disk for nothing
 
 
-def convert(source: files.Source, arch: Architecture, to: files.Target, folder: Path, dtype: torch.dtype) -> None:
+def convert(source: files.Source, target: Target, folder: Path) -> None:
     """Write a target from an opened folder, with a progress bar. Raises UserError where storage or dtype have no room for it."""
     import torch
 
-    total = sum(prod(shape) for tiling in to.tilings.values() for shape in names.shapes(tiling).values()) * dtype.itemsize
+    shapes = [shape for tiling in target.files.values() for shape in names.shapes(tiling).values()]
+    total = sum(map(prod, shapes)) * target.dtype.itemsize
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
     room = shutil.disk_usage(place)
     if room.total and room.free < total:  # some network storage says 0 of everything
@@ -152,11 +155,11 @@ def convert(source: files.Source, arch: Architecture, to: files.Target, folder: 
 
     def fill(targets: list[list[Tile]], tensors: dict[str, torch.Tensor]) -> None:
         source.read(targets[0], tensors)
-        for name, tensor in tensors.items() if dtype == torch.float16 else ():
+        for name, tensor in tensors.items() if target.dtype == torch.float16 else ():
             if tensor.isinf().any():
                 raise UserError(f"{source.path}: {name} has values beyond the 65504 of float16: choose another --dtype")
 
-    for written in files.carry(folder, arch, to, fill, dtype, rank=0, world=1, bucket=BUCKET):
+    for written in export.write_batches(folder, target, fill, rank=0, world=1, bucket=BUCKET):
         progress.add(written)
     progress.close()
 
@@ -166,8 +169,7 @@ def verify(source: files.Source, arch: Architecture, folder: Path) -> None:
     import torch
 
     written = files.open_folder(folder, arch)
-    tilings = written.checkpoint.tilings(arch, pad=True) if written.checkpoint else written.tilings
-    for tiling, shard in zip(tilings, written.shards, strict=True):
+    for tiling, shard in zip(written.contents.tilings(arch, pad=True), written.contents.shards, strict=True):
         for local, shape in names.shapes(tiling).items():
             stored = mapped(shard[local])
             wanted = torch.empty(shape, dtype=stored.dtype)
@@ -199,9 +201,10 @@ def _check(a: argparse.Namespace, arch: Architecture) -> None:
     """Everything that the layout needs, before anything is written."""
     if Path(a.to).exists():
         raise UserError(f"--to {a.to} exists: give a new folder, or delete it")
-    if a.format == "hf" and a.vocab_divisor:
-        raise UserError(f"--vocab-divisor {a.vocab_divisor}: a vocabulary of format hf is not padded; leave it out")
-    if a.format in ("hf", "torch_dist") and (a.tp, a.pp) != (1, 1):
+    form = FORMATS[a.format]
+    if not form.pads and a.vocab_divisor:
+        raise UserError(f"--vocab-divisor {a.vocab_divisor}: a vocabulary of format {a.format} is not padded; leave it out")
+    if not form.split and (a.tp, a.pp) != (1, 1):
         raise UserError(f"--tp {a.tp} --pp {a.pp}: a folder of format {a.format} is not split over ranks; leave them out")
     if min(a.tp, a.pp) < 1 or (a.iteration or 0) < 0 or a.vocab_divisor < 0:
         raise UserError("--tp and --pp must be at least 1, --iteration and --vocab-divisor not negative")

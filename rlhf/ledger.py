@@ -128,7 +128,7 @@ class Ledger:
     def _tenants(self, stage: int) -> Iterator[tuple[Tenant, float]]:
         p = self.config.parallel
         for name, role in self.roles.items():
-            count = parameters(role.arch, "mcore", p.tp, p.pp, stage)
+            count = parameters(role.arch, "megatron", p.tp, p.pp, stage)
             # Main parameters and two moments in float32; float32 weights are their own main parameters.
             state = 12 if self.size == 2 else 8
             held = {Kind.WEIGHTS: self.size * count, Kind.GRADIENTS: 4 * count, Kind.OPTIMIZER: state * count / self.shards}

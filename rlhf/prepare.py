@@ -76,7 +76,7 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     """The policy's architecture and the roles, checked against the layout: whatever needs no more of a model than its config.json."""
     if not config.policy.load:
         raise UserError("policy.load is not set: give the folder of the model, Hugging Face's or Megatron's")
-    arch = files.model(config.policy.load, config.policy.tokenizer)
+    arch = files.read_architecture(config.policy.load, config.policy.tokenizer)
     models = roles(config, arch)
     check_world(config.parallel, world)
     for role in models.values():
@@ -104,7 +104,10 @@ def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources
     found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))}
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
-    held = {folder: weights({entry.path for shard in source.shards for entry in shard.values()}) for folder, (source, _) in sources.items()}
+    held = {
+        folder: weights({entry.path for shard in source.contents.shards for entry in shard.values()})
+        for folder, (source, _) in sources.items()
+    }
     for name, role in models.items():
         found[f"{name}.load"] = (role.folder, f"{held.get(role.folder, 'random')} {description(role.arch)}")
     return found
@@ -177,7 +180,7 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
     }
     held = {config.policy.load: policy}  # each folder is described once: Megatron's may have to be opened for it
     for folder in {paths[name] for name in models} - held.keys():
-        held[folder] = files.model(folder, config.policy.tokenizer)
+        held[folder] = files.read_architecture(folder, config.policy.tokenizer)
     found = {
         name: Role(use, paths[name], _with_head(name, paths[name], held[paths[name]], name in algorithm.with_lm))
         for name, use in models.items()
@@ -244,10 +247,10 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
 def _check_vllm(config: Config, arch: Architecture) -> None:
     """What vLLM asks of config.json, which it reads by itself."""
     load = f"policy.load={config.policy.load}"
-    if not files.described(config.policy.load, config.policy.tokenizer):
+    if not files.config_folder(config.policy.load, config.policy.tokenizer):
         remedy = "copy it there, or set policy.tokenizer to its folder"
         raise UserError(f"{load} has no config.json, which vLLM needs: {remedy}")
-    kind = files.config(config.policy.load, config.policy.tokenizer).get("model_type")
+    kind = files.read_config(config.policy.load, config.policy.tokenizer).get("model_type")
     if kind != arch.family:
         needed = f"vLLM needs {arch.family!r} for its architectures"
         raise UserError(f"{load}: config.json has the model_type {kind!r:.80}, and {needed}: set it there")

@@ -20,7 +20,7 @@ from rlhf.phases import Phase
 from rlhf.prepare import Role
 from rlhf.residence import Residence
 from rlhf.train.learner import Learner
-from rlhf.weights import files, initial, names
+from rlhf.weights import export, files, initial, names
 from rlhf.weights.entries import UNSOUND
 
 LossFunction = Callable[[Batch, Output], Loss]
@@ -48,7 +48,7 @@ class Roles:
 
     def tilings(self, arch: Architecture) -> list[list]:
         """The tiles of every rank's training shard."""
-        return names.tilings(arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
+        return names.tilings(arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
 
     def visit(self, phase: Phase) -> Iterator[tuple[str, Learner]]:
         """The trained roles, one after another, each made resident for the phase."""
@@ -109,16 +109,16 @@ class Roles:
         return self.learners[name].evaluate(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss)
 
     def export(self, name: str, folder: Path, format: str) -> None:
-        """Write a role's model as a folder in one of files.FORMATS: a causal language model, or a classifier of one label.
+        """Write a role's model as a folder in one of rlhf.weights.formats.FORMATS: a causal language model, or a classifier of one label.
 
         Every rank calls it.
         """
         role, layout = self.roles[name], self.mesh.layout
         self.residence.enter(Phase.SCORE, name)
-        files.write(
+        export.write(
             folder,
             replace(role.arch, lm=not role.arch.scalar),  # the output layer that trained beside a scalar head stays behind
-            describe(files.config(role.folder, self.config.policy.tokenizer), role.arch),
+            describe(files.read_config(role.folder, self.config.policy.tokenizer), role.arch),
             self.tilings(role.arch),
             self.learners[name].parameters(),
             rank=self.mesh.rank,

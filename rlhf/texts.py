@@ -63,3 +63,10 @@ def paths() -> Iterator[None]:
         if error.filename is None:
             raise
         raise UserError(f"{str(error.filename)[:200]}: {error.strerror}") from None
+
+
+def save(path: Path, content: Any) -> None:
+    """Write a JSON file that is either whole or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)

@@ -12,7 +12,8 @@ from test_megatron import save_as_megatron_does
 from test_tiles import LLAMA
 
 from rlhf.errors import UserError
-from rlhf.weights import files, hf
+from rlhf.weights import files
+from rlhf.weights.formats import hf
 
 
 def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -25,16 +26,16 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    assert files.model(tmp_path / "core") == replace(LLAMA, rope_scaling=scaling)
+    assert files.read_architecture(tmp_path / "core") == replace(LLAMA, rope_scaling=scaling)
     save_as_megatron_does(tmp_path / "window", monkeypatch, LLAMA, 102, window_size=(8, 0))
-    assert files.model(tmp_path / "window") == replace(LLAMA, family="mistral", window=9)
+    assert files.read_architecture(tmp_path / "window") == replace(LLAMA, family="mistral", window=9)
     for args, said in (
         ({"window_size": (8, 8)}, r"window_size \(8, 8\), and only \(tokens, 0\) is supported"),
         ({"window_size": (8, 0), "qk_layernorm": True}, r"qk_layernorm True, window_size \(8, 0\), which no supported family has together"),
     ):
         save_as_megatron_does(tmp_path / str(args), monkeypatch, LLAMA, 102, **args)
         with pytest.raises(UserError, match=f"its args say {said}"):
-            files.model(tmp_path / str(args))
+            files.read_architecture(tmp_path / str(args))
     for name, value in (("apply_layernorm_1p", True), ("rotary_interleaved", True), ("rotary_percent", 0.5), ("window_attn_skip_freq", 2)):
         save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
         with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
@@ -60,12 +61,12 @@ def test_rope_scaling_in_args(tmp_path: Path, capsys: pytest.CaptureFixture, sca
     hf_folder(tmp_path / "hf", arch)
     run("--from", tmp_path / "hf", "--to", tmp_path / "core", "--format", "mcore")
     assert ("Megatron's args cannot say all of the rope scaling" in capsys.readouterr().err) != said
-    assert files.model(tmp_path / "core") == arch
+    assert files.read_architecture(tmp_path / "core") == arch
     (tmp_path / "core/config.json").write_text(json.dumps(hf.description(replace(arch, rope_scaling={}))))
     run("--from", tmp_path / "core", "--to", tmp_path / "plain", "--format", "hf")
     assert "its args say rope scaling {'rope_type'" in capsys.readouterr().err
     (tmp_path / "core/config.json").unlink()
-    assert (files.model(tmp_path / "core") == arch) == said
+    assert (files.read_architecture(tmp_path / "core") == arch) == said
 
 
 def test_args_that_ask_for_yarn_have_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -21,7 +21,8 @@ from rlhf import convert
 from rlhf.__main__ import main
 from rlhf.errors import UserError
 from rlhf.model import architecture
-from rlhf.weights import files, hf, megatron
+from rlhf.weights import export, files
+from rlhf.weights.formats import hf, inspect, megatron
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -94,13 +95,13 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path, 
     script = f"""
 import os, signal
 from rlhf import convert
-from rlhf.weights import files
-convert.BUCKET, store, count = 1, files.store, []
+from rlhf.weights import export
+convert.BUCKET, store, count = 1, export.store, []
 def killing(entry, tensor):
     count.append(store(entry, tensor))
     if len(count) == 15:
         os.kill(os.getpid(), signal.SIGKILL)
-files.store = killing
+export.store = killing
 convert.main({[str(a) for a in arguments]!r})
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
@@ -108,7 +109,7 @@ convert.main({[str(a) for a in arguments]!r})
     assert not (tmp_path / "old").exists()
     (left,) = (path for path in tmp_path.iterdir() if path.name != "hf")
     with pytest.raises(UserError, match=refused):
-        files.open_folder(left, files.model(left, tmp_path / "hf"))
+        files.open_folder(left, files.read_architecture(left, tmp_path / "hf"))
     run(*arguments, "--verify")
     assert not left.exists()
 
@@ -120,13 +121,13 @@ convert.main({[str(a) for a in arguments]!r})
 )
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, failure, code: int, said: str):
     hf_folder(tmp_path / "hf", LLAMA)
-    stored = files.store
+    stored = export.store
 
     def failing(entry, tensor):
         stored(entry, tensor)
         raise failure
 
-    monkeypatch.setattr(files, "store", failing)
+    monkeypatch.setattr(export, "store", failing)
     assert main(["convert", "--from", f"{tmp_path}/hf", "--to", f"{tmp_path}/old", "--format", "legacy"]) == code
     assert re.fullmatch(rf"rlhf: .*{said}.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -159,7 +160,7 @@ def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str):
     for pp in (1, 2):
         run("--from", tmp_path / "hf", "--to", tmp_path / f"{pp}", "--format", format, "--pp", pp)
         (tmp_path / f"{pp}/config.json").unlink()
-        assert files.model(tmp_path / f"{pp}") == arch
+        assert files.read_architecture(tmp_path / f"{pp}") == arch
 
 
 def test_what_float16_cannot_hold_is_refused(tmp_path: Path):
@@ -180,7 +181,7 @@ def test_a_release_is_of_no_iteration(tmp_path: Path):
     torch.save(load(path) | {"iteration": "release"}, tmp_path / "changed.pt")
     (tmp_path / "changed.pt").rename(path)
     run("--from", tmp_path / "old", "--to", tmp_path / "new", "--format", "mcore")
-    assert megatron.load(tmp_path / "new").iteration == 1
+    assert inspect(tmp_path / "new").iteration == 1
 
 
 def test_a_tensor_that_is_passed_over_has_no_say_in_the_dtype(tmp_path: Path):
@@ -188,7 +189,7 @@ def test_a_tensor_that_is_passed_over_has_no_say_in_the_dtype(tmp_path: Path):
     wanted = hf_folder(tmp_path / "hf", LLAMA)
     save_file(wanted | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "hf/model.safetensors")
     run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
-    assert megatron.load(tmp_path / "old").args["params_dtype"] == torch.bfloat16
+    assert inspect(tmp_path / "old").args["params_dtype"] == torch.bfloat16
 
 
 @pytest.mark.parametrize("format", ["hf", "mcore", "legacy", "torch_dist"])
@@ -197,7 +198,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
     run("--from", tmp_path / "hf", "--to", tmp_path / "new", "--format", format)
     source, written = (files.open_folder(tmp_path / name, LLAMA) for name in ("hf", "new"))
     convert.verify(source, LLAMA, tmp_path / "new")
-    local, entry = next((local, entry) for local, entry in written.shards[0].items() if "layers.2" in local)
+    local, entry = next((local, entry) for local, entry in written.contents.shards[0].items() if "layers.2" in local)
     with entry.path.open("r+b") as file:
         file.seek(entry.stop - 1)
         byte = file.read(1)[0]
@@ -235,7 +236,7 @@ def test_the_tutorials_variables(tmp_path: Path):
     there = {"LOAD_PATH": str(tmp_path / "hf"), "SAVE_PATH": str(tmp_path / "old"), "TP": "2", "PP": "2", "TOKENIZER_MODEL": str(tmp_path)}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **there, "target_params_dtype": "fp32"}
     subprocess.run([sys.executable, "-m", "rlhf", "convert_hf_to_megatron"], env=environment, check=True)
-    checkpoint = megatron.load(tmp_path / "old")
+    checkpoint = inspect(tmp_path / "old")
     assert (checkpoint.layout, checkpoint.tp, checkpoint.pp, checkpoint.args["params_dtype"]) == ("legacy", 2, 2, torch.float32)
     assert convert.tutorial("convert_hf_to_megatron", {**there, "USE_LEGACY_MODELS": "False"})[5] == "mcore"
     (tmp_path / "old/config.json").unlink()  # as in Megatron-LM's own folders

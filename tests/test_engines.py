@@ -1,13 +1,10 @@
 """Both engines against transformers and against each other's rules, on random models of a few thousand parameters."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import kvcache_rank
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 import transformers
 
@@ -283,56 +280,3 @@ def test_kvcache_tensor_parallel(tmp_path):
             assert [c.tokens for c in split] == [c.tokens for c in expected], (kind, rank)
             for a, b in zip(split, expected, strict=True):
                 torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=0, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def vllm_engine():
-    """Makes vLLM engines of one rank, in the world of this process; they live on because the first to go takes the world along."""
-    vllm = pytest.importorskip("rlhf.rollout.vllm", exc_type=ImportError)
-    os.environ.update(RANK="0", LOCAL_RANK="0")
-    engines = []
-
-    def make(folder: str, load: bool):
-        engines.append(vllm.VLLM(folder, tp=1, dtype="float32", seed=0, max_len=MAX_LEN, memory=0.1, cache=1 / 64, load=load))
-        return engines[-1]
-
-    with tempfile.TemporaryDirectory() as path:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 1), rank=0, world_size=1)
-        yield make
-    for name in ("RANK", "LOCAL_RANK"):  # the commands that later tests start are not ranks
-        del os.environ[name]
-
-
-def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
-    old, new = build("qwen2-yarn", 0), build("qwen2-yarn", 1)
-    engine = vllm_engine(folder(old, tmp_path), load=True)
-    check_greedy(old, engine, 2e-5)
-    check_limits(engine)
-    check_stream(engine)
-    engine.sleep()
-    engine.wake_weights()
-    publish(new, architecture.read(tmp_path), engine)
-    check_greedy(new, engine, 2e-5)
-    before = torch.random.get_rng_state()
-    check_sampled(new, engine, 2e-5)
-    check_many(engine)
-    check_withdraw(engine, old, new, architecture.read(tmp_path), 2e-5)
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_vllm_with_tied_embeddings_and_no_weights_in_the_folder(vllm_engine, tmp_path):
-    old, new = build("mistral-tied-llama3", 0), build("mistral-tied-llama3", 1)
-    old.config.architectures = ["MistralForCausalLM"]
-    old.config.save_pretrained(tmp_path)
-    engine = vllm_engine(str(tmp_path), load=False)
-    for model in (old, new):
-        publish(model, architecture.read(tmp_path), engine)
-        check_greedy(model, engine, 2e-5)
-    check_sampled(new, engine, 2e-5)
-
-
-def test_ranks_of_an_engine_leave_nothing_in_shared_memory(vllm_engine):
-    """What vLLM's CPU backend leaves there ends the next run of several ranks on the machine: it is told that ranks cannot share any."""
-    from rlhf.rollout.vllm import CpuCommunicator
-
-    assert CpuCommunicator._all_group_ranks_share_shm_group_name(None) is False

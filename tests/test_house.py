@@ -25,7 +25,7 @@ EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for 
 # Imports point one way: a part of the package imports parts of lower layers only, and no sibling.
 LAYERS = (
     ("errors", "lazy", "phases", "config", "output"),
-    ("contracts", "texts"),
+    ("contracts", "texts", "patches"),
     ("algorithms", "recorder", "folders", "lock"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
@@ -44,7 +44,8 @@ SIBLINGS = {  # the exceptions: who may import which modules beside it
     "checkpoint": ("train.learner",),
 }
 ONLY_IN = {
-    "vllm": {"rollout/vllm.py"},
+    "vllm": {"rollout/vllm.py", "rollout/vllm_private.py"},
+    "rlhf.patches.replace": {"model/megatron_private.py", "rollout/vllm_private.py", "parallel/cpu.py"},
     "megatron.core.parallel_state": {"parallel/mesh.py"},
     "os.environ": {"__main__.py", "parallel/mesh.py", "rollout/vllm.py"},
 }
@@ -162,6 +163,26 @@ def test_few_files_know(what):
     importing = {name(path) for path in MODULES for dotted in imports(path) if within(dotted, *names)}
     using = {name(path) for path in MODULES for node in nodes(path) if dotted_name(node) in names}
     assert importing | using <= ONLY_IN[what]
+
+
+def test_private_names_are_replaced_by_patches_only():
+    """A plain assignment to a name of megatron-core or vLLM never fails, even if the installed version does not have that name."""
+    wrong = []
+    for path in MODULES:
+        imported = [node for node in nodes(path) if isinstance(node, ast.Import | ast.ImportFrom)]
+        theirs = {
+            (alias.asname or alias.name).partition(".")[0]
+            for node in imported
+            for alias in node.names
+            if within(getattr(node, "module", alias.name), "megatron", "vllm")
+        }
+        for node in nodes(path):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            changed = [target for target in targets if isinstance(target, ast.Attribute)]
+            changed += node.args[:1] if isinstance(node, ast.Call) and last(node.func) == "setattr" else []
+            if theirs & {name.id for target in changed for name in ast.walk(target) if isinstance(name, ast.Name)}:
+                wrong.append((path, node))
+    assert places(iter(wrong)) == []
 
 
 def test_functions_are_short():

@@ -117,7 +117,7 @@ def test_published_sizes(size: str) -> None:
     arch = architecture.read(ROOT / f"configs/models/llama2-{size}")
     assert arch.num_parameters() == SIZES[size][1]
     norms = (2 * arch.layers + 1) * arch.hidden
-    stages = [parameters(arch, "mcore", 4, 2, stage) for stage in range(2)]
+    stages = [parameters(arch, "megatron", 4, 2, stage) for stage in range(2)]
     assert 4 * sum(stages) == arch.num_parameters() + 3 * norms
     assert parameters(arch, "vllm", 4) == sum(stages)
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import types
 import zipfile
 from dataclasses import replace
 from enum import Enum
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,11 @@ import torch
 from safetensors.torch import load_file
 from test_convert import ROOT, hf_folder, load, run, tensors_of
 from test_tiles import FAMILIES, LLAMA, mcore_rank, random_hf
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from rlhf.errors import UserError
 from rlhf.model import architecture
-from rlhf.weights import files, hf, megatron, names, pt
+from rlhf.weights import files, names, pt
+from rlhf.weights.formats import FORMATS, Target, args, hf, inspect, megatron, recognise
 
 
 def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):
@@ -67,7 +66,7 @@ def test_a_tied_table_is_copied_to_the_last_stage(tmp_path: Path):
     wanted = hf_folder(tmp_path / "hf", replace(LLAMA, tied=True, vocab=128))["model.embed_tokens.weight"]
     for format, key in (("legacy", "word_embeddings_for_head.weight"), ("mcore", "output_layer.weight")):
         run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--pp", 2)
-        first, last = megatron.load(tmp_path / format).shards
+        first, last = inspect(tmp_path / format).shards
         assert key in last
         assert key not in first
         tree = load(tmp_path / format / "iter_0000001/mp_rank_00_001/model_optim_rng.pt")["model"]
@@ -88,6 +87,28 @@ for folder in sys.argv[1:]:
     model = Decoder(architecture.read(folder), Parallel(), mesh, torch.float32)
     state = torch.load(folder + "/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
     assert not any(model.load_state_dict(state, strict=True))
+
+# Installed versions that are others than ours: a name that a patch needs is gone, and an engine has one parameter more.
+from types import SimpleNamespace
+from rlhf import assemble, configuration
+from rlhf.errors import UserError
+from rlhf.model import megatron_private
+from rlhf.rollout.kvcache import KVCache
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except UserError as error:
+        print(error)
+config = configuration.load("grpo", ["policy.load=" + folder, "rollout.engine=kvcache", "data.max_tokens=64", "rollout.max_tokens=32"])
+given = SimpleNamespace(arch=architecture.read(folder))
+held = assemble.build_engine(config, mesh, given, torch.float32).parameters()
+KVCache.parameters = lambda self: held | {"model.scale": torch.zeros(1)}
+refused(assemble.build_engine, config, mesh, given, torch.float32)
+del megatron_private.mlp.bias_swiglu_impl
+refused(megatron_private.install)
+refused(megatron_private.define, megatron_private.layers, "no_extension", None)
+refused(megatron_private.become, model.embedding, torch.nn.Linear)
+sys.stdout.flush()
 os._exit(0)
 """
     folders = []
@@ -105,6 +126,13 @@ os._exit(0)
     command = [sys.executable, "-c", script, *map(str, folders)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    engine, name, extension, kind = done.stdout.splitlines()
+    assert engine.startswith("rollout.engine=kvcache is of a version whose parameters are others (it also has model.scale): install")
+    assert re.match(
+        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, which is replaced or read here: install", name
+    )
+    assert "megatron.core.tensor_parallel.layers has no use of no_extension" in extension
+    assert kind.startswith("megatron-core builds a LanguageModelEmbedding, which cannot become a Linear: install")
 
 
 def foreign(monkeypatch: pytest.MonkeyPatch, name: str) -> Enum:
@@ -123,9 +151,10 @@ def save_as_megatron_does(
 ) -> None:
     """A trained TP2 checkpoint: parameters are views into one buffer, optimizer and random states lie beside, and args know enums."""
     hf_tensors = random_hf(arch)
-    args = megatron.describe(arch, "mcore", 2, 1, rows, torch.float32, 3) | {"rotary_base": 10000}
-    args |= {"exit_signal": signal.SIGTERM, "cache": Path("/x"), "rope": types.SimpleNamespace(theta=1), "samples": np.float64(3)}
-    args |= {
+    target = Target(FORMATS["mcore-local"], arch, torch.float32, tp=2, iteration=3, divisor=rows // 2)
+    described = args.describe(target) | {"rotary_base": 10000}
+    described |= {"exit_signal": signal.SIGTERM, "cache": Path("/x"), "rope": types.SimpleNamespace(theta=1), "samples": np.float64(3)}
+    described |= {
         "model_type": foreign(monkeypatch, pt.CLASSES[0]),
         "attention_backend": foreign(monkeypatch, "megatron.core.transformer.enums.AttnBackend"),
         **changes,
@@ -142,7 +171,7 @@ def save_as_megatron_does(
         model["decoder.layers.0.mlp.linear_fc1._extra_state"] = io.BytesIO(b"as Transformer Engine writes it")
         random = {"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}
         tree = {
-            "args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 3, "model": model,
+            "args": argparse.Namespace(**described), "checkpoint_version": 3.0, "iteration": 3, "model": model,
             "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}}, "rng_state": [random], "opt_param_scheduler": {"max_lr": 1e-5},
         }  # fmt: skip
         path = folder / f"iter_0000003/mp_rank_{rank:02}/model_optim_rng.pt"
@@ -156,8 +185,8 @@ def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     arch, wanted = replace(LLAMA, rope_theta=5e5), random_hf(LLAMA)
     folder = tmp_path / "core"
     save_as_megatron_does(folder, monkeypatch, arch, rows=160)
-    assert files.model(folder) == replace(arch, rope_theta=10000.0)
-    assert not files.described(folder)
+    assert files.read_architecture(folder) == replace(arch, rope_theta=10000.0)
+    assert not files.config_folder(folder)
     (folder / "config.json").write_text(json.dumps(hf.description(arch)))
     run("--from", folder, "--to", tmp_path / "hf", "--format", "hf")
     assert "rotary_base 10000" in capsys.readouterr().err
@@ -176,20 +205,42 @@ def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture)
     hf_folder(tmp_path / "hf", arch)
     for format in ("legacy", "torch_dist"):
         run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--iteration", 6)
-        assert files.model(tmp_path / format / "iter_0000006") == arch
+        assert files.read_architecture(tmp_path / format / "iter_0000006") == arch
         (tmp_path / format / megatron.TRACKER).unlink()
         (tmp_path / format / "config.json").unlink()
         run("--from", tmp_path / format, "--to", tmp_path / f"{format}-hf", "--format", "hf", "--iteration", 6)
         assert architecture.read(tmp_path / f"{format}-hf") == arch
 
 
+def test_iterations_of_several_formats(tmp_path: Path):
+    """Each is opened as what it is: the tracker file, the number or the folder itself says which one is meant."""
+    hf_folder(tmp_path / "hf", LLAMA)
+    folder = tmp_path / "both"
+    for iteration, format in enumerate(("torch_dist", "legacy", "mcore"), 1):
+        run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--iteration", iteration)
+        name = f"iter_{iteration:07}"
+        (tmp_path / format / name).rename(folder.joinpath(name)) if folder.exists() else (tmp_path / format).rename(folder)
+        assert inspect(folder, iteration).format == inspect(folder / name).format == format
+    assert inspect(folder).format == "torch_dist"  # of which the tracker file is
+    (folder / megatron.TRACKER).write_text("2")
+    assert inspect(folder).format == "legacy"
+    assert recognise(tmp_path / "hf").name == recognise(tmp_path / "nowhere").name == "hf"
+
+
+@pytest.mark.parametrize(("text", "message"), [("9" * 5000, "is neither a number nor release"), ("3", "no folder iter_0000003; there are")])
+def test_a_tracker_file_alone(tmp_path: Path, text: str, message: str):
+    (tmp_path / megatron.TRACKER).write_text(text)
+    with pytest.raises(UserError, match=message):
+        inspect(tmp_path)
+
+
 def test_args_pad_the_vocabulary_as_the_file_does():
     """Megatron-LM computes the rows anew from make_vocab_size_divisible_by."""
     for vocab, divisor, tp in ((101, 0, 1), (101, 0, 2), (32000, 0, 4), (101, 200, 1), (101, 24, 2), (128256, 1, 8)):
         arch = replace(LLAMA, vocab=vocab)
-        rows = files.target(arch, "legacy", torch.float32, tp=tp, divisor=divisor).vocab
-        unit = tp * megatron.describe(arch, "legacy", tp, 1, rows, torch.float32, 1)["make_vocab_size_divisible_by"]
-        assert -(-vocab // unit) * unit == rows
+        target = Target(FORMATS["legacy"], arch, torch.float32, tp=tp, divisor=divisor)
+        unit = tp * args.describe(target)["make_vocab_size_divisible_by"]
+        assert -(-vocab // unit) * unit == target.rows
 
 
 class Malice:
@@ -265,73 +316,3 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.
     spoil(tmp_path / "core")
     with pytest.raises(UserError, match=message):
         files.open_folder(tmp_path / "core", LLAMA)
-
-
-def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
-    """torch_dist at TP2 through megatron-core's own dist_checkpointing, in both directions."""
-    arch = replace(LLAMA, vocab=128)
-    wanted = hf_folder(tmp_path / "hf", arch, torch.float32)
-    run("--from", tmp_path / "hf", "--to", tmp_path / "ours", "--format", "torch_dist")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/ranks/sharded.py"]
-    command = [*torchrun, str(tmp_path / "hf"), str(tmp_path / "ours/iter_0000001"), str(tmp_path / "theirs")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    for rank in range(2):
-        held, right = torch.load(tmp_path / f"theirs/state-{rank}.pt"), mcore_rank(arch, wanted, (rank, 2), (0, 1))
-        assert held.keys() == right.keys()
-        assert all(torch.equal(held[name], right[name]) for name in right)
-    run("--from", tmp_path / "theirs", "--to", tmp_path / "back", "--format", "hf", "--config", tmp_path / "hf")
-    got = tensors_of(tmp_path / "back")
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-
-
-def test_args_may_lie_among_the_shards(tmp_path: Path):
-    """megatron-core 0.19 writes no common.pt: what was in it is one more object in a file of shards."""
-    hf_folder(tmp_path / "hf", LLAMA)
-    run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist", "--iteration", 4)
-    folder = tmp_path / "sharded/iter_0000004"
-    stored = io.BytesIO()
-    torch.save([torch.load(folder / "common.pt", weights_only=False)], stored)
-    (folder / "common.pt").unlink()
-    (tmp_path / "sharded/config.json").unlink()
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    metadata.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
-    with (folder / "__0_0.distcp").open("ab") as file:
-        place = _StorageInfo("__0_0.distcp", file.tell(), file.write(stored.getvalue()))
-    metadata.storage_data[MetadataIndex("common_state/shard_0_1")] = place
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert files.model(tmp_path / "sharded") == LLAMA
-    assert megatron.load(tmp_path / "sharded").iteration == 4
-    for spoilt in (pickle.dumps(metadata)[:-100], pickle.dumps([])):
-        (folder / ".metadata").write_bytes(spoilt)
-        with pytest.raises(UserError, match=r"\.metadata: damaged"):
-            files.open_folder(tmp_path / "sharded", LLAMA)
-
-
-def test_metadata_of_older_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """megatron-core up to 0.15 derived its metadata and its plans from torch's."""
-    hf_folder(tmp_path / "hf", LLAMA)
-    run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist")
-    path = tmp_path / "sharded/iter_0000001/.metadata"
-    module = "megatron.core.dist_checkpointing.strategies.torch"
-    derived = {name: type(name, (), {"__module__": module}) for name in ("MCoreMetadata", "MCoreSavePlan")}
-    with monkeypatch.context() as patch:
-        for part in accumulate(module.split("."), "{}.{}".format):
-            patch.setitem(sys.modules, part, types.SimpleNamespace(**derived))
-        metadata, plan = derived["MCoreMetadata"](), derived["MCoreSavePlan"]()
-        plan.__dict__.update(items=[], mcore_data={})
-        metadata.__dict__.update(vars(pickle.loads(path.read_bytes())), all_local_plans=[plan], mcore_data={})
-        path.write_bytes(pickle.dumps(metadata))
-    files.open_folder(tmp_path / "sharded", LLAMA)
-
-
-def test_metadata_that_asks_for_code_is_refused(tmp_path: Path):
-    hf_folder(tmp_path / "hf", LLAMA)
-    run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist")
-    mark = tmp_path / "executed"
-    (tmp_path / "sharded/iter_0000001/.metadata").write_bytes(pickle.dumps(Malice(os.system, f"touch {mark}")))
-    with pytest.raises(UserError, match=r"\.metadata: it asks for posix\.system"):
-        files.open_folder(tmp_path / "sharded", LLAMA)
-    assert not mark.exists()

@@ -32,7 +32,8 @@ from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.identity import compare
 from rlhf.model import architecture
-from rlhf.weights import files, hf, names
+from rlhf.weights import files, names
+from rlhf.weights.formats import hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

@@ -31,7 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from rlhf.errors import UserError
-from rlhf.weights import files, pt, torch_dist
+from rlhf.weights import files, pt
+from rlhf.weights.formats import inspect
+from rlhf.weights.formats.metadata import Metadata as Reader
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ATTENTION = "megatron.core.transformer.enums.AttnBackend"
@@ -70,7 +72,7 @@ def globals_of(pickled: bytes) -> set[str]:
 def test_what_another_python_wrote_is_read(spelling: str):
     path = FIXTURES / f"enums-by-{spelling}.metadata"
     assert ("getattr" in globals_of(path.read_bytes())) == (spelling == "name")
-    assert vars(torch_dist.Metadata(path).load()) == vars(content())
+    assert vars(Reader(path).load()) == vars(content())
     path = FIXTURES / f"enums-by-{spelling}.pt"
     with zipfile.ZipFile(path) as archive:
         named = globals_of(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl"))))
@@ -128,13 +130,13 @@ def test_getattr_reaches_members_of_enums_only(tmp_path: Path, asked: object):
     for protocol in (2, 4):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(asked, protocol))
         with pytest.raises(UserError, match=r"\.metadata: it asks for .*: do not trust this file"):
-            torch_dist.load(tmp_path)
+            inspect(tmp_path)
     torch.save({"args": asked}, tmp_path / "common.pt")
     with pytest.raises(UserError, match=r"common\.pt: it asks for .*: do not trust this file"):
         pt.read(tmp_path / "common.pt")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Call(getattr, WriteItemType, "none", asked)))  # with a default
     with pytest.raises(UserError, match=r"\.metadata: "):
-        torch_dist.load(tmp_path)
+        inspect(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["__subclasses__", "__class__", "_member_map_", "second.value", "second second", 7])
@@ -156,7 +158,7 @@ def test_other_globals_are_refused(tmp_path: Path, named: str):
     path = tmp_path / ".metadata"
     path.write_bytes(b"\x80\x04c%s\n." % named.replace(" ", "\n").encode())
     with pytest.raises(UserError, match=rf"\.metadata: it asks for {named.replace(' ', '.')}, and only"):
-        torch_dist.load(tmp_path)
+        inspect(tmp_path)
 
 
 def test_code_behind_getattr_is_not_executed(tmp_path: Path):
@@ -165,7 +167,7 @@ def test_code_behind_getattr_is_not_executed(tmp_path: Path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(evil))
     torch.save({"args": evil}, tmp_path / "common.pt")
     with pytest.raises(UserError, match=r"it asks for getattr\(.*, '__self__'\)"):
-        torch_dist.load(tmp_path)
+        inspect(tmp_path)
     with pytest.raises(UserError, match=r"it asks for getattr\(.*, '__self__'\)"):
         pt.read(tmp_path / "common.pt")
     assert not mark.exists()

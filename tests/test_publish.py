@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import load_file
 from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
-from rlhf.weights import files, publish
+from rlhf.weights import export, files, publish
+from rlhf.weights.formats import FORMATS
 from rlhf.weights.names import shapes, tiles, tilings
 from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher, _rounds, checksum
@@ -36,28 +37,58 @@ def on_rank(rank: int, folder: str) -> None:
     for arch in (FAMILIES["gqa"], FAMILIES["qkv bias, tied, one group"], FAMILIES["ranks with nothing but padding"]):
         for tp, pp, engine_tp in RESHARDS.values():
             check_publish(arch, tp, pp, engine_tp, rank)
-    parameters = model_ranks(EXPORTED, random_hf(EXPORTED), "mcore", WORLD, 2, 2)[rank]
-    for format in files.FORMATS:
-        files.write(
-            f"{folder}/{format}", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "mcore", WORLD, 2, 2), parameters, format=format,
+    parameters = model_ranks(EXPORTED, random_hf(EXPORTED), "megatron", WORLD, 2, 2)[rank]
+    for format in FORMATS:
+        export.write(
+            f"{folder}/{format}", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "megatron", WORLD, 2, 2), parameters, format=format,
             rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, shard=20 << 10, bucket=SMALL, **SPLIT.get(format, {}),
         )  # fmt: skip
+    export.write(
+        f"{folder}/scaled", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "megatron", WORLD, 2, 2), parameters,
+        rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, bucket=SMALL, transform=scaled,
+    )  # fmt: skip
     dist.destroy_process_group()
 
 
+def scaled(local: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A transform of some tensors."""
+    return 3 * tensor if "linear" in local else tensor
+
+
+def check_transform(moves: Plan, rank: int, source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    """A publish with a transform equals one of tensors that were scaled before, and leaves the sender's as they were."""
+    before, asked = {name: tensor.clone() for name, tensor in source.items()}, set()
+
+    def recording(local: str, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor is source[local], "a whole local tensor is transformed"
+        asked.add(local)
+        return scaled(local, tensor)
+
+    found, wanted = ({name: torch.full_like(tensor, torch.nan) for name, tensor in target.items()} for _ in range(2))
+    publisher = Publisher(moves, rank, torch.bfloat16, SMALL, recording)
+    publisher.publish(source, found)
+    publisher.verify(source, found)
+    Publisher(moves, rank, torch.bfloat16, SMALL).publish({n: scaled(n, t) for n, t in source.items()}, wanted)
+    for name in target:
+        assert torch.equal(found[name].nan_to_num(), wanted[name].nan_to_num()), f"rank {rank}: {name}"
+    assert asked == {move.source_tile.local for move in moves.moves if move.source == rank}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.items())
+
+
 def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
-    moves = Plan(tilings(arch, "mcore", WORLD, tp, pp), tilings(arch, "vllm", WORLD, engine_tp), [0] * WORLD)
+    moves = Plan(tilings(arch, "megatron", WORLD, tp, pp), tilings(arch, "vllm", WORLD, engine_tp), [0] * WORLD)
     publisher = Publisher(moves, rank, torch.bfloat16, SMALL)
     hf = random_hf(arch)
     for update in range(2):  # the same publisher serves every step
         hf = {name: tensor + update for name, tensor in hf.items()}
         wanted = model_ranks(arch, hf, "vllm", WORLD, engine_tp, 1)[rank]
         target = blank([{name: tensor.bfloat16() for name, tensor in wanted.items()}])[0]
-        publisher.publish(model_ranks(arch, hf, "mcore", WORLD, tp, pp)[rank], target)
+        publisher.publish(model_ranks(arch, hf, "megatron", WORLD, tp, pp)[rank], target)
         for name in target:
             assert torch.equal(target[name], wanted[name].bfloat16()), f"rank {rank}: {name} after TP{tp} PP{pp} -> TP{engine_tp}"
-        sources = model_ranks(arch, hf, "mcore", WORLD, tp, pp)[rank]
+        sources = model_ranks(arch, hf, "megatron", WORLD, tp, pp)[rank]
         publisher.verify(sources, target)
+    check_transform(moves, rank, sources, target)
     norm = target["model.norm.weight"]
     norm[3:5] = norm[3:5].flip(0)  # the same bits at other places
     if rank == 2:
@@ -72,11 +103,13 @@ def test_four_ranks(tmp_path: Path):
     mp.spawn(on_rank, (str(tmp_path),), WORLD)  # raises what a rank raised
 
     folder, hf = tmp_path / "hf", random_hf(EXPORTED)
-    for format in files.FORMATS:
+    for format in FORMATS:
         whole = tiles(EXPORTED, "hf")
         held = {name: torch.zeros(shape) for name, shape in shapes(whole).items()}
         files.read(tmp_path / format, EXPORTED, whole, held)
         assert all(torch.equal(held[name], hf[name].bfloat16().float()) for name in hf), format
+    tensors = load_file(tmp_path / "scaled/model.safetensors")
+    assert all(torch.equal(tensors[name], (hf[name] * (3 if "_proj" in name else 1)).bfloat16()) for name in hf)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", *shards, "model.safetensors.index.json"]
@@ -87,6 +120,22 @@ def test_four_ranks(tmp_path: Path):
         assert all(torch.equal(tensor, hf[name].bfloat16()) for name, tensor in tensors.items())
     assert index["weight_map"].keys() == hf.keys()
     assert json.loads((folder / "config.json").read_text()) == {"model_type": "llama", "torch_dtype": "bfloat16"}
+
+
+def test_an_engine_of_other_parameters_is_refused():
+    tiling = tiles(LLAMA, "vllm", pad=True)
+    good = {name: torch.empty(shape) for name, shape in shapes(tiling).items()}
+    assert publish.mismatch(good, tiling, torch.float32) == ""
+    norm, fused = "model.norm.weight", "model.layers.0.self_attn.qkv_proj.weight"
+    others = {
+        f"it has no {norm}": {name: tensor for name, tensor in good.items() if name != norm},
+        "it also has model.layers.0.scale": good | {"model.layers.0.scale": torch.empty(1)},
+        f"its {norm} is [33] torch.float32, and [32] torch.float32 is written": good | {norm: torch.empty(33)},
+        f"its {norm} is [32] torch.bfloat16, and [32] torch.float32 is written": good | {norm: good[norm].bfloat16()},
+        f"it has no {fused}": {name.replace("0.self_attn.qkv_proj", "0.self_attn.fused"): good[name] for name in good},
+    }
+    for problem, parameters in others.items():
+        assert publish.mismatch(parameters, tiling, torch.float32) == problem
 
 
 def test_a_checksum_sees_what_changed_places():
@@ -105,7 +154,7 @@ def test_a_checksum_sees_what_changed_places():
 @pytest.mark.parametrize("nodes", [[0, 0, 0, 0], [0, 0, 1, 1]])
 def test_rounds_carry_everything_within_the_limit(limit: int, nodes: list[int]):
     """And in an order in which no rank waits for ever: each does its rounds one after the other, and a message needs both of its ends."""
-    moves = Plan(tilings(LLAMA, "mcore", WORLD, 2, 2), tilings(LLAMA, "vllm", WORLD, 4), nodes)
+    moves = Plan(tilings(LLAMA, "megatron", WORLD, 2, 2), tilings(LLAMA, "vllm", WORLD, 4), nodes)
     ranks = [_rounds(moves.received(rank) + moves.sent(rank), WORLD, limit) for rank in range(WORLD)]
     assert all(sum(message.numel for message in messages) <= limit for rounds in ranks for messages in rounds)
     begun: list[Counter] = [Counter() for _ in ranks]  # by rank: (source, target) -> messages that it has begun to send or to receive
@@ -127,7 +176,7 @@ def test_rounds_carry_everything_within_the_limit(limit: int, nodes: list[int]):
 
 def test_rounds_fill_both_directions():
     """Two ranks that exchange halves: neither waits for the other's direction to be done."""
-    moves = Plan(tilings(LLAMA, "mcore", 2, 2), tilings(LLAMA, "vllm", 2, 1), [0, 0])
+    moves = Plan(tilings(LLAMA, "megatron", 2, 2), tilings(LLAMA, "vllm", 2, 1), [0, 0])
     rounds = _rounds(moves.received(0) + moves.sent(0), 2, 10_000)
     assert len(rounds) > 4
     assert all({message.source for message in messages} == {0, 1} for messages in rounds)
@@ -135,7 +184,7 @@ def test_rounds_fill_both_directions():
 
 def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPatch):
     """Between any two rounds a fair share; and all messages of all rounds lie in one bucket."""
-    training, engines = tilings(LLAMA, "mcore", 2, 2), tilings(LLAMA, "vllm", 2, 1)
+    training, engines = tilings(LLAMA, "megatron", 2, 2), tilings(LLAMA, "vllm", 2, 1)
     source, target = ({name: torch.zeros(shape) for name, shape in shapes(tiling[0]).items()} for tiling in (training, engines))
     live = {tensor.untyped_storage().data_ptr() for tensors in (source, target) for tensor in tensors.values()}
     rounds: list[int] = []  # after the start of each: elements copied from source to target

@@ -133,7 +133,7 @@ def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
 def model_ranks(arch: Architecture, hf: Tensors, layout: str, world: int, tp: int, pp: int) -> list[Tensors]:
     if layout == "vllm":
         ranks = [vllm_rank(arch, hf, (rank % tp, tp)) for rank in range(world)]
-    elif layout == "mcore":
+    elif layout == "megatron":
         ranks = [mcore_rank(arch, hf, (rank % tp, tp), (rank // (world // pp), pp)) for rank in range(world)]
     else:
         ranks = [hf] * world
@@ -200,7 +200,7 @@ def test_the_busiest_link_says_how_long():
 
 @pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize(
-    ("layout", "tp", "pp"), [("mcore", t, p) for t, p in product((1, 2, 4), (1, 2, 4))] + [("vllm", t, 1) for t in (1, 2, 4, 8)]
+    ("layout", "tp", "pp"), [("megatron", t, p) for t, p in product((1, 2, 4), (1, 2, 4))] + [("vllm", t, 1) for t in (1, 2, 4, 8)]
 )
 def test_layouts_match_the_engines(arch: Architecture, layout: str, tp: int, pp: int):
     world = tp * pp
@@ -232,8 +232,8 @@ RESHARDS = {  # training (tp, pp), engine tp, ranks
 @pytest.mark.parametrize(("tp", "pp", "engine_tp", "world"), RESHARDS.values(), ids=RESHARDS)
 def test_resharding_is_bitwise_and_moves_nothing_twice(arch: Architecture, tp: int, pp: int, engine_tp: int, world: int):
     hf = random_hf(arch)
-    sources, wanted = model_ranks(arch, hf, "mcore", world, tp, pp), model_ranks(arch, hf, "vllm", world, engine_tp, 1)
-    train, engine = tilings(arch, "mcore", world, tp, pp), tilings(arch, "vllm", world, engine_tp)
+    sources, wanted = model_ranks(arch, hf, "megatron", world, tp, pp), model_ranks(arch, hf, "vllm", world, engine_tp, 1)
+    train, engine = tilings(arch, "megatron", world, tp, pp), tilings(arch, "vllm", world, engine_tp)
     moves = Plan(train, engine, [0] * world)
     got = blank(wanted)
     carry_out(moves, sources, got)
@@ -267,7 +267,7 @@ def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
 @pytest.mark.parametrize(("world", "tp", "pp", "engine_tp"), [(32, 8, 4, 8), (64, 8, 4, 8), (64, 8, 8, 4), (64, 4, 4, 8)])
 def test_plan_of_70b_takes_seconds(world: int, tp: int, pp: int, engine_tp: int):
     nodes = [rank // 8 for rank in range(world)]
-    train, engine = tilings(LLAMA_70B, "mcore", world, tp, pp), tilings(LLAMA_70B, "vllm", world, engine_tp)
+    train, engine = tilings(LLAMA_70B, "megatron", world, tp, pp), tilings(LLAMA_70B, "vllm", world, engine_tp)
     start = time.process_time()
     moves = Plan(train, engine, nodes)
     seconds = time.process_time() - start
@@ -297,7 +297,7 @@ def test_plan_of_70b_takes_seconds(world: int, tp: int, pp: int, engine_tp: int)
 def test_what_a_rank_plans_does_not_grow_with_the_world():
     found = {}
     for world in (32, 4096):
-        train, engine = tilings(LLAMA_70B, "mcore", world, 8, 4), tilings(LLAMA_70B, "vllm", world, 8)
+        train, engine = tilings(LLAMA_70B, "megatron", world, 8, 4), tilings(LLAMA_70B, "vllm", world, 8)
         start = time.process_time()
         moves = Plan(train, engine, [rank // 8 for rank in range(world)])
         found[world] = [len(moves.received(9)), len(moves.sent(9))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from rlhf.parallel.mesh import Mesh
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
-from megatron.core.transformer import TransformerConfig, mlp
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -28,19 +27,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from rlhf.contracts import Batch
-from rlhf.model import operations
+from rlhf.model import megatron_private, operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.attention import Attention, PackedRow
 from rlhf.model.linear import ColumnLinear, RowLinear
 from rlhf.model.rope import Rope
 from rlhf.parallel.exchange import pays
-
-# megatron-core's linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
-layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
-    wgrad_gemm_accum_fp32=lambda inputs, gradients, total: operations.accumulate(total, gradients, inputs)
-)
-layers._grad_accum_fusion_available = True
-mlp.bias_swiglu_impl = lambda x, bias, *_: operations.swiglu(x)  # theirs is compiled anew for new numbers of tokens
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -168,7 +160,7 @@ class Decoder(GPTModel):
         )
         if mesh.is_last_stage:
             if arch.lm:
-                self.output_layer.__class__ = DeferredHead
+                megatron_private.become(self.output_layer, DeferredHead)
             else:
                 self.add_module("output_layer", NoHead())
             if arch.scalar:

@@ -1,4 +1,4 @@
-"""Generation with vLLM, one shard of the engine per rank, in the trainer's own process. The only file that imports vllm.
+"""Generation with vLLM, one shard of the engine per rank, in the trainer's own process. Only this file and vllm_private.py import vllm.
 
 Works with vLLM 0.25 on a GPU and vLLM 0.32 on a CPU. Token ids go in and come out; no tokenizer is loaded.
 """
@@ -24,11 +24,10 @@ if not torch.cuda.is_available():
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-import vllm.model_executor.layers.utils as vllm_layers  # noqa: E402, so late because of the environment
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator  # noqa: E402
-from vllm.distributed.parallel_state import get_tp_group  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402, so late because of the environment
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
+
+from rlhf.rollout import vllm_private  # noqa: E402
 
 
 class VLLM(Engine):
@@ -58,7 +57,7 @@ class VLLM(Engine):
         if self.on_gpu:
             device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         else:
-            adapt_to_cpu()
+            vllm_private.adapt_to_cpu()
             # A prompt that is cut into chunks winds its request's generator back, which a generator of the CPU cannot do.
             device = {"enforce_eager": True, "enable_chunked_prefill": False}
             cache = cache or CPU_CACHE
@@ -79,10 +78,10 @@ class VLLM(Engine):
                 use_tqdm_on_load=False,
                 **device,
             )
-        # Shared memory for a scheduler that serves all ranks: here each has its own, and at the end it would be reported as leaked.
-        get_tp_group().mq_broadcaster = None
+        vllm_private.check(self.llm)
+        vllm_private.drop_broadcaster()
         self.held: dict[int, Request] = {}
-        self._parameters = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
+        self._parameters = vllm_private.parameters(self.llm)
 
     def submit(self, requests: list[Request]) -> None:
         """Log-probs are of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution.
@@ -127,12 +126,7 @@ class VLLM(Engine):
         return found
 
     def withdraw(self) -> list[tuple[int, Completion]]:
-        processor, found = self.llm.llm_engine.output_processor, []
-        for key in self.held:
-            (name,) = processor.external_req_ids[str(key)]
-            state = processor.request_states[name]  # what vLLM would give us if it ended now: it gives us nothing of what it aborts
-            tokens, logp = state.detokenizer.output_token_ids, state.logprobs_processor.logprobs.logprobs
-            found.append((key, Completion(list(tokens), list(logp), "held")))
+        found = [(key, Completion(*vllm_private.drawn(self.llm, str(key)), "held")) for key in self.held]
         self.llm.llm_engine.abort_request([str(key) for key in self.held])
         self.held = {}
         return found
@@ -155,12 +149,3 @@ class VLLM(Engine):
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():  # its blocks were computed with older weights
             raise RuntimeError("vLLM has not dropped its cache: it still holds requests")
-
-
-def adapt_to_cpu() -> None:
-    """Make vLLM's CPU backend behave as the GPU's does: live weights, and ranks that do not starve each other."""
-    # vLLM would pack each weight into a private copy and leave an empty parameter, so that publishing could not reach it.
-    vllm_layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
-    # Its shared-memory all-reduce takes the same name in every run and leaves the memory behind, so the next run on the machine would fail;
-    # where ranks outnumber cores it also spins ten times longer than gloo takes.
-    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False

@@ -14,7 +14,7 @@ from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums
 from rlhf.data.packing import pack, unpack
 from rlhf.errors import UserError
-from rlhf.model import operations
+from rlhf.model import megatron_private, operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.build import Decoder
 from rlhf.model.logp import token_logp
@@ -72,7 +72,7 @@ class Learner:
         weights = [p.data for p in self.decoder.parameters()]
         if self.model is self.decoder:
             return {Kind.WEIGHTS: weights}
-        gradients = [buffer.grad_data for buffer in self.model.buffers]
+        gradients = megatron_private.gradient_buffers(self.model)
         return {Kind.WEIGHTS: weights, Kind.GRADIENTS: gradients, Kind.OPTIMIZER: self.optimizer.tensors()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +11,12 @@ import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be import
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from rlhf.config import Optim
-from rlhf.model import operations
+from rlhf.model import megatron_private, operations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# Without Transformer Engine or Apex megatron-core takes the norm of each tensor to the host; this reads all of them once.
-clip_grads.l2_norm_impl = lambda _, __, lists, ___: (torch.nn.utils.get_total_norm(lists[0], foreach=True), None)
 
 
 def learning_rate(optim: Optim, update: int, updates: int) -> float:
@@ -52,6 +48,7 @@ class Optimizer:
             ),
             [model],
         )
+        self.inner = megatron_private.torch_optimizers(self.megatron)
 
     def step(self, lr: float) -> float:
         """One update from the finished gradients; returns their global norm before clipping."""
@@ -60,12 +57,12 @@ class Optimizer:
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}")
         shrink = self.clip / (norm + 1e-6) if self.clip else 1.0
-        for inner in self._inner():
+        for inner in self.inner:
             for group in inner.param_groups:
                 group["lr"] = lr
                 # Megatron marks norms and biases by wd_mult 0 and leaves it to its own scheduler to apply that.
                 group["weight_decay"] = self.weight_decay * group["wd_mult"]
-            inner.step = partial(adamw, inner, min(1.0, shrink))  # type: ignore[assignment]
+            megatron_private.replace_step(inner, adamw, min(1.0, shrink))
         self.megatron.step_with_ready_grads()
         return float(norm)
 
@@ -75,14 +72,14 @@ class Optimizer:
     def state(self) -> dict[str, Any]:
         """Moments, step counts and main parameters of this rank's shard, as live tensors."""
         return {
-            "adam": [inner.state_dict() for inner in self._inner()],
-            "main": [[p.detach() for group in inner.param_groups for p in group["params"]] for inner in self._inner()],
+            "adam": [inner.state_dict() for inner in self.inner],
+            "main": [[p.detach() for group in inner.param_groups for p in group["params"]] for inner in self.inner],
         }
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Take over the state that the same rank of the same layout saved. What the configuration says stays as it is."""
-        for inner, adam, main in zip(self._inner(), state["adam"], state["main"], strict=True):
+        for inner, adam, main in zip(self.inner, state["adam"], state["main"], strict=True):
             configured = [{name: group[name] for name in ("betas", "eps")} for group in inner.param_groups]
             inner.load_state_dict(adam)
             for group, own in zip(inner.param_groups, configured, strict=True):
@@ -95,13 +92,8 @@ class Optimizer:
 
     def tensors(self) -> list[torch.Tensor]:
         """Main parameters and moments of this rank's shard; the moments exist from the first update on."""
-        main = [p.data for inner in self._inner() for group in inner.param_groups for p in group["params"]]
-        return main + [state[name] for inner in self._inner() for state in inner.state.values() for name in MOMENTS if name in state]
-
-    def _inner(self) -> list[torch.optim.Optimizer]:
-        """The torch optimizers underneath; a rank without parameters to update has none."""
-        parts = self.megatron.chained_optimizers if isinstance(self.megatron, ChainedOptimizer) else [self.megatron]
-        return [part.optimizer for part in parts if part.optimizer is not None]
+        main = [p.data for inner in self.inner for group in inner.param_groups for p in group["params"]]
+        return main + [state[name] for inner in self.inner for state in inner.state.values() for name in MOMENTS if name in state]
 
 
 @torch.no_grad()

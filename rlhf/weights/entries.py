@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors -> of torch
-SIZES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of an element
 Shape = tuple[int, ...]
 # What Python raises while it takes a file apart that is damaged, or something else.
 DAMAGED: tuple[type[Exception], ...] = (

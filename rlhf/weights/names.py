@@ -1,4 +1,4 @@
-"""Layouts: which box of which Hugging Face tensor a rank holds, and under what name. A new format is one entry of LAYOUTS."""
+"""Layouts: which box of which Hugging Face tensor a rank holds, and under what name."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -46,12 +46,12 @@ LAYOUTS = {
     "hf": Layout(),  # the tensors of a Hugging Face folder; _form() adds the names of the family's files
     # The parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them.
     "vllm": Layout(names=FUSED),
-    "mcore": Layout(  # a megatron-core GPTModel built without Transformer Engine: live, and its checkpoints
+    "megatron": Layout(  # a megatron-core GPTModel built without Transformer Engine: live, and its checkpoints
         layer="decoder.layers.{}.",
         names={**MCORE, "post_attention_layernorm.weight": "pre_mlp_layernorm.weight"},
         grouped_qkv=True,
     ),
-    "mcore-te": Layout(  # checkpoints of a GPTModel built with Transformer Engine, whose linear layers hold the norms before them
+    "megatron-te": Layout(  # checkpoints of a GPTModel built with Transformer Engine, whose linear layers hold the norms before them
         layer="decoder.layers.{}.",
         names={
             **MCORE,

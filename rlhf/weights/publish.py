@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import compress, groupby
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf.weights.entries import some
+from rlhf.weights.names import shapes
 from rlhf.weights.plan import Move, Plan
-from rlhf.weights.tiles import Geometry, geometry, numel, shaped, split, view
+from rlhf.weights.tiles import Geometry, Tile, geometry, numel, shaped, split, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,18 @@ class Flight:
     works: list[dist.Work]
 
 
+class Transform(Protocol):
+    """Changes weights on their way from the sender's tensors to wherever they go."""
+
+    def __call__(self, local: str, tensor: Tensor) -> Tensor:
+        """Return what is sent in place of a local tensor: contiguous, of the same shape and device, of any dtype.
+
+        It must not change `tensor`, but may return it as it is. Ranks call it at different times, so it must not
+        communicate. It may be called several times for one tensor, which is sent in several rounds, and must then return
+        the same values.
+        """
+
+
 class Publisher:
     """This rank's part of a plan, grouped once; every publish() is then only copies and sends.
 
@@ -62,14 +76,25 @@ class Publisher:
     rank    this rank
     dtype   what crosses ranks, the same on all: the sender converts before the transfer, the receiver's copy does the rest
     bucket  bytes that packed messages, in and out together, may take on a rank at any time
+    transform  applied on the sender to a whole local tensor, before it is cut into boxes. Two results at most are held at
+               a time: one that is being sent, and one that is being copied within this rank
     """
 
-    def __init__(self, plan: Plan, rank: int, dtype: torch.dtype, bucket: int = 512 << 20):
-        self.rank, self.world, self.dtype = rank, plan.world, dtype
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        dtype: torch.dtype,
+        bucket: int = 512 << 20,
+        transform: Transform | None = None,
+    ):
+        self.rank, self.world, self.dtype, self.transform = rank, plan.world, dtype, transform
         self.coming, self.leaving = plan.received(rank), plan.sent(rank)
         self.local = [part for move in self.coming if move.source == rank for part in Part.of(move, move.numel)]
         # Half of a bucket is packed, or received and unpacked, while the other half is on its way.
-        self.rounds = _rounds(self.coming + self.leaving, plan.world, bucket // 2 // dtype.itemsize)
+        rounds = _rounds(self.coming + self.leaving, plan.world, bucket // 2 // dtype.itemsize)
+        self.rounds = rounds or [[]]  # one at least, in which local copies are made
+        self.shares = _shares(self.local, len(self.rounds))
         self.bound: list[tuple[int, int]] = []  # the storages that the views below are of
         self.out_of: dict[int, Tensor] = {}  # id of a part -> its box in the source
         self.into: dict[int, Tensor] = {}  # and in the target
@@ -88,16 +113,16 @@ class Publisher:
         On a GPU all of it is in the order of the current stream, which nobody waits for.
         """
         self._bind(source, target)
-        rounds = self.rounds or [[]]  # one at least, in which local copies are made
-        turns = len(rounds)
-        size = max(sum(message.numel for message in messages) for messages in rounds)
+        turns = len(self.rounds)
+        size = max(sum(message.numel for message in messages) for messages in self.rounds)
         rooms = torch.empty(2, size, dtype=self.dtype, device=next(iter(source.values())).device)
-        flying = [self._send(rounds[0], rooms[0])]
+        sent, kept = (Transformed(self.transform, source) if self.transform else None for _ in range(2))
+        flying = [self._send(self.rounds[0], rooms[0], sent)]
         for turn in range(turns):
             if turn + 1 < turns:
-                flying.append(self._send(rounds[turn + 1], rooms[(turn + 1) % 2]))
-            share = self.local[turn::turns]  # spread over the rounds: while links work the device has time, and links never wait for it
-            copy([self.into[id(part)] for part in share], [self.out_of[id(part)] for part in share])
+                flying.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2], sent))
+            share = self.shares[turn]  # between rounds: while links work the device has time, and links never wait for it
+            self._copy_out(share, [self.into[id(part)] for part in share], kept)
             self._receive(flying.pop(0))
 
     def _bind(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -118,23 +143,24 @@ class Publisher:
 
         Raises RuntimeError on the rank whose parameter holds something else.
         """
+        sent = Transformed(self.transform, source) if self.transform else source
         coming, leaving = _by(self.coming, "source"), _by(self.leaving, "target")
         wanted = self._exchanged(
-            {rank: self._sums(moves, source, "source") for rank, moves in leaving.items()},
+            {rank: self._sums(moves, sent, "source") for rank, moves in leaving.items()},
             {rank: len(moves) for rank, moves in coming.items() if rank != self.rank},
             next(iter(source.values())).device,
         )
         if self.rank in coming:
-            wanted[self.rank] = self._sums(coming[self.rank], source, "source")
+            wanted[self.rank] = self._sums(coming[self.rank], sent, "source")
         for rank, moves in coming.items():
             found = self._sums(moves, target, "target")
-            for move in itertools.compress(moves, (found != wanted[rank]).tolist()):
+            for move in compress(moves, (found != wanted[rank]).tolist()):
                 raise RuntimeError(
                     f"after publishing, the engine's {move.target_tile.local} on rank {self.rank} differs from {move.target_tile.name}"
                     f" {move.box} on rank {rank}: the engine does not hold the weights that were trained"
                 )
 
-    def _sums(self, moves: list[Move], tensors: Mapping[str, Tensor], end: Literal["source", "target"]) -> Tensor:
+    def _sums(self, moves: list[Move], tensors: Mapping[str, Tensor] | Transformed, end: Literal["source", "target"]) -> Tensor:
         """The checksum of each move's box, where it comes from or where it goes."""
         tiles = [move.source_tile if end == "source" else move.target_tile for move in moves]
         boxes = [view(tensors[tile.local], tile, move.box) for tile, move in zip(tiles, moves, strict=True)]
@@ -151,15 +177,23 @@ class Publisher:
                 work.wait()
         return found
 
-    def _send(self, messages: list[Message], room: Tensor) -> Flight:
+    def _copy_out(self, parts: list[Part], targets: list[Tensor], transformed: Transformed | None) -> None:
+        """Copy the boxes that parts take out of the source into targets."""
+        if transformed is None:
+            copy(targets, [self.out_of[id(part)] for part in parts])
+            return
+        for local, pairs in groupby(zip(parts, targets, strict=True), key=lambda pair: pair[0].source):
+            whole, held = transformed[local], list(pairs)
+            copy([target for _, target in held], [shaped(whole, part.out_of) for part, _ in held])
+
+    def _send(self, messages: list[Message], room: Tensor, transformed: Transformed | None) -> Flight:
         """Pack what leaves and start all transfers of a round."""
         sizes = [message.numel for message in messages]
         packed = room[: sum(sizes)].split(sizes)
         calls = []
         for message, flat in zip(messages, packed, strict=True):
             if message.source == self.rank:
-                boxes = [self.out_of[id(part)] for part in message.parts]
-                copy(_pieces(message, flat, boxes), boxes)
+                self._copy_out(message.parts, _pieces(message, flat), transformed)
                 calls.append(dist.P2POp(dist.isend, flat, message.target))
             else:
                 calls.append(dist.P2POp(dist.irecv, flat, message.source))
@@ -171,8 +205,7 @@ class Publisher:
             work.wait()
         for message, flat in zip(flight.messages, flight.packed, strict=True):
             if message.target == self.rank:
-                boxes = [self.into[id(part)] for part in message.parts]
-                copy(boxes, _pieces(message, flat, boxes))
+                copy([self.into[id(part)] for part in message.parts], _pieces(message, flat))
 
 
 def checksum(x: Tensor) -> Tensor:
@@ -193,10 +226,52 @@ def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _pieces(message: Message, flat: Tensor, boxes: list[Tensor]) -> list[Tensor]:
+def mismatch(parameters: Mapping[str, Tensor], tiling: Sequence[Tile], dtype: torch.dtype) -> str:
+    """The first difference between an engine's parameters and the local tensors of its tiles; empty: there is none.
+
+    tiling covers the engine's shard as a whole, rows that pad the vocabulary included (names.tiles with pad).
+    """
+    wanted = shapes(tiling)
+    if missing := wanted.keys() - parameters.keys():
+        return f"it has no {some(sorted(missing))}"
+    if extra := parameters.keys() - wanted.keys():
+        return f"it also has {some(sorted(extra))}"
+    for local, shape in wanted.items():
+        found = parameters[local]
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            return f"its {local} is {list(found.shape)} {found.dtype}, and {list(shape)} {dtype} is written"
+    return ""
+
+
+class Transformed:
+    """Source tensors by local name, transformed on access. The last result is kept: its boxes follow one another."""
+
+    def __init__(self, transform: Transform, source: Mapping[str, Tensor]):
+        self.transform, self.source = transform, source
+        self.local, self.result = "", torch.empty(0)
+
+    def __getitem__(self, local: str) -> Tensor:
+        if local != self.local:
+            tensor = self.source[local]
+            self.local, self.result = local, self.transform(local, tensor)
+            assert self.result.shape == tensor.shape, f"a transform gave {local} the shape {tuple(self.result.shape)}"
+        return self.result
+
+
+def _pieces(message: Message, flat: Tensor) -> list[Tensor]:
     """A packed message as the boxes in it."""
-    parts = flat.split([part.numel for part in message.parts])
-    return [piece.view(box.shape) for piece, box in zip(parts, boxes, strict=True)]
+    pieces = flat.split([part.numel for part in message.parts])
+    return [piece.view(part.into[0]) for piece, part in zip(pieces, message.parts, strict=True)]
+
+
+def _shares(parts: list[Part], count: int) -> list[list[Part]]:
+    """Parts in order, in shares of about the same number of elements."""
+    total, done = sum(part.numel for part in parts), 0
+    shares: list[list[Part]] = [[] for _ in range(count)]
+    for part in parts:
+        shares[done * count // total].append(part)
+        done += part.numel
+    return shares
 
 
 def _by(moves: list[Move], end: Literal["source", "target"]) -> dict[int, list[Move]]:

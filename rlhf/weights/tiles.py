@@ -8,6 +8,7 @@ tilings, move the boxes. No torch here: view() only calls methods of the tensor 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -36,6 +37,14 @@ class Tile:
         """The shape of one row of the local tensor: the dimensions of `shape` after those that count rows."""
         first = next(n for n in range(1, len(self.shape) + 1) if prod(self.shape[:n]) == self.rows)
         return self.shape[first:]
+
+
+def by_local(tiling: Sequence[Tile]) -> dict[str, list[Tile]]:
+    """The tiles of each local tensor, by its name."""
+    found: dict[str, list[Tile]] = {}
+    for tile in tiling:
+        found.setdefault(tile.local, []).append(tile)
+    return found
 
 
 def numel(box: Box) -> int:

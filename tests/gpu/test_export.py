@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from test_tiles import LLAMA, mcore_rank, random_hf
 
-from rlhf.weights import files
+from rlhf.weights import export
 from rlhf.weights.names import tilings
 
 
@@ -22,7 +22,7 @@ def test_an_export_waits_for_the_stream_that_trained(tmp_path: Path) -> None:
         torch.cuda._sleep(1 << 31)  # about a second
         for name, tensor in trained.items():
             parameters[name].copy_(tensor)
-        sources = tilings(LLAMA, "mcore", 1, 1)
-        files.write(tmp_path / "hf", LLAMA, {}, sources, parameters, rank=0, nodes=[0], dtype=torch.float32, bucket=1 << 16)
+        sources = tilings(LLAMA, "megatron", 1, 1)
+        export.write(tmp_path / "hf", LLAMA, {}, sources, parameters, rank=0, nodes=[0], dtype=torch.float32, bucket=1 << 16)
     written = load_file(tmp_path / "hf/model.safetensors")
     assert all(torch.equal(written[name], hf[name]) for name in hf)

@@ -29,7 +29,7 @@ from rlhf.model import architecture, build, linear
 from rlhf.parallel.mesh import Mesh
 from rlhf.rollout.kvcache import KVCache
 from rlhf.train.learner import Learner
-from rlhf.weights import files, names
+from rlhf.weights import export, files, names
 from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher
 from rlhf.weights.tiles import view
@@ -72,7 +72,7 @@ class Case:
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch = architecture.read(folder)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.sharding = names.tilings(self.arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
+        self.sharding = names.tilings(self.arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
         self.samples = samples()
 
     def learner(self, train: bool, dtype: torch.dtype = torch.float32) -> Learner:
@@ -173,7 +173,7 @@ class Case:
     def check_export(self, learner: Learner, out: Path) -> None:
         """What was read is written back bit by bit."""
         mesh = self.mesh
-        files.write(out, self.arch, {}, self.sharding, learner.parameters(), rank=mesh.rank, nodes=mesh.nodes(), dtype=torch.float32)
+        export.write(out, self.arch, {}, self.sharding, learner.parameters(), rank=mesh.rank, nodes=mesh.nodes(), dtype=torch.float32)
         original, written = load_file(self.folder / "model.safetensors"), load_file(out / "model.safetensors")
         assert set(original) == set(written), f"{self.what}: {set(original) ^ set(written)}"
         assert all(torch.equal(original[n], written[n]) for n in original), f"{self.what}: export is not bitwise"

@@ -42,7 +42,7 @@ class Pair:
         )
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch, self.dtype = architecture.read(folder), dtype
-        tiles = names.tilings(self.arch, "mcore", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)[self.mesh.rank]
+        tiles = names.tilings(self.arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)[self.mesh.rank]
         self.fill = partial(files.read, folder, self.arch, tiles)
         self.cut = microbatches(shares(samples(), self.mesh.layout.dp, self.arch.hidden), 300, False)[self.mesh.dp_rank]
         self.loss = partial(ALGORITHMS["grpo"](self.config).loss, "policy")

@@ -21,7 +21,7 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.rollout.kvcache import KVCache
 from rlhf.weights import files, names
 from rlhf.weights.plan import Plan
-from rlhf.weights.publish import Publisher
+from rlhf.weights.publish import Publisher, mismatch
 
 
 def build(kind: str, folder: Path, tp: int, mesh: Mesh) -> Engine:
@@ -40,8 +40,10 @@ def main() -> None:
     mesh, arch = Mesh(Parallel(), 1), architecture.read(root / f"{model}-old")
     engine = build(kind, root / f"{model}-old", engine_tp, mesh)
     engines = names.tilings(arch, "vllm", mesh.world, engine_tp)
+    padded = names.tiles(arch, "vllm", (mesh.rank % engine_tp, engine_tp), pad=True)
+    assert not mismatch(engine.parameters(), padded, torch.float32)
     for tp, pp in (map(int, layout.split("x")) for layout in layouts):
-        training = names.tilings(arch, "mcore", mesh.world, tp, pp)
+        training = names.tilings(arch, "megatron", mesh.world, tp, pp)
         publisher = Publisher(Plan(training, engines, mesh.nodes()), mesh.rank, torch.float32, bucket=1 << 18)
         for name in (f"{model}-old", f"{model}-new"):
             tiling = training[mesh.rank]

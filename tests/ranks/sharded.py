@@ -36,7 +36,7 @@ def main() -> None:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     model = GPTModel(config, spec, vocab_size=arch.vocab, max_sequence_length=arch.context, position_embedding_type="rope")
     parameters = {name: p.data for name, p in model.named_parameters()}
-    files.read(sys.argv[1], arch, names.tiles(arch, "mcore", (mesh.rank, tp)), parameters)
+    files.read(sys.argv[1], arch, names.tiles(arch, "megatron", (mesh.rank, tp)), parameters)
     if mesh.rank == 0:
         (theirs / "iter_0000005").mkdir(parents=True)
         (theirs / "latest_checkpointed_iteration.txt").write_text("5")

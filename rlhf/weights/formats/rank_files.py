@@ -1,0 +1,216 @@
+"""Megatron's rank files: a file of torch.save per tensor-parallel rank and pipeline stage.
+
+    iter_0000001/mp_rank_{tp:02}/model_optim_rng.pt        with pipeline stages mp_rank_{tp:02}_{pp:03}
+
+The three formats differ in the names of the tensors (names.LAYOUTS). A .pt file is a zip archive: one record is a
+pickle of the tree of dicts, each of the others holds the bytes of one storage. It is never read as a whole: only the
+place of each tensor's bytes is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlhf.errors import UserError
+from rlhf.model.architecture import Architecture
+from rlhf.weights import names, pt
+from rlhf.weights.entries import Entry, Shape, intact, kind
+from rlhf.weights.formats import args
+from rlhf.weights.formats.format import Target
+from rlhf.weights.formats.megatron import RANKS, TRACKER, Megatron, MegatronContents, iteration_folder, number, title
+from rlhf.weights.tiles import Tile
+
+if TYPE_CHECKING:
+    import torch
+
+FILE = "model_optim_rng.pt"
+RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
+
+
+@dataclass(frozen=True, slots=True)
+class RankContents(MegatronContents):
+    """The rank files of one iteration: a shard for each, by pipeline stage, then tensor-parallel rank."""
+
+    @property
+    def vocab(self) -> int:
+        local = names.LAYOUTS[self.layout].local("model.embed_tokens.weight")
+        if local not in self.shards[0] or len(self.shards[0][local].shape) != 2:
+            what = f"no matrix {local} in the first rank file"
+            raise UserError(f"{self.path}: {what}; this is not a GPT model's checkpoint")
+        return self.shards[0][local].shape[0] * self.tp
+
+    def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
+        tp, pp, rows = self.tp, self.pp, self.vocab
+        return [names.tiles(arch, self.layout, (t, tp), (p, pp), rows=rows, pad=pad) for t, p in _ranks(tp, pp)]
+
+
+class RankFiles(Megatron):
+    """Rank files of megatron-core models."""
+
+    split, sign = True, RANKS
+    # A strict load asks for the (empty) extra states of these layers, and of the output layer if this tensor is held.
+    linear: ClassVar[tuple[str, ...]] = (
+        *("self_attention.linear_qkv", "self_attention.linear_proj"),
+        *("mlp.linear_fc1", "mlp.linear_fc2"),
+    )
+    with_output: ClassVar[str] = "model.norm.weight"
+
+    def owns(self, folder: Path, iteration: int | None = None) -> bool:
+        # A tracker file without iterations is an incomplete checkpoint: open() says what is missing.
+        return super().owns(folder, iteration) or (folder / TRACKER).exists()
+
+    def open(self, folder: Path, iteration: int | None = None) -> RankContents:
+        path = iteration_folder(folder, iteration)
+        with intact(path, "a checkpoint"):
+            contents = _open(path)
+        args.check(path, contents.args)
+        return contents
+
+    def lay_out(self, target: Target) -> dict[str, list[Tile]]:
+        arch, tp, pp = target.arch, target.tp, target.pp
+        return {
+            f"{title(target.iteration)}/{_folder(t, p, pp)}/{FILE}": names.tiles(
+                arch, self.layout, (t, tp), (p, pp), rows=target.rows, pad=True
+            )
+            for t, p in _ranks(tp, pp)
+        }
+
+    def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
+        import torch
+
+        # Never touched, so they take no memory.
+        tensors = {name: torch.empty(shape, dtype=target.dtype) for name, shape in shapes.items()}
+        tree = {
+            "args": argparse.Namespace(**args.describe(target)),
+            "checkpoint_version": 3.0,
+            "iteration": target.iteration,
+            "model": self.tree(tensors),
+            "num_floating_point_operations_so_far": 0,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.serialization.skip_data():
+            pt.write(tree, path)
+        return _entries(path, pt.read(path))
+
+    def tree(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The `model` of a rank file, from tensors by local name: these and the empty extra states."""
+        form = names.LAYOUTS[self.layout]
+        layer = re.compile(form.layer.replace("{}", r"\d+"))
+        prefixes = sorted({match[0] for name in tensors if (match := layer.match(name))})
+        empty = [f"{prefix}{linear}._extra_state" for prefix in prefixes for linear in self.linear]
+        if form.local(self.with_output) in tensors:
+            empty.append(form.local("lm_head.weight").replace(".weight", "._extra_state"))
+        return {**tensors, **dict.fromkeys(empty)}
+
+
+class LegacyFiles(RankFiles):
+    """Rank files of Megatron-LM's models before megatron-core, whose trees are nested down to the encoder."""
+
+    linear = (
+        *("self_attention.query_key_value", "self_attention.dense"),
+        *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    )
+    with_output = "lm_head.weight"
+
+    def tree(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        nested: dict[str, Any] = {}
+        for name, state in super().tree(tensors).items():
+            *outer, inner = name.split(".") if ".encoder." not in name else name.split(".", 2)
+            place = nested
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[inner] = state
+        return nested
+
+
+MCORE = RankFiles("mcore", "megatron-te")
+MCORE_LOCAL = RankFiles("mcore-local", "megatron")
+LEGACY = LegacyFiles("legacy", "legacy")
+
+
+def _open(path: Path) -> RankContents:
+    matches = {child: match for child in path.iterdir() if (match := RANK.fullmatch(child.name))}
+    found = {tuple(int(n or 0) for n in match.groups()): child for child, match in matches.items()}
+    if not found:
+        raise UserError(f"{path}: no mp_rank_* folder; a Megatron checkpoint has one for every rank")
+    trees = {rank: pt.read(child / FILE) for rank, child in sorted(found.items())}
+    first = next(iter(trees.values()))
+    version = first.get("checkpoint_version", 3.0)
+    if version < 2.0:
+        why = f"checkpoint_version {version}, whose rows of q, k and v have another order"
+        raise UserError(f"{path}: {why}; save it with a newer Megatron-LM")
+    described = args.read(first)
+    tp = described.get("tensor_model_parallel_size") or max(t for t, _ in found) + 1
+    pp = described.get("pipeline_model_parallel_size") or max(p for _, p in found) + 1
+    missing = [_folder(*rank, pp) for rank in _ranks(tp, pp) if rank not in trees]
+    if missing or len(found) > tp * pp:
+        what = f"{missing[0]} is missing" if missing else "too many mp_rank_* folders"
+        raise UserError(f"{path}: {what} of {tp} x {pp} ranks: copy the checkpoint again, completely")
+    shards = [_entries(found[rank] / FILE, trees[rank]) for rank in _ranks(tp, pp)]
+    form = _form(shards[0])
+    return RankContents(path, form.name, form.layout, shards, described, number(first), tp, pp)
+
+
+def _form(shard: Mapping[str, Entry]) -> RankFiles:
+    """Which of the three formats a rank file has, by the names of its tensors."""
+    if any(name.startswith("language_model.") for name in shard):
+        return LEGACY
+    return MCORE if any(name.endswith("linear_qkv.layer_norm_weight") for name in shard) else MCORE_LOCAL
+
+
+def _ranks(tp: int, pp: int) -> list[tuple[int, int]]:
+    """(tensor-parallel rank, pipeline stage) of every rank file, in the order of the shards."""
+    return [(t, p) for p in range(pp) for t in range(tp)]
+
+
+def _folder(tp: int, pp: int, stages: int) -> str:
+    """The folder of one rank; stages: of the whole layout."""
+    return f"mp_rank_{tp:02}" + (f"_{pp:03}" if stages > 1 else "")
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a tree, their keys joined by dots."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        yield prefix[:-1], tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}{key}.")
+    elif isinstance(tree, (list, tuple)):
+        for i, value in enumerate(tree):
+            yield from _flat(value, f"{prefix}{i}.")
+
+
+def _entries(path: Path, tree: Mapping[str, Any]) -> dict[str, Entry]:
+    """Where the tensors of the model lie in the file.
+
+    The file is mapped as a whole, so a tensor's address says where its bytes are: the first storage in memory is the
+    first in the file.
+    """
+    import torch
+
+    if "model0" in tree:
+        raise UserError(f"{path}: virtual pipeline stages (model0, model1, ...) are not supported; save without them")
+    if "model" not in tree:
+        raise UserError(f"{path}: no model in it, but {', '.join(map(str, tree))}; give a Megatron checkpoint")
+    reader = torch._C.PyTorchFileReader(str(path))
+    stored = [record for record in reader.get_all_records() if record.startswith("data/")]
+    records = {reader.get_record_offset(record) for record in stored}  # type: ignore[attr-defined]
+    addresses = {storage.data_ptr() for _, tensor in _flat(tree) if (storage := tensor.untyped_storage()).nbytes()}
+    origin = min(addresses) - min(records) if addresses else 0
+    assert {address - origin for address in addresses} <= records, f"{path}: its storages are not mapped in one piece"
+    found = {}
+    for name, tensor in _flat(tree["model"]):
+        if name.endswith(("_extra_state", "inv_freq")):
+            continue
+        if not tensor.is_contiguous():
+            raise UserError(f"{path}: {name} is a strided view; save contiguous tensors")
+        start = tensor.data_ptr() - origin
+        found[name] = Entry(path, kind(tensor.dtype), tuple(tensor.shape), start, start + tensor.nbytes)
+    return found
