@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         os.environ.update(task := cluster.task(os.environ))
         if task and gpus() == 1:
             os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
-        return run(config) if "LOCAL_RANK" in os.environ else launch(config, arguments)
+        return join(config, bool(task)) if "LOCAL_RANK" in os.environ else launch(config, arguments)
     except UserError as error:
         return tell(str(error), error.code)
     except OSError as error:
@@ -107,6 +107,7 @@ def launch(config: Config, arguments: list[str]) -> int:
     count = ranks_per_node(config, node.count)
     if count > cluster.MOST_RANKS:
         raise UserError(f"parallel.* asks for {count} ranks on a node, of which {cluster.MOST_RANKS} are the most: lower it")
+    check_devices(count)
     if node.index == 0:
         cluster.check_port(node)
     from rlhf.prepare import inputs
@@ -145,12 +146,29 @@ def ranks_per_node(config: Config, nodes: int) -> int:
     return min(devices, -(-asked // nodes)) if p.dp else devices
 
 
+def check_devices(ranks: int) -> None:
+    """Raise UserError where this node has too few GPUs for so many ranks. One without any runs them on its CPUs."""
+    if 0 < gpus() < ranks:
+        raise UserError(f"{ranks} ranks on a node are more than its GPUs, {gpus()}: start fewer, or set GPUS_PER_NODE")
+
+
 def gpus() -> int:
     """NVIDIA devices this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def join(config: Config, has_own: bool) -> int:
+    """Be one of the ranks that a launcher, torchrun or srun has started. has_own: it may see its own GPU only."""
+    from rlhf.prepare import check_world
+
+    world = cluster.world(os.environ)
+    check_world(config.parallel, world)
+    if not has_own:
+        check_devices(cluster.number(os.environ, "LOCAL_WORLD_SIZE", world))
+    return run(config)
 
 
 def run(config: Config) -> int:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import configuration, lock
+from rlhf import configuration, lock, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -20,6 +20,7 @@ from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
 from rlhf.metrics import Metrics, own_name, say
+from rlhf.model.architecture import REMEDY
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, inputs, rule
@@ -192,7 +193,7 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
     from rlhf.rollout.vllm import VLLM
 
     return VLLM(
-        str(files.described(config.policy.load, config.policy.tokenizer)),
+        readable(str(files.described(config.policy.load, config.policy.tokenizer))),
         tp=tp,
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,
@@ -201,6 +202,15 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
         cache=config.rollout.cache,
         load=load and engine_loads(config),
     )
+
+
+def readable(folder: str) -> str:
+    """The folder, if transformers, by which vLLM does it, can read its config.json. Raises UserError."""
+    from transformers import AutoConfig
+
+    with texts.Blaming(f"{folder}/config.json: transformers, by which vLLM reads it, refuses it", REMEDY):
+        AutoConfig.from_pretrained(folder)
+    return folder
 
 
 def engine_loads(config: Config) -> bool:

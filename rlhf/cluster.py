@@ -44,12 +44,27 @@ def node(env: Environment) -> Node:
     if index >= count:
         raise UserError(f"RANK={index} is not below WORLD_SIZE={count}: they count nodes, the first is 0")
     if count == 1:
-        return Node(index, count, env.get("MASTER_ADDR") or "127.0.0.1", _port(env, 0) or free_port())
+        return Node(index, count, "127.0.0.1", _port(env, 0) or free_port())  # whatever MASTER_ADDR other nodes were to go to
     if not step and not env.get("MASTER_ADDR"):
         raise UserError(
             f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: set it to the address of the node with RANK=0, on all of them"
         )
     return Node(index, count, *_meeting(env))
+
+
+def world(env: Environment) -> int:
+    """The number of all ranks, for a process that another launcher, such as torchrun, has started as one of them.
+
+    Raises UserError for variables that are missing, or contradict each other.
+    """
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
+        raise UserError(f"LOCAL_RANK is set, but {missing[0]} is not: start with torchrun, which sets both, or unset LOCAL_RANK")
+    ranks = number(env, "WORLD_SIZE", least=1)
+    of_node = number(env, "LOCAL_WORLD_SIZE", ranks, least=1)
+    for name, most in (("RANK", ranks), ("LOCAL_RANK", of_node)):
+        number(env, name, most=most - 1)
+    _port(env, 0)
+    return ranks
 
 
 def task(env: Environment) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """What is raised for a mistake of the user. Imports nothing of the package, so that every part of it can raise it."""
 
+import sys
+from collections.abc import Callable
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE
+from signal import SIGINT
 
 STORAGE = (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE)  # what the write of an open file fails with, which knows no name
 
@@ -33,6 +36,22 @@ class LostError(UserError):
     """Another rank has ended or does not answer: one line; exit code 1."""
 
     code = 1
+
+
+def told(name: str, call: Callable[[], int]) -> int:
+    """The exit code that call() returns; or that of a mistake in it, which is told in one line after the name, or of Ctrl-C."""
+    try:
+        return call()
+    except UserError as error:
+        text, code = str(error), error.code
+    except OSError as error:
+        if not (text := failure(error)):
+            raise
+        code = UserError.code
+    except KeyboardInterrupt:
+        text, code = "interrupted", 128 + SIGINT
+    print(f"{name}: {text}", file=sys.stderr)
+    return code
 
 
 def failure(error: OSError, where: object = "") -> str:

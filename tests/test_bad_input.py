@@ -43,6 +43,7 @@ from rlhf.errors import UserError
         ("grpo", "rollout.max_tokens=120", ["train_rl.jsonl:1", "8"]),  # prompts of about 20 tokens are left 8
         ("grpo", "reward.function=nonsense", ["reward.function='nonsense'"]),
         ("grpo", "reward.function=json:no_such", ["reward.function='json:no_such'"]),
+        ("grpo", "evaluate.function=nonsense", ["evaluate.function='nonsense'"]),
         ("grpo", "batch.minibatches=65", ["batch.minibatches=65", "batch.prompts=64"]),
         ("sft", "optim.lr=inf", ["optim.lr", "at most", "inf"]),
         ("sft", "optim.eps=inf", ["optim.eps", "at most", "inf"]),
@@ -153,6 +154,13 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
     return [(code, path, said) for (path, _), (code, said) in zip(calls, map(json.loads, done.stdout.splitlines()), strict=True)]
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_export_would_replace_what_is_no_link(fail, tmp_path: Path, kind: str) -> None:
+    """As where out is the folder that a model lies in."""
+    {"folder": Path.mkdir, "file": Path.touch}[kind](tmp_path / "hf")
+    assert f"{tmp_path}/hf is no link" in fail("sft", f"out={tmp_path}")
+
+
 @pytest.mark.parametrize("latest", [True, False])
 def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path, latest: bool) -> None:
     (tmp_path / "step_000007").mkdir()
@@ -195,9 +203,17 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
         checkpoints.resume([], {})
 
 
-def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPUS_PER_NODE", "3")
-    assert "3 ranks" in fail("sft", "parallel.tp=2")
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"GPUS_PER_NODE": "3"},
+        {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},  # torchrun's
+    ],
+)
+def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert "parallel.tp=2 x pp=1 x cp=1 does not make 3 ranks" in fail("sft", "parallel.tp=2")
 
 
 @pytest.mark.parametrize("name", ["GPUS_PER_NODE", "WORLD_SIZE"])
@@ -220,12 +236,14 @@ def test_counts_that_are_no_numbers(fail, monkeypatch: pytest.MonkeyPatch, name:
         ({"SLURM_JOB_ID": "1"}, "SLURM_NNODES is not set, though other variables of Slurm are"),
         ({"GPUS_PER_NODE": "3"}, "rollout.tp=3 does not divide the attention heads 4"),
         ({"model_size": "a" * 300}, "File name too long"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, but RANK is not"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "GPUS_PER_NODE": "4"}, "4 ranks on a node are more than its GPUs, 2"),
     ],
 )
 def test_variables_out_of_range(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], wanted: str) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert wanted in fail("grpo", *(["rollout.tp=3"] if "GPUS_PER_NODE" in variables else []))
+    assert wanted in fail("grpo", *(["rollout.tp=3"] if variables == {"GPUS_PER_NODE": "3"} else []))
 
 
 @pytest.mark.parametrize(
@@ -247,11 +265,16 @@ def test_pipes(fail, made: Path, tmp_path: Path) -> None:
     """They would be read once, and by nobody else; and where nobody writes, never."""
     os.mkfifo(tmp_path / "config.json")
     os.mkfifo(tmp_path / "lines.jsonl")
+    os.mkfifo(tmp_path / "latest")
+    (tmp_path / "megatron").mkdir()
+    os.mkfifo(tmp_path / "megatron/latest_checkpointed_iteration.txt")
     for mistake in (
         str(tmp_path / "config.json"),
         f"data.train={tmp_path}/lines.jsonl",
         f"data.train={tmp_path}",
         f"policy.load={tmp_path}",
+        f"out={tmp_path}",
+        f"policy.load={tmp_path}/megatron",
     ):
         assert "not a regular file" in fail("sft", mistake)
 

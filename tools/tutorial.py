@@ -7,7 +7,6 @@ by side, one per core or per GPU. tools/tutorial_task.py has the task, configs/t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -26,7 +25,8 @@ import tutorial_task
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlhf import variables  # noqa: E402
+from rlhf import output, texts, variables  # noqa: E402
+from rlhf.errors import told  # noqa: E402
 
 MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "OnlineDPO", "grpo": "GRPO"}
 SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task.py has
@@ -155,7 +155,7 @@ def report(out: Path, seeds: range, seconds: float) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="launch.sh tutorial", description=(__doc__ or "").split("\n\n")[0])
+    parser = texts.Parser(prog="./launch.sh tutorial", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="mini", help="of the model (default: mini, for a CPU)")
     parser.add_argument("--seeds", type=int, default=3, help="how often everything is done (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/tutorial", help="folder (default: runs/tutorial)")
@@ -177,4 +177,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    output.secure()
+    sys.exit(told("tutorial", lambda: main(sys.argv[1:])))

@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture, check_numbers, check_sizes
 from rlhf.weights import names, pt, torch_dist
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DIGITS = 9  # of an iteration's number, at most
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 # What args may say that no tensor shows, -> what we compute.
@@ -257,8 +259,8 @@ def _iteration(folder: Path, iteration: int | None) -> Path:
     if iteration is not None:
         wanted = f"iter_{iteration:07}"
     elif (folder / TRACKER).exists():
-        text = (folder / TRACKER).read_text(errors="replace").strip()
-        if text != "release" and not text.isdecimal():
+        text = texts.read(folder / TRACKER, "name the iteration that is complete").strip()
+        if text != "release" and not (text.isdecimal() and len(text) <= DIGITS):
             raise UserError(f"{folder / TRACKER}: {text[:40]!r} is neither a number nor release: name the iteration that is complete")
         wanted = text if text == "release" else f"iter_{int(text):07}"
     else:
