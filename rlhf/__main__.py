@@ -12,13 +12,38 @@ import os
 import signal
 import sys
 import time
-from types import TracebackType
+from collections.abc import Callable
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from rlhf import cluster, configuration, convert, launcher, output, variables
-from rlhf.algorithms import ALGORITHMS, ALIASES
-from rlhf.config import Config
-from rlhf.errors import LostError, UserError, failure
+from rlhf.interrupt import SIGNALS
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """End at a signal that comes while this program is still being imported."""
+    os.write(2, f"rlhf: ended by {signal.Signals(number).name} before anything began\n".encode())
+    os._exit(128 + number)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Give up what is done before there are ranks to pass a signal on to; what is half written is removed."""
+    raise KeyboardInterrupt(number)
+
+
+def answer(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Answer SIGNALS so. Ranks simply end until they train (rlhf.interrupt): their launcher tells why."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+            signal.signal(number, signal.SIG_DFL if "LOCAL_RANK" in os.environ else handler)
+
+
+if __name__ == "__main__":
+    answer(leave)
+
+from rlhf import cluster, configuration, convert, launcher, output, variables  # noqa: E402, as imports take a while
+from rlhf.algorithms import ALGORITHMS, ALIASES  # noqa: E402
+from rlhf.config import Config  # noqa: E402
+from rlhf.errors import LostError, UserError, failure  # noqa: E402
 
 if TYPE_CHECKING:
     from rlhf.prepare import Inputs
@@ -59,9 +84,10 @@ def main(arguments: list[str]) -> int:
         if not (text := failure(error)):
             raise
         return tell(text, UserError.code)
-    except KeyboardInterrupt:  # a run that trains has other ideas of it (rlhf.interrupt)
-        print("rlhf: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as error:
+        number = signal.Signals(*(error.args or [signal.SIGINT]))
+        print(f"rlhf: ended by {number.name}; nothing is saved but what was before", file=sys.stderr)
+        return 128 + number
 
 
 def tell(mistake: str, code: int) -> int:
@@ -182,7 +208,8 @@ def run(config: Config) -> int:
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = fail
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop begins it ends a rank, as the other signals do, without a traceback
+    for number in SIGNALS:  # until the loop begins they end a rank, without a traceback
+        signal.signal(number, signal.SIG_DFL)
     if config.parallel.tp > 1 and not config.parallel.exchanges:  # megatron-core relies on it to start transfers before products
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import assemble
@@ -215,4 +242,5 @@ if __name__ == "__main__":
     if {"-h", "--help", "--dry-run"} & {*sys.argv[1:]}:  # only text, of which head or less may want a part: then it ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     output.secure()
+    answer(interrupt)
     end(main(sys.argv[1:]))

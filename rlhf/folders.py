@@ -124,7 +124,7 @@ def exports(folder: Path, formats: Iterable[str]) -> list[str]:
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
     """Files that were written in pieces, as `files` of meta.json lists them. Reads them."""
-    return {name: {"size": (folder / name).stat().st_size, "crc32": _crc32(folder / name)} for name in names}
+    return {name: {"size": (folder / name).stat().st_size, "crc32": checksum(folder / name)} for name in names}
 
 
 def exported(folder: Path) -> list[str]:
@@ -159,12 +159,13 @@ def altered(folder: Path, names: Iterable[str]) -> str:
     """The first of these files that is not what was written, by its checksum; empty: they all are. Reads them as a whole."""
     files = meta(folder).get("files", {})
     for name in names:
-        if name in files and _crc32(folder / name) != files[name].get("crc32"):
+        if name in files and checksum(folder / name) != files[name].get("crc32"):
             return f"{folder / name} is damaged: its checksum is not that of what was written"
     return ""
 
 
-def _crc32(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """The checksum of a file, which is read as a whole."""
     found = 0
     with path.open("rb") as file:
         while part := file.read(1 << 22):

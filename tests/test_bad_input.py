@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,33 @@ def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], n
     assert path in line
     assert re.search("Permission denied|Not a directory", line), line
     assert "delete" not in line
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "said"),
+    [
+        (signal.SIGINT, "imports", "before anything began"),
+        (signal.SIGTERM, "imports", "before anything began"),
+        (signal.SIGINT, "checks", "; nothing is saved but what was before"),
+        (signal.SIGUSR1, "checks", "; nothing is saved but what was before"),
+    ],
+)
+def test_a_signal_before_there_are_ranks(made: Path, tmp_path: Path, number: signal.Signals, moment: str, said: str) -> None:
+    """While the command line is imported, or while it checks its inputs: one line."""
+    slow = "import os, time\nos.write(1, b'ready\\n')\ntime.sleep(60)\n"
+    (tmp_path / {"imports": "difflib.py", "checks": "reward.py"}[moment]).write_text(slow)
+    keys = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/train_rl.jsonl", f"out={tmp_path}/run"]
+    keys += ["data.max_tokens=128", "rollout.max_tokens=32", f"reward.function={tmp_path}/reward.py:f"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", "-m", "rlhf", "grpo", *keys]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors.count("\n")) == (128 + number, 1), errors
+    assert errors.startswith(f"rlhf: ended by {number.name}")
+    assert said in errors
 
 
 @pytest.fixture(scope="module")

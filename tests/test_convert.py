@@ -115,7 +115,7 @@ convert.main({[str(a) for a in arguments]!r})
 
 @pytest.mark.parametrize(
     ("failure", "code", "said"),
-    [(OSError(28, "No space left on device"), 2, "--to .*old: .*No space left on device"), (KeyboardInterrupt(), 130, "interrupted")],
+    [(OSError(28, "No space left on device"), 2, "--to .*old: .*No space left on device"), (KeyboardInterrupt(), 130, "ended by SIGINT")],
     ids=["disk full", "Ctrl-C"],
 )
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, failure, code: int, said: str):

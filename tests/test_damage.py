@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: 
         error.filename = str(path)
         raise error
 
-    monkeypatch.setattr(folders, "_crc32", refuse)
+    monkeypatch.setattr(folders, "checksum", refuse)
     with pytest.raises(UserError, match=rf"^{tmp_path}/step_000001/model_policy_tp0_pp0.pt: {error.strerror}$"):
         run.checkpoints.resume(run.roles.items(), {})
 

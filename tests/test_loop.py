@@ -6,6 +6,8 @@ Roles and metrics only write down what they are told. made() is the one place th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,6 +188,29 @@ def test_who_scores_what(mode: str, speakers: dict[str, str]) -> None:
                 assert found.tolist() == [roles.NAMES.index(speakers[stream])] * 3
             else:
                 assert found is None
+
+
+@pytest.mark.parametrize(
+    ("ruined", "said"),
+    [
+        ("weights", "the policy's weights or its optimizer's state are no longer finite"),
+        ("stream", "what the policy says of this step's samples is no longer finite"),
+        ("state", "the state of rlhf is no longer finite"),
+    ],
+)
+def test_what_is_ruined_is_not_saved(ruined: str, said: str) -> None:
+    """Weights, optimizer state, what a forward pass says, and the algorithm's own numbers: on any rank."""
+    run, roles = made(configuration.load("rlhf", FOLDERS))
+    learner = SimpleNamespace(sound=lambda optimizer: ruined != "weights")
+    roles.visit = lambda phase: iter([("policy", learner)])  # type: ignore[method-assign, assignment, return-value]
+    if ruined == "stream":
+        roles.read = lambda name, samples: [np.array([0.0, np.nan])]  # type: ignore[method-assign]
+    roles.mesh = SimpleNamespace(all_gather=lambda mine: [True, mine])  # type: ignore[attr-defined]
+    roles.check_all = partial(models.Roles.check_all, roles)  # type: ignore[attr-defined]
+    run.algorithm.state.update({"kl": np.nan if ruined == "state" else 0.0})
+    run.probe = samples()[:2]
+    with pytest.raises(FloatingPointError, match=said):
+        run.save(1)
 
 
 def test_what_happens_every_so_many_steps() -> None:
