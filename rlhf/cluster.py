@@ -102,7 +102,7 @@ def in_step(env: Environment) -> bool:
 
 def in_allocation(env: Environment) -> bool:
     """Whether srun is still to be called: this is a batch script, or the shell of salloc, and nobody has dealt out the nodes by hand."""
-    return "SLURM_JOB_ID" in env and not in_step(env) and not {"LOCAL_RANK", "WORLD_SIZE"} & env.keys()
+    return bool(env.get("SLURM_JOB_ID")) and not in_step(env) and not {"LOCAL_RANK", "WORLD_SIZE"} & env.keys()
 
 
 def step(command: list[str], env: Environment) -> int:

@@ -102,7 +102,7 @@ def test_rounds_need_groups(fail, made: Path) -> None:
     assert "rollout.group=1" in line
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], number: int) -> None:
     """One line with the path; and nobody is told to delete what is only out of reach."""
     code, path, said = refusals[number]
@@ -150,10 +150,27 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         shutil.copytree(made / "model", root / name)
     (root / "weights/model.safetensors").write_bytes(bytes(16))
     (root / "folder").mkdir()
-    for name in ("latest/latest", "meta/latest", "meta/step_000001/meta.json", "c.toml", "d.jsonl", "folder/d.jsonl"):
+    for name in (
+        "iter/mp_rank_00/model_optim_rng.pt",
+        "latest/latest",
+        "meta/latest",
+        "meta/step_000001/meta.json",
+        "c.toml",
+        "d.jsonl",
+        "folder/d.jsonl",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("step_000001")
-    closed = ("config/config.json", "weights/model.safetensors", "latest/latest", "meta/step_000001", "c.toml", "d.jsonl", "folder")
+    closed = (
+        "config/config.json",
+        "weights/model.safetensors",
+        "iter/mp_rank_00/model_optim_rng.pt",
+        "latest/latest",
+        "meta/step_000001",
+        "c.toml",
+        "d.jsonl",
+        "folder",
+    )
     for name in closed:
         (root / name).chmod(0)
     calls = [
@@ -163,6 +180,7 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         ("folder/d.jsonl", [f"data.train={root}/folder/d.jsonl"]),
         ("config/config.json", [f"policy.load={root}/config"]),
         ("weights/model.safetensors", [f"policy.load={root}/weights", "policy.init=load"]),
+        ("iter/mp_rank_00/model_optim_rng.pt", [f"policy.load={root}/iter", "policy.init=load"]),
         ("latest/latest", [f"out={root}/latest"]),
         ("meta/step_000001", [f"out={root}/meta"]),
         ("d.jsonl/", [f"out={root}/d.jsonl/run"]),

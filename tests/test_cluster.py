@@ -152,4 +152,4 @@ def test_where_srun_is_still_to_be_called():
     salloc = {name: value for name, value in BATCH.items() if name != "SLURM_PROCID"} | {"SLURM_STEP_ID": "4294967290"}
     assert cluster.in_allocation(BATCH)
     assert cluster.in_allocation(salloc)
-    assert not any(map(cluster.in_allocation, (STEP, {}, BY_HAND, BATCH | BY_HAND, BATCH | {"LOCAL_RANK": "0"})))
+    assert not any(map(cluster.in_allocation, (STEP, {}, {"SLURM_JOB_ID": ""}, BY_HAND, BATCH | BY_HAND, BATCH | {"LOCAL_RANK": "0"})))
