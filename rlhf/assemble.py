@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import configuration, lock, texts
+from rlhf import configuration, lock
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -20,10 +20,9 @@ from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
 from rlhf.metrics import Metrics, own_name, say
-from rlhf.model.architecture import REMEDY
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import POLICY, Phase
-from rlhf.prepare import Inputs, inputs, rule
+from rlhf.prepare import Inputs, inputs, readable, rule
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards
 from rlhf.roles import Roles
@@ -202,15 +201,6 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
         cache=config.rollout.cache,
         load=load and engine_loads(config),
     )
-
-
-def readable(folder: str) -> str:
-    """The folder, if transformers, by which vLLM does it, can read its config.json. Raises UserError."""
-    from transformers import AutoConfig
-
-    with texts.Blaming(f"{folder}/config.json: transformers, by which vLLM reads it, refuses it", REMEDY):
-        AutoConfig.from_pretrained(folder)
-    return folder
 
 
 def engine_loads(config: Config) -> bool:

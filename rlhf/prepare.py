@@ -18,7 +18,7 @@ from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.identity import Identity, compare, description, identity, weights
-from rlhf.model.architecture import Architecture
+from rlhf.model.architecture import REMEDY, Architecture
 from rlhf.weights import files
 
 COLDEST = 0.01  # temperature of sampling: vLLM takes a lower one for this
@@ -251,6 +251,15 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
     if config.rollout.rounds > 1 and config.rollout.group == 1:
         raise UserError("rollout.rounds > 1 keeps groups of unequal rewards, and rollout.group=1 makes none: set one of the two")
+
+
+def readable(folder: str) -> str:
+    """The folder, if vLLM can read its config.json. Raises UserError. Not in inputs(), as transformers takes seconds to import."""
+    from transformers import AutoConfig
+
+    with texts.Blaming(f"{folder}/config.json: transformers, by which vLLM reads it, refuses it", REMEDY):
+        AutoConfig.from_pretrained(folder)
+    return folder
 
 
 def check_world(parallel: Parallel, world: int) -> None:
