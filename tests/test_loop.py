@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf import configuration
 from rlhf import roles as models
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.contracts import Sample
+from rlhf.errors import UserError
 from rlhf.loop import Run, due
+from rlhf.parallel.mesh import Mesh
 
 GROUPS, SIBLINGS = 12, 2
 FOLDERS = ["policy.load=p", "reward.load=r"]
@@ -188,6 +191,21 @@ def test_who_scores_what(mode: str, speakers: dict[str, str]) -> None:
                 assert found.tolist() == [roles.NAMES.index(speakers[stream])] * 3
             else:
                 assert found is None
+
+
+@pytest.mark.parametrize("mode", ALGORITHMS)
+def test_a_model_of_no_numbers_is_refused_in_every_role(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Of every mode, whoever holds it; tests/test_ruin.py has whole runs."""
+    config = configuration.load(mode, FOLDERS)
+    uses = ALGORITHMS[mode](config).models | {"reward": "frozen"}
+    found: Any = {name: SimpleNamespace(use=use, folder=f"folder of the {name}") for name, use in uses.items()}
+    mesh: Any = SimpleNamespace(world=1, all_gather=lambda mine: [mine])
+    mesh.agree = partial(Mesh.agree, mesh)
+    for bad in found:
+        spoilt = found[bad].folder
+        monkeypatch.setattr(models.Roles, "_learner", lambda _, role, spoilt=spoilt: SimpleNamespace(sound=lambda: role.folder != spoilt))
+        with pytest.raises(UserError, match=f"^folder of the {bad}: its weights are not finite"):
+            models.Roles(config, mesh, found, torch.float32, 1.0, SimpleNamespace(add=lambda *_: None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
