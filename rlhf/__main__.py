@@ -43,7 +43,7 @@ if __name__ == "__main__":
 from rlhf import cluster, configuration, convert, launcher, output, variables  # noqa: E402, as imports take a while
 from rlhf.algorithms import ALGORITHMS, ALIASES  # noqa: E402
 from rlhf.config import Config  # noqa: E402
-from rlhf.errors import LostError, UserError, failure  # noqa: E402
+from rlhf.errors import LostError, UserError, said, told  # noqa: E402
 
 if TYPE_CHECKING:
     from rlhf.prepare import Inputs
@@ -52,51 +52,44 @@ COMMAND = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0; 2 after a mistake, 1 where training failed, told in one line; 130 after Ctrl-C; SAVED after a signal."""
+    """Returns the exit code: 0; 2 after a mistake, 1 where training failed, told in one line; 128 + signal; SAVED after a signal."""
+    return told("rlhf", lambda: carry_out(arguments), tell)
+
+
+def carry_out(arguments: list[str]) -> int:
+    """Do what the command line says. Returns the exit code, and raises what told() tells."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
     mode, rest = ALIASES.get(arguments[0], arguments[0]), arguments[1:]
-    try:
-        if mode == "convert" or mode in convert.TUTORIAL:
-            stands_alone = mode == "convert" or "-h" in rest or "--help" in rest
-            convert.main(rest if stands_alone else [*convert.tutorial(mode, os.environ), *rest])
-            return 0
-        if mode not in ALGORITHMS:
-            raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
-        if "-h" in rest or "--help" in rest:
-            print(f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
-            return 0
-        dry = "--dry-run" in rest
-        rest = [argument for argument in rest if argument != "--dry-run"]
-        config = configuration.load(mode, variables.arguments(mode, rest, os.environ))
-        if dry:
-            return explain(config)
-        if cluster.in_allocation(os.environ):
-            return cluster.step([*COMMAND, *arguments], os.environ)
-        os.environ.update(task := cluster.task(os.environ))
-        if task and gpus() == 1:
-            os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
-        return join(config, bool(task)) if "LOCAL_RANK" in os.environ else launch(config, arguments)
-    except UserError as error:
-        return tell(str(error), error.code)
-    except OSError as error:
-        if not (text := failure(error)):
-            raise
-        return tell(text, UserError.code)
-    except KeyboardInterrupt as error:
-        number = signal.Signals(*(error.args or [signal.SIGINT]))
-        print(f"rlhf: ended by {number.name}; nothing is saved but what was before", file=sys.stderr)
-        return 128 + number
+    if mode == "convert" or mode in convert.TUTORIAL:
+        stands_alone = mode == "convert" or "-h" in rest or "--help" in rest
+        convert.main(rest if stands_alone else [*convert.tutorial(mode, os.environ), *rest])
+        return 0
+    if mode not in ALGORITHMS:
+        raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
+    if "-h" in rest or "--help" in rest:
+        print(f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
+        return 0
+    dry = "--dry-run" in rest
+    rest = [argument for argument in rest if argument != "--dry-run"]
+    config = configuration.load(mode, variables.arguments(mode, rest, os.environ))
+    if dry:
+        return explain(config)
+    if cluster.in_allocation(os.environ):
+        return cluster.step([*COMMAND, *arguments], os.environ)
+    os.environ.update(task := cluster.task(os.environ))
+    if task and gpus() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
+    return join(config, bool(task)) if "LOCAL_RANK" in os.environ else launch(config, arguments)
 
 
-def tell(mistake: str, code: int) -> int:
+def tell(line: str, code: int) -> None:
     """Say what went wrong. Most of it is everybody's: the first rank says it, and its launcher, or srun, ends the others meanwhile."""
     if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
         signal.signal(signal.SIGTERM, lambda *_: end(code))
         time.sleep(1)
-    print(f"rlhf: {mistake}", file=sys.stderr)
-    return code
+    said(line, code)
 
 
 def usage() -> str:
@@ -118,12 +111,9 @@ def usage() -> str:
 def explain(config: Config) -> int:
     """Show what a run would be, on the nodes that the environment tells of."""
     nodes = cluster.number(os.environ, "WORLD_SIZE", cluster.number(os.environ, "SLURM_NNODES", 1))
-    try:
-        from rlhf import dryrun
+    from rlhf import dryrun
 
-        dryrun.show(config, nodes * ranks_per_node(config, nodes))
-    except ModuleNotFoundError as error:  # launch.sh takes any Python for it
-        raise UserError(f"--dry-run needs the package {error.name}: run ./launch.sh install cpu (or gpu) first") from None
+    dryrun.show(config, nodes * ranks_per_node(config, nodes))
     return 0
 
 

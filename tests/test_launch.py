@@ -165,7 +165,18 @@ def test_a_dry_run_names_the_package_that_it_lacks(monkeypatch, capsys):
 
     monkeypatch.setattr(dryrun, "show", show)
     assert main(["grpo", "policy.load=model", "data.train=rows.jsonl", "--dry-run"]) == 2
-    assert capsys.readouterr().err == "rlhf: --dry-run needs the package numpy: run ./launch.sh install cpu (or gpu) first\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"rlhf: the package numpy is not installed in {sys.prefix}: run ./launch.sh install cpu (or gpu)")
+    assert said.count("\n") == 1
+
+
+def test_an_interpreter_without_packages(bare):
+    root, env = bare
+    keys = ("sft", "policy.load=model", "data.train=rows.jsonl")
+    result = launch(*keys, root=root, env={**env, "RLHF_PYTHON": f"{root}/python/bin/python"})
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert re.match(f"rlhf: the package [a-z0-9]+ is not installed in {root}/python: run ./launch.sh install", line)
 
 
 @pytest.mark.parametrize("reader", ["head -n 1", "true"])
