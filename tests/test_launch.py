@@ -77,6 +77,10 @@ def test_help_is_quick(arguments):
         (("grpo", "steps=many"), "steps"),
         (("grpo", "nowhere.toml"), "nowhere.toml"),
         (("grpo", "--fast"), "--fast"),
+        (("convert", "--tp", "two"), "argument --tp: invalid int value: 'two'"),
+        (("tutorial", "--seeds", "0"), "--seeds 0"),
+        (("tutorial", "--out", str(ROOT / "docs")), "docs exists: give a new folder, or delete it"),
+        (("prepare_data", "gsm8k"), "the following arguments are required: --from, --to"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said):
