@@ -107,6 +107,10 @@ def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources
     found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))}
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
+    for key, spec in (("reward.function", config.reward.function), ("rollout.environment", config.rollout.environment)):
+        file, _, _ = spec.rpartition(":")
+        if file.endswith(".py") and ALGORITHMS[config.mode].online:
+            found[key] = file, columns.contents([Path(file)])
     held = {folder: weights({entry.path for shard in source.shards for entry in shard.values()}) for folder, (source, _) in sources.items()}
     for name, role in models.items():
         found[f"{name}.load"] = (role.folder, f"{held.get(role.folder, 'random')} {description(role.arch)}")

@@ -76,6 +76,15 @@ def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None], name: str
     check_resumes_at(tmp_path, 1)
 
 
+def test_damage_to_what_was_in_flight(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.checkpoints.save(1, run.roles.items(), run.state, flight={"drawn": 1})
+    assert run.checkpoints.flight() == {"drawn": 1}
+    flip(tmp_path / "step_000001/flight.pt")
+    with pytest.raises(UserError, match="step_000001/flight.pt is damaged: its checksum is not that of what was written"):
+        run.checkpoints.flight()
+
+
 def test_damage_without_an_older_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
