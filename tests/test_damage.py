@@ -81,7 +81,7 @@ def test_damage_to_what_was_in_flight(tmp_path: Path) -> None:
     run.checkpoints.save(1, run.roles.items(), run.state, flight={"drawn": 1})
     assert run.checkpoints.flight() == {"drawn": 1}
     flip(tmp_path / "step_000001/flight.pt")
-    with pytest.raises(UserError, match="step_000001/flight.pt is damaged: its checksum is not that of what was written"):
+    with pytest.raises(UserError, match=r"step_000001/flight.pt is damaged: its checksum is not that of what was written"):
         run.checkpoints.flight()
 
 
