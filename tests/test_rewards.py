@@ -258,6 +258,13 @@ def test_check_takes_what_is_right(file, monkeypatch):
     assert "neighbour" not in sys.modules, "the user's module is imported in a process of its own"
 
 
+def test_the_current_folder_may_be_gone(file, monkeypatch):
+    (file.parent / "gone").mkdir()
+    monkeypatch.chdir(file.parent / "gone")
+    (file.parent / "gone").rmdir()
+    rewards.check(f"{file}:act")
+
+
 def test_modules_of_the_current_folder_come_last(file):
     """They are found, although launch.sh starts Python with -P, and stand in for no module that another one imports: json.py is there."""
     program = "import sys\nfrom rlhf.rewards import Rewards, check\ncheck(sys.argv[1])\n"
