@@ -33,8 +33,8 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         for file in self.folder.glob("step_*.jsonl") if start >= 0 else ():
-            name = NAME.fullmatch(file.name)
-            if name and (start == 0 or int(name[1]) > start):
+            known = NAME.fullmatch(file.name)
+            if known and (start == 0 or int(known[1]) > start):
                 file.unlink()
 
     def keep(self, use: Use, samples: Sequence[Sample]) -> None:
