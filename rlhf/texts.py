@@ -78,12 +78,12 @@ class Blaming:
     """Around code of others that raises whatever it likes, as tokenizers (exceptions, and panics), sentencepiece and templates do."""
 
     def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy  # before and behind the first line of what went wrong
+        self.what, self.remedy = what, remedy  # before and behind what went wrong
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            said = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.what}: {said}; {self.remedy}") from None
