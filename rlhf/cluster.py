@@ -38,6 +38,7 @@ class Node:
 
 def node(env: Environment) -> Node:
     """Where the launcher of this node is. Raises UserError for variables that contradict each other."""
+    _check_interface(env)
     step = in_step(env)
     count = number(env, "WORLD_SIZE", number(env, "SLURM_STEP_NUM_NODES") if step else 1, least=1)
     index = number(env, "RANK", number(env, "SLURM_NODEID") if step else 0)
@@ -59,6 +60,7 @@ def world(env: Environment) -> int:
     """
     if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
         raise UserError(f"LOCAL_RANK is set, but {missing[0]} is not: start with torchrun, which sets both, or unset LOCAL_RANK")
+    _check_interface(env)
     ranks = number(env, "WORLD_SIZE", least=1)
     of_node = number(env, "LOCAL_WORLD_SIZE", ranks, least=1)
     for name, most in (("RANK", ranks), ("LOCAL_RANK", of_node)):
@@ -159,6 +161,13 @@ def interface(address: str) -> str:
                 if socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24]) == own:
                     return name
     return "lo"
+
+
+def _check_interface(env: Environment) -> None:
+    """Raise UserError where gloo is to use what this node does not have."""
+    wanted, held = env.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    if wanted and not {*wanted.split(",")} <= {*held}:
+        raise UserError(f"GLOO_SOCKET_IFNAME={wanted} is no network interface of this node: unset it, or choose of {', '.join(held)}")
 
 
 def _source(address: str) -> str:

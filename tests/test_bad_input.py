@@ -283,6 +283,7 @@ def test_counts_that_are_no_numbers(fail, monkeypatch: pytest.MonkeyPatch, name:
         ({"GPUS_PER_NODE": "3"}, "rollout.tp=3 does not divide the attention heads 4"),
         ({"model_size": "a" * 300}, "File name too long"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, but RANK is not"),
+        ({"GLOO_SOCKET_IFNAME": "nonsense"}, "GLOO_SOCKET_IFNAME=nonsense is no network interface of this node"),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "GPUS_PER_NODE": "4"}, "4 ranks on a node are more than its GPUs, 2"),
     ],
 )
