@@ -12,13 +12,38 @@ import os
 import signal
 import sys
 import time
-from types import TracebackType
+from collections.abc import Callable
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from rlhf import cluster, configuration, convert, launcher, output, variables
-from rlhf.algorithms import ALGORITHMS, ALIASES
-from rlhf.config import Config
-from rlhf.errors import LostError, UserError, failure
+from rlhf.interrupt import SIGNALS
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """End at a signal that comes while this program is still being imported."""
+    os.write(2, f"rlhf: ended by {signal.Signals(number).name} before anything began\n".encode())
+    os._exit(128 + number)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Give up what is done before there are ranks to pass a signal on to; what is half written is removed."""
+    raise KeyboardInterrupt(number)
+
+
+def answer(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Answer SIGNALS so. Ranks simply end until they train (rlhf.interrupt): their launcher tells why."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+            signal.signal(number, signal.SIG_DFL if "LOCAL_RANK" in os.environ else handler)
+
+
+if __name__ == "__main__":
+    answer(leave)
+
+from rlhf import cluster, configuration, convert, launcher, output, variables  # noqa: E402, as imports take a while
+from rlhf.algorithms import ALGORITHMS, ALIASES  # noqa: E402
+from rlhf.config import Config  # noqa: E402
+from rlhf.errors import LostError, UserError, said, told  # noqa: E402
 
 if TYPE_CHECKING:
     from rlhf.prepare import Inputs
@@ -27,50 +52,44 @@ COMMAND = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0; 2 after a mistake, 1 where training failed, told in one line; 130 after Ctrl-C; SAVED after a signal."""
+    """Returns the exit code: 0; 2 after a mistake, 1 where training failed, told in one line; 128 + signal; SAVED after a signal."""
+    return told("rlhf", lambda: carry_out(arguments), tell)
+
+
+def carry_out(arguments: list[str]) -> int:
+    """Do what the command line says. Returns the exit code, and raises what told() tells."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
     mode, rest = ALIASES.get(arguments[0], arguments[0]), arguments[1:]
-    try:
-        if mode == "convert" or mode in convert.TUTORIAL:
-            stands_alone = mode == "convert" or "-h" in rest or "--help" in rest
-            convert.main(rest if stands_alone else [*convert.tutorial(mode, os.environ), *rest])
-            return 0
-        if mode not in ALGORITHMS:
-            raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
-        if "-h" in rest or "--help" in rest:
-            print(f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
-            return 0
-        dry = "--dry-run" in rest
-        rest = [argument for argument in rest if argument != "--dry-run"]
-        config = configuration.load(mode, variables.arguments(mode, rest, os.environ))
-        if dry:
-            return explain(config)
-        if cluster.in_allocation(os.environ):
-            return cluster.step([*COMMAND, *arguments], os.environ)
-        os.environ.update(task := cluster.task(os.environ))
-        if task and gpus() == 1:
-            os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
-        return run(config) if "LOCAL_RANK" in os.environ else launch(config, arguments)
-    except UserError as error:
-        return tell(str(error), error.code)
-    except OSError as error:
-        if not (text := failure(error)):
-            raise
-        return tell(text, UserError.code)
-    except KeyboardInterrupt:  # a run that trains has other ideas of it (rlhf.interrupt)
-        print("rlhf: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    if mode == "convert" or mode in convert.TUTORIAL:
+        stands_alone = mode == "convert" or "-h" in rest or "--help" in rest
+        convert.main(rest if stands_alone else [*convert.tutorial(mode, os.environ), *rest])
+        return 0
+    if mode not in ALGORITHMS:
+        raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
+    if "-h" in rest or "--help" in rest:
+        print(f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
+        return 0
+    dry = "--dry-run" in rest
+    rest = [argument for argument in rest if argument != "--dry-run"]
+    config = configuration.load(mode, variables.arguments(mode, rest, os.environ))
+    if dry:
+        return explain(config)
+    if cluster.in_allocation(os.environ):
+        return cluster.step([*COMMAND, *arguments], os.environ)
+    os.environ.update(task := cluster.task(os.environ))
+    if task and gpus() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
+    return join(config, bool(task)) if "LOCAL_RANK" in os.environ else launch(config, arguments)
 
 
-def tell(mistake: str, code: int) -> int:
+def tell(line: str, code: int) -> None:
     """Say what went wrong. Most of it is everybody's: the first rank says it, and its launcher, or srun, ends the others meanwhile."""
     if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
         signal.signal(signal.SIGTERM, lambda *_: end(code))
         time.sleep(1)
-    print(f"rlhf: {mistake}", file=sys.stderr)
-    return code
+    said(line, code)
 
 
 def usage() -> str:
@@ -92,12 +111,9 @@ def usage() -> str:
 def explain(config: Config) -> int:
     """Show what a run would be, on the nodes that the environment tells of."""
     nodes = cluster.number(os.environ, "WORLD_SIZE", cluster.number(os.environ, "SLURM_NNODES", 1))
-    try:
-        from rlhf import dryrun
+    from rlhf import dryrun
 
-        dryrun.show(config, nodes * ranks_per_node(config, nodes))
-    except ModuleNotFoundError as error:  # launch.sh takes any Python for it
-        raise UserError(f"--dry-run needs the package {error.name}: run ./launch.sh install cpu (or gpu) first") from None
+    dryrun.show(config, nodes * ranks_per_node(config, nodes))
     return 0
 
 
@@ -107,6 +123,7 @@ def launch(config: Config, arguments: list[str]) -> int:
     count = ranks_per_node(config, node.count)
     if count > cluster.MOST_RANKS:
         raise UserError(f"parallel.* asks for {count} ranks on a node, of which {cluster.MOST_RANKS} are the most: lower it")
+    check_devices(count)
     if node.index == 0:
         cluster.check_port(node)
     from rlhf.prepare import inputs
@@ -145,12 +162,29 @@ def ranks_per_node(config: Config, nodes: int) -> int:
     return min(devices, -(-asked // nodes)) if p.dp else devices
 
 
+def check_devices(ranks: int) -> None:
+    """Raise UserError where this node has too few GPUs for so many ranks. One without any runs them on its CPUs."""
+    if 0 < gpus() < ranks:
+        raise UserError(f"{ranks} ranks on a node are more than its GPUs, {gpus()}: start fewer, or set GPUS_PER_NODE")
+
+
 def gpus() -> int:
     """NVIDIA devices this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def join(config: Config, has_own: bool) -> int:
+    """Be one of the ranks that a launcher, torchrun or srun has started. has_own: it may see its own GPU only."""
+    from rlhf.prepare import check_world
+
+    world = cluster.world(os.environ)
+    check_world(config.parallel, world)
+    if not has_own:
+        check_devices(cluster.number(os.environ, "LOCAL_WORLD_SIZE", world))
+    return run(config)
 
 
 def run(config: Config) -> int:
@@ -164,7 +198,8 @@ def run(config: Config) -> int:
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = fail
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop begins it ends a rank, as the other signals do, without a traceback
+    for number in SIGNALS:  # until the loop begins they end a rank, without a traceback
+        signal.signal(number, signal.SIG_DFL)
     if config.parallel.tp > 1 and not config.parallel.exchanges:  # megatron-core relies on it to start transfers before products
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import assemble
@@ -197,4 +232,5 @@ if __name__ == "__main__":
     if {"-h", "--help", "--dry-run"} & {*sys.argv[1:]}:  # only text, of which head or less may want a part: then it ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     output.secure()
+    answer(interrupt)
     end(main(sys.argv[1:]))

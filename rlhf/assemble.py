@@ -23,7 +23,7 @@ from rlhf.metrics import Metrics, own_name, say
 from rlhf.parallel.mesh import Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
-from rlhf.prepare import Inputs, inputs, rule
+from rlhf.prepare import Inputs, inputs, readable, rule
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards
 from rlhf.roles import Roles
@@ -206,7 +206,7 @@ def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load:
     from rlhf.rollout.vllm import VLLM
 
     return VLLM(
-        str(files.config_folder(config.policy.load, config.policy.tokenizer)),
+        readable(str(files.config_folder(config.policy.load, config.policy.tokenizer))),
         tp=tp,
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,

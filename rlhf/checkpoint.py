@@ -26,7 +26,7 @@ import torch
 
 from rlhf import folders
 from rlhf.config import Config
-from rlhf.errors import UserError
+from rlhf.errors import UserError, failure
 from rlhf.metrics import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
@@ -62,7 +62,7 @@ class Checkpoints:
         for role, learner in learners:
             self._check(folder, self._model(role), self._optimizer(role))
             learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
-        self._check(folder, self._random())
+        self._check(folder, self._random(), *self._share(folders.exported(folder)))
         random = self._load(folder / self._random())
         torch.set_rng_state(random["cpu"].cpu())
         if "cuda" in random:
@@ -111,9 +111,10 @@ class Checkpoints:
         if export:
             for name in self.formats:
                 export(partial / name)
+            self.mesh.barrier()  # several ranks have written these
+            files |= folders.checksums(partial, self._share(folders.exports(partial, self.formats)))
         written = {name: file for files in self.mesh.all_gather(files) for name, file in files.items()}  # when all ranks are done
         if self.mesh.rank == 0:
-            written |= folders.sizes(partial, self.formats if export else ())
             _write(partial / "meta.json", folders.describe({"step": step, "state": state, **self.meta, **self.run, "files": written}))
             shutil.rmtree(folder, ignore_errors=True)  # there where a run went back to an earlier checkpoint
             partial.rename(folder)
@@ -133,10 +134,18 @@ class Checkpoints:
     def _random(self) -> str:
         return f"random_rank{self.mesh.rank}.pt"
 
+    def _share(self, names: list[str]) -> list[str]:
+        """This rank's part of what all ranks do together."""
+        return names[self.mesh.rank :: self.mesh.world]
+
     def _check(self, folder: Path, *names: str) -> None:
-        """Raises UserError, on all ranks, where a rank's files are not what was written."""
-        problem = folders.altered(folder, names)
-        self.mesh.agree(f"{problem}; {folders.remedy(folder)}" if problem else "")
+        """Raises UserError, on all ranks, where a rank's files are not what was written, or cannot be read."""
+        try:
+            problem = folders.altered(folder, names)
+            problem = problem and f"{problem}; {folders.remedy(folder)}"
+        except OSError as error:
+            problem = failure(error, folder) or str(error)
+        self.mesh.agree(problem)
 
     def _load(self, path: Path, device: torch.device | None = None) -> Any:
         try:

@@ -38,18 +38,35 @@ class Node:
 
 def node(env: Environment) -> Node:
     """Where the launcher of this node is. Raises UserError for variables that contradict each other."""
+    _check_interface(env)
     step = in_step(env)
     count = number(env, "WORLD_SIZE", number(env, "SLURM_STEP_NUM_NODES") if step else 1, least=1)
     index = number(env, "RANK", number(env, "SLURM_NODEID") if step else 0)
     if index >= count:
         raise UserError(f"RANK={index} is not below WORLD_SIZE={count}: they count nodes, the first is 0")
     if count == 1:
-        return Node(index, count, env.get("MASTER_ADDR") or "127.0.0.1", _port(env, 0) or free_port())
+        return Node(index, count, "127.0.0.1", _port(env, 0) or free_port())  # whatever MASTER_ADDR other nodes were to go to
     if not step and not env.get("MASTER_ADDR"):
         raise UserError(
             f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: set it to the address of the node with RANK=0, on all of them"
         )
     return Node(index, count, *_meeting(env))
+
+
+def world(env: Environment) -> int:
+    """The number of all ranks, for a process that another launcher, such as torchrun, has started as one of them.
+
+    Raises UserError for variables that are missing, or contradict each other.
+    """
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
+        raise UserError(f"LOCAL_RANK is set, but {missing[0]} is not: start with torchrun, which sets both, or unset LOCAL_RANK")
+    _check_interface(env)
+    ranks = number(env, "WORLD_SIZE", least=1)
+    of_node = number(env, "LOCAL_WORLD_SIZE", ranks, least=1)
+    for name, most in (("RANK", ranks), ("LOCAL_RANK", of_node)):
+        number(env, name, most=most - 1)
+    _port(env, 0)
+    return ranks
 
 
 def task(env: Environment) -> dict[str, str]:
@@ -87,7 +104,7 @@ def in_step(env: Environment) -> bool:
 
 def in_allocation(env: Environment) -> bool:
     """Whether srun is still to be called: this is a batch script, or the shell of salloc, and nobody has dealt out the nodes by hand."""
-    return "SLURM_JOB_ID" in env and not in_step(env) and not {"LOCAL_RANK", "WORLD_SIZE"} & env.keys()
+    return bool(env.get("SLURM_JOB_ID")) and not in_step(env) and not {"LOCAL_RANK", "WORLD_SIZE"} & env.keys()
 
 
 def step(command: list[str], env: Environment) -> int:
@@ -144,6 +161,13 @@ def interface(address: str) -> str:
                 if socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24]) == own:
                     return name
     return "lo"
+
+
+def _check_interface(env: Environment) -> None:
+    """Raise UserError where gloo is to use what this node does not have."""
+    wanted, held = env.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    if wanted and not {*wanted.split(",")} <= {*held}:
+        raise UserError(f"GLOO_SOCKET_IFNAME={wanted} is no network interface of this node: unset it, or choose of {', '.join(held)}")
 
 
 def _source(address: str) -> str:

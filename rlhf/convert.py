@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf import texts
-from rlhf.errors import UserError
+from rlhf.errors import StorageError, UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import entries, export, files, names
 from rlhf.weights.entries import mapped
@@ -44,7 +44,7 @@ BESIDE = (
 
 def parser() -> argparse.ArgumentParser:
     """What --help prints."""
-    p = argparse.ArgumentParser(prog="./launch.sh convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = texts.Parser(prog="./launch.sh convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder of any format")
     p.add_argument("--to", required=True, metavar="DIR", help="folder to make; it must not exist")
     p.add_argument(
@@ -165,7 +165,7 @@ def convert(source: files.Source, target: Target, folder: Path) -> None:
 
 
 def verify(source: files.Source, arch: Architecture, folder: Path) -> None:
-    """Open what was written as any reader would, make every tensor again and compare all bytes. Raises RuntimeError where one differs."""
+    """Open what was written as any reader would, make every tensor again and compare all bytes. Raises StorageError where one differs."""
     import torch
 
     written = files.open_folder(folder, arch)
@@ -175,7 +175,7 @@ def verify(source: files.Source, arch: Architecture, folder: Path) -> None:
             wanted = torch.empty(shape, dtype=stored.dtype)
             source.read([tile for tile in tiling if tile.local == local], {local: wanted})
             if not torch.equal(stored.view(torch.uint8), wanted.view(torch.uint8)):
-                raise RuntimeError(f"{shard[local].path}: {local} is not what was written: the storage is faulty")
+                raise StorageError(f"{shard[local].path}: {local} is not what was written: the storage is faulty, choose another --to")
 
 
 class Progress:

@@ -1,6 +1,9 @@
 """What is raised for a mistake of the user. Imports nothing of the package, so that every part of it can raise it."""
 
+import sys
+from collections.abc import Callable
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE
+from signal import SIGINT, Signals
 
 STORAGE = (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE)  # what the write of an open file fails with, which knows no name
 
@@ -33,6 +36,34 @@ class LostError(UserError):
     """Another rank has ended or does not answer: one line; exit code 1."""
 
     code = 1
+
+
+def said(line: str, code: int) -> None:
+    """Print the line that a program ends with, whatever its exit code."""
+    print(line, file=sys.stderr)
+
+
+def told(name: str, call: Callable[[], int], tell: Callable[[str, int], None] = said) -> int:
+    """The exit code that call() returns. What is raised instead, if it is no fault of this program, is one line after the name.
+
+    tell: prints the line, of which it knows the exit code.
+    """
+    try:
+        return call()
+    except UserError as error:
+        text, code = str(error), error.code
+    except OSError as error:
+        if not (text := failure(error)):
+            raise
+        code = UserError.code
+    except ModuleNotFoundError as error:  # launch.sh takes any Python for --dry-run, and the one in RLHF_PYTHON for all
+        remedy = "run ./launch.sh install cpu (or gpu), and unset RLHF_PYTHON"
+        text, code = f"the package {error.name} is not installed in {sys.prefix}: {remedy}", UserError.code
+    except KeyboardInterrupt as error:  # with the signal, where it is another one
+        number = Signals(*(error.args or [SIGINT]))
+        text, code = f"ended by {number.name}; nothing is saved but what was before", 128 + number
+    tell(f"{name}: {text}", code)
+    return code
 
 
 def failure(error: OSError, where: object = "") -> str:

@@ -32,7 +32,7 @@ def newest(out: Path) -> tuple[Path | None, str]:
     is gone, it is the newest whole one. Raises UserError where that named one is damaged, or where no whole one is left.
     """
     latest = out / "latest"
-    name = latest.read_text(errors="replace").strip() if latest.exists() else ""
+    name = texts.regular(latest).read_text(errors="replace").strip() if latest.exists() else ""
     if NAME.fullmatch(name) and (out / name).is_dir():
         if problem := damage(out / name):
             raise UserError(f"{problem}; {remedy(out / name)}")
@@ -49,7 +49,7 @@ def newest(out: Path) -> tuple[Path | None, str]:
 
 def meta(folder: Path) -> dict[str, Any]:
     """What describe() was given. Raises ValueError where it is damaged, and OSError."""
-    found = texts.parse((folder / "meta.json").read_text(encoding="utf-8"))
+    found = texts.parse(texts.regular(folder / "meta.json").read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not found.keys() >= KEYS:
         raise ValueError("it tells no step")
     crc32 = found.pop("crc32", None)  # checkpoints of before have none, nor a list of files
@@ -116,10 +116,21 @@ def writing(path: Path) -> Iterator[Hashed]:
         raise cause from None
 
 
-def sizes(folder: Path, exports: Iterable[str]) -> dict[str, dict[str, int]]:
-    """The files of a checkpoint's exported folders, as `files` of meta.json lists them: by size alone, as several ranks write one."""
-    files = (file for name in exports for file in (folder / name).rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): {"size": file.stat().st_size} for file in files}
+def exports(folder: Path, formats: Iterable[str]) -> list[str]:
+    """The files of a checkpoint's exported folders, as meta.json names them."""
+    found = (file for name in formats for file in (folder / name).rglob("*") if file.is_file())
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Files that were written in pieces, as `files` of meta.json lists them. Reads them."""
+    return {name: {"size": (folder / name).stat().st_size, "crc32": checksum(folder / name)} for name in names}
+
+
+def exported(folder: Path) -> list[str]:
+    """The files of a checkpoint's exported folders that have checksums, which those of before have not, and that are still there."""
+    listed = meta(folder).get("files", {})
+    return [name for name, file in listed.items() if "/" in name and "crc32" in file and (folder / name).exists()]
 
 
 def damage(folder: Path) -> str:
@@ -148,12 +159,13 @@ def altered(folder: Path, names: Iterable[str]) -> str:
     """The first of these files that is not what was written, by its checksum; empty: they all are. Reads them as a whole."""
     files = meta(folder).get("files", {})
     for name in names:
-        if name in files and _crc32(folder / name) != files[name].get("crc32"):
+        if name in files and checksum(folder / name) != files[name].get("crc32"):
             return f"{folder / name} is damaged: its checksum is not that of what was written"
     return ""
 
 
-def _crc32(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """The checksum of a file, which is read as a whole."""
     found = 0
     with path.open("rb") as file:
         while part := file.read(1 << 22):

@@ -20,6 +20,7 @@ FREE = {  # sections and keys that decide how, where and how often, and those of
     *("reward.timeout", "reward.workers", "reward.memory"),
 }
 TOLD = ("optim.", "critic.lr")  # may differ from some step on, and that is said
+CODE = ("reward.function", "rollout.environment")  # whose files may have been put right since, and that is said, too
 BLOCK, BLOCKS = 4096, 64  # of a file of weights that are looked at
 
 
@@ -51,6 +52,9 @@ def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity
         remarks.append(f"{key}={value} from here on; {folder.name} was saved with {saved[key]}")
     for key, (path, print) in now["read"].items():
         if key in then["read"] and then["read"][key][1] != print:
+            if key in CODE:
+                remarks.append(f"another content of {key}={path} from here on")
+                continue
             before = then["read"][key][0]
             what = f"{key}={before}, this run has {path}" if before != path else f"another content of {key}={path}"
             raise UserError(f"{folder} was saved with {what}: {remedy}")

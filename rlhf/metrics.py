@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from rlhf import texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.contracts import Sample
@@ -162,7 +163,8 @@ def _forget(path: Path, start: int) -> None:
     """Drop the lines of steps that a resumed run will do again, and damaged ones. The file is replaced as a whole."""
     if not path.exists():
         return
-    *lines, _ = path.read_text(errors="replace").split("\n")  # behind the last line end is nothing, or a line that was being written
+    # Behind the last line end is nothing, or a line that was being written.
+    *lines, _ = texts.regular(path).read_text(errors="replace").split("\n")
     steps = [_step(line) for line in lines]
     if damaged := [str(number) for number, step in enumerate(steps, 1) if step is None]:
         say(f"{path}: damaged lines are left out: {', '.join(damaged)}")
@@ -177,6 +179,7 @@ def _forget(path: Path, start: int) -> None:
 def _step(line: str) -> int | None:
     """The step that a line is of; None: it is damaged."""
     try:
-        return int(json.loads(line)["step"])
+        step = texts.parse(line)["step"]
     except (ValueError, TypeError, KeyError):
         return None
+    return step if type(step) is int else None

@@ -18,7 +18,7 @@ from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.identity import Identity, compare, description, identity, weights
-from rlhf.model.architecture import Architecture
+from rlhf.model.architecture import REMEDY, Architecture
 from rlhf.weights import files
 
 COLDEST = 0.01  # temperature of sampling: vLLM takes a lower one for this
@@ -60,8 +60,8 @@ def inputs(config: Config, world: int) -> Inputs:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
     if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
         remarks.append(f"{config.mode} learns from tokens of older weights as from its own: it has no weight for them")
-    for function in _functions(config):
-        rewards.check(function, config.reward.memory)
+    for key, function in _functions(config).items():
+        rewards.check(function, config.reward.memory, key=key)
     if config.rollout.environment and ALGORITHMS[config.mode].online:
         rewards.check(config.rollout.environment, config.reward.memory, kind="environment")
         templates.reply(tokenizer, config.data.template, [tokenizer.eos], [{"role": "user", "content": "?"}])
@@ -90,8 +90,11 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
 
 
 def _newest(config: Config) -> Path | None:
-    """The checkpoint that a run continues from."""
+    """The checkpoint that a run continues from. Raises UserError where out is not fit for one."""
     out = Path(config.out)
+    for link in (out / name for name in config.checkpoint.format):
+        if link.exists() and not link.is_symlink():
+            raise UserError(f"{link} is no link, which a run makes of it to name its newest export: move it away, or set another out")
     if config.resume:
         return folders.newest(out)[0]
     if (out / "latest").exists() or folders.steps(out):
@@ -104,6 +107,10 @@ def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources
     found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))}
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
+    for key, spec in (("reward.function", config.reward.function), ("rollout.environment", config.rollout.environment)):
+        file, _, _ = spec.rpartition(":")
+        if file.endswith(".py") and ALGORITHMS[config.mode].online:
+            found[key] = file, columns.contents([Path(file)])
     held = {
         folder: weights({entry.path for shard in source.contents.shards for entry in shard.values()})
         for folder, (source, _) in sources.items()
@@ -129,19 +136,19 @@ def rule(config: Config) -> str:
     return config.reward.function or ("" if config.reward.load or config.rollout.environment else "math")
 
 
-def _functions(config: Config) -> list[str]:
-    """The functions that sampled responses are judged by."""
-    algorithm = ALGORITHMS[config.mode]
+def _functions(config: Config) -> dict[str, str]:
+    """The functions that sampled responses are judged by, by their keys."""
+    algorithm, own = ALGORITHMS[config.mode], config.evaluate.function
     if not algorithm.online:
-        return []
-    rules = [rule(config)] if algorithm.trains or not config.evaluate.function else []
-    return [name for name in (*rules, config.evaluate.function) if name]
+        return {}
+    named = {"reward.function": rule(config) if algorithm.trains or not own else "", "evaluate.function": own}
+    return {key: name for key, name in named.items() if name}
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
     """What the mode goes through, and what is held out."""
     algorithm = ALGORITHMS[config.mode]
-    required = ("answer",) if "math" in _functions(config) else ()
+    required = ("answer",) if "math" in _functions(config).values() else ()
     max_prompt = config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None
 
     def read(path: str) -> Records:
@@ -258,6 +265,15 @@ def _check_vllm(config: Config, arch: Architecture) -> None:
     if arch.rope_kind == "linear" and isinstance(factor, int):
         needed = f"vLLM needs {factor}.0"
         raise UserError(f"{load}: config.json has the rope scaling factor {factor}, and {needed}: set it there")
+
+
+def readable(folder: str) -> str:
+    """The folder, if vLLM can read its config.json. Raises UserError. Not in inputs(), as transformers takes seconds to import."""
+    from transformers import AutoConfig
+
+    with texts.Blaming(f"{folder}/config.json: transformers, by which vLLM reads it, refuses it", REMEDY):
+        AutoConfig.from_pretrained(folder)
+    return folder
 
 
 def check_world(parallel: Parallel, world: int) -> None:

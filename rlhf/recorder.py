@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from rlhf.contracts import ABSENT, Sample
 
 Use = Literal["train", "evaluate"]
+NAME = re.compile(r"step_(\d{6,})\.jsonl")
 
 
 class Recorder:
@@ -31,7 +33,8 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         for file in self.folder.glob("step_*.jsonl") if start >= 0 else ():
-            if start == 0 or int(file.stem.removeprefix("step_")) > start:
+            known = NAME.fullmatch(file.name)
+            if known and (start == 0 or int(known[1]) > start):
                 file.unlink()
 
     def keep(self, use: Use, samples: Sequence[Sample]) -> None:

@@ -1,11 +1,13 @@
 """What users give as text, read as a whole and taken apart: whatever is wrong with it becomes one line that names the file."""
 
+import argparse
 import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 from rlhf.errors import UserError
 
@@ -70,3 +72,25 @@ def save(path: Path, content: Any) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.rename(path)
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command line whose mistakes are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help tells more")
+
+
+class Blaming:
+    """Around code of others that raises whatever it likes, as tokenizers (exceptions, and panics), sentencepiece and templates do."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy  # before and behind what went wrong
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{self.what}: {said}; {self.remedy}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlhf import texts
+from rlhf import cluster, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.errors import UserError
 
@@ -119,9 +119,8 @@ def _size(name: str) -> str:
 def _model(folder: Path, iteration: str) -> str:
     """The model in a folder: the folder, the checkpoint of an iteration in it, or where it is that of a run, its newest hf/."""
     if iteration:
-        if not iteration.isdecimal():
-            raise UserError(f"REWARD_LOAD_ITERATION={iteration} is not a number")
-        names = (f"iter_{int(iteration):07}", f"step_{int(iteration):06}/hf")
+        number = cluster.number({"REWARD_LOAD_ITERATION": iteration}, "REWARD_LOAD_ITERATION")
+        names = (f"iter_{number:07}", f"step_{number:06}/hf")
         found = [folder / name for name in names if (folder / name).is_dir()]
         if not found:
             raise UserError(f"REWARD_LOAD_ITERATION={iteration}: REWARD_LOAD={folder} holds neither {names[0]} nor {names[1]}")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ from rlhf.errors import UserError
         ("grpo", "rollout.max_tokens=120", ["train_rl.jsonl:1", "8"]),  # prompts of about 20 tokens are left 8
         ("grpo", "reward.function=nonsense", ["reward.function='nonsense'"]),
         ("grpo", "reward.function=json:no_such", ["reward.function='json:no_such'"]),
+        ("grpo", "evaluate.function=nonsense", ["evaluate.function='nonsense'"]),
         ("grpo", "batch.minibatches=65", ["batch.minibatches=65", "batch.prompts=64"]),
         ("sft", "optim.lr=inf", ["optim.lr", "at most", "inf"]),
         ("sft", "optim.eps=inf", ["optim.eps", "at most", "inf"]),
@@ -100,7 +102,7 @@ def test_rounds_need_groups(fail, made: Path) -> None:
     assert "rollout.group=1" in line
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], number: int) -> None:
     """One line with the path; and nobody is told to delete what is only out of reach."""
     code, path, said = refusals[number]
@@ -112,6 +114,33 @@ def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], n
     assert "delete" not in line
 
 
+@pytest.mark.parametrize(
+    ("number", "moment", "said"),
+    [
+        (signal.SIGINT, "imports", "before anything began"),
+        (signal.SIGTERM, "imports", "before anything began"),
+        (signal.SIGINT, "checks", "; nothing is saved but what was before"),
+        (signal.SIGUSR1, "checks", "; nothing is saved but what was before"),
+    ],
+)
+def test_a_signal_before_there_are_ranks(made: Path, tmp_path: Path, number: signal.Signals, moment: str, said: str) -> None:
+    """While the command line is imported, or while it checks its inputs: one line."""
+    slow = "import os, time\nos.write(1, b'ready\\n')\ntime.sleep(60)\n"
+    (tmp_path / {"imports": "difflib.py", "checks": "reward.py"}[moment]).write_text(slow)
+    keys = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/train_rl.jsonl", f"out={tmp_path}/run"]
+    keys += ["data.max_tokens=128", "rollout.max_tokens=32", f"reward.function={tmp_path}/reward.py:f"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", "-m", "rlhf", "grpo", *keys]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors.count("\n")) == (128 + number, 1), errors
+    assert errors.startswith(f"rlhf: ended by {number.name}")
+    assert said in errors
+
+
 @pytest.fixture(scope="module")
 def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, str]]:
     """Exit code, path and stderr of calls that meet a file or folder without permissions. Root does without its right to all."""
@@ -121,10 +150,27 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         shutil.copytree(made / "model", root / name)
     (root / "weights/model.safetensors").write_bytes(bytes(16))
     (root / "folder").mkdir()
-    for name in ("latest/latest", "meta/latest", "meta/step_000001/meta.json", "c.toml", "d.jsonl", "folder/d.jsonl"):
+    for name in (
+        "iter/mp_rank_00/model_optim_rng.pt",
+        "latest/latest",
+        "meta/latest",
+        "meta/step_000001/meta.json",
+        "c.toml",
+        "d.jsonl",
+        "folder/d.jsonl",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("step_000001")
-    closed = ("config/config.json", "weights/model.safetensors", "latest/latest", "meta/step_000001", "c.toml", "d.jsonl", "folder")
+    closed = (
+        "config/config.json",
+        "weights/model.safetensors",
+        "iter/mp_rank_00/model_optim_rng.pt",
+        "latest/latest",
+        "meta/step_000001",
+        "c.toml",
+        "d.jsonl",
+        "folder",
+    )
     for name in closed:
         (root / name).chmod(0)
     calls = [
@@ -134,6 +180,7 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         ("folder/d.jsonl", [f"data.train={root}/folder/d.jsonl"]),
         ("config/config.json", [f"policy.load={root}/config"]),
         ("weights/model.safetensors", [f"policy.load={root}/weights", "policy.init=load"]),
+        ("iter/mp_rank_00/model_optim_rng.pt", [f"policy.load={root}/iter", "policy.init=load"]),
         ("latest/latest", [f"out={root}/latest"]),
         ("meta/step_000001", [f"out={root}/meta"]),
         ("d.jsonl/", [f"out={root}/d.jsonl/run"]),
@@ -151,6 +198,13 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         (root / name).chmod(0o755)
     assert done.returncode == 0, done.stderr
     return [(code, path, said) for (path, _), (code, said) in zip(calls, map(json.loads, done.stdout.splitlines()), strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_export_would_replace_what_is_no_link(fail, tmp_path: Path, kind: str) -> None:
+    """As where out is the folder that a model lies in."""
+    {"folder": Path.mkdir, "file": Path.touch}[kind](tmp_path / "hf")
+    assert f"{tmp_path}/hf is no link" in fail("sft", f"out={tmp_path}")
 
 
 @pytest.mark.parametrize("latest", [True, False])
@@ -195,9 +249,17 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
         checkpoints.resume([], {})
 
 
-def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPUS_PER_NODE", "3")
-    assert "3 ranks" in fail("sft", "parallel.tp=2")
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"GPUS_PER_NODE": "3"},
+        {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},  # torchrun's
+    ],
+)
+def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert "parallel.tp=2 x pp=1 x cp=1 does not make 3 ranks" in fail("sft", "parallel.tp=2")
 
 
 @pytest.mark.parametrize("name", ["GPUS_PER_NODE", "WORLD_SIZE"])
@@ -220,12 +282,15 @@ def test_counts_that_are_no_numbers(fail, monkeypatch: pytest.MonkeyPatch, name:
         ({"SLURM_JOB_ID": "1"}, "SLURM_NNODES is not set, though other variables of Slurm are"),
         ({"GPUS_PER_NODE": "3"}, "rollout.tp=3 does not divide the attention heads 4"),
         ({"model_size": "a" * 300}, "File name too long"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, but RANK is not"),
+        ({"GLOO_SOCKET_IFNAME": "nonsense"}, "GLOO_SOCKET_IFNAME=nonsense is no network interface of this node"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "GPUS_PER_NODE": "4"}, "4 ranks on a node are more than its GPUs, 2"),
     ],
 )
 def test_variables_out_of_range(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], wanted: str) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert wanted in fail("grpo", *(["rollout.tp=3"] if "GPUS_PER_NODE" in variables else []))
+    assert wanted in fail("grpo", *(["rollout.tp=3"] if variables == {"GPUS_PER_NODE": "3"} else []))
 
 
 @pytest.mark.parametrize(
@@ -247,11 +312,16 @@ def test_pipes(fail, made: Path, tmp_path: Path) -> None:
     """They would be read once, and by nobody else; and where nobody writes, never."""
     os.mkfifo(tmp_path / "config.json")
     os.mkfifo(tmp_path / "lines.jsonl")
+    os.mkfifo(tmp_path / "latest")
+    (tmp_path / "megatron").mkdir()
+    os.mkfifo(tmp_path / "megatron/latest_checkpointed_iteration.txt")
     for mistake in (
         str(tmp_path / "config.json"),
         f"data.train={tmp_path}/lines.jsonl",
         f"data.train={tmp_path}",
         f"policy.load={tmp_path}",
+        f"out={tmp_path}",
+        f"policy.load={tmp_path}/megatron",
     ):
         assert "not a regular file" in fail("sft", mistake)
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlhf import prepare
+from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.weights import names
 
@@ -76,6 +78,18 @@ def test_what_vllm_would_refuse(fail, made: Path, tmp_path: Path, changes: dict,
     (tmp_path / "tokenizer.model").write_bytes((made / "model/tokenizer.model").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
     assert wanted in fail("grpo", f"policy.load={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rope_parameters": []}, {"tie_word_embeddings": 1}, {"hidden_size": 130}, {"torch_dtype": "nonsense"}]
+)
+def test_what_transformers_would_refuse(made: Path, tmp_path: Path, changes: dict) -> None:
+    """vLLM reads a config.json by it, and it is stricter than we are."""
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
+    architecture.read(tmp_path)
+    with pytest.raises(UserError, match=f"^{tmp_path}/config.json: transformers, by which vLLM reads it, refuses it: .*; give the one"):
+        prepare.readable(str(tmp_path))
+    assert prepare.readable(f"{made}/model") == f"{made}/model"
 
 
 @pytest.mark.parametrize("mode", ["grpo", "evaluate"])

@@ -77,8 +77,9 @@ def test_node():
     assert cluster.node(STEP) == cluster.Node(1, 2, "127.0.0.1", 10049)
     assert cluster.node(BY_HAND) == cluster.Node(1, 2, "127.0.0.9", 1234)
     assert cluster.node(STEP | {"MASTER_ADDR": "127.0.0.5", "MASTER_PORT": "99"}) == cluster.Node(1, 2, "127.0.0.5", 99)
-    alone = cluster.node({})
-    assert (alone.index, alone.count, alone.address) == (0, 1, "127.0.0.1")
+    for variables in ({}, {"MASTER_ADDR": "no.such.host.invalid"}):  # which one node does not ask
+        alone = cluster.node(variables)
+        assert (alone.index, alone.count, alone.address) == (0, 1, "127.0.0.1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", alone.port))
 
@@ -100,6 +101,27 @@ def test_steps_of_a_job_meet_at_ports_of_their_own():
 def test_mistakes(change: dict[str, str], wanted: str):
     with pytest.raises(UserError, match=re.escape(wanted)):
         cluster.node(BY_HAND | change)
+
+
+TORCHRUN = {"LOCAL_RANK": "1", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"RANK": ""}, "LOCAL_RANK is set, but RANK is not: start with torchrun"),
+        ({"MASTER_ADDR": ""}, "LOCAL_RANK is set, but MASTER_ADDR is not: start with torchrun"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four is not a number from 1"),
+        ({"RANK": "4"}, "RANK=4 is not a number from 0 to 3"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not a number from 0 to 1"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a number from 1 to 65535"),
+    ],
+)
+def test_mistakes_of_a_rank(change: dict[str, str], wanted: str):
+    """That was started by hand, or by another launcher."""
+    assert cluster.world(TORCHRUN) == 4
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        cluster.world(TORCHRUN | change)
 
 
 def test_a_host_that_nobody_knows():
@@ -130,4 +152,4 @@ def test_where_srun_is_still_to_be_called():
     salloc = {name: value for name, value in BATCH.items() if name != "SLURM_PROCID"} | {"SLURM_STEP_ID": "4294967290"}
     assert cluster.in_allocation(BATCH)
     assert cluster.in_allocation(salloc)
-    assert not any(map(cluster.in_allocation, (STEP, {}, BY_HAND, BATCH | BY_HAND, BATCH | {"LOCAL_RANK": "0"})))
+    assert not any(map(cluster.in_allocation, (STEP, {}, {"SLURM_JOB_ID": ""}, BY_HAND, BATCH | BY_HAND, BATCH | {"LOCAL_RANK": "0"})))

@@ -46,14 +46,15 @@ def test_tokens_that_were_kept_are_mapped(tmp_path, tokenizer):
 
 
 def test_damaged_tokens_are_told(tmp_path, tokenizer):
-    """Files that are cut, missing, of another kind, or of another data set."""
+    """Files that are cut, missing, of another kind, of another data set, or have one bit flipped."""
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?"}, {"prompt": "what do they mean by it?"})
     cache = tmp_path / "cache"
     Records.load(file, "prompts", tokenizer, Data(), cache=cache)
     [kept] = cache.iterdir()
     whole = (kept / "tokens.npy").read_bytes()
     np.save(tmp_path / "short.npy", np.zeros(3, np.int32))
-    for damaged in (whole[:-4], whole[:40], b"", b"?" * 200, (tmp_path / "short.npy").read_bytes(), None):
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for damaged in (flipped, whole[:-4], whole[:40], b"", b"?" * 200, (tmp_path / "short.npy").read_bytes(), None):
         if damaged is None:
             (kept / "tokens.npy").unlink()
         else:

@@ -19,7 +19,7 @@ from test_tiles import FAMILIES, LLAMA, random_hf
 
 from rlhf import convert
 from rlhf.__main__ import main
-from rlhf.errors import UserError
+from rlhf.errors import StorageError, UserError
 from rlhf.model import architecture
 from rlhf.weights import export, files
 from rlhf.weights.formats import hf, inspect, megatron
@@ -116,7 +116,7 @@ convert.main({[str(a) for a in arguments]!r})
 
 @pytest.mark.parametrize(
     ("failure", "code", "said"),
-    [(OSError(28, "No space left on device"), 2, "--to .*old: .*No space left on device"), (KeyboardInterrupt(), 130, "interrupted")],
+    [(OSError(28, "No space left on device"), 2, "--to .*old: .*No space left on device"), (KeyboardInterrupt(), 130, "ended by SIGINT")],
     ids=["disk full", "Ctrl-C"],
 )
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, failure, code: int, said: str):
@@ -204,7 +204,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
         byte = file.read(1)[0]
         file.seek(entry.stop - 1)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(RuntimeError, match=f"{re.escape(local)} is not what was written"):
+    with pytest.raises(StorageError, match=f"{re.escape(local)} is not what was written"):
         convert.verify(source, LLAMA, tmp_path / "new")
 
 
@@ -279,6 +279,8 @@ def test_the_tutorials_variables(tmp_path: Path):
         (["--to", "x", "--format", "mcore", "--tp", "3"], "--tp 3 does not divide the attention heads 8"),
         (["--to", "x", "--format", "mcore", "--pp", "3"], "--pp 3 does not divide the 4 layers"),
         (["--to", "x", "--format", "mcore", "--tp", "0"], "must be at least 1"),
+        (["--to", "x", "--format", "mcore", "--tp", "two"], "argument --tp: invalid int value: 'two'; ./launch.sh convert --help tells"),
+        (["--to", "x"], "the following arguments are required: --format"),
         (["--to", "hf/model.safetensors/x", "--format", "mcore"], "--to hf/model.safetensors/x: .*Not a directory"),
     ],
 )

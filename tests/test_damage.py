@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from errno import EACCES, EIO
 from pathlib import Path
 
 import pytest
 import torch
 from saved import Run, check_resumes_at
 
+from rlhf import folders
 from rlhf.errors import UserError
 
 
@@ -74,6 +76,15 @@ def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None], name: str
     check_resumes_at(tmp_path, 1)
 
 
+def test_damage_to_what_was_in_flight(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.checkpoints.save(1, run.roles.items(), run.state, flight={"drawn": 1})
+    assert run.checkpoints.flight() == {"drawn": 1}
+    flip(tmp_path / "step_000001/flight.pt")
+    with pytest.raises(UserError, match=r"step_000001/flight.pt is damaged: its checksum is not that of what was written"):
+        run.checkpoints.flight()
+
+
 def test_damage_without_an_older_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
@@ -82,15 +93,31 @@ def test_damage_without_an_older_checkpoint(tmp_path: Path) -> None:
         run.checkpoints.resume(run.roles.items(), {})
 
 
-def test_exported_folders_are_covered_by_size(tmp_path: Path) -> None:
-    """A person may take one away as a whole."""
+@pytest.mark.parametrize(("spoil", "said"), [(add, "it has 8 bytes, 7 were written"), (flip, "its checksum is not that of")])
+def test_exported_folders_are_covered(tmp_path: Path, spoil: Callable[[Path], None], said: str) -> None:
+    """Several ranks write one file of them. A person may take one away as a whole."""
     run = Run(tmp_path)
     run.save(1, export=True)
-    add(tmp_path / "step_000001/hf/model")
-    with pytest.raises(UserError, match="step_000001/hf/model is damaged: it has 8 bytes, 7 were written"):
+    spoil(tmp_path / "step_000001/hf/model")
+    with pytest.raises(UserError, match=f"step_000001/hf/model is damaged: {said}"):
         run.checkpoints.resume(run.roles.items(), {})
     shutil.rmtree(tmp_path / "step_000001/hf")
     check_resumes_at(tmp_path, 1)
+
+
+@pytest.mark.parametrize("error", [PermissionError(EACCES, "Permission denied"), OSError(EIO, "Input/output error")])
+def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """By one rank: all of them are told, in one line with the path, and nobody is told to go back."""
+    run = Run(tmp_path)
+    run.save(1)
+
+    def refuse(path: Path) -> None:
+        error.filename = str(path)
+        raise error
+
+    monkeypatch.setattr(folders, "checksum", refuse)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/step_000001/model_policy_tp0_pp0.pt: {error.strerror}$"):
+        run.checkpoints.resume(run.roles.items(), {})
 
 
 def test_checkpoints_of_before_are_read(tmp_path: Path) -> None:

@@ -118,6 +118,17 @@ def test_what_may_differ_from_some_step_on_is_said(made: Path, tmp_path: Path) -
     ]
 
 
+def test_code_that_has_changed_is_said(made: Path, tmp_path: Path) -> None:
+    """Of a reward in a file: a person may have put it right."""
+    code, out = tmp_path / "mine.py", tmp_path / "run"
+    code.write_text("def worth(*_):\n    return 1\n")
+    key = f"reward.function={code}:worth"
+    save(out, start(made, out, "grpo", key), "grpo")
+    assert start(made, out, "grpo", key).remarks == []
+    code.write_text("def worth(*_):\n    return 2\n")
+    assert start(made, out, "grpo", key).remarks == [f"another content of reward.function={code} from here on"]
+
+
 def test_checkpoints_of_before_are_continued_from(made: Path, tmp_path: Path) -> None:
     """Which tell mode and seed alone."""
     given = start(made, tmp_path, "sft")

@@ -77,6 +77,10 @@ def test_help_is_quick(arguments):
         (("grpo", "steps=many"), "steps"),
         (("grpo", "nowhere.toml"), "nowhere.toml"),
         (("grpo", "--fast"), "--fast"),
+        (("convert", "--tp", "two"), "argument --tp: invalid int value: 'two'"),
+        (("tutorial", "--seeds", "0"), "--seeds 0"),
+        (("tutorial", "--out", str(ROOT / "docs")), "docs exists: give a new folder, or delete it"),
+        (("prepare_data", "gsm8k"), "the following arguments are required: --from, --to"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said):
@@ -165,7 +169,18 @@ def test_a_dry_run_names_the_package_that_it_lacks(monkeypatch, capsys):
 
     monkeypatch.setattr(dryrun, "show", show)
     assert main(["grpo", "policy.load=model", "data.train=rows.jsonl", "--dry-run"]) == 2
-    assert capsys.readouterr().err == "rlhf: --dry-run needs the package numpy: run ./launch.sh install cpu (or gpu) first\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"rlhf: the package numpy is not installed in {sys.prefix}: run ./launch.sh install cpu (or gpu)")
+    assert said.count("\n") == 1
+
+
+def test_an_interpreter_without_packages(bare):
+    root, env = bare
+    keys = ("sft", "policy.load=model", "data.train=rows.jsonl")
+    result = launch(*keys, root=root, env={**env, "RLHF_PYTHON": f"{root}/python/bin/python"})
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert re.match(f"rlhf: the package [a-z0-9]+ is not installed in {root}/python: run ./launch.sh install", line)
 
 
 @pytest.mark.parametrize("reader", ["head -n 1", "true"])

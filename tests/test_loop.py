@@ -6,17 +6,22 @@ Roles and metrics only write down what they are told. made() is the one place th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf import configuration
 from rlhf import roles as models
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.contracts import Sample
+from rlhf.errors import UserError
 from rlhf.loop import Run, due
+from rlhf.parallel.mesh import Mesh
 
 GROUPS, SIBLINGS = 12, 2
 FOLDERS = ["policy.load=p", "reward.load=r"]
@@ -186,6 +191,44 @@ def test_who_scores_what(mode: str, speakers: dict[str, str]) -> None:
                 assert found.tolist() == [roles.NAMES.index(speakers[stream])] * 3
             else:
                 assert found is None
+
+
+@pytest.mark.parametrize("mode", ALGORITHMS)
+def test_a_model_of_no_numbers_is_refused_in_every_role(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Of every mode, whoever holds it; tests/test_ruin.py has whole runs."""
+    config = configuration.load(mode, FOLDERS)
+    uses = ALGORITHMS[mode](config).models | {"reward": "frozen"}
+    found: Any = {name: SimpleNamespace(use=use, folder=f"folder of the {name}") for name, use in uses.items()}
+    mesh: Any = SimpleNamespace(world=1, all_gather=lambda mine: [mine])
+    mesh.agree = partial(Mesh.agree, mesh)
+    for bad in found:
+        spoilt = found[bad].folder
+        monkeypatch.setattr(models.Roles, "_learner", lambda _, role, spoilt=spoilt: SimpleNamespace(sound=lambda: role.folder != spoilt))
+        with pytest.raises(UserError, match=f"^folder of the {bad}: its weights are not finite"):
+            models.Roles(config, mesh, found, torch.float32, 1.0, SimpleNamespace(add=lambda *_: None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ruined", "said"),
+    [
+        ("weights", "the policy's weights or its optimizer's state are no longer finite"),
+        ("stream", "what the policy says of this step's samples is no longer finite"),
+        ("state", "the state of rlhf is no longer finite"),
+    ],
+)
+def test_what_is_ruined_is_not_saved(ruined: str, said: str) -> None:
+    """Weights, optimizer state, what a forward pass says, and the algorithm's own numbers: on any rank."""
+    run, roles = made(configuration.load("rlhf", FOLDERS))
+    learner = SimpleNamespace(sound=lambda optimizer: ruined != "weights")
+    roles.visit = lambda phase: iter([("policy", learner)])  # type: ignore[method-assign, assignment, return-value]
+    if ruined == "stream":
+        roles.read = lambda name, samples: [np.array([0.0, np.nan])]  # type: ignore[method-assign]
+    roles.mesh = SimpleNamespace(all_gather=lambda mine: [True, mine])  # type: ignore[attr-defined]
+    roles.check_all = partial(models.Roles.check_all, roles)  # type: ignore[attr-defined]
+    run.algorithm.state.update({"kl": np.nan if ruined == "state" else 0.0})
+    run.probe = samples()[:2]
+    with pytest.raises(FloatingPointError, match=said):
+        run.save(1)
 
 
 def test_what_happens_every_so_many_steps() -> None:

@@ -116,7 +116,11 @@ def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.Captu
     assert table(config, values).splitlines() == [*lines, f"every response: {tmp_path}/samples/evaluate.jsonl"]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}", "null", "\ufffd", '{"step": null}', ""])
+@pytest.mark.parametrize(
+    "damage",
+    ["{", "[]", "{}", "null", "\ufffd", '{"step": null}', '{"step": Infinity}', '{"step": "1"}', '{"step": ' + "9" * 5000, "[" * 99999, ""],
+    ids=range(11),
+)
 def test_a_damaged_line_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     """And told; the others are kept."""
     path = tmp_path / "metrics.jsonl"

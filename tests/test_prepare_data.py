@@ -15,6 +15,7 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
 from rlhf.data import forms, jsonl
 from rlhf.data.records import Records
+from rlhf.errors import told
 from rlhf.rewards.answers import verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -29,7 +30,7 @@ def run(*arguments):
     """Exit code, and what the tool says."""
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
-        code = prepare_data.main([str(argument) for argument in arguments])
+        code = told("prepare_data", lambda: prepare_data.main([str(argument) for argument in arguments]))
     return code, said.getvalue()
 
 
@@ -125,7 +126,10 @@ def test_folders_and_what_is_held_out(tmp_path):
     [
         (["hh"], {"prompt": "x"}, "in.jsonl:1: no text 'chosen' in this line"),
         (["gsm8k"], {"question": "x", "answer": 3}, "in.jsonl:1: no text 'answer' in this line"),
-        (["mtbench"], {"turns": "x"}, "in.jsonl:1: no list 'turns' in this line"),
+        (["mtbench"], {"turns": "x"}, "in.jsonl:1: no list of texts 'turns' in this line"),
+        (["mtbench"], {"turns": [{}]}, "in.jsonl:1: no list of texts 'turns' in this line"),
+        (["gsm8k"], '{"question": "\\ud800", "answer": "#### 3"}', "in.jsonl:1: half of a surrogate pair is in it"),
+        (["gsm8k", "--dev", "x"], HH, "argument --dev: invalid float value: 'x'; ./launch.sh prepare_data --help tells more"),
         (["hh"], "[", "in.jsonl:1: not JSON"),
         (["hh", "--dev", "5"], HH, "--dev is a share of the prompts, from 0 to 1; got 5"),
     ],
@@ -137,6 +141,12 @@ def test_mistakes(tmp_path, arguments, line, error):
     assert said.startswith("prepare_data: ")
     assert error in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "math").touch()
+    code, said = run("gsm8k", "--from", write(tmp_path / "in.jsonl", {"question": "Four?", "answer": "#### 4"}), "--to", tmp_path)
+    assert (code, said) == (2, f"prepare_data: {tmp_path}/math: File exists\n")
 
 
 @pytest.fixture(scope="module", params=FORMS)

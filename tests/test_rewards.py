@@ -139,6 +139,11 @@ def test_results_keep_their_order_whoever_is_faster(file):
         assert function.score(given) == [Score(float(i), False) for i in range(30)]
 
 
+def test_a_time_limit_may_be_longer_than_the_system_waits(file):
+    with Rewards(f"{file}:act", timeout=2**31 - 1, workers=1) as function:
+        assert function.score(items("half")) == [Score(1.5, False)]
+
+
 def test_processes_are_kept_and_replaced(file):
     with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
         first, again, _, other = (int(score.value) for score in function.score(items("process", "process", "hang", "process")))
@@ -251,6 +256,13 @@ def test_check_takes_what_is_right(file, monkeypatch):
     monkeypatch.syspath_prepend(file.parent)
     rewards.check("neighbour:half")
     assert "neighbour" not in sys.modules, "the user's module is imported in a process of its own"
+
+
+def test_the_current_folder_may_be_gone(file, monkeypatch):
+    (file.parent / "gone").mkdir()
+    monkeypatch.chdir(file.parent / "gone")
+    (file.parent / "gone").rmdir()
+    rewards.check(f"{file}:act")
 
 
 def test_modules_of_the_current_folder_come_last(file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -85,6 +86,17 @@ def test_an_update_that_ruins_the_weights(made: Path, layout: str) -> None:
     assert all(tensor.isfinite().all() for tensor in load_file(made / layout / "hf/model.safetensors").values())
     assert call(made, "sft", *keys, "steps=3")[0] == 0
     assert [row["step"] for row in rows(made / layout)] == [1, 2, 3]
+    if layout == "parallel.dp=2":
+        check_a_full_disk(made, layout, *keys)
+
+
+def check_a_full_disk(made: Path, out: str, *keys: str) -> None:
+    """Both ranks meet it in the next checkpoint, and one tells. What was there stays, and is gone on from."""
+    code, said = call(made, "sft", *keys, "steps=4", room=100_000)
+    assert code == 1, said
+    (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
+    assert re.match(rf"rlhf: {out}/step_000004.partial/[a-z_0-9]*.pt: File too large; put that right and start again", line), line
+    assert (made / out / "latest").read_text() == "step_000003"
 
 
 @pytest.mark.parametrize("write", ["torch.save", "a tree", "its end"])

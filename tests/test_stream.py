@@ -168,5 +168,7 @@ def test_a_run_writes_no_step_twice(tmp_path: Path, start: int, left: list[int])
         recorder.write(step)
     recorder.finish()
     assert len(lines(tmp_path / "samples/step_000003.jsonl")) == 3
+    (tmp_path / "samples/step_best.jsonl").touch()  # of somebody else
     Recorder(tmp_path, -1, start=start)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"step_{step:06}.jsonl" for step in left]
+    kept = [*(f"step_{step:06}.jsonl" for step in left), "step_best.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept

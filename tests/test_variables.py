@@ -91,8 +91,9 @@ def test_folders(tmp_path: Path):
         assert variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": iteration}) == {"reward.load": f"{tmp_path}/rm/{folder}"}
     with pytest.raises(UserError, match=re.escape("holds neither iter_0000007 nor step_000007/hf")):
         variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": "7"})
-    with pytest.raises(UserError, match="REWARD_LOAD_ITERATION=last"):
-        variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": "last"})
+    for wrong in ("last", "9" * 5000):
+        with pytest.raises(UserError, match=f"REWARD_LOAD_ITERATION={wrong[:80]} is not a number"):
+            variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": wrong})
 
 
 def test_values_are_texts_whatever_they_look_like():

@@ -19,7 +19,8 @@ import demo_task
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlhf import variables  # noqa: E402
+from rlhf import output, variables  # noqa: E402
+from rlhf.errors import told  # noqa: E402
 
 RUNS = ROOT / "runs" / "demo"
 EVALUATION = ["configs/demo/grpo.toml", "evaluate.prompts=0", "parallel.tp=1"]
@@ -79,4 +80,5 @@ def metrics(stage: str, name: str = "metrics") -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    output.secure()
+    sys.exit(told("demo", lambda: main(sys.argv[1:])))

@@ -25,8 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rlhf import folders, output, texts
 from rlhf.data import forms, jsonl
-from rlhf.errors import UserError
+from rlhf.errors import UserError, told
 
 Row = dict[str, Any]
 Text = str | list[Row]  # a dialogue with HH's markers in it, or messages
@@ -67,8 +68,8 @@ def gsm8k(row: Row, as_text: bool) -> Made:
 
 def mtbench(row: Row, as_text: bool) -> Made:
     """turns are two questions, of which the second is about the response to the first; the other keys are kept."""
-    if not isinstance(row.get("turns"), list) or not row["turns"]:
-        raise UserError("no list 'turns' in this line, which the lines of this data set have")
+    if not isinstance(row.get("turns"), list) or not row["turns"] or not isinstance(row["turns"][0], str):
+        raise UserError("no list of texts 'turns' in this line, which the lines of this data set have")
     question = row["turns"][0]
     return question, {"alignment": {"prompt": _question(question, as_text), **row}}
 
@@ -127,21 +128,24 @@ def is_in(share: float, prompt: str, seed: int) -> bool:
     return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]) < share * 2**64
 
 
-def prepare(task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, seed: int = 1) -> tuple[dict[Path, list[str]], Counter]:
+def prepare(task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, seed: int = 1) -> tuple[dict[Path, bytes], Counter]:
     """The lines of each file, and how many were left out, by (kind, why). A prompt of several lines becomes one line of alignment.
 
     Raises UserError naming file:line.
     """
-    files: dict[Path, list[str]] = {}
+    files: dict[Path, list[bytes]] = {}
     left_out: Counter = Counter()
     seen: set[str] = set()
     for file, held_out in sources(source):
         for where, line in jsonl.lines(file):
             try:
                 prompt, made = TASKS[task](forms.parse(line), as_text)
+                part = "dev.jsonl" if held_out or task == "mtbench" or is_in(dev, prompt, seed) else "train.jsonl"
+                lines = {kind: _line(content) for kind, content in made.items() if not isinstance(content, str)}
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            part = "dev.jsonl" if held_out or task == "mtbench" or is_in(dev, prompt, seed) else "train.jsonl"
+            except UnicodeEncodeError:
+                raise UserError(f"{where}: half of a surrogate pair is in it; remove it") from None
             if "alignment" in made and prompt in seen:
                 made["alignment"] = "the prompt was there before"
             seen.add(prompt)
@@ -149,13 +153,26 @@ def prepare(task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, 
                 if isinstance(content, str):
                     left_out[kind, content] += 1
                 else:
-                    files.setdefault(Path(kind, part), []).append(json.dumps(content, ensure_ascii=False) + "\n")
-    return files, left_out
+                    files.setdefault(Path(kind, part), []).append(lines[kind])
+    return {name: b"".join(held) for name, held in files.items()}, left_out
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a mistake, told in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _line(content: Row) -> bytes:
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Make a file that is there as a whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with folders.writing(partial) as file:
+        file.write(content)
+    partial.replace(path)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code, 0. Raises UserError, and OSError with a path."""
+    parser = texts.Parser(prog="./launch.sh prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--from", dest="source", type=Path, required=True, metavar="PATH", help="jsonl file or folder to read")
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="FOLDER", help="folder to write to")
@@ -163,21 +180,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dev", type=float, default=0.0, metavar="SHARE", help="share of the prompts that is held out (0)")
     parser.add_argument("--seed", type=int, default=1, help="decides which prompts those are (1)")
     given = parser.parse_args(arguments)
-    try:
-        if not 0 <= given.dev < 1:
-            raise UserError(f"--dev is a share of the prompts, from 0 to 1; got {given.dev:g}")
-        files, left_out = prepare(given.task, given.source, as_text=given.form == "text", dev=given.dev, seed=given.seed)
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2
-    for name, lines in sorted(files.items()):
-        (given.target / name).parent.mkdir(parents=True, exist_ok=True)
-        (given.target / name).write_text("".join(lines), encoding="utf-8")
-        print(f"{len(lines):8} lines in {given.target / name}")
+    if not 0 <= given.dev < 1:
+        raise UserError(f"--dev is a share of the prompts, from 0 to 1; got {given.dev:g}")
+    files, left_out = prepare(given.task, given.source, as_text=given.form == "text", dev=given.dev, seed=given.seed)
+    for name, content in sorted(files.items()):
+        write(given.target / name, content)
+        lines = content.count(b"\n")
+        print(f"{lines:8} lines in {given.target / name}")
     for (kind, why), count in sorted(left_out.items()):
         print(f"{count:8} left out of {kind}: {why}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    output.secure()
+    sys.exit(told("prepare_data", lambda: main(sys.argv[1:])))

@@ -7,7 +7,6 @@ by side, one per core or per GPU. tools/tutorial_task.py has the task, configs/t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -26,8 +25,10 @@ import tutorial_task
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlhf import variables  # noqa: E402
+from rlhf import output, texts, variables  # noqa: E402
+from rlhf.errors import UserError, told  # noqa: E402
 
+OUT = ROOT / "runs/tutorial"
 MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "OnlineDPO", "grpo": "GRPO"}
 SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task.py has
     "mini": {"vocab_size": 320},
@@ -155,14 +156,18 @@ def report(out: Path, seeds: range, seconds: float) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="launch.sh tutorial", description=(__doc__ or "").split("\n\n")[0])
+    parser = texts.Parser(prog="./launch.sh tutorial", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="mini", help="of the model (default: mini, for a CPU)")
     parser.add_argument("--seeds", type=int, default=3, help="how often everything is done (default: 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/tutorial", help="folder (default: runs/tutorial)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder to make (default: runs/tutorial, made anew)")
     parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="stages side by side on a CPU (default: all cores)")
     parser.add_argument("--gpus", default="", help="numbers of the GPUs to use instead, such as 0,1: one stage at a time on each")
     chosen = parser.parse_args(arguments)
     began, out = time.time(), chosen.out.resolve()
+    if min(chosen.seeds, chosen.slots) < 1:
+        raise UserError(f"--seeds {chosen.seeds} --slots {chosen.slots}: both must be at least 1")
+    if out != OUT and out.exists():
+        raise UserError(f"--out {out} exists: give a new folder, or delete it")
     slots = list(enumerate(chosen.gpus.split(","))) if chosen.gpus else [(i, "") for i in range(chosen.slots)]
     prepare(out, chosen.size)
     seeds = range(1, chosen.seeds + 1)
@@ -177,4 +182,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    output.secure()
+    sys.exit(told("tutorial", lambda: main(sys.argv[1:])))

@@ -1,12 +1,13 @@
 """A tokenized data set as a few long arrays, and the folder that keeps them, so that the ranks need not do again what the launcher did.
 
 Its name is a digest of all that the arrays depend on: the lines, the tokenizer's files, the keys, and this package's own code. So it is
-never out of date, several ranks may write it at once, and it may be deleted when no run uses it. Its files are mapped and not read: the
-ranks of a node share one copy, in the system's cache of files.
+never out of date, several ranks may write it at once, and it may be deleted when no run uses it. Its files are mapped, once their
+checksums are seen to be right: the ranks of a node share one copy, in the system's cache of files.
 """
 
 import errno
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -17,10 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf import folders, texts
 from rlhf.config import Data
 from rlhf.data import jsonl
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
+
+SUMS = "crc32.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +99,6 @@ class Columns:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def check(self) -> None:
-        """Raises ValueError where the arrays do not belong together."""
-        conversations, tokens, size = (int(ends[-1]) if len(ends) else 0 for ends in (self.sibling_ends, self.token_ends, self.line_ends))
-        lengths = {
-            "tokens": tokens,
-            "learn": tokens,
-            "token_ends": conversations,
-            "truncated": conversations,
-            "rewards": conversations,
-            "sibling_ends": len(self),
-            "lines": size,
-            "line_ends": len(self),
-            "counts": 3,
-        }
-        for name, length in lengths.items():
-            if getattr(self, name).shape != (length,):
-                raise ValueError(f"{name} has not the length that the others tell, {length}")
-
     def record(self, i: int) -> Record:
         siblings = []
         for c in range(*_span(self.sibling_ends, i)):
@@ -130,11 +116,11 @@ def read(folder: Path) -> Columns | None:
     if not folder.exists():
         return None
     try:
-        columns = Columns(**{name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in _files(folder).items()})
-        columns.check()
+        if texts.parse((folder / SUMS).read_bytes()) != _sums(folder):
+            raise ValueError("its checksums are others")
+        return Columns(**{name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in _files(folder).items()})
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); delete it, and it will be made again") from None
-    return columns
 
 
 def write(folder: Path, columns: Columns) -> None:
@@ -146,6 +132,7 @@ def write(folder: Path, columns: Columns) -> None:
             part.mkdir()
             for name, file in _files(part).items():
                 np.save(file, getattr(columns, name))
+            (part / SUMS).write_text(json.dumps(_sums(part)))
             try:
                 part.rename(folder)
             except OSError as error:
@@ -157,6 +144,11 @@ def write(folder: Path, columns: Columns) -> None:
 
 def _files(folder: Path) -> dict[str, Path]:
     return {field.name: folder / f"{field.name}.npy" for field in fields(Columns)}
+
+
+def _sums(folder: Path) -> dict[str, int]:
+    """The checksum of each file."""
+    return {name: folders.checksum(file) for name, file in _files(folder).items()}
 
 
 def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -> str:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import texts
@@ -115,7 +115,7 @@ class Tokenizer:
             raise UserError("data.template=tokenizer, but the tokenizer has no chat template; choose another data.template")
         if isinstance(self._codec, _SentencePiece):
             raise UserError("data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template")
-        with _Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"), chat.bounded():
+        with texts.Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"), chat.bounded():
             if self._compiled is None:
                 self._compiled = chat.environment().from_string(self._chat_template)
             return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
@@ -194,7 +194,7 @@ class _SentencePiece:
         from sentencepiece import sentencepiece_model_pb2 as proto
 
         self.file = texts.regular(file)
-        with _Blaming(f"{file}: not a sentencepiece model", "set policy.tokenizer to one, or to a folder with tokenizer.json"):
+        with texts.Blaming(f"{file}: not a sentencepiece model", "set policy.tokenizer to one, or to a folder with tokenizer.json"):
             self._first = sentencepiece.SentencePieceProcessor(model_file=str(file))
             model = proto.ModelProto.FromString(self._first.serialized_model_proto())
             model.normalizer_spec.add_dummy_prefix = False
@@ -267,20 +267,5 @@ def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | No
     return template
 
 
-class _Blaming:
-    """Around code of others that raises whatever it likes, as tokenizers (exceptions, and panics), sentencepiece and templates do."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy  # before and behind the first line of what went wrong
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"{self.what}: {said}; {self.remedy}") from None
-
-
-def _sound(file: Path) -> _Blaming:
-    return _Blaming(f"{file}: not a sound tokenizer", AGAIN)
+def _sound(file: Path) -> texts.Blaming:
+    return texts.Blaming(f"{file}: not a sound tokenizer", AGAIN)

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Hashable
+from contextlib import suppress
 from copy import deepcopy
 from multiprocessing.connection import Connection
 from numbers import Real
@@ -47,7 +48,8 @@ def main() -> None:
     sys.path[:], place, name, kind, memory = connection.recv()
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    sys.path.append(os.getcwd())  # last, so that no file there stands in for a module that something else imports
+    with suppress(FileNotFoundError):  # the current folder has been deleted
+        sys.path.append(os.getcwd())  # last, so that no file there stands in for a module that something else imports
     from rlhf import output
 
     output.secure()

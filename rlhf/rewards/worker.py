@@ -17,6 +17,7 @@ from rlhf.rewards import answers, child
 
 LATE = "no result within the time limit"
 LOADING = 120.0  # seconds that the import of a user's module may take
+LONGEST = 1e6  # seconds of one wait for a process: the system takes no more than 2e6
 
 Item = tuple[str, str, dict[str, Any]]  # prompt, response, record
 Turn = tuple[Hashable, dict[str, Any], list[str]]  # the dialogue's key, record, what the model has said in it so far, turn by turn
@@ -58,11 +59,14 @@ GIVEN = {  # by the kind of child.KINDS: the key that names it, and what may be 
 }
 
 
-def check(spec: str, memory: float = 0.0, *, kind: str = "function") -> None:
-    """Raise UserError unless spec names what can be imported, in a process of its own, and is of the kind; a function may be in REWARDS."""
+def check(spec: str, memory: float = 0.0, *, kind: str = "function", key: str = "") -> None:
+    """Raise UserError unless spec names what can be imported, in a process of its own, and is of the kind; a function may be in REWARDS.
+
+    key: that has it; empty: the one of its kind.
+    """
     if kind == "function" and spec in REWARDS:
         return
-    worker = Worker(spec, memory, kind=kind)
+    worker = Worker(spec, memory, kind=kind, key=key)
     try:
         while not worker.loaded:
             wait([worker.connection], worker.seconds_left())
@@ -79,9 +83,10 @@ class Worker:
     Not forked: the parent may hold a CUDA context or the threads of torch.distributed, which no fork survives.
     """
 
-    def __init__(self, spec: str, memory: float = 0.0, *, kind: str = "function"):
+    def __init__(self, spec: str, memory: float = 0.0, *, kind: str = "function", key: str = ""):
         place, _, name = spec.rpartition(":")
-        self.key, self.remedy = GIVEN[kind]
+        usual, self.remedy = GIVEN[kind]
+        self.key = key or usual
         if not place or not name:
             known = f"choose {', '.join(REWARDS)}, or " if kind == "function" else ""
             raise UserError(f"{self.key}={spec!r} is unknown: {known}give {self.remedy}")
@@ -105,7 +110,7 @@ class Worker:
             self.connection.send(item)
 
     def seconds_left(self) -> float:
-        return max(0.0, self.deadline - time.monotonic())
+        return min(max(0.0, self.deadline - time.monotonic()), LONGEST)
 
     def advance(self) -> tuple[Any, str] | None:
         """(value, error) for the item at hand once there is one, or once time is up. Raises UserError if nothing can be loaded."""

@@ -45,8 +45,11 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
     """The tree in a file; its tensors are mappings that nobody has touched. Or, with place (start, length), the tree in a list of one in
     a file within the file, as megatron-core's shards hold objects.
 
-    Raises UserError where the file is damaged, or asks for more than weights and numbers.
+    Raises UserError where the file is damaged, or asks for more than weights and numbers, and OSError where it may not be read.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; copy the checkpoint again, completely")
+    path.open("rb").close()  # zipfile says of a file that may not be read that it is none of its own
     import numpy as np
     import torch
 
@@ -57,8 +60,6 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
     for made in (np.empty(0), np.float64(0)):
         function: Any = made.__reduce__()[0]
         known += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
-    if not path.is_file():
-        raise UserError(f"{path}: missing; copy the checkpoint again, completely")
     if not zipfile.is_zipfile(_opened(path, place)):
         raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")
     with _allowed(known), intact(path, "a checkpoint"):

@@ -19,6 +19,8 @@ from rlhf.weights.formats import args
 from rlhf.weights.formats.format import Contents, Format, Target
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DIGITS = 9  # of an iteration's number, at most
+NAME = "name the iteration that is complete"
 RANKS, METADATA = "mp_rank_*", ".metadata"  # what the folder of an iteration holds: one of the two
 
 
@@ -78,9 +80,8 @@ def iteration_folder(folder: Path, iteration: int | None) -> Path:
     elif (folder / TRACKER).exists():
         wanted = _tracked(folder)
         if not wanted:
-            text = (folder / TRACKER).read_text(errors="replace").strip()
-            what = f"{text[:40]!r} is neither a number nor release"
-            raise UserError(f"{folder / TRACKER}: {what}: name the iteration that is complete")
+            what = f"{texts.read(folder / TRACKER, NAME).strip()[:40]!r} is neither a number nor release"
+            raise UserError(f"{folder / TRACKER}: {what}: {NAME}")
     else:
         found = ", ".join(sorted(child.name for child in folder.glob("iter_*")))
         what = f"no {TRACKER}, so {found} may be incomplete"
@@ -99,9 +100,8 @@ def number(tree: Mapping[str, Any]) -> int:
 
 def _tracked(folder: Path) -> str:
     """The name of the folder that the tracker file points to; empty: there is no such file, or it makes no sense."""
-    path = folder / TRACKER
-    text = path.read_text(errors="replace").strip() if path.exists() else ""
-    if text.isdecimal() and len(text) < 20:
+    text = texts.read(folder / TRACKER, NAME).strip() if (folder / TRACKER).exists() else ""
+    if text.isdecimal() and len(text) <= DIGITS:
         return title(int(text))
     return text if text == "release" else ""
 
