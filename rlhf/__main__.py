@@ -1,8 +1,8 @@
 """The command line: python -m rlhf MODE [CONFIG.toml ...] [key=value ...].
 
 Started once per node, it is the launcher: it checks the configuration and all inputs, starts itself once per rank, and
-waits for the ranks. Started as a rank (by the launcher, torchrun or srun), it runs the training loop. Started in a Slurm
-allocation but not by srun (for example by sbatch), it calls srun first.
+waits for the ranks. Started as a rank (by the launcher, torchrun or srun), it runs the training loop. Started in a
+Slurm allocation but not by srun (for example by sbatch), it calls srun first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ COMMAND = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit code.
 
-    0: success. 2: a mistake of the user. 1: a fault during the run. 130: Ctrl-C. interrupt.SAVED: a signal ended the run
-    after a checkpoint. Mistakes and known faults print one line.
+    0: success. 2: a mistake of the user. 1: a fault during the run. 130: Ctrl-C. interrupt.SAVED: a signal ended the
+    run after a checkpoint. Mistakes and known faults print one line.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
