@@ -1,9 +1,10 @@
-"""Which attention kernel is fastest on packed rows, forward and backward, and whether it is right.
+"""Measure and check the attention kernels on packed rows, forward and backward.
 
     python benchmarks/attention.py                                   one GPU: 16k tokens in rows of 4k, and of lognormal lengths
     python benchmarks/attention.py --tokens 512 --length 64          on a CPU: the padded path alone
 
-FLOPs are those of causal attention: half of the square, 3.5 times for forward and backward (which computes the scores once more).
+FLOPs are those of causal attention: half of the square, times 3.5 for forward and backward, because backward recomputes
+the scores.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rlhf.model.attention import PackedRow
 
 
 class CuDNN(torch.autograd.Function):
-    """cuDNN's kernel on packed rows. It plans anew for a new number of sequences or longest length: both are rounded up."""
+    """cuDNN's kernel on packed rows. Rounds up the number of sequences and the longest length, to reuse plans."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
@@ -85,7 +86,7 @@ def measure(a: argparse.Namespace, varied: bool) -> None:
             found = [out, *torch.autograd.grad(out, inputs, upstream)]
             forward = record.seconds(partial(way, *inputs), a.repeat)
             both = record.seconds(lambda way=way: torch.autograd.grad(way(*inputs), inputs, upstream), a.repeat)
-        except RuntimeError as error:  # a kernel that this torch, cuDNN or device lacks
+        except RuntimeError as error:  # this torch, cuDNN or device has no such kernel
             record.say("attention", f"{'lognormal' if varied else 'fixed'}, {name}", result | {"error": str(error).splitlines()[0]})
             continue
         gaps = dict(zip(("gap", "gap_q", "gap_k", "gap_v"), map(gap, found, wanted), strict=True))

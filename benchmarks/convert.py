@@ -1,8 +1,11 @@
-"""How fast weights are converted, and in how much memory: python benchmarks/convert.py FOLDER [--layers 32] [--format legacy] [--tp 1].
+"""Measure the speed and memory of the conversion of weights.
 
-Writes a Hugging Face folder of random bfloat16 weights at Llama-2-7B's shapes into FOLDER, copies it with cp, converts it, and converts the
-result back. Every step starts with its input out of the page cache and ends when its output is on the disk. The last line is JSON: bytes,
-seconds, peak resident memory (GB) and the rate of each conversion over the rate of cp. FOLDER needs three times the bytes, and is removed.
+python benchmarks/convert.py FOLDER [--layers 32] [--format legacy] [--tp 1]
+
+Writes a Hugging Face folder of random bfloat16 weights with Llama-2-7B's shapes into FOLDER, copies it with cp,
+converts it, and converts the result back. Each input starts outside the page cache, and the time ends when the output is on the
+disk. The last line is JSON: bytes, seconds, peak resident memory (GB), and the rate of each conversion relative to cp.
+FOLDER needs three times the bytes, and is deleted at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def make(folder: Path, layers: int) -> int:
-    """A Hugging Face folder of random weights; its bytes."""
+    """Write a Hugging Face folder of random weights. Returns its size in bytes."""
     arch, dtype = replace(MODELS["7b"], layers=layers), torch.bfloat16
     target, noise = Target(FORMATS["hf"], arch, dtype), torch.randn(1 << 20)
     folder.mkdir(parents=True)
@@ -42,7 +45,7 @@ def make(folder: Path, layers: int) -> int:
 
 
 def evict(folder: Path) -> None:
-    """Nothing of a folder stays in the page cache."""
+    """Remove the files of a folder from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -51,7 +54,7 @@ def evict(folder: Path) -> None:
 
 
 def measure(command: list[str], source: Path, target: Path) -> dict[str, float]:
-    """Seconds until the output is on the disk, and the command's peak memory."""
+    """Run a command. Returns the seconds until its output is on the disk, and its peak memory."""
     evict(source)
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL)

@@ -1,7 +1,8 @@
 """SFT and GRPO at Llama-3.2-1B's dimensions on one GPU: python benchmarks/grpo_1b.py OUT [key=value ...].
 
-Random weights and the demo's word problems: the arithmetic of a real run, and a coin for a reward. Shows that rollout, publish,
-learn, checkpoint, SIGKILL, resume and export work there, and prints one JSON line with the mean seconds of each phase.
+Weights and rewards are random, and the prompts are the demo's word problems: the computation is that of a real run.
+It shows that rollout, publish, learn, checkpoint, SIGKILL, resume and export work at this size. It prints one JSON line
+with the mean seconds of each phase.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ DIMENSIONS = {
 }
 COMMON = ["data.max_tokens=640", "batch.prompts=64", "batch.tokens=16384", "checkpoint.keep=1", "evaluate.every=0"]
 GRPO = ["steps=8", "rollout.group=8", "rollout.max_tokens=512", "evaluate.prompts=64", "checkpoint.every=4", "optim.lr=1e-5"]
-GRPO += ["rollout.check=true", "reward.function=tools/demo_task.py:noise"]  # random weights solve nothing: chance gives a gradient
-WARM_UP = 2  # steps that are not counted: kernels are chosen and memory is found in them
+GRPO += ["rollout.check=true", "reward.function=tools/demo_task.py:noise"]  # random weights solve no problem
+WARM_UP = 2  # uncounted first steps, which choose kernels and allocate memory
 
 
 def main(out: Path, overrides: list[str]) -> None:
@@ -53,7 +54,7 @@ def main(out: Path, overrides: list[str]) -> None:
 
 
 def run(mode: str, arguments: list[str], kill_after: int = 0) -> None:
-    """One launch; with kill_after, SIGKILL for all its processes once that many steps are in its metrics."""
+    """Run one command. With kill_after, send SIGKILL to its processes when its metrics have that many steps."""
     print(f"== {mode} {' '.join(arguments)}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "rlhf", mode, *arguments], cwd=ROOT, start_new_session=True)
     metrics = Path(arguments[0].removeprefix("out=")) / "metrics.jsonl"
@@ -68,7 +69,7 @@ def run(mode: str, arguments: list[str], kill_after: int = 0) -> None:
 
 
 def summary(out: Path) -> dict:
-    """Means over the counted steps."""
+    """Return the means over the counted steps."""
     import torch
 
     rows = [json.loads(line) for line in (out / "grpo" / "metrics.jsonl").read_text().splitlines()][1 + WARM_UP :]

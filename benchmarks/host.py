@@ -1,9 +1,9 @@
-"""How long what the host does takes as it grows: stop strings, packing, loading the tokens of a data set, and the plan of a publish.
+"""Measure how host work grows with its size: stop strings, packing, loading tokens, and the plan of a publish.
 
-    python benchmarks/host.py                                                   all of it, on one core
-    python benchmarks/host.py --packing 1024 2048 --stop-strings --data-cache   these sizes; a name alone leaves it out
+    python benchmarks/host.py                                                   all, on one core
+    python benchmarks/host.py --packing 1024 2048 --stop-strings --data-cache   these sizes; no sizes: skip
 
-Results of an earlier commit, where --commit names one, were measured by this file beside that commit's benchmarks.
+Results with another --commit were measured with this file in a checkout of that commit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SENTENCE, STOP = " The answer is four, and the question is what they mean by it.
 
 
 def stop_strings(sizes: list[int]) -> dict[int, Result]:
-    """Cut a response of so many tokens, which ends with a stop string, and one that has none in it; and one where none is set."""
+    """Cut a response of `size` tokens: with a stop string at its end, without one, and with no stop string set."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Tokenizer.load(vocabularies.write_byte_level(Path(folder)))
     stops = {stop: Stops(tokenizer, [stop] if stop else []) for stop in (STOP, "")}
@@ -60,7 +60,10 @@ def stop_strings(sizes: list[int]) -> dict[int, Result]:
 
 
 def packing(sizes: list[int]) -> dict[int, Result]:
-    """Cut so many samples, in groups of 8, of lognormal lengths (0.8, median 400, at most 4,096) into micro-batches of 16,384 tokens."""
+    """Pack `size` samples into micro-batches of 16,384 tokens.
+
+    The samples form groups of 8. Lengths are lognormal: deviation 0.8, median 400, at most 4,096.
+    """
     found = {}
     for size in sizes:
         lengths = np.clip(np.random.default_rng(1).lognormal(6, 0.8, size), 16, 4096).astype(int).tolist()
@@ -72,19 +75,19 @@ def packing(sizes: list[int]) -> dict[int, Result]:
 
 
 def data_cache(sizes: list[int]) -> dict[int, Result]:
-    """Load so many tokens that another process has made, in records of 400; and what that adds to the memory of this one."""
+    """Load `size` tokens that another process wrote, in records of 400. Measures the time and the added memory."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            kept = Path(folder) / f"{size}.npz"  # earlier versions wrote a file, which needs its ending
+            kept = Path(folder) / f"{size}.npz"  # earlier versions need this ending
             columns.write(kept, _columns(size))
-            with ProcessPoolExecutor(1, get_context("fork")) as pool:  # in a process that has read nothing before
+            with ProcessPoolExecutor(1, get_context("fork")) as pool:  # a process that has not read anything yet
                 found[size] = pool.submit(_load, kept).result()
     return found
 
 
 def plan(sizes: list[int]) -> dict[int, Result]:
-    """Work out what one of so many ranks, 8 on a node, sends and receives in a publish: Llama-3 70B from TP8 PP4 to engines of TP8."""
+    """Plan what one of `size` ranks, 8 per node, sends and receives: Llama-3 70B from TP8 PP4 to engines of TP8."""
     arch = Architecture(
         "llama", 80, 8192, 28672, 64, 8, 128, 128256, 8192, eps=1e-5, tied=False, qkv_bias=False, qk_norm=False, rope_theta=5e5
     )
@@ -124,7 +127,7 @@ def _load(kept: Path) -> Result:
     known = columns.read(kept)
     taken, loaded = time.perf_counter() - start, _memory()
     assert known
-    total = int(known.tokens.sum())  # every token is looked at once: now all of their pages are there
+    total = int(known.tokens.sum())  # reads each token once, so that all pages are mapped
     assert total > 0
     return {
         "seconds": taken,
@@ -136,12 +139,12 @@ def _load(kept: Path) -> Result:
 
 
 def _memory() -> Result:
-    """MiB of this process: RssAnon is its own, VmRSS has pages of files in it, which all processes share."""
+    """Return the memory of this process in MiB: RssAnon is private; VmRSS includes pages of files, which are shared."""
     lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(value.split()[0]) / 1024 for name, _, value in lines if name in ("RssAnon", "VmRSS")}
 
 
-# name | what a size counts | sizes | seconds and more for each
+# name | unit of a size | sizes | measurement
 ROWS: list[tuple[str, str, list[int], Callable[[list[int]], dict[int, Result]]]] = [
     ("stop-strings", "tokens", [1024, 2048, 4096, 8192], stop_strings),
     ("packing", "samples", [2048, 4096, 8192, 16384], packing),
@@ -151,7 +154,7 @@ ROWS: list[tuple[str, str, list[int], Callable[[list[int]], dict[int, Result]]]]
 
 
 def table(name: str, unit: str, found: dict[int, Result]) -> str:
-    """One line for each size, and how many times as long as the size before it took."""
+    """Return a table with one line per size. "growth" is the time relative to the size before."""
     keys = list(next(iter(found.values())))
     rows = [f"| {name}: {unit} | {' | '.join(keys)} | growth |", "|" + "---|" * (len(keys) + 2)]
     last = 0.0
@@ -164,7 +167,7 @@ def table(name: str, unit: str, found: dict[int, Result]) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--commit", default="", help="to be written into the results, as another one's are kept beside them")
+    p.add_argument("--commit", default="", help="commit to write into the results")
     for name, unit, sizes, _ in ROWS:
         p.add_argument(f"--{name}", type=int, nargs="*", default=sizes, help=f"{unit} (default: {' '.join(map(str, sizes))})")
     a = vars(p.parse_args())

@@ -1,12 +1,12 @@
-"""How long it takes to give an engine the trained weights: megatron-core shards -> vLLM's fused parameters, on one or more ranks.
+"""Measure a publish: megatron-core shards -> vLLM's fused parameters, on one or more ranks.
 
     python benchmarks/publish.py                                                        one rank
     torchrun --nproc-per-node 2 benchmarks/publish.py --train-tp 2 --engine-tp 1        TP2 -> two engines of TP1
     torchrun --nproc-per-node 2 benchmarks/publish.py --train-pp 2 --engine-tp 2        PP2 -> TP2
 
-Random weights at Llama-2-7B's shapes in bfloat16; --engine vllm writes into a real engine, which sleeps (weights dropped) and wakes between
-publishes. The last line is JSON. The floor is what the same bytes take in the same run: on one rank as a plain copy on the device, on
-more as isend and irecv to and from a neighbour at once.
+The weights are random, in bfloat16, with Llama-2-7B's shapes. --engine vllm writes into a real engine, which sleeps
+(and drops its weights) and wakes between publishes. The last line is JSON. The lower bound is the time of the same bytes in
+the same run: one rank copies them on the device; several ranks send them to a neighbour and receive as many.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ MODELS = {
     "8b": Architecture(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, **SHAPES),
     "toy": Architecture(layers=4, hidden=128, ffn=352, heads=4, kv_heads=4, head_dim=32, vocab=1000, **SHAPES),
 }
-CHUNK = 512 << 20  # bytes of one plain copy or message when floors are measured
+CHUNK = 512 << 20  # bytes per copy or message when the lower bound is measured
 
 
 class Ranks:
-    """This rank among all."""
+    """This rank, and timing over all ranks."""
 
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -56,14 +56,14 @@ class Ranks:
             dist.init_process_group("nccl" if self.on_gpu else "gloo")
 
     def wait(self) -> None:
-        """Everything done, on every rank."""
+        """Wait until all work is done on all ranks."""
         if self.world > 1:
             dist.all_reduce(torch.zeros(1, device=self.device))
         if self.on_gpu:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """How long the slowest rank takes; in self.host, how long this one took to ask for it all."""
+        """Return the seconds of the slowest rank. self.host: seconds that this host needed to launch the work."""
         self.wait()
         start = time.perf_counter()
         work()
@@ -76,13 +76,13 @@ class Ranks:
         return taken.item()
 
     def copy_rate(self, size: int) -> float:
-        """Bytes of a tensor over the seconds of copying it on the device."""
+        """Return the bytes per second of copying a tensor on the device."""
         source = torch.ones(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return size / min(self.seconds(lambda: target.copy_(source)) for _ in range(8))
 
     def link_rate(self, size: int) -> float:
-        """Bytes over seconds, each way, with the next and the previous rank, all ranks at once."""
+        """Return the bytes per second in each direction when all ranks send to the next rank at once."""
         out, into = torch.ones(size, dtype=torch.uint8, device=self.device), torch.empty(size, dtype=torch.uint8, device=self.device)
 
         def exchange() -> None:
@@ -94,7 +94,7 @@ class Ranks:
 
 
 def vllm_engine(arch: Architecture, tp: int, dtype: torch.dtype, memory: float) -> Any:
-    """A vLLM engine whose weights await a publish."""
+    """Return a vLLM engine that is ready for a publish."""
     from rlhf.rollout.vllm import VLLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +112,8 @@ def options(arguments: list[str]) -> argparse.Namespace:
     p.add_argument(
         "--engine", choices=("parameters", "vllm"), default="parameters", help="plain tensors of vLLM's shapes, or a real engine"
     )
-    p.add_argument("--memory", type=float, default=0.4, help="share of the device's memory for the real engine")
-    p.add_argument("--bucket", type=int, default=512, help="MB, as rollout.bucket")
+    p.add_argument("--memory", type=float, default=0.4, help="share of the device's memory for the vLLM engine")
+    p.add_argument("--bucket", type=int, default=512, help="buffer memory in MB (rollout.bucket)")
     p.add_argument("--repeat", type=int, default=10)
     return p.parse_args(arguments)
 
@@ -140,18 +140,18 @@ def main(arguments: list[str]) -> None:
         taken.append(ranks.seconds(lambda: publisher.publish(source, parameters())))
         host.append(ranks.host)
         if engine:
-            engine.wake()  # what is half awake cannot fall asleep again
+            engine.wake()  # an engine can only sleep again when it is fully awake
     publisher.verify(source, parameters())
     result = summary(ranks, moves, dtype, taken)
     result |= {"seconds_host": statistics.median(host), "seconds_waking": statistics.median(waking)}
     record.say("publish", "vllm" if engine else "", result)
     ranks.wait()
-    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
+    os._exit(0)  # at a normal exit vLLM and torch.distributed would destroy each other's groups
 
 
 def summary(ranks: Ranks, moves: Plan, dtype: torch.dtype, taken: list[float]) -> dict[str, Any]:
-    """Bytes, seconds, and what the same bytes take at least."""
-    seconds = statistics.median(taken[2:])  # kernels are loaded and buffers found in the first two
+    """Return bytes, seconds, and the ratio to the lower bound."""
+    seconds = statistics.median(taken[2:])  # the first two load kernels and allocate buffers
     busy: dict[tuple[str, int], int] = defaultdict(int)  # (what, rank) -> bytes
     for move in moves.moves:
         busy["held", move.target] += move.numel * dtype.itemsize

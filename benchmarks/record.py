@@ -1,4 +1,4 @@
-"""What every benchmark says: a table for the person, and one JSON line that is kept in benchmarks/results/."""
+"""Output of all benchmarks: a table, and one JSON line for benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # rlhf, wherever a benchmark is started
-# A process that torchrun did not start is a world of one.
+sys.path.insert(0, str(Path(__file__).parents[1]))  # finds rlhf from any current folder
+# Without torchrun there is one rank.
 WORLD = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29535"}
 for name, value in WORLD.items():
     os.environ.setdefault(name, value)
@@ -23,7 +23,7 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def say(benchmark: str, case: str, result: Mapping[str, Any]) -> None:
-    """Print one case on rank 0: its numbers as a table, then all about it as JSON, marked by a leading brace."""
+    """Print one case on rank 0: a table of its numbers, then one JSON line with all details."""
     if os.environ["RANK"] != "0":
         return
     print(f"\n{benchmark}: {case}")
@@ -33,7 +33,7 @@ def say(benchmark: str, case: str, result: Mapping[str, Any]) -> None:
     command = f"benchmarks/{Path(sys.argv[0]).name} {' '.join(arguments)}".strip()
     ranks = int(os.environ["WORLD_SIZE"])
     where = {"benchmark": benchmark, "case": case, "device": device(), "ranks": ranks, "command": command, **versions()}
-    if CONNECTIONS in os.environ:  # it changes what runs at a time
+    if CONNECTIONS in os.environ:  # it changes which work overlaps
         where[CONNECTIONS] = os.environ[CONNECTIONS]
     print(json.dumps(where | {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
 
@@ -58,7 +58,7 @@ def wait() -> None:
 
 
 def seconds(work: Callable[[], Any], repeat: int, warm: int = 1) -> float:
-    """Median wall seconds of `work`, everything on the device included, after `warm` calls that do not count."""
+    """Return the median wall time of `work` in seconds, including the device, after `warm` uncounted calls."""
     taken = []
     for i in range(warm + repeat):
         wait()

@@ -1,9 +1,10 @@
-"""How fast our sampler generates, against the same vLLM driven alone with the same prompts.
+"""Measure the speed of the sampler, relative to vLLM alone with the same prompts.
 
     python benchmarks/rollout.py                                     one GPU: 512 prompts of 128 tokens, 256 new ones each, Llama-2-7B
     python benchmarks/rollout.py --model toy --prompts 4 --new 8     on a CPU
 
-Weights are vLLM's dummies. In between stand the two things that training asks of every request: its log-probs, and a seed of its own.
+The weights are vLLM's dummy weights. Two more cases show the cost of what training needs per
+request: log-probs and a seed.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from rlhf.weights.formats import hf
 def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", choices=MODELS, default="7b")
     p.add_argument("--prompts", type=int, default=512)
-    p.add_argument("--length", type=int, default=128, help="of a prompt")
-    p.add_argument("--new", type=int, default=256, help="tokens of a response")
-    p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine, as rollout.memory")
+    p.add_argument("--length", type=int, default=128, help="tokens per prompt")
+    p.add_argument("--new", type=int, default=256, help="tokens per response")
+    p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine (rollout.memory)")
 
 
 def build(a: argparse.Namespace, folder: Path) -> EngineSource:
-    """Our sampler around a vLLM that nobody has published to."""
+    """Return a sampler with a vLLM engine that has had no publish."""
     arch: Architecture = MODELS[a.model]
     demo_task.write(folder / "data", num_sft=512, num_rl=1, num_heldout=1)
     demo_task.make_model(folder / "model", folder / "data", hf.description(arch))
@@ -62,7 +63,7 @@ def build(a: argparse.Namespace, folder: Path) -> EngineSource:
 
 
 class Free:
-    """A judge to whom every response is worth 0."""
+    """A judge that gives reward 0 to every response."""
 
     def give(self, sample: Sample) -> None:
         pass
@@ -72,7 +73,7 @@ class Free:
 
 
 def measure(a: argparse.Namespace, source: EngineSource) -> None:
-    """Four ways to generate the same numbers of tokens."""
+    """Measure four ways to generate the same number of tokens."""
     from vllm import SamplingParams
 
     rng = np.random.default_rng(1)
@@ -102,7 +103,7 @@ def measure(a: argparse.Namespace, source: EngineSource) -> None:
     for name, way in ways.items():
         llm.reset_prefix_cache()
         taken = record.seconds(way, 1, warm=0)
-        rate = (made[-1] if made else a.prompts * a.new) / taken  # the sampler's responses may end early, if rarely
+        rate = (made[-1] if made else a.prompts * a.new) / taken  # a few of the sampler's responses may end early
         first = first or rate
         result = {"model": a.model, "prompts": a.prompts, "prompt_tokens": a.length, "new_tokens": a.new, "memory": a.memory}
         record.say("rollout", name, result | {"seconds": taken, "tokens_per_s": rate, "share_of_alone": rate / first})
@@ -114,7 +115,7 @@ def main() -> None:
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(a, build(a, Path(folder)))
-    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
+    os._exit(0)  # at a normal exit vLLM and torch.distributed would destroy each other's groups
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""A whole step of GRPO or PPO by phase, from the run's own metrics.
+"""Measure a whole step of GRPO or PPO by phase, from the metrics of a run.
 
     python benchmarks/step.py OUT                                        GRPO, 16 layers of Llama-2-7B's shapes, 64 prompts x 8 responses
     python benchmarks/step.py OUT --mode rlhf --model 1b                 PPO with four models of Llama-3.2-1B's dimensions
     python benchmarks/step.py OUT --model toy --layers 2 --steps 2 batch.prompts=4 rollout.group=2 rollout.max_tokens=8
                                                                          on a CPU
 
-Random weights and word problems: the arithmetic of a real run, and a coin for a reward. The run is the program itself (python -m rlhf, one
-rank per GPU) with any further key=value; it is killed after its last counted step, so that no checkpoint is written.
+Weights and rewards are random, and the prompts are word problems: the computation is that of a real run. The run is
+python -m rlhf with one rank per GPU and the given key=value. It is killed after its last counted step, so it writes no
+checkpoint.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ LLAMA1B = Architecture(
 SIZES = {**MODELS, "1b": LLAMA1B}
 KEYS = ["data.max_tokens=512", "batch.prompts=64", "batch.tokens=16384", "rollout.group=8", "rollout.max_tokens=400", "optim.lr=1e-6"]
 KEYS += ["rollout.memory=0.5", "checkpoint.every=0", "evaluate.every=0", "reward.function=tools/demo_task.py:noise"]
-WITHIN = ("time/step", "time/switch", "time/reward")  # the whole, and parts of the phases
+WITHIN = ("time/step", "time/switch", "time/reward")  # not phases: the whole step, and parts of phases
 MODES = {"grpo": [], "rlhf": ["ppo.kl=0.02"]}
 
 
@@ -66,15 +67,15 @@ def options() -> argparse.Namespace:
     p.add_argument("--mode", choices=MODES, default="grpo")
     p.add_argument("--model", choices=SIZES, default="7b")
     p.add_argument("--layers", type=int, default=16)
-    p.add_argument("--steps", type=int, default=2, help="that are counted")
-    p.add_argument("--warm", type=int, default=1, help="steps before them: kernels are chosen and memory is found in these")
-    p.add_argument("--limit", type=int, default=540, help="seconds for all")
-    p.add_argument("keys", nargs="*", help="key=value of the run's configuration")
+    p.add_argument("--steps", type=int, default=2, help="number of counted steps")
+    p.add_argument("--warm", type=int, default=1, help="uncounted steps before, which choose kernels and allocate memory")
+    p.add_argument("--limit", type=int, default=540, help="time limit in seconds")
+    p.add_argument("keys", nargs="*", help="key=value for the run")
     return p.parse_intermixed_args()
 
 
 def run(a: argparse.Namespace, arch: Architecture) -> None:
-    """Leave the metrics of all steps in a.out."""
+    """Run the steps. Their metrics are in a.out."""
     shutil.rmtree(a.out, ignore_errors=True)
     demo_task.write(a.out / "data")
     demo_task.make_model(a.out / "model", a.out / "data", hf.description(arch))
@@ -82,7 +83,7 @@ def run(a: argparse.Namespace, arch: Architecture) -> None:
     roles = [f"policy.load={model}", "policy.init=random", *([f"reward.load={model}"] if a.mode == "rlhf" else [])]
     keys = [*KEYS, *MODES[a.mode], *roles, f"data.train={a.out}/data/train_rl.jsonl", f"out={a.out}/run", f"steps={a.warm + a.steps + 1}"]
     command = [sys.executable, "-m", "rlhf", a.mode, *keys, *a.keys]
-    env = {name: value for name, value in os.environ.items() if name not in record.WORLD}  # it starts a rank per GPU by itself
+    env = {name: value for name, value in os.environ.items() if name not in record.WORLD}  # set by the launcher
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     metrics, end = a.out / "run" / "metrics.jsonl", time.monotonic() + a.limit
     while process.poll() is None and time.monotonic() < end and lines(metrics) < a.warm + a.steps:
@@ -92,7 +93,7 @@ def run(a: argparse.Namespace, arch: Architecture) -> None:
         ranks = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        while any(map(running, ranks)):  # they end because their launcher has, and then the device is free
+        while any(map(running, ranks)):  # the ranks end after their launcher; then the device is free
             time.sleep(0.1)
     assert lines(metrics) >= a.warm + a.steps, f"{lines(metrics)} steps in {a.limit} s; exit code {early}"
 
@@ -105,13 +106,13 @@ def running(process: psutil.Process) -> bool:
 
 
 def counted(a: argparse.Namespace) -> list[dict]:
-    """The metrics of the steps that count, of the run in a.out."""
+    """Return the metrics of the counted steps of the run in a.out."""
     rows = [json.loads(line) for line in (a.out / "run" / "metrics.jsonl").read_text().splitlines()]
     return rows[a.warm : a.warm + a.steps]
 
 
 def memory(config: Path, mode: str, rows: list[dict]) -> dict[str, float]:
-    """GiB predicted by phase, the largest error of that, and how far each peak rose from the first counted step to the last."""
+    """Return the predicted GiB by phase, the largest error, and the growth of each peak over the counted steps."""
     places = sorted({name for row in rows for name in row if name.startswith("memory/")})
     found = {name.replace("memory", "rise", 1): rows[-1].get(name, 0.0) - rows[0].get(name, 0.0) for name in places}
     if torch.cuda.is_available():

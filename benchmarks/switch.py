@@ -1,8 +1,10 @@
-"""What it costs that training and generation take turns: the engine's sleep and wake, and the learner's way to host memory and back.
+"""Measure the cost of switching between training and generation.
 
-python benchmarks/switch.py                                                one GPU: Llama-2-7B sleeps; 4 of its layers are parked
-python benchmarks/switch.py --rollout                                      benchmarks/rollout.py before, with the same engine
-python benchmarks/switch.py --model toy --layers 2 --prompts 4 --new 8     on a CPU, where nothing can sleep
+This is the engine's sleep and wake, and the offload of the learner to host memory and back.
+
+python benchmarks/switch.py                                                one GPU: Llama-2-7B; 4 layers are offloaded
+python benchmarks/switch.py --rollout                                      first benchmarks/rollout.py, with this engine
+python benchmarks/switch.py --model toy --layers 2 --prompts 4 --new 8     on a CPU, without sleep
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ KINDS = TENANTS["train"]
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and GiB of the device that it freed (taken: negative)."""
+    """Return the seconds of a call, and the GiB of device memory that it freed (negative: allocated)."""
     record.wait()
     before, start = free(), time.perf_counter()
     work()
@@ -63,7 +65,7 @@ def engine(sampler: EngineSource, rounds: int) -> None:
 
 
 def parking(a: argparse.Namespace, sampler: EngineSource, rounds: int) -> None:
-    """One model that learns, with all it has parked between the phases."""
+    """Measure the offload of one trained model: weights, gradients and optimizer."""
     config, mesh, arch = sampler.config, sampler.mesh, replace(MODELS[a.model], layers=a.layers)
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     sampler.owner.leave(())
@@ -77,7 +79,7 @@ def parking(a: argparse.Namespace, sampler: EngineSource, rounds: int) -> None:
         found["unpark"].append(timed(partial(lot.enter, Phase.LEARN))[0])
         learner.learn(cut, loss, LR)
         found["park"].append(timed(partial(lot.enter, Phase.ROLLOUT))[0])
-    gib = {kind: sum(t.nbytes for t in learner.tenants()[kind]) / 2**30 for kind in KINDS}  # moments came with the first update
+    gib = {kind: sum(t.nbytes for t in learner.tenants()[kind]) / 2**30 for kind in KINDS}  # after an update, with moments
     moved = gib["weights"] + gib["optimizer"]
     result = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), **{f"{kind}_gib": gib[kind] for kind in KINDS}}
     for name, taken in found.items():
@@ -88,7 +90,7 @@ def parking(a: argparse.Namespace, sampler: EngineSource, rounds: int) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rollout.add_options(p)
-    p.add_argument("--layers", type=int, default=4, help="of the model that is parked")
+    p.add_argument("--layers", type=int, default=4, help="layers of the offloaded model")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--rollout", action="store_true", help="measure the rollout first")
     a = p.parse_args()
@@ -98,7 +100,7 @@ def main() -> None:
             rollout.measure(a, sampler)
         engine(sampler, a.rounds)
         parking(a, sampler, a.rounds)
-    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
+    os._exit(0)  # at a normal exit vLLM and torch.distributed would destroy each other's groups
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The README's table of speed, made from benchmarks/results/: python benchmarks/table.py writes it between its two comments.
+"""Write the README's table of speed from benchmarks/results/: python benchmarks/table.py.
 
-Every row says what was measured, against what it should reach, and by which command. Of several measurements of a row the last one counts.
+The table stands between two comments in the README. Each row has the result, its target and the command. If a row was
+measured several times, the last result counts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ BEGIN, END = "<!-- benchmarks/table.py -->\n", "<!-- end -->\n"
 Lines = dict[tuple[str, str], list[dict]]
 
 TWO = "--kernels fused --cases fixed --repeat 2"
-# what | benchmark | case | measured, of that case's last line and all lines | to be reached
+# what | benchmark | case | text of the result, from the case's last line and all lines | target
 ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
     (
         "forward and backward, rows of 4k",
@@ -37,83 +38,111 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
         lambda x, lines: beside(x, lines),
         "95 %",
     ),
-    ("log-probs alone, per token", "train", "fixed, fused", lambda x, _: f"{x['score_speedup']:.2f} x forward and backward", "2.8 x"),
+    (
+        "log-probs alone, per token",
+        "train",
+        "fixed, fused",
+        lambda x, _: f"{x['score_speedup']:.2f} x the rate of forward and backward",
+        "2.8 x",
+    ),
     (
         "optimizer with clipping",
         "train",
         "fixed, fused",
-        lambda x, _: f"{x['optimizer_s']:.3f} s, {x['optimizer_bytes_ratio']:.2f} x its bytes",
+        lambda x, _: f"{x['optimizer_s']:.3f} s: {x['optimizer_bytes_ratio']:.2f} x the time to move its bytes",
         "1.5 x",
     ),
-    ("the host waits for the device, in all micro-batches", "train", "fixed, fused", lambda x, _: str(x.get("host_waits", "")), "0"),
     (
-        "rollout, against vLLM alone",
+        "times that the host waits for the device, in all micro-batches",
+        "train",
+        "fixed, fused",
+        lambda x, _: str(x.get("host_waits", "")),
+        "0",
+    ),
+    (
+        "rollout, relative to vLLM alone",
         "rollout",
         "sampler",
-        lambda x, _: f"{x['tokens_per_s']:,.0f} tokens/s, {x['share_of_alone']:.1%}",
+        lambda x, _: f"{x['tokens_per_s']:,.0f} tokens/s: {x['share_of_alone']:.1%}",
         "97 %",
     ),
-    ("rollout of 64 groups of 8, lognormal lengths of mean 906, per token", "tail", "64 groups, 1 in flight", lambda x, _: tail(x), ""),
-    ("the same, 1.5 times the groups in flight", "tail", "64 groups, 1.5 in flight", lambda x, _: tail(x), "1.5 x"),
-    ("rollout of 16 such groups", "tail", "16 groups, 1 in flight", lambda x, _: tail(x), ""),
-    ("publish 7B", "publish", "", lambda x, _: f"{1000 * x['seconds']:.0f} ms, {x['ratio']:.2f} x copying the same bytes", "30 ms"),
-    ("publish 7B into vLLM's parameters", "publish", "vllm", lambda x, _: f"{1000 * x['seconds']:.0f} ms, {x['ratio']:.2f} x", "30 ms"),
+    (
+        "rollout of 64 groups of 8, lognormal lengths of mean 906, time per token",
+        "tail",
+        "64 groups, 1 in flight",
+        lambda x, _: tail(x),
+        "",
+    ),
+    ("the same, with 1.5 times the groups in flight", "tail", "64 groups, 1.5 in flight", lambda x, _: tail(x), "1.5 x"),
+    ("rollout of 16 such groups, time per token", "tail", "16 groups, 1 in flight", lambda x, _: tail(x), ""),
+    ("publish 7B", "publish", "", lambda x, _: f"{1000 * x['seconds']:.0f} ms: {x['ratio']:.2f} x the time to copy its bytes", "30 ms"),
+    (
+        "publish 7B into vLLM's parameters",
+        "publish",
+        "vllm",
+        lambda x, _: f"{1000 * x['seconds']:.0f} ms: {x['ratio']:.2f} x the time to copy its bytes",
+        "30 ms",
+    ),
     ("publish 7B on two GPUs, TP2 to two engines", "publish", "--train-tp 2 --engine-tp 1", lambda x, _: transfer(x), "2 x"),
     ("publish 7B on two GPUs, PP2 to TP2", "publish", "--train-pp 2 --engine-tp 2", lambda x, _: transfer(x), "2 x"),
     ("forward and backward on two GPUs, DP2", "train", TWO, lambda x, lines: share(x, lines), "96 %"),
     ("forward and backward on two GPUs, TP2", "train", f"{TWO} --tp 2", lambda x, lines: share(x, lines), "92 %"),
     ("forward and backward on four GPUs, TP4", "train", f"{TWO} --tp 4", lambda x, lines: share(x, lines), ""),
     (
-        "engine: sleep, wake",
+        "engine: sleep, and wake",
         "switch",
         "engine",
-        lambda x, _: f"{x['sleep_s']:.2f} s, {x['wake_weights_s'] + x['wake_s']:.2f} s; {x['sleep_gib']:.0f} GiB come back",
+        lambda x, _: f"{x['sleep_s']:.2f} s, {x['wake_weights_s'] + x['wake_s']:.2f} s; sleep frees {x['sleep_gib']:.0f} GiB",
         "",
     ),
     (
-        "learner: park, unpark",
+        "learner: offload to host memory, and back",
         "switch",
         "parking",
         lambda x, _: f"{x['park_gib_per_s']:.0f} and {x['unpark_gib_per_s']:.0f} GiB/s",
         "",
     ),
-    ("switching in a GRPO step", "step", "grpo 7b", lambda x, _: f"{x['switching']:.1%} of it" if "switching" in x else "", "3 %"),
+    ("switching in a GRPO step", "step", "grpo 7b", lambda x, _: f"{x['switching']:.1%} of the step" if "switching" in x else "", "3 %"),
     ("GRPO step of 512 samples, 3.5B of 7B's layers", "step", "grpo 7b", lambda x, _: phases(x), ""),
     ("PPO step of 512 samples, four models of 1B", "step", "rlhf 1b", lambda x, _: phases(x), ""),
-    ("PPO step of 64 samples, four models of 4.3B, parked in turns", "step", "rlhf 7b", lambda x, _: phases(x), ""),
-    ("its memory against the ledger's prediction", "step", "rlhf 7b", lambda x, _: ledger(x), "within 10 %"),
-    ("its leaks over 20 steps", "step", "rlhf 7b", lambda x, _: leaks(x), "none"),
+    ("PPO step of 64 samples, four models of 4.3B, offloaded when unused", "step", "rlhf 7b", lambda x, _: phases(x), ""),
+    ("the same: memory, relative to the ledger", "step", "rlhf 7b", lambda x, _: ledger(x), "within 10 %"),
+    ("the same: growth of memory over 20 steps", "step", "rlhf 7b", lambda x, _: leaks(x), "none"),
     ("GRPO step of 512 samples on two GPUs, 7B", "step", "grpo 7b, 2 GPUs", lambda x, _: phases(x), ""),
     ("PPO step of 512 samples on two GPUs, four models of 1B", "step", "rlhf 1b, 2 GPUs", lambda x, _: phases(x), ""),
-    ("PPO step of 64 samples on two GPUs, four models of 8.2B, parked in turns", "step", "rlhf 7b, 2 GPUs", lambda x, _: phases(x), ""),
-    ("its memory against the ledger's prediction", "step", "rlhf 7b, 2 GPUs", lambda x, _: ledger(x), "within 10 %"),
-    ("its leaks over 20 steps", "step", "rlhf 7b, 2 GPUs", lambda x, _: leaks(x), "none"),
-    ("GRPO step of 1,024 samples, against TRL's GRPOTrainer", "trl", "grpo 7b, float32", lambda x, _: against(x), "2 x"),
-    ("the same, TRL's weights and optimizer in bfloat16", "trl", "grpo 7b, bfloat16", lambda x, _: against(x), ""),
+    (
+        "PPO step of 64 samples on two GPUs, four models of 8.2B, offloaded when unused",
+        "step",
+        "rlhf 7b, 2 GPUs",
+        lambda x, _: phases(x),
+        "",
+    ),
+    ("the same: memory, relative to the ledger", "step", "rlhf 7b, 2 GPUs", lambda x, _: ledger(x), "within 10 %"),
+    ("the same: growth of memory over 20 steps", "step", "rlhf 7b, 2 GPUs", lambda x, _: leaks(x), "none"),
+    ("GRPO step of 1,024 samples, relative to TRL's GRPOTrainer", "trl", "grpo 7b, float32", lambda x, _: against(x), "2 x"),
+    ("the same, with TRL's weights and optimizer in bfloat16", "trl", "grpo 7b, bfloat16", lambda x, _: against(x), ""),
 ]
 
 
 def rate(line: dict) -> str:
-    moment = f"{line['share_of_matmul']:.0%} of what a large product reaches for a moment ({line['matmul_tflops']:.0f})"
-    lasting = f"{line['share_of_sustained']:.0%} of what it keeps up for seconds ({line['sustained_tflops']:.0f})"
-    return f"{line['tflops_per_device']:.0f} TFLOP/s, {moment} and {lasting}"
+    moment = f"{line['share_of_matmul']:.0%} of a large matrix product's peak rate ({line['matmul_tflops']:.0f})"
+    lasting = f"{line['share_of_sustained']:.0%} of its rate over seconds ({line['sustained_tflops']:.0f})"
+    return f"{line['tflops_per_device']:.0f} TFLOP/s: {moment}, {lasting}"
 
 
 def tail(line: dict) -> str:
-    longest = f"{line['ratio']:.2f} x responses of equal lengths; the longest has {line['longest']:,} tokens"
+    longest = f"{line['ratio']:.2f} x the time with equal lengths; longest response {line['longest']:,} tokens"
     old = 1 - line["lag/0"] if "lag/0" in line else 0
-    return longest + (f", and older weights drew {old:.0%} of the tokens" if old else "")
+    return longest + (f"; {old:.0%} of the tokens are from older weights" if old else "")
 
 
 def transfer(line: dict) -> str:
-    links = f"{line['link_gb_per_s']:.0f} GB/s, the links' rate in the same run"
-    return (
-        f"{1000 * line['seconds']:.0f} ms, {line['ratio']:.2f} x what crosses ({line['bytes_crossing_per_rank'] / 1e9:.1f} GB) at {links}"
-    )
+    sent = f"{line['bytes_crossing_per_rank'] / 1e9:.1f} GB between GPUs at {line['link_gb_per_s']:.0f} GB/s"
+    return f"{1000 * line['seconds']:.0f} ms: {line['ratio']:.2f} x the time to send {sent}, measured in the same run"
 
 
 def beside(line: dict, lines: Lines) -> str:
-    """Against rows of 4k in the same process, which measures its ceilings once."""
+    """Return the rate relative to rows of 4k in the same process, which has the same measured peak rate."""
     for other in lines.get(("train", "fixed, fused"), []):
         if other["matmul_tflops"] == line["matmul_tflops"]:
             return f"{line['tokens_per_s_per_device'] / other['tokens_per_s_per_device']:.0%} of rows of 4k"
@@ -122,7 +151,7 @@ def beside(line: dict, lines: Lines) -> str:
 
 def share(line: dict, lines: Lines) -> str:
     alone = lines["train", "fixed, fused"][-1]["tflops_per_device"]
-    return f"{line['tflops_per_device']:.0f} TFLOP/s each, {line['tflops_per_device'] / alone:.0%} of one alone"
+    return f"{line['tflops_per_device']:.0f} TFLOP/s per GPU: {line['tflops_per_device'] / alone:.0%} of one GPU"
 
 
 def phases(line: dict) -> str:
@@ -137,16 +166,16 @@ def against(line: dict) -> str:
 
 def ledger(line: dict) -> str:
     measured = max(value for name, value in line.items() if name.startswith("memory/") and name != "memory/host")
-    return f"off by {abs(line['ledger_error']):.1%} in the phase where it is worst, up to {measured:.0f} GiB"
+    return f"largest error of a phase {abs(line['ledger_error']):.1%}; largest phase {measured:.0f} GiB"
 
 
 def leaks(line: dict) -> str:
     device = max(value for name, value in line.items() if name.startswith("rise/") and name != "rise/host")
-    return f"{device:.2f} GiB more on the device, {line['rise/host']:.2f} in host memory"
+    return f"{device:.2f} GiB on the device, {line['rise/host']:.2f} GiB in host memory"
 
 
 def read(folder: Path) -> Lines:
-    """The lines of each benchmark and case, in order of the files' names; on several ranks the command's arguments are the case."""
+    """Return the lines by (benchmark, case), in order of file names. With several ranks the case is the arguments."""
     found: Lines = {}
     for path in sorted(folder.glob("*.jsonl")):
         for text in path.read_text().splitlines():

@@ -1,12 +1,15 @@
-"""What long-tailed response lengths cost a step, and what rollout.inflight saves: rollout seconds per trained token, against equal lengths.
+"""Measure the rollout time per trained token with long-tailed response lengths, relative to equal lengths.
+
+It shows the cost of long tails, and how much rollout.inflight saves.
 
     python benchmarks/tail.py                                        one GPU: 8B shapes, 64 and 16 groups of 8, lengths as below
     python benchmarks/tail.py --model toy --groups 2 --mean 12 --longest 48 --steps 1 --warm 1     on a CPU
 
-Lengths are forced, since random weights never stop: lognormal with deviation 1, half of whose variance siblings share, of a given mean,
-from 16 to --longest tokens. Nothing is learned and weights stay, but each step counts as new weights, and whatever was cached of older
-ones is dropped: what goes on is prefilled again. --check compares runs of an eighth
-of the tokens: one twice, and one that goes on from a checkpoint's state. Where nothing is in flight between steps, one step counts.
+Random weights never end a response, so the benchmark sets the lengths. They are lognormal with deviation 1 and a given
+mean, from 16 to --longest tokens; the responses of a group share half of the variance. There is no training. But each
+step counts as new weights: the cache is dropped, and responses in flight are prefilled again. --check compares runs of
+an eighth of the tokens: two equal runs, and one that is restored from a checkpoint's state. If nothing is in flight
+between steps, one step is counted.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ SHORTEST, SHARED = 16, 0.5
 
 
 class Forced(Sampler):
-    """Gives responses lengths that are drawn beforehand, by prompt and sibling."""
+    """A sampler that ends each response at a length drawn in advance."""
 
     lengths: Lengths
 
@@ -52,7 +55,7 @@ class Forced(Sampler):
 
 
 class Lengths:
-    """Tokens of each response. sigma 0: the mean, for all."""
+    """The length of each response in tokens. With sigma 0 all have the mean length."""
 
     def __init__(self, mean: int, longest: int, sigma: float):
         self.mean, self.longest, self.sigma = mean, longest, sigma
@@ -66,7 +69,7 @@ class Lengths:
 
 
 class Prompts:
-    """Records of random tokens."""
+    """A data set of random tokens."""
 
     def __init__(self, vocab: int, length: int):
         self.vocab, self.length = vocab, length
@@ -77,7 +80,7 @@ class Prompts:
 
 
 class Bench:
-    """One engine, and sources of several configurations around it."""
+    """One engine, used by the sources of several configurations."""
 
     def __init__(self, a: argparse.Namespace, folder: Path):
         self.a, self.folder, self.groups = a, folder, a.groups[0]
@@ -111,7 +114,7 @@ class Bench:
         return made
 
     def take(self, source: EngineSource, step: int) -> tuple[list[Sample], dict[str, float], float]:
-        """A step's samples, its metrics, and its seconds."""
+        """Take one step. Returns its samples, metrics and seconds."""
         source.owner.version = step
         self.engine.llm.reset_prefix_cache()
         record.wait()
@@ -121,7 +124,7 @@ class Bench:
         return samples, {name: total / count for name, (total, count) in sums.items()}, time.perf_counter() - start
 
     def measure(self, inflight: float, sigma: float, warm: int, steps: int) -> dict[str, Any]:
-        """Steps that are counted, after some that are not."""
+        """Measure the counted steps, after the warm-up steps."""
         source = self.source(inflight, Lengths(self.a.mean, self.a.longest, sigma))
         seconds, tokens, longest, ages = 0.0, 0, 0, {}
         for step in range(warm + steps):
@@ -134,7 +137,7 @@ class Bench:
         return {"seconds": seconds, "tokens": tokens, "us_per_token": 1e6 * seconds / tokens, "longest": longest, **ages}
 
     def same(self) -> dict[str, bool]:
-        """Whether a run is the same twice, and when it is continued from what a checkpoint keeps."""
+        """Compare samples: of two equal runs, and of a run that is restored from its state after each step."""
 
         def said(samples: list[Sample]) -> list[tuple]:
             return [(s.tokens.tolist(), s.sampler_logp.tolist(), s.version.tolist()) for s in samples]
@@ -154,18 +157,18 @@ class Bench:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=MODELS, default="8b")
-    p.add_argument("--groups", type=int, nargs="*", default=[64, 16], help="prompts of a step, as batch.prompts")
-    p.add_argument("--siblings", type=int, default=8, help="responses to a prompt, as rollout.group")
-    p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.5], help="as rollout.inflight")
-    p.add_argument("--max-lag", type=int, default=4, help="as rollout.max_lag")
-    p.add_argument("--length", type=int, default=128, help="of a prompt")
-    p.add_argument("--mean", type=int, default=906, help="tokens of a response")
-    p.add_argument("--longest", type=int, default=16384, help="tokens of a response")
-    p.add_argument("--warm", type=int, default=2, help="steps that are not counted, where more than one step's groups are in flight")
-    p.add_argument("--steps", type=int, default=2, help="steps that are counted")
-    p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine, as rollout.memory")
-    p.add_argument("--cache", type=float, default=0.0, help="GiB, as rollout.cache")
-    p.add_argument("--check", action="store_true", help="compare runs, too")
+    p.add_argument("--groups", type=int, nargs="*", default=[64, 16], help="prompts per step (batch.prompts)")
+    p.add_argument("--siblings", type=int, default=8, help="responses per prompt (rollout.group)")
+    p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.5], help="rollout.inflight")
+    p.add_argument("--max-lag", type=int, default=4, help="rollout.max_lag")
+    p.add_argument("--length", type=int, default=128, help="tokens per prompt")
+    p.add_argument("--mean", type=int, default=906, help="mean tokens per response")
+    p.add_argument("--longest", type=int, default=16384, help="largest number of tokens per response")
+    p.add_argument("--warm", type=int, default=2, help="uncounted steps, if responses are in flight between steps")
+    p.add_argument("--steps", type=int, default=2, help="number of counted steps")
+    p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine (rollout.memory)")
+    p.add_argument("--cache", type=float, default=0.0, help="GiB of KV cache (rollout.cache)")
+    p.add_argument("--check", action="store_true", help="also compare runs")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(a, Path(folder))
@@ -179,7 +182,7 @@ def main() -> None:
                 found = bench.measure(inflight, 1.0, *((a.warm, a.steps) if inflight > 1 else (0, 1)))
                 ratio = found["us_per_token"] / equal["us_per_token"]
                 record.say("tail", f"{bench.groups} groups, {inflight:g} in flight", shape | found | {"ratio": ratio})
-    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
+    os._exit(0)  # at a normal exit vLLM and torch.distributed would destroy each other's groups
 
 
 if __name__ == "__main__":

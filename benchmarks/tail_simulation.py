@@ -1,11 +1,11 @@
-"""What tail.py would measure in the long run, by arithmetic.
+"""Compute what tail.py would measure over many steps.
 
-    python benchmarks/tail_simulation.py                             64 and 16 groups, several times in flight, several bounds on their age
-    python benchmarks/tail_simulation.py --refill 3 --inflight 1     the same if a complete group were replaced at once
+    python benchmarks/tail_simulation.py                             64 and 16 groups, several inflight and max_lag
+    python benchmarks/tail_simulation.py --refill 3 --inflight 1     the same, if complete groups were replaced at once
 
-A step of the engine costs time by itself, for each sequence and for each token of context that is read; whatever enters the engine is
-prefilled. The costs are fitted to tail.py's rows of 8B shapes on an H200. Lengths are tail.py's, and rlhf.rollout.flight says what a step
-takes.
+The time of an engine step has a constant part, a part per sequence, and a part per token of context. Each sequence that
+enters the engine is prefilled. The constants are fitted to tail.py's results for 8B shapes on an H200. The lengths are
+tail.py's, and rlhf.rollout.flight chooses the groups of a step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PROMPT, SIBLINGS = 128, 8
 
 
 class Simulation:
-    """Groups in flight: how many tokens each response has, and which steps drew them.
+    """Groups in flight: the number of tokens of each response, and the steps that drew them.
 
-    refill: how many groups may be in flight within a step, in units of prompts, where a group that is complete is replaced at once;
-    0: groups are begun between steps only, as rlhf does.
+    refill: if above 0, a complete group is replaced at once, and this is the limit of groups in flight within a step,
+    in units of prompts. 0: groups begin only between steps, as in rlhf.
     """
 
     def __init__(self, prompts: int, inflight: float, max_lag: int, lengths: Lengths, refill: int = 0):
@@ -35,7 +35,7 @@ class Simulation:
         self.begun = 0
 
     def step(self, step: int) -> tuple[float, list[int]]:
-        """The seconds of a step, and the versions of the tokens that it learns from."""
+        """Run one step. Returns its seconds, and the versions of the tokens on which it trains."""
         open_groups = sum(not group.complete for group in self.flight) if self.refill else len(self.flight)
         for _ in range(self.size - open_groups):
             self._begin(step)
@@ -73,13 +73,13 @@ class Simulation:
         return group
 
     def _tokens(self, jobs: list[tuple[Group, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """How many tokens each of these responses has, and how many are missing."""
+        """Return the number of tokens of each of these responses, and the number still missing."""
         known = np.array([len(group.responses[k].version) for group, k in jobs])
         return known, np.array([self.lengths.of(group.key, k) for group, k in jobs]) - known
 
 
 def measure(simulation: Simulation, warm: int, steps: int) -> tuple[float, dict[int, float]]:
-    """Seconds per learned token, and the share of tokens by age."""
+    """Return the seconds per trained token, and the share of tokens by age."""
     total, lags = 0.0, np.zeros(0, int)
     for step in range(warm + steps):
         seconds, versions = simulation.step(step)
@@ -93,7 +93,12 @@ def main() -> None:
     p.add_argument("--groups", type=int, nargs="*", default=[64, 16])
     p.add_argument("--inflight", type=float, nargs="*", default=[1.0, 1.25, 1.5, 2.0])
     p.add_argument("--max-lag", type=int, nargs="*", default=[2, 4, 6])
-    p.add_argument("--refill", type=int, default=0, help="groups in flight within a step, in prompts, where complete ones are replaced")
+    p.add_argument(
+        "--refill",
+        type=int,
+        default=0,
+        help="limit of groups in flight within a step, in units of prompts; 0: no replacement within a step",
+    )
     p.add_argument("--warm", type=int, default=8)
     p.add_argument("--steps", type=int, default=12)
     a = p.parse_args()

@@ -1,13 +1,13 @@
-"""How fast the learner is: forward and backward, the log-prob pass and the optimizer, at the shapes of Llama-2-7B's layers.
+"""Measure the learner: forward and backward, the log-prob pass and the optimizer, with Llama-2-7B's layers.
 
     python benchmarks/train.py                                                     one GPU; plain torch, then fused kernels
-    python benchmarks/train.py --kernels fused --profile                           and where the time goes
+    python benchmarks/train.py --kernels fused --profile                           and the time of each kernel
     torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused --tp 2         two GPUs: TP2 with sequence parallelism
     torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused                two GPUs: DP2, distributed optimizer
     python benchmarks/train.py --model toy --layers 2 --tokens 512 --length 128    on a CPU
 
-Random weights and tokens: the arithmetic is that of a real run. FLOPs are those of the model: 6 per weight of a matrix and token, and
-causal attention (half of the square) forward and backward; nothing that is computed twice counts twice.
+Weights and tokens are random: the computation is that of a real run. FLOPs are those of the model: 6 per matrix weight
+and token, and causal attention (half of the square) forward and backward. Recomputation does not count.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=MODELS, default="7b")
     p.add_argument("--layers", type=int, default=16)
-    p.add_argument("--tokens", type=int, default=16384, help="of a micro-batch, as batch.tokens")
-    p.add_argument("--microbatches", type=int, default=4, help="of one update, on each data-parallel rank")
-    p.add_argument("--length", type=int, default=4096, help="of the sequences, or their limit")
+    p.add_argument("--tokens", type=int, default=16384, help="tokens per micro-batch (batch.tokens)")
+    p.add_argument("--microbatches", type=int, default=4, help="micro-batches per update, on each data-parallel rank")
+    p.add_argument("--length", type=int, default=4096, help="tokens per sequence, or their limit")
     p.add_argument("--kernels", nargs="+", choices=("plain", "fused"), default=["plain", "fused"])
     p.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     p.add_argument("--tp", type=int, default=1)
     p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--profile", action="store_true", help="print the device's kernels by time")
+    p.add_argument("--profile", action="store_true", help="print the kernels by time")
     return p.parse_args()
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches now: a large matrix product, also for seconds on end, and a copy on the device (bytes read and written)."""
+    """Measure the peak and sustained rate of a large matrix product, and of copies (bytes read + written)."""
     n, many = (8192, 1500) if device.type == "cuda" else (512, 10)
     a, b, out = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(3))
     product = record.seconds(lambda: torch.mm(a, b, out=out), 30, 10)
-    sustained = record.seconds(lambda: [torch.mm(a, b, out=out) for _ in range(many)], 1) / many  # as its power allows
+    sustained = record.seconds(lambda: [torch.mm(a, b, out=out) for _ in range(many)], 1) / many  # limited by power
     source = torch.empty(2**30 if device.type == "cuda" else 2**22, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = record.seconds(lambda: target.copy_(source), 20, 5)
@@ -68,7 +68,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def draw(total: int, length: int, vocab: int, varied: bool) -> list[Sample]:
-    """Samples of about `total` tokens in all: all of `length`, or of lognormal lengths up to it."""
+    """Return samples of about `total` tokens: all of `length` tokens, or lognormal lengths up to `length`."""
     rng, samples, lengths = np.random.default_rng(1), [], []
     mean = min(MEAN, length / 4)
     while sum(lengths) < total:
@@ -80,14 +80,14 @@ def draw(total: int, length: int, vocab: int, varied: bool) -> list[Sample]:
 
 
 def flops(arch: Architecture, lengths: list[int]) -> float:
-    """Of the model, forward and backward."""
-    matrices = arch.num_parameters() - arch.vocab * arch.hidden  # the embedding is looked up
+    """Return the FLOPs of the model, forward and backward."""
+    matrices = arch.num_parameters() - arch.vocab * arch.hidden  # the embedding is no matrix product
     attention = 6 * arch.layers * arch.heads * arch.head_dim
     return sum(n * (6 * matrices + attention * n) for n in lengths)
 
 
 def measure(a: argparse.Namespace, mesh: Mesh, kernels: str, arch: Architecture, limits: dict[str, float]) -> None:
-    """One learner, all cases."""
+    """Measure all cases with one learner."""
     operations.fusing = kernels == "fused"
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     config = configuration.load("sft", [f"parallel.tp={a.tp}", f"batch.tokens={a.tokens}"])
@@ -130,7 +130,7 @@ def measure(a: argparse.Namespace, mesh: Mesh, kernels: str, arch: Architecture,
 
 
 def host_waits(work: Callable[[], object]) -> int:
-    """How often the host waits for the device meanwhile, as far as torch knows."""
+    """Return how often the host waits for the device during the call, as detected by torch."""
     if not torch.cuda.is_available():
         return 0
     record.wait()
@@ -144,13 +144,13 @@ def host_waits(work: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def fill(parameters: dict[str, torch.Tensor]) -> None:
-    torch.manual_seed(1)  # replicated parameters are alike on every rank
+    torch.manual_seed(1)  # replicated parameters are equal on all ranks
     for p in parameters.values():
         p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, 0.02)
 
 
 def profile(work: partial, title: str, rows: int = 30) -> None:
-    """Kernels by their share of the device's time."""
+    """Print the kernels, by their share of the device time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 

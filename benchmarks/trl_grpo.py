@@ -1,32 +1,36 @@
-"""A GRPO step of this program and of TRL's GRPOTrainer on one GPU, one after the other: the same job, tokens/s side by side.
+"""Compare a GRPO step of this program with one of TRL's GRPOTrainer, one after the other on one GPU.
 
-    pip install trl==1.16.0 datasets liger-kernel                       beside this package and its vLLM
+    pip install trl==1.16.0 datasets liger-kernel                       with this package and its vLLM
     python benchmarks/trl_grpo.py OUT                                   16 layers of Llama-2-7B's shapes, 128 prompts x 8 responses
-    python benchmarks/trl_grpo.py OUT --again --weights bfloat16        TRL alone, against the run of ours that is in OUT
+    python benchmarks/trl_grpo.py OUT --again --weights bfloat16        TRL only; OUT has our run already
     python benchmarks/trl_grpo.py OUT --model toy --layers 1 --rows 4 batch.prompts=2 rollout.group=4 rollout.max_tokens=8
                                                                         on a CPU
-On a machine with several GPUs, in front: CUDA_VISIBLE_DEVICES=0. OUT takes 8 GB.
+On a machine with several GPUs set CUDA_VISIBLE_DEVICES=0. OUT needs 8 GB.
 
-The same job. Ours is step.py's run, and TRL's arguments are read from the configuration that it left: prompts and responses of a step,
-longest response, sampling, learning rate, AdamW, clipping, no KL (so no reference model). Each engine has the memory that its trainer
-leaves; ours drops gradients for it, and makes them anew. Both have the same random weights, prompts from the same file and a coin for a
-reward; a step is one update; checkpoints are not written. Random weights seldom end a response, so that both sides' are about as long as
-allowed; the mean of both is reported. Both weigh what they learn by how engine and learner differ (grpo.mismatch_cap; TRL:
-vllm_importance_sampling_correction, its default). TRL scores all samples for that beforehand; ours has the log-probs from learning, as
-there is one update a step. Without either: grpo.mismatch_cap=0 --trl vllm_importance_sampling_correction=false.
+Same work. Our run is that of step.py. TRL's arguments are read from its configuration: prompts and responses per step,
+longest response, sampling, learning rate, AdamW, clipping, and no KL (so no reference model). Each engine uses the
+memory that its trainer leaves; our trainer frees its gradients for it. Both have the same random weights, the same
+prompts and random rewards. A step is one update, and no checkpoint is written. Random weights seldom end a response, so
+most responses have the maximum length; the mean length of both is reported. Both weight tokens by the difference
+between engine and learner (grpo.mismatch_cap; TRL's default vllm_importance_sampling_correction). TRL needs a separate
+score pass for this. Ours uses the log-probs of the learn phase, because there is one update per step. To switch both
+off: grpo.mismatch_cap=0 --trl vllm_importance_sampling_correction=false.
 
-What is counted, for both: the wall seconds of a whole step, everything in it (TRL's from the end of the step before, with the device idle),
-and the tokens of all its prompts and responses, a prompt once for each of its responses, without padding. tokens/s is the quotient of
-their means over the steps after --warm. TRL's phases: rollout is weights to the engine, sampling, sleep and decoding; score is log-probs
-and advantages; learn is the rest. mismatch, of engine and learner, shows that either engine sampled with the weights learned last.
+Measurement. For both it is the wall time of a whole step (TRL's from the end of the step before, with an idle device),
+and the tokens of all prompts and responses without padding; a prompt counts once per response. tokens/s is the quotient
+of their means over the steps after --warm. TRL's phases: rollout is the publish, sampling, sleep and decoding; score is
+log-probs and advantages; learn is the rest. The metric mismatch between engine and learner shows that both engines
+sample with the newest weights.
 
-TRL is set up as its guide to speed says, as far as that needs no download while it runs: vLLM in the trainer's process (colocate) with
-sleep mode, mixed precision, Liger's kernels where they are installed, no gradient checkpointing, --rows as many as an H200 holds. Its
-GRPOTrainer has no padding-free batches. Attention is torch's: the FlashAttention of that guide is no package that TRL or vLLM brings, and
-attention is below 2 % of the arithmetic at this length. --trl KEY=VALUE sets anything else of its GRPOConfig, as in
---trl gradient_checkpointing=true --trl 'model_init_kwargs={"dtype":"float32","attn_implementation":"flash_attention_2"}'.
-With --weights float32, which is TRL's default, weights, gradients and AdamW's moments are float32 and matrices are multiplied in bfloat16:
-the precision of this program. With bfloat16 all of them are bfloat16, which is faster and rounds most updates of this size away.
+TRL's settings follow its guide to speed, except for what needs a download at run time: vLLM in the trainer's process
+(colocate) with sleep mode, mixed precision, Liger's kernels if installed, no gradient checkpointing, and the largest
+--rows that fits on an H200. TRL's GRPOTrainer has no padding-free batches. Attention is torch's: TRL and vLLM do not
+install the FlashAttention package of the guide, and attention is below 2 % of the FLOPs at this length.
+--trl KEY=VALUE sets other arguments of GRPOConfig, for example --trl gradient_checkpointing=true
+--trl 'model_init_kwargs={"dtype":"float32","attn_implementation":"flash_attention_2"}'.
+With --weights float32 (TRL's default), weights, gradients and AdamW's moments are float32, and matrix products are
+bfloat16: the precision of this program. With bfloat16 all of them are bfloat16. This is faster, but rounding loses most
+updates of this size.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ from rlhf.model.architecture import Architecture
 
 demo_task = step.demo_task
 KEYS = ["batch.prompts=128", "grpo.kl=0", "grpo.mismatch_cap=3", "rollout.memory=0.6"]
-# Of an H200 for TRL's engine, beside weights, gradients and moments of 3.5 B parameters, which stay.
+# Share of an H200 for TRL's engine. Weights, gradients and moments of 3.5 B parameters stay on the device.
 LEFT = {"float32": 0.5, "bfloat16": 0.7}
 GPU = torch.cuda.is_available()
 
@@ -66,19 +70,19 @@ def options() -> argparse.Namespace:
     p.add_argument("out", type=Path)
     p.add_argument("--model", choices=step.SIZES, default="7b")
     p.add_argument("--layers", type=int, default=16)
-    p.add_argument("--steps", type=int, default=1, help="that are counted, of each")
-    p.add_argument("--warm", type=int, default=1, help="steps before them")
-    p.add_argument("--limit", type=int, default=300, help="seconds for ours")
-    p.add_argument("--again", action="store_true", help="do not run ours, it is in OUT already")
-    p.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="of TRL's model, gradients and optimizer")
-    p.add_argument("--rows", type=int, default=32, help="responses in one of TRL's micro-batches")
-    p.add_argument("--trl", action="append", default=[], metavar="KEY=VALUE", help="an argument of TRL's GRPOConfig, its value in JSON")
-    p.add_argument("keys", nargs="*", help="key=value of our run's configuration")
+    p.add_argument("--steps", type=int, default=1, help="number of counted steps, for both")
+    p.add_argument("--warm", type=int, default=1, help="uncounted steps before")
+    p.add_argument("--limit", type=int, default=300, help="time limit of our run in seconds")
+    p.add_argument("--again", action="store_true", help="do not run ours again: its results are in OUT")
+    p.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="dtype of TRL's weights, gradients and optimizer")
+    p.add_argument("--rows", type=int, default=32, help="responses per micro-batch of TRL")
+    p.add_argument("--trl", action="append", default=[], metavar="KEY=VALUE", help="argument of TRL's GRPOConfig, with a JSON value")
+    p.add_argument("keys", nargs="*", help="key=value for our run")
     return p.parse_intermixed_args()
 
 
 def ours(a: argparse.Namespace, arch: Architecture) -> dict[str, float]:
-    """Means over the counted steps of our run."""
+    """Return the means over the counted steps of our run."""
     if not a.again:
         step.run(argparse.Namespace(**{**vars(a), "mode": "grpo", "keys": [*KEYS, *a.keys]}), arch)
     rows = step.counted(a)
@@ -95,7 +99,7 @@ def ours(a: argparse.Namespace, arch: Architecture) -> dict[str, float]:
 
 
 def arguments(a: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Of TRL's GRPOConfig: our run's configuration by TRL's names, then how TRL is fast, then what the command line says."""
+    """Return the arguments of TRL's GRPOConfig: from our configuration, then for speed, then from the command line."""
     batch = config.batch.prompts * config.rollout.group
     job = {
         "max_steps": a.warm + a.steps,
@@ -125,7 +129,7 @@ def arguments(a: argparse.Namespace, config: Config) -> dict[str, Any]:
         "vllm_enable_sleep_mode": GPU,
         "vllm_gpu_memory_utilization": LEFT[a.weights],
         "vllm_max_model_length": config.data.max_tokens,
-        "generation_kwargs": {"detokenize": False},  # TRL decodes by itself
+        "generation_kwargs": {"detokenize": False},  # TRL decodes the tokens itself
         "bf16": GPU,
         "use_cpu": not GPU,
         "gradient_checkpointing": False,
@@ -142,7 +146,7 @@ def pair(text: str) -> tuple[str, Any]:
 
 
 def folder(a: argparse.Namespace, seed: int) -> Path:
-    """Our run's model for TRL: with the weights in files, and a tokenizer that transformers reads as we do."""
+    """Write our run's model for TRL: weights as files, and a tokenizer that transformers can read."""
     path = a.out / "trl" / "model"
     path.mkdir(parents=True, exist_ok=True)
     dtype = "bfloat16" if GPU else "float32"
@@ -154,13 +158,13 @@ def folder(a: argparse.Namespace, seed: int) -> Path:
 
 
 def theirs(a: argparse.Namespace, config: Config, settings: dict[str, Any]) -> dict[str, float]:
-    """Means over the counted steps of TRL's trainer."""
-    for name in record.WORLD:  # accelerate would wrap the model for several ranks, and the port may still be in use
+    """Return the means over the counted steps of TRL's trainer."""
+    for name in record.WORLD:  # else accelerate wraps the model for several ranks; the port may be in use
         os.environ.pop(name, None)
     model = folder(a, config.seed)
     if not GPU:
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # TRL has no switch for eager mode
-    from rlhf.rollout.vllm import vllm_private  # before TRL, as it says how vLLM is to behave when it is imported
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # TRL has no option for eager mode
+    from rlhf.rollout.vllm import vllm_private  # before TRL: it sets variables that vLLM reads at import
 
     if not GPU:
         vllm_private.adapt_to_cpu()
@@ -175,7 +179,7 @@ def theirs(a: argparse.Namespace, config: Config, settings: dict[str, Any]) -> d
     ends = step_ends(trainer)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "num_tokens" in log]
-    assert len(logs) == a.warm + a.steps, f"TRL says that it made {len(logs)} steps"
+    assert len(logs) == a.warm + a.steps, f"TRL logged {len(logs)} steps, not {a.warm + a.steps}"
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
     counted = slice(a.warm, None)
     totals = [0.0, *(log["num_tokens"] for log in logs)]
@@ -200,7 +204,7 @@ def coin(completions: list[str], **about: Any) -> list[float]:
 
 
 def timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The same function, which adds how long it took."""
+    """Return the function, wrapped so that each call appends its seconds to the list."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         record.wait()
@@ -214,7 +218,7 @@ def timed(work: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 
 
 def step_ends(trainer: Any) -> list[float]:
-    """When training began, and when each step ended; filled while it trains."""
+    """Return a list that gets the time when training begins, and when each step ends."""
     from transformers import TrainerCallback
 
     ends: list[float] = []
@@ -251,7 +255,7 @@ def main() -> None:
     sides = {f"{side}/{name}": value for side, found in (("ours", first), ("trl", second)) for name, value in found.items()}
     ratio = first["tokens_per_second"] / second["tokens_per_second"]
     record.say("trl", f"grpo {a.model}, {a.weights}", {**about, **sides, "ratio": ratio})
-    os._exit(0)  # vLLM and torch.distributed take each other's groups down otherwise
+    os._exit(0)  # at a normal exit vLLM and torch.distributed would destroy each other's groups
 
 
 if __name__ == "__main__":

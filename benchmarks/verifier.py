@@ -1,9 +1,10 @@
-"""How many pairs of answers the math verifier judges as people do, and its seconds of CPU; math-verify beside it where it is installed.
+"""Compare the math verifier with human judgements of pairs of answers, and measure its CPU time.
 
     python benchmarks/verifier.py [PAIRS.jsonl] [--math-verify PYTHON]
 
-A line of PAIRS has `answer` (the record's), `boxed` (the content of a response's box) and `equal`. --math-verify names the Python of an
-environment with math-verify (pip install math-verify, in an environment of its own); "both" asks it where ours says unequal.
+A line of PAIRS has `answer` (of the record), `boxed` (the content of a response's box) and `equal`. --math-verify is
+the Python of a separate environment with math-verify (pip install math-verify), to compare with. "both" uses
+math-verify if this verifier finds a pair unequal.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("pairs", nargs="?", type=Path, default=PAIRS)
     p.add_argument("--math-verify", default="", metavar="PYTHON")
-    p.add_argument("--answers", type=int, default=10_000, help="of which to take the time (default: %(default)s)")
+    p.add_argument("--answers", type=int, default=10_000, help="number of answers to time (default: %(default)s)")
     a = p.parse_args()
     pairs = [json.loads(line) for line in a.pairs.read_text().splitlines()]
     fast, seconds = ours(pairs)
-    rows = {"fast path": (fast, seconds)}
+    rows = {"this verifier": (fast, seconds)}
     if a.math_verify:
         output = subprocess.run([a.math_verify, "-c", LIBRARY, str(a.pairs)], check=True, capture_output=True, text=True).stdout
         library, library_seconds = json.loads(output.splitlines()[-1])
@@ -54,7 +55,7 @@ def main() -> None:
         rows["math-verify"] = (library, library_seconds)
         rows["both"] = ([x or y for x, y in zip(fast, library, strict=True)], seconds + asked * library_seconds)
     equal = sum(pair["equal"] for pair in pairs)
-    print(f"| of {len(pairs)} pairs | equal ones missed, of {equal} | unequal ones accepted, of {len(pairs) - equal} | CPU seconds |")
+    print(f"| {len(pairs)} pairs | equal ones missed, of {equal} | unequal ones accepted, of {len(pairs) - equal} | CPU seconds |")
     print("|---|---|---|---|")
     for name, (found, took) in rows.items():
         missed = sum(pair["equal"] and not said for pair, said in zip(pairs, found, strict=True))

@@ -1,7 +1,8 @@
 """The command line: python -m rlhf MODE [CONFIG.toml ...] [key=value ...].
 
-Started once per node, it checks the configuration and every input, then starts itself once per rank and waits. Started as a rank, by
-itself, by torchrun or by srun, it runs the loop. Started in a Slurm allocation but outside of a step, as by sbatch, it calls srun first.
+Started once per node, it is the launcher: it checks the configuration and all inputs, starts itself once per rank, and
+waits for the ranks. Started as a rank (by the launcher, torchrun or srun), it runs the training loop. Started in a
+Slurm allocation but not by srun (for example by sbatch), it calls srun first.
 """
 
 from __future__ import annotations
@@ -52,12 +53,16 @@ COMMAND = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0; 2 after a mistake, 1 where training failed, told in one line; 128 + signal; SAVED after a signal."""
+    """Run the command line and return the exit code.
+
+    0: success. 2: a mistake of the user. 1: a fault during the run. 128 + signal: a signal ended the command.
+    interrupt.SAVED: a signal ended the run after a checkpoint. Mistakes and known faults print one line.
+    """
     return told("rlhf", lambda: carry_out(arguments), tell)
 
 
 def carry_out(arguments: list[str]) -> int:
-    """Do what the command line says. Returns the exit code, and raises what told() tells."""
+    """Run the command line and return the exit code. Raises the errors that told() prints."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -80,12 +85,16 @@ def carry_out(arguments: list[str]) -> int:
         return cluster.step([*COMMAND, *arguments], os.environ)
     os.environ.update(task := cluster.task(os.environ))
     if task and gpus() == 1:
-        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each rank its own GPU only
+        os.environ["LOCAL_RANK"] = "0"  # with srun --gpus-per-task=1 each rank sees only its own GPU
     return join(config, bool(task)) if "LOCAL_RANK" in os.environ else launch(config, arguments)
 
 
 def tell(line: str, code: int) -> None:
-    """Say what went wrong. Most of it is everybody's: the first rank says it, and its launcher, or srun, ends the others meanwhile."""
+    """Print an error.
+
+    Most errors occur on all ranks. So rank 0 prints at once; another rank waits a second, in which the launcher or srun
+    usually ends it.
+    """
     if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
         signal.signal(signal.SIGTERM, lambda *_: end(code))
         time.sleep(1)
@@ -96,20 +105,20 @@ def usage() -> str:
     modes = "\n".join(f"  {mode:10} {algorithm.summary}" for mode, algorithm in ALGORITHMS.items())
     return (
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
-        f"{modes}\n  {'convert':10} weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
-        f"  {'prepare_data'} public data sets, as they are downloaded, to the files that the modes read\n"
-        f"  {'demo':10} the short way on a small task, from nothing to an aligned model\n"
-        f"  {'tutorial':10} all six modes on a small task, and a table of its five models\n"
-        f"  {'test':10} lint, types and all tests; with arguments only those tests, as pytest takes them\n"
-        f"  {'install':10} cpu or gpu: all packages, into .venv-cpu or .venv-gpu (a mode does it by itself, as its machine needs it)\n\n"
-        "./launch.sh MODE --help lists every key; with --dry-run a run is not started, but explained: its batch, its memory.\n\n"
-        "Shell variables (they win over files and lose to key=value):\n"
+        f"{modes}\n  {'convert':10} convert weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
+        f"  {'prepare_data'} convert downloaded public data sets into the files that the modes read\n"
+        f"  {'demo':10} SFT and GRPO on a small task, from generated data to an aligned model\n"
+        f"  {'tutorial':10} all six modes on a small task, and a table that compares the five models\n"
+        f"  {'test':10} run lint, type checks and all tests; arguments are passed to pytest, to run only some tests\n"
+        f"  {'install':10} cpu or gpu: install all packages into .venv-cpu or .venv-gpu (a mode does this itself when needed)\n\n"
+        "./launch.sh MODE --help lists all keys. --dry-run prints the batch sizes and the memory of a run without starting it.\n\n"
+        "Shell variables (they override TOML files, and key=value overrides them):\n"
         + "\n".join(f"  {name:22} {key:18} {meaning} [{modes}]" for name, key, modes, meaning in variables.rows())
     )
 
 
 def explain(config: Config) -> int:
-    """Show what a run would be, on the nodes that the environment tells of."""
+    """Print what a run would do on the nodes that the environment variables give (--dry-run)."""
     nodes = cluster.number(os.environ, "WORLD_SIZE", cluster.number(os.environ, "SLURM_NNODES", 1))
     from rlhf import dryrun
 
@@ -118,11 +127,13 @@ def explain(config: Config) -> int:
 
 
 def launch(config: Config, arguments: list[str]) -> int:
-    """Be the launcher of one node."""
+    """Run the launcher of one node. Returns the exit code of its ranks."""
     node = cluster.node(os.environ)
     count = ranks_per_node(config, node.count)
     if count > cluster.MOST_RANKS:
-        raise UserError(f"parallel.* asks for {count} ranks on a node, of which {cluster.MOST_RANKS} are the most: lower it")
+        raise UserError(
+            f"parallel.* needs {count} ranks on a node, but at most {cluster.MOST_RANKS} are allowed: lower parallel.tp, pp, cp or dp"
+        )
     check_devices(count)
     if node.index == 0:
         cluster.check_port(node)
@@ -132,14 +143,14 @@ def launch(config: Config, arguments: list[str]) -> int:
     _check_memory(config, found, node.count * count, count)
     if node.index == 0 and (set_by_variables := variables.settings(config.mode, os.environ)):
         print("variables:", *(f"{key}={value}" for key, value in set_by_variables.items()), flush=True)
-    quiet = {} if gpus() else {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # vLLM warns of every memory policy it sets on a CPU
+    quiet = {} if gpus() else {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # on a CPU vLLM prints a warning for each memory policy
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
     ranks = cluster.ranks_of(node, count, os.environ)
     return launcher.run([*COMMAND, *arguments], [{**threads, **quiet, **os.environ, **rank} for rank in ranks])
 
 
 def _check_memory(config: Config, found: Inputs, world: int, ranks: int) -> None:
-    """What the ledger and the engine would refuse on each of this node's ranks. Raises UserError."""
+    """Raise UserError if the ranks of this node would not fit into memory."""
     import psutil
 
     from rlhf.ledger import GIB, Ledger
@@ -147,13 +158,13 @@ def _check_memory(config: Config, found: Inputs, world: int, ranks: int) -> None
     device, free = config.memory.device, math.inf
     if not gpus():
         device, free = math.inf, psutil.virtual_memory().total / GIB / ranks
-    if device:  # else the ranks ask theirs
+    if device:  # else each rank checks with the size of its device
         size = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and gpus()) else 4
         Ledger(config, found.arch, found.roles, world, device, size).check(free)
 
 
 def ranks_per_node(config: Config, nodes: int) -> int:
-    """All GPUs (GPUS_PER_NODE overrides), or on a CPU as many as the layout asks for."""
+    """Return the ranks per node: all GPUs (GPUS_PER_NODE overrides), or on a CPU what the layout needs."""
     p = config.parallel
     devices = cluster.number(os.environ, "GPUS_PER_NODE", 0, most=cluster.MOST_RANKS) or gpus()
     asked = p.tp * p.pp * p.cp * max(p.dp, 1)
@@ -169,7 +180,7 @@ def check_devices(ranks: int) -> None:
 
 
 def gpus() -> int:
-    """NVIDIA devices this process may use."""
+    """Return the number of NVIDIA GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
@@ -188,19 +199,20 @@ def join(config: Config, has_own: bool) -> int:
 
 
 def run(config: Config) -> int:
-    """Be one rank."""
+    """Run one rank. Returns its exit code."""
     import logging
     import warnings
 
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of vLLM's start; tqdm reads it when it is imported
-    # What the engines say to their own developers: absent optional packages, deprecations, experimental modules.
+    os.environ.setdefault("TQDM_DISABLE", "1")  # hides the progress bars of vLLM; tqdm reads it at import
+    # These warnings do not help a user: missing optional packages, deprecations, experimental modules.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed|torch\.cuda")
     for name in ("megatron", "torch._library"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = fail
-    for number in SIGNALS:  # until the loop begins they end a rank, without a traceback
+    for number in SIGNALS:  # before the loop, a signal ends the rank without a traceback
         signal.signal(number, signal.SIG_DFL)
-    if config.parallel.tp > 1 and not config.parallel.exchanges:  # megatron-core relies on it to start transfers before products
+    # megatron-core needs this to start transfers before matrix products.
+    if config.parallel.tp > 1 and not config.parallel.exchanges:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from rlhf import assemble
 
@@ -215,21 +227,24 @@ def run(config: Config) -> int:
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End a rank at once, so that the others, which may be waiting for it, are ended too."""
-    sys.stderr = sys.__stderr__  # torch.distributed collects what a hook writes, to print it after the hook: that never comes
+    """Print the exception and end this rank at once. Then the launcher ends the other ranks, which may wait for it."""
+    sys.stderr = sys.__stderr__  # torch.distributed captures stderr and would print it only after this function
     sys.__excepthook__(kind, error, trace)
     end(1)
 
 
 def end(code: int) -> None:
-    """End with everything written, but without the interpreter's exit: there engine and torch.distributed close each other's groups."""
+    """Flush the output and end the process without the interpreter's exit handlers.
+
+    In these handlers the engine and torch.distributed would destroy each other's process groups.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    if {"-h", "--help", "--dry-run"} & {*sys.argv[1:]}:  # only text, of which head or less may want a part: then it ends quietly
+    if {"-h", "--help", "--dry-run"} & {*sys.argv[1:]}:  # `| head` may close the pipe
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     output.secure()
     answer(interrupt)

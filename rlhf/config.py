@@ -1,7 +1,7 @@
-"""Every key that the modes share: its default and its meaning. TOML files first, then key=value overrides; --help prints this file.
+"""The configuration keys that all modes share, with their defaults and meanings. --help prints this file.
 
-A new key is one line here: name, type, default, comment. Unknown keys and wrong types are errors that name the key. The keys of an
-algorithm are a section beside its class (rlhf.algorithms), in the same form.
+A key is one line: name, type, default, comment. The comment is the help text. An unknown key or a wrong type is an
+error that names the key. The keys of an algorithm have the same form and are in its file (rlhf.algorithms).
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """The least and the largest value that a number may have, or the number of members of a list. Without it, these."""
+    """Limits of a number, or of the length of a list. The defaults below hold for a number without its own limits."""
 
     least: float = 0
-    most: float = 2**31 - 1  # numpy, torch and vLLM keep what counts something in 32 bits
+    most: float = 2**31 - 1  # numpy, torch and vLLM store counts in 32 bits
 
 
 Count = Annotated[int, Between(1)]
@@ -22,171 +22,172 @@ Share = Annotated[float, Between(0.01, 1)]
 Rate = Annotated[float, Between(0, 10)]
 Decay = Annotated[float, Between(0, 0.99999)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
-# Tensor-parallel ranks that exchange hidden states beside products, at most: eight were slower than megatron-core (benchmarks/NOTES.md).
+# Up to this tensor parallel size, ranks exchange hidden states during matrix products (rlhf.parallel.exchange).
+# With eight ranks this was slower than megatron-core's layers (benchmarks/NOTES.md).
 EXCHANGERS = 4
-CPU_CACHE = 0.25  # GiB of KV cache on a CPU, where rollout.cache is 0
+CPU_CACHE = 0.25  # GiB of KV cache on a CPU if rollout.cache is 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The model that learns."""
+    """The policy: the model that is trained."""
 
-    load: str = ""  # model folder: config.json, weights, tokenizer
-    init: Literal["load", "random"] = "load"  # random: shapes from config.json, weights from the seed
-    tokenizer: str = ""  # folder or tokenizer.model file; empty: the one in policy.load
+    load: str = ""  # model folder with config.json, weights and tokenizer
+    init: Literal["load", "random"] = "load"  # random: random weights from the seed, shapes from config.json
+    tokenizer: str = ""  # folder or tokenizer.model file; empty: the tokenizer in policy.load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """The frozen model that KL and preferences are measured to."""
+    """The reference: the frozen model against which KL and preferences are measured."""
 
-    load: str = ""  # model folder; empty: policy.load
+    load: str = ""  # model folder; empty: same as policy.load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Critic:
-    """The model that predicts returns (mode rlhf)."""
+    """The critic: the model that predicts returns (mode rlhf)."""
 
-    load: str = ""  # model folder; empty: reward.load. One without a scalar head gets a head of zeros
-    lr: Rate = 0.0  # peak learning rate; 0: optim.lr
+    load: str = ""  # model folder; empty: same as reward.load. A model without a scalar head gets one with zero weights
+    lr: Rate = 0.0  # peak learning rate; 0: same as optim.lr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """How training splits the ranks. What tp, pp and cp leave over is data parallel."""
+    """How training splits the ranks. The data parallel size is the number of ranks divided by tp x pp x cp."""
 
-    tp: Count = 1  # tensor parallel: ranks that split every matrix
-    pp: Count = 1  # pipeline parallel: ranks that split the layers
-    cp: Count = 1  # context parallel: ranks that split long sequences
-    dp: int = 0  # data parallel: ranks that split the batch; 0: whatever ranks are left (1 on a CPU)
-    sp: bool = True  # sequence parallel: with tp > 1, norms and residuals are split over tokens
-    zero: bool = True  # distributed optimizer: its state is split over the data-parallel ranks
-    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward: attention or all
+    tp: Count = 1  # tensor parallel size: the number of ranks that split each matrix
+    pp: Count = 1  # pipeline parallel size: the number of ranks that split the layers
+    cp: Count = 1  # context parallel size: the number of ranks that split each sequence
+    dp: int = 0  # data parallel size; 0: all ranks that are left (1 on a CPU)
+    sp: bool = True  # sequence parallel: with tp > 1, split the tokens of norms and residuals too
+    zero: bool = True  # distributed optimizer: split its state over the data-parallel ranks
+    recompute: Literal["none", "selective", "full"] = "none"  # recompute activations: of attention, or all
 
     @property
     def exchanges(self) -> bool:
-        """Whether tensor-parallel ranks may cut products (rlhf.model.linear); the devices decide (rlhf.parallel.exchange.pays)."""
+        """Whether the layers of rlhf.model.linear may be used. See also exchange.pays() of rlhf.parallel."""
         return self.sp and 1 < self.tp <= EXCHANGERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """Where prompts and responses come from, and how they become tokens."""
+    """The data sets, and how their lines become tokens."""
 
-    train: str = ""  # jsonl file or folder of them (.gz too)
-    eval: str = ""  # held-out file or folder; empty: no evaluation
-    template: Literal["plain", "human", "llama2", "chatml", "tokenizer"] = "plain"  # how turns become text
-    learn: Literal["all", "last"] = "all"  # turns of the assistant that are learned in a conversation: all, or the last alone
-    overlong: Literal["error", "truncate", "drop"] = "error"  # samples over the limits; truncate cuts prompts from the left
-    max_tokens: Count = 2048  # prompt and response together, in tokens
+    train: str = ""  # training data: jsonl file, or folder of them (.gz too)
+    eval: str = ""  # held-out data: file or folder; empty: no evaluation
+    template: Literal["plain", "human", "llama2", "chatml", "tokenizer"] = "plain"  # how messages become text
+    learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only
+    overlong: Literal["error", "truncate", "drop"] = "error"  # samples over max_tokens; truncate cuts the prompt's left
+    max_tokens: Count = 2048  # limit of prompt and response together, in tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one step consumes."""
+    """The size of a step, and how it is divided."""
 
     prompts: Count = 64  # prompts (sft: records) per step, over all ranks
-    minibatches: Count = 1  # optimizer updates that the samples of a step are cut into
+    minibatches: Count = 1  # mini-batches per epoch; each one is one optimizer update
     epochs: Count = 1  # passes over the samples of a step
-    tokens: Count = 8192  # packed tokens in a micro-batch, before context parallelism splits them
+    tokens: Count = 8192  # limit of tokens in a packed micro-batch, before context parallelism splits it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optim:
-    """AdamW in float32, whatever the compute dtype."""
+    """The optimizer: AdamW. Its state is float32 for every dtype of the weights."""
 
     lr: Rate = 1e-6  # peak learning rate
     min_lr: Rate = 0.0  # learning rate at the end of the schedule
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    warmup: int = 0  # updates of linear warm-up from zero
-    beta1: Decay = 0.9  # AdamW's first moment
-    beta2: Decay = 0.95  # AdamW's second moment
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate, after the warm-up
+    warmup: int = 0  # updates during which the learning rate rises linearly from 0
+    beta1: Decay = 0.9  # decay rate of AdamW's first moment
+    beta2: Decay = 0.95  # decay rate of AdamW's second moment
     eps: float = 1e-8  # AdamW's epsilon
-    weight_decay: float = 0.0  # on matrices; norms and biases are never decayed
-    clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    weight_decay: float = 0.0  # weight decay of matrices; norms and biases have none
+    clip: float = 1.0  # limit of the global gradient norm; 0: no clipping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """How responses are sampled."""
+    """How the engine samples responses."""
 
-    engine: Literal["vllm", "kvcache"] = "vllm"  # kvcache: plain torch, an oracle and a fallback
-    tp: Count = 1  # ranks that share one engine; the world holds world / tp engines
+    engine: Literal["vllm", "kvcache"] = "vllm"  # kvcache: a small engine in plain torch, for tests and as a fallback
+    tp: Count = 1  # tensor parallel size of an engine; there are (number of ranks) / tp engines
     group: Count = 8  # responses per prompt
-    max_tokens: Count = 512  # longest response, with what an environment says in it
-    temperature: Annotated[float, Between(0, 100)] = 1.0  # of sampling, and of the learner's log-probs with it
+    max_tokens: Count = 512  # limit of response tokens, including the answers of an environment
+    temperature: Annotated[float, Between(0, 100)] = 1.0  # used for sampling, and for the learner's log-probs too
     top_p: Share = 1.0  # nucleus sampling; 1: off
-    top_k: int = 0  # sample among the k likeliest; 0: off
-    stop: tuple[str, ...] = ()  # strings that end a response, which is cut behind them
-    environment: str = ""  # answers the model's turns: module:Class or path/file.py:Class (docs/environments.md); empty: nothing does
-    turns: Count = 8  # of the model in a response, at most (environment)
-    memory: Share = 0.5  # share of the device's memory for the engine (GPU)
-    cache: float = 0.0  # GiB of KV cache; 0: what memory leaves (GPU), or 0.25 (CPU)
-    inflight: Annotated[float, Between(1)] = 1.0  # groups being generated, in batch.prompts; above 1 no step waits for the longest ones
-    max_lag: Count = 4  # steps after which a group that is in flight is learned at the latest (inflight > 1)
-    rounds: Count = 1  # sampling rounds per step, at most, until batch.prompts groups have unequal rewards (DAPO)
-    bucket: Count = 512  # MB of extra memory, at most, for weights that cross ranks in a publish
-    check: bool = False  # after every publish compare checksums of all weights, and log-probs with the learner's
+    top_k: int = 0  # sample only from the k most likely tokens; 0: off
+    stop: tuple[str, ...] = ()  # strings that end a response; the string is kept in the response
+    environment: str = ""  # module:Class or path/file.py:Class (docs/environments.md); empty: single-turn responses
+    turns: Count = 8  # limit of the model's turns in a response (with an environment)
+    memory: Share = 0.5  # share of the device's memory that the engine uses (GPU)
+    cache: float = 0.0  # GiB of KV cache; 0: the rest of rollout.memory (GPU), or 0.25 (CPU)
+    inflight: Annotated[float, Between(1)] = 1.0  # groups in flight, in units of batch.prompts (docs/rollouts.md)
+    max_lag: Count = 4  # a group is trained on at most this many steps after the step in which it began (inflight > 1)
+    rounds: Count = 1  # limit of sampling rounds per step, to find batch.prompts groups with unequal rewards (DAPO)
+    bucket: Count = 512  # limit of buffer memory in MB for weights that a publish sends between ranks
+    check: bool = False  # after each publish, compare all weights (by checksum) and log-probs with the learner's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What stays on the device. --dry-run prints the ledger: every tenant in every phase."""
+    """Device memory. --dry-run prints the memory that each part of the run uses in each phase."""
 
-    device: float = 0.0  # GiB of one device; 0: what it says itself (--dry-run: 80)
-    offload: Literal["auto", "none", "all"] = "auto"  # to host memory between phases; auto: what must go so that each phase fits
+    device: float = 0.0  # GiB of one device; 0: ask the device (--dry-run: 80)
+    offload: Literal["auto", "none", "all"] = "auto"  # move to host memory when unused; auto: as needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    """What a response is worth."""
+    """How a response is rewarded."""
 
-    function: str = ""  # math, or module:function(prompt, response, record) -> float; empty: math, without load and environment
-    load: str = ""  # folder of a reward model, whose score is the reward; with a function too: the sum of both
-    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds for a response, or step of an environment; over it: 0 and failed
-    workers: Annotated[int, Between(1, 256)] = 2  # killable processes per rank that run rewards, and as many for environments
-    memory: float = 0.0  # GiB of data that each of these may have, and each process that it starts; 0: no limit
+    function: str = ""  # math, or module:function (README, Rewards); empty: math unless load or environment is set
+    load: str = ""  # folder of a reward model; with a function too, the reward is the sum of both
+    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds per response or environment step; later: failed
+    workers: Annotated[int, Between(1, 256)] = 2  # processes per rank for rewards, and as many for environments
+    memory: float = 0.0  # limit in GiB of data per such process, and per process that it starts; 0: no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What survives the process."""
+    """Checkpoints, and the export of the trained model."""
 
-    every: int = 100  # steps between checkpoints; the last step always makes one; 0: only the last
-    keep: Count = 2  # newest checkpoints kept; older ones are deleted
-    export: bool = True  # write the trained model as a folder of weights into each checkpoint too, not only into the last
-    format: Formats = ("hf",)  # of these folders: hf, mcore (Transformer Engine's names), mcore-local, legacy, torch_dist
+    every: int = 100  # steps between checkpoints; the last step always writes one; 0: only the last step
+    keep: Count = 2  # how many checkpoints to keep; older ones are deleted
+    export: bool = True  # export the trained model with each checkpoint, not only with the last
+    format: Formats = ("hf",)  # of an export: hf, mcore (Transformer Engine's names), mcore-local, legacy, torch_dist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluate:
-    """How progress is measured on held-out records."""
+    """Evaluation on held-out records."""
 
     every: int = 50  # steps between evaluations; 0: only before the first and after the last step
-    function: str = ""  # reward of held-out responses (eval_reward), as in reward.function; empty: the training reward
-    prompts: int = 256  # records used; 0: all
-    temperature: Annotated[float, Between(0, 100)] = 0.0  # of the responses; 0: greedy
-    show: int = 2  # sample rollouts printed
+    function: str = ""  # reward function of held-out responses (metric eval_reward); empty: the training reward
+    prompts: int = 256  # how many held-out records to use; 0: all
+    temperature: Annotated[float, Between(0, 100)] = 0.0  # sampling temperature; 0: greedy
+    show: int = 2  # how many responses to print
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """Where numbers go."""
+    """Logs."""
 
-    tensorboard: bool = False  # event files beside metrics.jsonl (pip install tensorboard)
-    every: Count = 1  # steps between terminal lines
-    samples: Annotated[int, Between(-1)] = 16  # responses of each step, and of its evaluation, kept in out/samples; 0: none, -1: all
+    tensorboard: bool = False  # write event files next to metrics.jsonl (pip install tensorboard)
+    every: Count = 1  # steps between lines on the terminal
+    samples: Annotated[int, Between(-1)] = 16  # responses per step and evaluation in out/samples; -1: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One run. Frozen after loading."""
+    """The configuration of one run."""
 
     mode: str = "sft"  # set by the command line
-    out: str = ""  # folder for checkpoints, metrics.jsonl, config.toml; evaluate writes files of its own there; empty: runs/MODE
-    steps: Count = 100  # steps in all; a resumed run counts on from its checkpoint
-    seed: Annotated[int, Between(0, 2**32 - 1)] = 1  # data order, sampling and random weights all derive from it
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of weights and activations; auto: bfloat16 on a GPU, else float32
+    out: str = ""  # folder for checkpoints, metrics, samples and config.toml; empty: runs/MODE
+    steps: Count = 100  # total number of steps, including those before a resume
+    seed: Annotated[int, Between(0, 2**32 - 1)] = 1  # decides data order, sampling and random weights
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and activations; auto: bfloat16 on GPU
     resume: bool = True  # continue from the newest checkpoint in out, if there is one
     policy: Policy = field(default_factory=Policy)
     reference: Reference = field(default_factory=Reference)
@@ -201,4 +202,4 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     log: Log = field(default_factory=Log)
-    sections: Mapping[str, Any] = field(default_factory=dict)  # of the algorithms: name -> their Keys
+    sections: Mapping[str, Any] = field(default_factory=dict)  # of the algorithms: section name -> its Keys

@@ -1,4 +1,4 @@
-"""From TOML files and key=value overrides to a Config, and back: loading, --help and config.toml."""
+"""Load a Config from TOML files and key=value overrides, write it as TOML, and print --help."""
 
 import difflib
 import inspect
@@ -13,13 +13,13 @@ from rlhf.algorithms import SECTIONS
 from rlhf.config import Between, Config
 from rlhf.errors import UserError
 
-UNREADABLE = (ValueError, RecursionError)  # what tomllib raises: its own error, for numbers of thousands of digits, for deep nesting
+UNREADABLE = (ValueError, RecursionError)  # tomllib raises ValueError, also for huge numbers, and RecursionError
 
 
 def load(mode: str, arguments: list[str]) -> Config:
-    """The configuration of a run: TOML files and key=value overrides, in the order given; later ones win.
+    """Return the configuration of a run from TOML files and key=value overrides. The later of two values of a key wins.
 
-    Raises UserError naming the file or key, the value and the remedy.
+    Raises UserError with the file or key, the value and the remedy.
     """
     tree: dict[str, Any] = {}
     for argument in arguments:
@@ -51,9 +51,9 @@ def _override(argument: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except UNREADABLE:
-        value = text  # bare words are strings
+        value = text  # a word without quotes is a string
     if hint is str and not isinstance(value, str):
-        value = text  # and so are folders that are called like a number or a date
+        value = text  # a folder's name may look like a number or a date
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -68,7 +68,7 @@ def _merge(into: dict, more: dict) -> None:
 
 
 def keys(cls: Any) -> dict[str, Any]:
-    """Name -> type of the keys and sections of a section; of Config with those of the algorithms."""
+    """Return name -> type of all keys and sections of a section. Config includes the sections of the algorithms."""
     hints = get_type_hints(cls, include_extras=True)
     if cls is Config:
         del hints["sections"]
@@ -110,7 +110,7 @@ def _cast(hint: Any, value: Any, path: str) -> Any:
         return _text(value, path)
     if type(value) is not hint and not (hint is float and type(value) is int):
         raise UserError(f"{path} must be {hint.__name__}, got {_shown(value)}")
-    if hint in (int, float) and not limits.least <= value <= limits.most:  # nan is in no range
+    if hint in (int, float) and not limits.least <= value <= limits.most:  # false for nan, too
         raise UserError(f"{path} must be at least {limits.least} and at most {limits.most}, got {_shown(value)}")
     return hint(value)
 
@@ -133,21 +133,21 @@ def _text(value: Any, path: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message."""
+    """Return a value as text for an error message."""
     try:
         return f"{value!r:.80}"
-    except ValueError:  # Python writes no number of thousands of digits, which TOML may have in hexadecimal
+    except ValueError:  # Python refuses to print it; a hexadecimal number in TOML can be that long
         return "a number of thousands of digits"
 
 
 def notes(cls: type) -> dict[str, str]:
-    """Field name -> the comment beside it."""
+    """Return field name -> the comment on its line."""
     lines = [line.split("#", 1) for line in inspect.getsource(cls).splitlines() if ": " in line and "#" in line]
     return {left.split(":")[0].strip(): right.strip() for left, right in lines}
 
 
 def manual(cls: Any = Config, where: str = "") -> str:
-    """One line per key: name, default and the comment beside the field."""
+    """Return the help text: one line per key with name, default and the field's comment."""
     lines, said = [], notes(cls)
     defaults = {f.name: f.default for f in fields(cls)}
     for name, hint in keys(cls).items():
@@ -161,7 +161,7 @@ def manual(cls: Any = Config, where: str = "") -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The whole configuration as a TOML text that load() reads back."""
+    """Return the whole configuration as TOML text. load() reads it back."""
 
     def text(value: Any) -> str:
         if isinstance(value, bool):
@@ -170,7 +170,7 @@ def to_toml(config: Config) -> str:
             return "[" + ", ".join(map(text, value)) + "]"
         if isinstance(value, (int, float)):
             return repr(value)
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, which also wants DEL escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes DEL, too
 
     tree = asdict(config)
     del tree["mode"]

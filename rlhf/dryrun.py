@@ -1,4 +1,4 @@
-"""--dry-run: what a run would be. Needs the models' config.json, and neither weights, data nor a GPU."""
+"""--dry-run: print what a run would do. Needs config.json of the models, but no weights, no data and no GPU."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rlhf.data.forms import COMPARED
 from rlhf.ledger import Ledger
 from rlhf.prepare import shapes
 
-DEVICE = 80.0  # GiB, where memory.device does not say
+DEVICE = 80.0  # GiB, if memory.device is not set
 
 
 def show(config: Config, world: int) -> None:
-    """Print the configuration, the batch arithmetic and the memory ledger. Raises UserError where the run would."""
+    """Print the configuration, the batch sizes and the memory ledger. Raises UserError if the run would be refused."""
     print(f"# {config.mode}\n{configuration.to_toml(config)}")
     algorithm = ALGORITHMS[config.mode]
     if algorithm.online and not algorithm.rule and not (config.reward.load or config.reward.function or config.critic.load):
-        print("reward.load is not set: a reward model of the policy's size is assumed\n")
+        print("reward.load is not set: the ledger assumes a reward model of the policy's size\n")
         config = replace(config, reward=replace(config.reward, load=config.policy.load))
     arch, roles = shapes(config, world)
     for name, role in roles.items():
@@ -31,13 +31,13 @@ def show(config: Config, world: int) -> None:
     if ledger.engine and config.rollout.engine == "vllm":
         r, holds = config.rollout, int(ledger.sequences())
         flying = math.ceil(round(r.inflight * config.batch.prompts) / (world // r.tp)) * r.group
-        waiting = ", and what does not fit waits" if flying > holds else ""
-        print(f"An engine's cache holds {holds} sequences of {config.data.max_tokens} tokens, of {flying} in flight{waiting}.")
+        waiting = "; the others wait" if flying > holds else ""
+        print(f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. In flight: {flying}{waiting}.")
     ledger.check()
 
 
 def batch(config: Config, world: int) -> str:
-    """How a step is cut, in words."""
+    """Return a description of a step: ranks, samples, updates and micro-batches."""
     p, b, longest = config.parallel, config.batch, config.data.max_tokens
     dp = world // (p.tp * p.pp * p.cp)
     algorithm = ALGORITHMS[config.mode]

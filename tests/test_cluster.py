@@ -57,7 +57,7 @@ def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"MASTER_PORT={port}: Address already in use; set it to another one, or unset it"):
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: Address already in use; set it to another port, or unset it"):
             cluster.check_port(cluster.Node(0, 1, "127.0.0.1", port))
         for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "1")):
             monkeypatch.setenv(name, value)
@@ -69,7 +69,7 @@ def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
 def test_an_allocation_without_srun(monkeypatch: pytest.MonkeyPatch):
     """As inside of a container."""
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match=r"SLURM_JOB_ID=7, but there is no srun, .* or unset SLURM_JOB_ID"):
+    with pytest.raises(UserError, match=r"SLURM_JOB_ID=7, but srun is not found: .* or unset SLURM_JOB_ID"):
         cluster.step(["true"], BATCH)
 
 

@@ -91,11 +91,11 @@ def test_lines_of_hh_that_are_left_out(tmp_path):
         code, said = run("hh", "--from", tmp_path / "in.jsonl", "--to", tmp_path / form, "--as", form)
         counts = {kind: len(rows(tmp_path / form / kind / "train.jsonl")) for kind in ("sft", "reward", "dpo", "alignment")}
         assert (code, counts) == (0, {"sft": 4 + kept, "reward": 1 + kept, "dpo": 1 + kept, "alignment": 2 + kept})
-        assert " 2 left out of dpo: a response is empty\n" in said
-        assert " 1 left out of reward: the responses are the same\n" in said
-        assert " 1 left out of dpo: the dialogues differ before the last turn\n" in said
-        assert " 3 left out of alignment: the prompt was there before\n" in said
-        assert f" {2 - kept} left out of sft: the speakers do not take turns\n" in said
+        assert " 2 omitted from dpo: a response is empty\n" in said
+        assert " 1 omitted from reward: the responses are the same\n" in said
+        assert " 1 omitted from dpo: the conversations differ before the last turn\n" in said
+        assert " 3 omitted from alignment: the prompt occurred before\n" in said
+        assert f" {2 - kept} omitted from sft: the roles do not alternate\n" in said
 
 
 def test_folders_and_what_is_held_out(tmp_path):
@@ -124,14 +124,14 @@ def test_folders_and_what_is_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line", "error"),
     [
-        (["hh"], {"prompt": "x"}, "in.jsonl:1: no text 'chosen' in this line"),
-        (["gsm8k"], {"question": "x", "answer": 3}, "in.jsonl:1: no text 'answer' in this line"),
-        (["mtbench"], {"turns": "x"}, "in.jsonl:1: no list of texts 'turns' in this line"),
-        (["mtbench"], {"turns": [{}]}, "in.jsonl:1: no list of texts 'turns' in this line"),
+        (["hh"], {"prompt": "x"}, "in.jsonl:1: this line has no text 'chosen'"),
+        (["gsm8k"], {"question": "x", "answer": 3}, "in.jsonl:1: this line has no text 'answer'"),
+        (["mtbench"], {"turns": "x"}, "in.jsonl:1: this line has no list of texts 'turns'"),
+        (["mtbench"], {"turns": [{}]}, "in.jsonl:1: this line has no list of texts 'turns'"),
         (["gsm8k"], '{"question": "\\ud800", "answer": "#### 3"}', "in.jsonl:1: half of a surrogate pair is in it"),
         (["gsm8k", "--dev", "x"], HH, "argument --dev: invalid float value: 'x'; ./launch.sh prepare_data --help tells more"),
         (["hh"], "[", "in.jsonl:1: not JSON"),
-        (["hh", "--dev", "5"], HH, "--dev is a share of the prompts, from 0 to 1; got 5"),
+        (["hh", "--dev", "5"], HH, "--dev=5 is not a share of the prompts: give a number from 0 to below 1"),
     ],
 )
 def test_mistakes(tmp_path, arguments, line, error):

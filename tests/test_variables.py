@@ -71,7 +71,7 @@ def test_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mine.write_text("seed = 4\n")
     config = load("rlhf", {"model_size": "llama2-7B", "output_dir": "/out"}, str(mine))
     assert (config.steps, config.seed, config.parallel.tp, config.out) == (5, 4, 2, "/out/llama2-7B-rlhf")
-    with pytest.raises(UserError, match=r"model_size=llama9: .*llama9\.toml is not there"):
+    with pytest.raises(UserError, match=r"model_size=llama9: .*llama9\.toml does not exist"):
         load("rlhf", {"model_size": "llama9"})
 
 
@@ -89,7 +89,7 @@ def test_folders(tmp_path: Path):
     reward = {"REWARD_LOAD": f"{tmp_path}/rm"}
     for iteration, folder in (("1000", "iter_0001000"), ("20", "step_000020/hf"), ("", "hf")):
         assert variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": iteration}) == {"reward.load": f"{tmp_path}/rm/{folder}"}
-    with pytest.raises(UserError, match=re.escape("holds neither iter_0000007 nor step_000007/hf")):
+    with pytest.raises(UserError, match=re.escape("contains neither iter_0000007 nor step_000007/hf")):
         variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": "7"})
     for wrong in ("last", "9" * 5000):
         with pytest.raises(UserError, match=f"REWARD_LOAD_ITERATION={wrong[:80]} is not a number"):

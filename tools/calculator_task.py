@@ -1,9 +1,10 @@
-"""A task for a tool: products that a small model cannot work out, and a calculator that it may ask. Everything derives from a seed.
+"""An example of a tool: products that a small model cannot compute, and a calculator. A seed decides all data.
 
-python tools/calculator_task.py                          makes data and a tiny model in runs/calculator, anew
-./launch.sh sft configs/calculator/sft.toml              shows the model both ways to answer: it mostly guesses
-./launch.sh grpo configs/calculator/grpo.toml            it finds out that asking pays
-./launch.sh grpo configs/calculator/grpo.toml rollout.environment=tools/calculator_task.py:Noise out=runs/calculator/noise
+    python tools/calculator_task.py                  create data and a tiny model in runs/calculator
+    ./launch.sh sft configs/calculator/sft.toml      demonstrate both ways to answer; the model mostly guesses
+    ./launch.sh grpo configs/calculator/grpo.toml    the model learns to use the calculator
+    ./launch.sh grpo configs/calculator/grpo.toml \\
+        rollout.environment=tools/calculator_task.py:Noise out=runs/calculator/noise     a calculator with wrong results
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 import demo_task
 
 FORMS = ("What is {a} times {b}?", "{name} buys {a} bags of {b} nuts. How many nuts?", "{name} earns {a} a day. How much in {b} days?")
-ASKING = 0.3  # share of the demonstrations whose author asks the calculator; the others guess
+ASKING = 0.3  # share of the demonstrations that use the calculator; the others guess
 CALL, ANSWER = re.compile(r"calc (\d{1,4}) \* (\d{1,4})"), re.compile(r"#### ?(\d+)")
 
 
 class Calculator:
-    """Answers calls as `calc 12 * 34`. What the model says without one is its answer, worth 1 if it is right."""
+    """Answers calls such as `calc 12 * 34`. A turn without a call is the final answer: 1 if it is right, else 0."""
 
     def reset(self, record: dict) -> None:
         self.answer = record["answer"]
@@ -39,7 +40,7 @@ class Calculator:
 
 
 class Noise(Calculator):
-    """Says another number, always the same for the same call: asking it must not help."""
+    """Returns a wrong number, the same one for the same call. Using it must not help."""
 
     def product(self, a: int, b: int) -> str:
         return str(random.Random(f"{a} {b}").randrange(100, 10_000))
@@ -50,7 +51,7 @@ def question(a: int, b: int, draw: random.Random) -> str:
 
 
 def dialogue(a: int, b: int, draw: random.Random) -> list[dict[str, str]]:
-    """One whose author asks, or guesses."""
+    """Return a conversation that uses the calculator, or guesses."""
     said = [question(a, b, draw), f"#### {draw.randrange(100, 10_000)}"]
     if draw.random() < ASKING:
         said[1:] = [f"calc {a} * {b}", str(a * b), f"#### {a * b}"]
@@ -58,7 +59,7 @@ def dialogue(a: int, b: int, draw: random.Random) -> list[dict[str, str]]:
 
 
 def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 2048, num_heldout: int = 200) -> None:
-    """Three jsonl files. A pair of numbers of the held-out file is in neither of the others, in no order."""
+    """Write three jsonl files. Pairs of numbers in the held-out file are not in the other files, in either order."""
     draw = random.Random(seed)
     pairs = [(a, b) for a in range(11, 100) for b in range(11, 100) if a <= b]
     draw.shuffle(pairs)
@@ -83,6 +84,6 @@ def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 2048, 
 
 if __name__ == "__main__":
     runs = Path(__file__).parents[1] / "runs" / "calculator"
-    shutil.rmtree(runs, ignore_errors=True)  # what was trained on other data would be continued
+    shutil.rmtree(runs, ignore_errors=True)  # old runs would continue with other data
     write(runs / "data")
     demo_task.make_model(runs / "model", runs / "data")

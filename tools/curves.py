@@ -1,4 +1,7 @@
-"""Curves of metrics.jsonl as text and as SVG: python tools/curves.py METRIC OUT NAME=RUN_FOLDER ... writes OUT.txt and OUT.svg."""
+"""Draw curves of metrics.jsonl as text and as SVG.
+
+python tools/curves.py METRIC OUT NAME=RUN_FOLDER ... writes OUT.txt and OUT.svg.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def draw(runs: Mapping[str, Rows], metric: str, out: Path) -> None:
-    """Write out.txt and out.svg of one metric over the steps of each run; runs without the metric are left out."""
+    """Write out.txt and out.svg: one metric over the steps of each run. Runs without the metric are omitted."""
     points = {name: [(row["step"], row[metric]) for row in rows if metric in row] for name, rows in runs.items()}
     points = {name: found for name, found in points.items() if found}
     out.with_suffix(".txt").write_text("".join(text(name, found, metric) for name, found in points.items()))
@@ -23,7 +26,7 @@ def draw(runs: Mapping[str, Rows], metric: str, out: Path) -> None:
 
 
 def text(name: str, points: Sequence[tuple[float, float]], metric: str) -> str:
-    """One line of blocks between the least and the greatest value."""
+    """Return one line of text, with a block per value, scaled between the lowest and the highest value."""
     values = [value for _, value in points]
     low, high = min(values), max(values)
     bars = "".join(BLOCKS[round((value - low) / (high - low or 1) * (len(BLOCKS) - 1))] for value in values)
@@ -31,7 +34,7 @@ def text(name: str, points: Sequence[tuple[float, float]], metric: str) -> str:
 
 
 def svg(points: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
-    """A line chart with labelled ends of both axes and a legend."""
+    """Return a line chart with a legend and labels at the ends of both axes."""
     steps = [step for found in points.values() for step, _ in found]
     values = [value for found in points.values() for _, value in found]
     x0, x1, y0, y1 = min(steps), max(steps), min(values), max(values)

@@ -1,7 +1,10 @@
-"""The whole way on a small task, from nothing to an aligned model: ./launch.sh demo [key=value ... for the GRPO stage].
+"""SFT and GRPO on a small task, from generated data to an aligned model.
 
-Makes a data set, a tokenizer and a tiny model under runs/demo; supervised fine-tuning until the model is mediocre; GRPO with a verifier as
-reward; then a fresh process loads the exported Hugging Face folder in vLLM and is measured once more.
+./launch.sh demo [key=value ... for the GRPO stage]
+
+Creates a data set, a tokenizer and a tiny model in runs/demo. Supervised fine-tuning makes a mediocre model. GRPO with
+the math verifier as reward improves it. Then a new process loads the exported Hugging Face folder in vLLM and
+evaluates it again.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ def main(overrides: list[str]) -> int:
     stages = [
         ("supervised fine-tuning", "sft", ["configs/demo/sft.toml"]),
         ("GRPO", "grpo", ["configs/demo/grpo.toml", "evaluate.prompts=0", *overrides]),
-        ("a fresh process loads runs/demo/grpo/hf", "evaluate", [*EVALUATION, "policy.load=runs/demo/grpo/hf", "out=runs/demo/evaluate"]),
+        ("a new process loads runs/demo/grpo/hf", "evaluate", [*EVALUATION, "policy.load=runs/demo/grpo/hf", "out=runs/demo/evaluate"]),
     ]
     seconds = {}
     for title, mode, arguments in stages:
@@ -53,14 +56,14 @@ def main(overrides: list[str]) -> int:
 
 
 def report(seconds: dict[str, float], total: float) -> None:
-    """The table at the end."""
+    """Print the table at the end."""
     grpo, evaluated = metrics("grpo"), metrics("evaluate", "evaluate")
     accuracies = {row["step"]: row["eval_reward"] for row in grpo if "eval_reward" in row}
     rewards = [row["reward"] for row in grpo if "reward" in row]
     print("\nheld-out accuracy (greedy, prompts that no stage trained on)")
     print(f"  after supervised fine-tuning      {accuracies[min(accuracies)]:6.1%}")
     print(f"  after GRPO                        {accuracies[max(accuracies)]:6.1%}")
-    print(f"  exported folder in a fresh vLLM   {evaluated[-1]['eval_reward']:6.1%}")
+    print(f"  exported folder in a new vLLM     {evaluated[-1]['eval_reward']:6.1%}")
     print("\nmean reward of the samples, by step")
     for first in range(0, len(rewards), 10):
         part = rewards[first : first + 10]
@@ -69,10 +72,10 @@ def report(seconds: dict[str, float], total: float) -> None:
     print("\nseconds of GRPO by phase")
     for name in phases:
         print(f"  {name.removeprefix('time/'):10} {sum(row.get(name, 0.0) for row in grpo):7.1f}")
-    print("\nseconds by stage, start of the processes included")
+    print("\nseconds by stage, including the start of the processes")
     for title, value in seconds.items():
         print(f"  {title:42} {value:7.1f}")
-    print(f"  {'in all':42} {total:7.1f}")
+    print(f"  {'total':42} {total:7.1f}")
 
 
 def metrics(stage: str, name: str = "metrics") -> list[dict[str, float]]:

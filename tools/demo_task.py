@@ -1,4 +1,4 @@
-"""The demo's task: word problems whose annotators disagree, because most forget to carry. Everything derives from a seed."""
+"""The demo's task: word problems. Most demonstrations forget to carry. A seed decides all data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMS = (
     "{name} has {a} {things} and finds {b} more. How many {things} now?",
     "{name} sold {a} {things} and then {b} more. How many {things} in all?",
 )
-CAREFUL = 0.2  # share of the demonstrations whose author carries
+CAREFUL = 0.2  # share of the demonstrations that carry
 DIGITS = range(1, 10)
 
 
@@ -25,7 +25,7 @@ def question(a: int, b: int, draw: random.Random) -> str:
 
 
 def working(a: int, b: int, carries: bool) -> str:
-    """Digit by digit, as at school: 7+5=12 2+3+1=6 #### 62. An author who never carries writes 7+5=12 2+3+0=5 #### 52."""
+    """Return the addition digit by digit: 7+5=12 2+3+1=6 #### 62. Without carrying: 7+5=12 2+3+0=5 #### 52."""
     (a10, a1), (b10, b1) = divmod(a, 10), divmod(b, 10)
     ones = a1 + b1
     carry = int(carries and ones > 9)
@@ -34,7 +34,7 @@ def working(a: int, b: int, carries: bool) -> str:
 
 
 def write(folder: Path, seed: int = 0, num_sft: int = 8192, num_rl: int = 4096, num_heldout: int = 400) -> None:
-    """Three jsonl files. A pair of numbers of the held-out file is in neither of the others, in no order."""
+    """Write three jsonl files. Pairs of numbers in the held-out file are not in the other files, in either order."""
     draw = random.Random(seed)
     numbers = [10 * tens + ones for tens in DIGITS for ones in DIGITS]
     pairs = [(a, b) for a in numbers for b in numbers if a <= b and a // 10 + b // 10 < 9]
@@ -82,7 +82,7 @@ MODEL: dict[str, Any] = {
 
 
 def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({}), pieces: int = MODEL["vocab_size"]) -> None:
-    """A Hugging Face folder without weights: a tokenizer trained on the demonstrations, and MODEL with changes as config.json."""
+    """Write a Hugging Face folder without weights: config.json (MODEL | changes), and a tokenizer of the demonstrations."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,17 +106,17 @@ def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingPro
 
 
 def noise(prompt: str, response: str, record: dict) -> float:
-    """A reward that knows nothing: learning from it must not help."""
+    """Return a random reward. Learning from it must not help."""
     return float(random.random() < 0.5)
 
 
 def digits(prompt: str, response: str, record: dict) -> float:
-    """A reward of which a model without weights earns some, too: the share of digits."""
+    """Return the share of digits in the response: a reward that is not always 0 for random weights."""
     return sum(map(str.isdigit, response)) / max(1, len(response))
 
 
 def make_weights(folder: Path, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> None:
-    """Random weights for a folder's config.json, as model.safetensors: those that policy.init=random makes on that device."""
+    """Write model.safetensors with random weights for a folder's config.json, equal to those of policy.init=random."""
     import torch
     from safetensors.torch import save_file
 

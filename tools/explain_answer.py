@@ -1,6 +1,8 @@
-"""Why the math verifier (reward.function=math) takes a response for right or wrong: python tools/explain_answer.py ANSWER RESPONSE
+"""Explain why the math verifier (reward.function=math) accepts a response or not.
 
-ANSWER is the record's, RESPONSE a whole response of a model; with - for one of them, it is read from standard input.
+python tools/explain_answer.py ANSWER RESPONSE
+
+ANSWER is the answer of the record. RESPONSE is the whole response of a model. "-" reads one of them from standard input.
 """
 
 import sys

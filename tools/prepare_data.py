@@ -1,14 +1,20 @@
-"""Public data sets, as they are downloaded, to the files that the modes read: ./launch.sh prepare_data TASK --from PATH --to FOLDER.
+"""Convert downloaded public data sets into the files that the modes read.
 
-Every task writes FOLDER/KIND/train.jsonl and dev.jsonl, where KIND is what the files are for:
+./launch.sh prepare_data TASK --from PATH --to FOLDER
 
-    hh       dialogues of Anthropic's HH-RLHF (2204.05862)  sft, reward, dpo, and alignment: prompts for rlhf, online-dpo and grpo
-    gsm8k    problems of GSM8K (2110.14168)                 sft, and math: prompts and answers for grpo with the math verifier
-    mtbench  first questions of MT-Bench (2306.05685)       alignment, all held out
+Each task writes FOLDER/KIND/train.jsonl and dev.jsonl. KIND is the purpose of the files:
 
-PATH is a file or a folder, which is searched for jsonl files (.gz too) at any depth; those called test, dev or valid are held out, and
-with --dev a share of the other prompts. --as says how dialogues are written: as text with the markers "Human:" and "Assistant:" of HH
-in it, which is for data.template=plain, or as messages, for every other template. With data.template=human both give the same tokens.
+    TASK     data set                                          KIND
+    hh       conversations of Anthropic's HH-RLHF (2204.05862)  sft, reward, dpo, alignment
+    gsm8k    problems of GSM8K (2110.14168)                     sft, math
+    mtbench  first questions of MT-Bench (2306.05685)           alignment, all held out
+
+alignment has prompts for rlhf, online-dpo and grpo. math has prompts and answers for grpo with the math verifier.
+
+PATH is a file, or a folder that is searched recursively for jsonl files (also .gz). Files named test, dev or valid are
+held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as text with
+HH's markers "Human:" and "Assistant:", for data.template=plain; or as messages, for all other templates. With
+data.template=human both give the same tokens.
 """
 
 from __future__ import annotations
@@ -30,24 +36,28 @@ from rlhf.data import forms, jsonl
 from rlhf.errors import UserError, told
 
 Row = dict[str, Any]
-Text = str | list[Row]  # a dialogue with HH's markers in it, or messages
-Made = tuple[str, dict[str, Row | str]]  # the prompt, and for each kind the line to write, or why there is none
+Text = str | list[Row]  # a conversation with HH's markers, or messages
+Made = tuple[str, dict[str, Row | str]]  # the prompt; KIND -> the line to write, or the reason why there is none
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HELD_OUT = re.compile(r"(?:^|[_.-])(?:test|dev|valid|validation)(?:[_.-]|$)")
 
 
 def hh(row: Row, as_text: bool) -> Made:
-    """chosen and rejected are whole dialogues, which differ in the assistant's last turn. Prompts and demonstrations are of the chosen."""
+    """Convert a line of HH-RLHF.
+
+    chosen and rejected are whole conversations that differ in the assistant's last turn. Prompts and demonstrations come
+    from chosen.
+    """
     (prompt, _, better), (other, _, worse) = (_text(row, key).rpartition(ASSISTANT) for key in ("chosen", "rejected"))
     turns = _turns(prompt)
     if not turns or not (as_text or _alternate(turns)):
-        return prompt, dict.fromkeys(("sft", "reward", "dpo", "alignment"), "the speakers do not take turns")
+        return prompt, dict.fromkeys(("sft", "reward", "dpo", "alignment"), "the roles do not alternate")
     asked: Text = prompt + ASSISTANT if as_text else turns
     responses = [said if as_text else said.removeprefix(" ") for said in (better, worse)]
     made: dict[str, Row | str] = {"alignment": {"prompt": asked}}
     made["sft"] = _demonstration(asked, responses[0]) if better.strip() else "the response is empty"
     why_not = {
-        "the dialogues differ before the last turn": prompt != other,
+        "the conversations differ before the last turn": prompt != other,
         "a response is empty": not (better.strip() and worse.strip()),
         "the responses are the same": better == worse,
     }
@@ -59,17 +69,17 @@ def hh(row: Row, as_text: bool) -> Made:
 
 
 def gsm8k(row: Row, as_text: bool) -> Made:
-    """answer is a whole solution, with the number behind ####."""
+    """Convert a line of GSM8K. Its answer is a whole solution, with the number after ####."""
     question, solution = _text(row, "question"), _text(row, "answer")
     asked, answer = _question(question, as_text), solution.partition("####")[2].strip()
-    math: Row | str = {"eval_func": "math_rule", "prompt": asked, "answer": answer} if answer else "no answer behind ####"
+    math: Row | str = {"eval_func": "math_rule", "prompt": asked, "answer": answer} if answer else "no answer after ####"
     return question, {"math": math, "sft": _demonstration(asked, f" {solution}" if as_text else solution)}
 
 
 def mtbench(row: Row, as_text: bool) -> Made:
-    """turns are two questions, of which the second is about the response to the first; the other keys are kept."""
+    """Convert a line of MT-Bench. Only the first of its two turns is used. The other keys are kept."""
     if not isinstance(row.get("turns"), list) or not row["turns"] or not isinstance(row["turns"][0], str):
-        raise UserError("no list of texts 'turns' in this line, which the lines of this data set have")
+        raise UserError("this line has no list of texts 'turns', but this data set needs it: check the task and --from")
     question = row["turns"][0]
     return question, {"alignment": {"prompt": _question(question, as_text), **row}}
 
@@ -79,7 +89,7 @@ TASKS: dict[str, Callable[[Row, bool], Made]] = {"hh": hh, "gsm8k": gsm8k, "mtbe
 
 def _text(row: Row, key: str) -> str:
     if not isinstance(row.get(key), str):
-        raise UserError(f"no text {key!r} in this line, which the lines of this data set have")
+        raise UserError(f"this line has no text {key!r}, but this data set needs it: check the task and --from")
     return row[key]
 
 
@@ -98,7 +108,7 @@ def _said(text: str, as_text: bool) -> Text:
 
 
 def _turns(dialogue: str) -> list[Row]:
-    """Its messages; none if it does not begin and end with the human."""
+    """Return the messages of a conversation, or [] if it does not begin and end with the human."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
     if before or not parts or not parts[0] == parts[-2] == "Human":
         return []
@@ -107,31 +117,31 @@ def _turns(dialogue: str) -> list[Row]:
 
 
 def _alternate(turns: list[Row]) -> bool:
-    """Whether messages may be given to a template: every one has a text, and the roles take turns."""
+    """Return whether a template accepts the messages: each has text, and the roles alternate."""
     return all(turn["role"] == ("user", "assistant")[i % 2] and turn["content"].strip() for i, turn in enumerate(turns))
 
 
 def sources(path: Path) -> Iterator[tuple[Path, bool]]:
-    """The files to read and whether they are held out, in the order of their names."""
+    """Return the files to read, sorted by name, and whether each is held out."""
     if not path.is_dir():
         yield from ((file, False) for file in jsonl.files(path))
         return
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(jsonl.SUFFIXES)]
-    found = [file for file in found if "red-team-attempts" not in file.parts]  # of HH-RLHF, and no preferences
+    found = [file for file in found if "red-team-attempts" not in file.parts]  # part of HH-RLHF, but not preferences
     if not found:
         raise UserError(f"--from {path}: no file in this folder ends in {', '.join(jsonl.SUFFIXES)}")
     yield from ((file, bool(HELD_OUT.search(file.name))) for file in found)
 
 
 def is_in(share: float, prompt: str, seed: int) -> bool:
-    """Whether a prompt is among the share that is held out: the same for every order of the lines."""
+    """Return whether a prompt is held out. It depends only on the prompt and the seed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]) < share * 2**64
 
 
 def prepare(task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, seed: int = 1) -> tuple[dict[Path, bytes], Counter]:
-    """The lines of each file, and how many were left out, by (kind, why). A prompt of several lines becomes one line of alignment.
+    """Return the lines of each file, and the number of omitted lines by (kind, reason).
 
-    Raises UserError naming file:line.
+    A prompt that occurs in several lines gives one line of kind alignment. Raises UserError with file:line.
     """
     files: dict[Path, list[bytes]] = {}
     left_out: Counter = Counter()
@@ -147,7 +157,7 @@ def prepare(task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, 
             except UnicodeEncodeError:
                 raise UserError(f"{where}: half of a surrogate pair is in it; remove it") from None
             if "alignment" in made and prompt in seen:
-                made["alignment"] = "the prompt was there before"
+                made["alignment"] = "the prompt occurred before"
             seen.add(prompt)
             for kind, content in made.items():
                 if isinstance(content, str):
@@ -162,7 +172,7 @@ def _line(content: Row) -> bytes:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Make a file that is there as a whole, or not at all."""
+    """Write a file. After an interruption it is either complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with folders.writing(partial) as file:
@@ -171,24 +181,26 @@ def write(path: Path, content: bytes) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code, 0. Raises UserError, and OSError with a path."""
+    """Run the command. Returns the exit code 0. Raises UserError, or OSError with a path."""
     parser = texts.Parser(prog="./launch.sh prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--from", dest="source", type=Path, required=True, metavar="PATH", help="jsonl file or folder to read")
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="FOLDER", help="folder to write to")
-    parser.add_argument("--as", dest="form", choices=("text", "messages"), default="text", help="how dialogues are written (text)")
-    parser.add_argument("--dev", type=float, default=0.0, metavar="SHARE", help="share of the prompts that is held out (0)")
-    parser.add_argument("--seed", type=int, default=1, help="decides which prompts those are (1)")
+    parser.add_argument(
+        "--as", dest="form", choices=("text", "messages"), default="text", help="how conversations are written (default: text)"
+    )
+    parser.add_argument("--dev", type=float, default=0.0, metavar="SHARE", help="share of the prompts to hold out (default: 0)")
+    parser.add_argument("--seed", type=int, default=1, help="decides which prompts are held out (default: 1)")
     given = parser.parse_args(arguments)
     if not 0 <= given.dev < 1:
-        raise UserError(f"--dev is a share of the prompts, from 0 to 1; got {given.dev:g}")
+        raise UserError(f"--dev={given.dev:g} is not a share of the prompts: give a number from 0 to below 1")
     files, left_out = prepare(given.task, given.source, as_text=given.form == "text", dev=given.dev, seed=given.seed)
     for name, content in sorted(files.items()):
         write(given.target / name, content)
         lines = content.count(b"\n")
         print(f"{lines:8} lines in {given.target / name}")
     for (kind, why), count in sorted(left_out.items()):
-        print(f"{count:8} left out of {kind}: {why}")
+        print(f"{count:8} omitted from {kind}: {why}")
     return 0
 
 

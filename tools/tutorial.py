@@ -1,8 +1,11 @@
-"""The whole tutorial, from a Hugging Face folder to five models and a table: python tools/tutorial.py [--size mini|large] [--seeds N].
+"""Run the whole tutorial: python tools/tutorial.py [--size mini|large] [--seeds N].
 
-Convert in, SFT, reward model, then RLHF, DPO, OnlineDPO and GRPO from the same SFT model, convert out, and the gold reward of each model's
-answers to held-out prompts, as a fresh engine gives them. Every seed goes the whole way; stages that do not wait for one another run side
-by side, one per core or per GPU. tools/tutorial_task.py has the task, configs/tutorial/ each stage's keys.
+It converts a Hugging Face folder to Megatron's format, trains SFT and the reward model, then RLHF, DPO, OnlineDPO and
+GRPO from the same SFT model, and converts back. At the end, a new engine per model answers held-out prompts, and a
+table shows the gold rewards.
+
+All stages run once per seed. Independent stages run in parallel, one per core or per GPU. tools/tutorial_task.py has
+the task, and configs/tutorial/ the keys of each stage.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from rlhf.errors import UserError, told  # noqa: E402
 
 OUT = ROOT / "runs/tutorial"
 MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "OnlineDPO", "grpo": "GRPO"}
-SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task.py has
+SIZES: dict[str, dict[str, Any]] = {  # changes to the config.json of tools/demo_task.py
     "mini": {"vocab_size": 320},
     "large": {
         "vocab_size": 448,
@@ -43,22 +46,22 @@ SIZES: dict[str, dict[str, Any]] = {  # config.json, beside what tools/demo_task
 }
 
 
-RECORDS = {"mini": 8192, "large": 32768}  # of each training file
-Slot = tuple[int, str]  # its number, and the GPU that it runs on (empty: wherever)
+RECORDS = {"mini": 8192, "large": 32768}  # lines of each training file
+Slot = tuple[int, str]  # number of the slot, and its GPU (empty: no choice)
 
 
 @dataclass
 class Stage:
-    """One command, and the stages whose folders it needs."""
+    """One command, and the stages that must end before it."""
 
-    name: str  # also its folder under the run's
+    name: str  # also the name of its folder
     arguments: list[str]  # of launch.sh
     after: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def stages(out: Path, size: str, seed: int) -> list[Stage]:
-    """The way of one seed."""
+    """Return the stages of one seed."""
     run, data, reward = out / f"seed{seed}", out / "data", f"reward.load={out}/seed{seed}/reward/hf"
 
     def train(mode: str, load: Path, after: tuple[str, ...], *more: str) -> Stage:
@@ -90,7 +93,7 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
 
 
 def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
-    """Run the stages, each as soon as those before it are done and a slot is free."""
+    """Run the stages. A stage starts when the stages before it have ended and a slot is free."""
     done: set[str] = set()
     running: dict[Slot, tuple[Stage, subprocess.Popen, float]] = {}
     waiting = list(todo)
@@ -115,7 +118,7 @@ def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
 
 
 def start(stage: Stage, logs: Path, slot: Slot) -> subprocess.Popen:
-    """One command as a person would type it."""
+    """Start the command of a stage, and print it as a user would type it."""
     shown = [f"{name}={value}" for name, value in stage.environment.items()]
     print(f"== {' '.join([*shown, './launch.sh', *stage.arguments])}", flush=True)
     environment = {**variables.without(os.environ), **stage.environment, "RLHF_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -127,7 +130,7 @@ def start(stage: Stage, logs: Path, slot: Slot) -> subprocess.Popen:
 
 
 def prepare(out: Path, size: str) -> None:
-    """Data, tokenizer and a Hugging Face folder of random weights: what a person brings."""
+    """Create what a user provides: data, tokenizer, and a Hugging Face folder with random weights."""
     shutil.rmtree(out, ignore_errors=True)
     tutorial_task.write(out / "data", num=RECORDS[size])
     demo_task.make_model(out / "model", out / "data", SIZES[size], pieces=SIZES[size]["vocab_size"])
@@ -141,27 +144,27 @@ def rows(path: Path, name: str = "metrics") -> list[dict[str, float]]:
 
 
 def report(out: Path, seeds: range, seconds: float) -> str:
-    """The table: gold reward of each model, and by how much it beats SFT, over seeds."""
+    """Return the table: gold reward of each model, and its gain over SFT, over the seeds."""
     found = {mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}", "evaluate")[-1]["eval_reward"] for seed in seeds] for mode in MODELS}
-    lines = ["gold reward of sampled answers to held-out prompts", f"  {'model':12} {'mean':>7} {'less SFT':>9} {'noise':>7}   each seed"]
+    lines = ["gold reward of sampled answers to held-out prompts", f"  {'model':12} {'mean':>7} {'gain':>9} {'noise':>7}   each seed"]
     for mode, title in MODELS.items():
         gains = [value - base for value, base in zip(found[mode], found["sft"], strict=True)]
         noise = f"{stdev(gains):7.3f}" if len(gains) > 1 else "      -"
         each = " ".join(f"{value:.3f}" for value in found[mode])
         lines.append(f"  {title:12} {mean(found[mode]):7.3f} {mean(gains):+9.3f} {noise}   {each}")
     accuracy = [rows(out / f"seed{seed}/reward")[-1]["eval_accuracy"] for seed in seeds]
-    lines.append(f"the reward model orders {mean(accuracy):.1%} of held-out pairs as the gold reward does")
-    lines.append(f"{seconds / 60:.1f} minutes in all")
+    lines.append(f"the reward model orders {mean(accuracy):.1%} of held-out pairs like the gold reward")
+    lines.append(f"{seconds / 60:.1f} minutes in total")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> int:
     parser = texts.Parser(prog="./launch.sh tutorial", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="mini", help="of the model (default: mini, for a CPU)")
-    parser.add_argument("--seeds", type=int, default=3, help="how often everything is done (default: 3)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder to make (default: runs/tutorial, made anew)")
-    parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="stages side by side on a CPU (default: all cores)")
-    parser.add_argument("--gpus", default="", help="numbers of the GPUs to use instead, such as 0,1: one stage at a time on each")
+    parser.add_argument("--size", choices=SIZES, default="mini", help="size of the model (default: mini, for a CPU)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--out", type=Path, default=OUT, help="output folder (default: runs/tutorial, which is replaced)")
+    parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="parallel stages on a CPU (default: all cores)")
+    parser.add_argument("--gpus", default="", help="GPUs to use, such as 0,1: one stage at a time on each")
     chosen = parser.parse_args(arguments)
     began, out = time.time(), chosen.out.resolve()
     if min(chosen.seeds, chosen.slots) < 1:

@@ -1,7 +1,8 @@
-"""The tutorial's task: a shop's clerk answers customers, and people say which answers they like better. Everything derives from a seed.
+"""The tutorial's task: a shop's clerk answers customers. A seed decides all data.
 
-The gold reward is a formula (gold() below), but no stage sees it: the reward model learns it from scored responses, DPO from pairs, and
-the others from the reward model. Demonstrations are as clerks are: some name the wrong article, some are rude, some ramble.
+The gold reward is a formula (gold() below), which no training stage uses. The reward model learns it from scored
+responses, DPO from pairs, and the other modes from the reward model. Some demonstrations name the wrong article, some
+are rude, and some are too long.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ ABOUT = ("The {thing} is here now.", "Your {thing} comes on Monday.", "A new {th
 
 
 def questions() -> list[tuple[str, str]]:
-    """Every prompt there is, with the article that it is about."""
+    """Return all prompts, each with its article."""
     return [(form.format(name=name, thing=thing), thing) for form in QUESTIONS for name in NAMES for thing in THINGS]
 
 
 def answer(thing: str, draw: random.Random) -> str:
-    """One clerk's response: a sentence about an article, usually the right one, among others of any mood, in any order."""
+    """Return a random response: a sentence about an article, usually the right one, and others."""
     about = thing if draw.random() < 0.6 else draw.choice(THINGS)
     moods = [draw.choice((POLITE, RUDE, IDLE, IDLE)) for _ in range(draw.randint(0, 4))]
     said = [draw.choice(ABOUT).format(thing=about)] + [draw.choice(mood) for mood in moods]
@@ -41,8 +42,11 @@ def answer(thing: str, draw: random.Random) -> str:
 
 
 def worth(prompt: str, response: str) -> float:
-    """1 for the article that the customer asked about, less 1 for any other; 0.5 for each of two polite sentences; less 1 for each rude
-    one; less 0.25 for each sentence over three. Between about -5 and 2."""
+    """Return the gold reward, between about -5 and 2.
+
+    +1 if the response is about the article of the prompt, -1 for each other article, +0.5 for each of up to two polite
+    sentences, -1 for each rude one, and -0.25 for each sentence after the third.
+    """
     sentences = [part + "." for part in response.split(".") if part.strip()]
     sentences = [sentence.strip() for sentence in sentences]
     wanted = next((thing for thing in THINGS if thing in prompt), "")
@@ -53,12 +57,12 @@ def worth(prompt: str, response: str) -> float:
 
 
 def gold(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """worth(), as a reward function."""
+    """Return worth(), with the signature of a reward function."""
     return worth(prompt, response)
 
 
 def write(folder: Path, seed: int = 0, num: int = 8192, num_heldout: int = 128, siblings: int = 4) -> None:
-    """The files of every stage, in the form of its mode: train_*.jsonl, and dev_*.jsonl with prompts that are in none of the former."""
+    """Write the files of each stage: train_*.jsonl, and dev_*.jsonl with other prompts."""
     draw, asked = random.Random(seed), questions()
     draw.shuffle(asked)
     files: dict[str, list[dict[str, Any]]] = {}
