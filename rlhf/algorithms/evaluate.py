@@ -1,4 +1,4 @@
-"""Mode evaluate: an engine answers held-out prompts with the weights of a folder, and nothing is trained (rlhf.evaluate)."""
+"""Mode evaluate: an engine answers held-out prompts with the weights of a folder. Nothing is trained (see rlhf.evaluate)."""
 
 from rlhf.contracts import Algorithm
 
