@@ -1,4 +1,4 @@
-"""Builds the parts of a run from a configuration: the engine, the models, the source of samples. The loop is in rlhf.loop."""
+"""Builds the parts of a run from a configuration: engine, models, source of samples. The loop itself is in rlhf.loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
     mesh.agree(claim(config) if mesh.rank == 0 else "")
     # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
-    # inputs() has checked that this run may resume the checkpoint in config.out. Only then is its configuration replaced.
+    # inputs() has checked that this run may resume from the checkpoint in config.out, so its configuration may be replaced.
     mesh.agree(note(config) if mesh.rank == 0 else "")
     limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with (
@@ -254,4 +254,4 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(ledger.table())
     waiting, host = ledger.host(mesh.pp_rank) * mesh.ranks_per_node, psutil.virtual_memory().total / 2**30
     if waiting > host:
-        say(f"warning: the ranks of this node offload {waiting:.0f} GiB to host memory, but the node has {host:.0f} GiB")
+        say(f"warning: the ranks of this node offload {waiting:.0f} GiB to host memory, but it has {host:.0f} GiB")

@@ -58,7 +58,7 @@ class Sample:
     text: Text = field(default_factory=Text)
     verdict: Verdict = field(default_factory=Verdict)
 
-    # [L] int32, version of the weights that sampled labels[t]: the number of training steps behind them; -1: not sampled
+    # [L] int32, version of the weights that sampled labels[t]: the number of steps they were trained; -1: not sampled
     version: np.ndarray = ABSENT
     sampler_logp: np.ndarray = ABSENT  # [L] float32, log-probs that the engine computed
     old_logp: np.ndarray = ABSENT  # [L] float32, log-probs of the policy before this step's updates

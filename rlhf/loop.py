@@ -73,7 +73,7 @@ class Run:
         metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.residence.take_peaks().items()})  # mean over ranks
         metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # included in the other times
         metrics.write(done, tokens)
-        stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all ranks after the same step
+        stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to one rank stops all ranks after the same step
         if stop or due(done, config.checkpoint.every, config.steps):
             self.save(done)
         return stop
@@ -100,7 +100,7 @@ class Run:
         return tokens
 
     def learn(self, samples: list[Sample], step: int) -> None:
-        """Make batch.epochs passes over the samples, with batch.minibatches updates per pass, for one role at a time."""
+        """Make batch.epochs passes over the samples, each with batch.minibatches updates, for one role at a time."""
         b, algorithm = self.config.batch, self.algorithm
         batches = [batch for epoch in range(b.epochs) for batch in self._minibatches(samples, step, epoch)]
         for role, _ in self.roles.visit(Phase.LEARN) if samples else ():

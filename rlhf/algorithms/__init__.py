@@ -1,4 +1,4 @@
-"""The table of modes. To add a mode, write a module in this folder and add a line here. Its class declares everything else.
+"""The table of modes. To add a mode, write a module in this folder and add a line here. Its class declares the rest.
 
 The modules import only the standard library and light parts of this package. They get numpy and torch from rlhf.lazy.
 So `--help` is fast and works where neither is installed.

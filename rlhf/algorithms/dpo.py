@@ -1,10 +1,10 @@
-"""Direct preference optimisation (Rafailov et al., 2305.18290). The loss is averaged over all pairs of the global batch.
+"""Direct preference optimisation (Rafailov et al., 2305.18290). The loss is the mean over all pairs of the global batch.
 
 The implicit reward of a response is beta (log policy - log reference), summed over its tokens. Options:
   smoothing  cDPO. As in OpenRLHF and NeMo, the loss is not divided by 1 - 2 smoothing.
   loss=ipo   IPO (2310.12036) of summed log-ratios, as in the paper. TRL averages the log-ratios over tokens.
   SimPO      (2405.14734) is reference = false, length_normalise = true and a margin.
-  sft        RPO (2404.19733). The loss of a pair gets sft times the mean negative log-prob of its chosen response's tokens.
+  sft        RPO (2404.19733). Adds to a pair's loss sft times the mean negative log-prob of its chosen response's tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DPO(Algorithm):
         if not c.beta:
             raise UserError("dpo.beta=0 gives every pair the same loss: set it above 0, for example to 0.1")
         if c.smoothing >= 0.5:
-            raise UserError(f"dpo.smoothing={c.smoothing} assumes that at least half of the labels are wrong: set it below 0.5")
+            raise UserError(f"dpo.smoothing={c.smoothing} assumes that half of the labels or more are wrong: lower it")
         if c.loss == "ipo" and (c.smoothing or c.margin):
             given = f"dpo.smoothing={c.smoothing} and dpo.margin={c.margin}"
             raise UserError(f"dpo.loss=ipo does not support {given}: set both to 0, or set dpo.loss=sigmoid")

@@ -1,4 +1,4 @@
-"""Mode evaluate: an engine answers held-out prompts with the weights of a folder. Nothing is trained (see rlhf.evaluate)."""
+"""Mode evaluate (see rlhf.evaluate): an engine answers held-out prompts with the weights of a folder. Nothing is trained."""
 
 from rlhf.contracts import Algorithm
 

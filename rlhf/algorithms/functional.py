@@ -1,8 +1,8 @@
 """The formulas that the algorithms share. Tests compare them with published numbers.
 
 Totals, counts and metrics are later summed over micro-batches and over data- and context-parallel ranks. To make these
-sums independent of the split, each unit counts on exactly one rank. A token counts on the rank that holds it. A sequence
-or a pair counts on its owner (Batch.owned).
+sums independent of the split, each unit counts on exactly one rank. A token counts on the rank that holds it. A
+sequence or a pair counts on its owner (Batch.owned).
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
 
 
 def clipped_weight(logp: Tensor, log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """CISPO (2506.13585, eq. 4): -sg(clip(r, 1 - low, 1 + high)) A logp. Every token has a gradient, with a bounded weight.
+    """CISPO (2506.13585, eq. 4): -sg(clip(r, 1 - low, 1 + high)) A logp. Each token has a gradient, with a bounded weight.
 
-    Return the loss [T], and 1.0 where the weight was clipped [T]. low = 1 gives the paper's loss, which has no lower bound.
+    Return the loss [T], and 1.0 where the weight was clipped [T]. low = 1 gives the paper's loss, which has no lower
+    bound.
     """
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1 - low, 1 + high)
@@ -111,8 +112,8 @@ def sampler_weight(old: Tensor, sampler: Tensor, batch: Batch, cap: float) -> tu
 def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Return the clipped value loss of openai/baselines ppo2 [T], and 1.0 where the clipped error was larger [T].
 
-    The loss is half the larger of two squared errors: of the value, and of the value clipped to within `clip` of the old
-    value. So a value that moves further than `clip` does not lower the loss. clip=0 uses the unclipped error alone.
+    The loss is half the larger of two squared errors: of the value, and of the value clipped to within `clip` of the
+    old value. So a value that moves further than `clip` does not lower the loss. clip=0 uses the unclipped error alone.
     """
     error = (values - returns) ** 2
     held = (old + (values - old).clamp(-clip, clip) - returns) ** 2 if clip else error
@@ -122,9 +123,9 @@ def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> 
 def kl_estimate(kind: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Return Schulman's estimate of KL(policy || reference) for tokens that the policy sampled [T].
 
-    With d = ref_logp - logp, the estimates are k1 = -d, k2 = d^2 / 2 and k3 = e^d - 1 - d. k1 and k3 are unbiased. k2 and
-    k3 are never negative. None is clamped. As a loss, the expected gradient of k1 is zero, that of k2 is the gradient of
-    the KL, and that of k3 is the gradient of KL(reference || policy).
+    With d = ref_logp - logp, the estimates are k1 = -d, k2 = d^2 / 2 and k3 = e^d - 1 - d. k1 and k3 are unbiased. k2
+    and k3 are never negative. None is clamped. As a loss, the expected gradient of k1 is zero, that of k2 is the
+    gradient of the KL, and that of k3 is the gradient of KL(reference || policy).
     """
     d = ref_logp - logp
     if kind == "k1":
@@ -135,9 +136,10 @@ def kl_estimate(kind: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
 def preference(h: Tensor, kind: str, beta: float, smoothing: float = 0.0, margin: float = 0.0) -> Tensor:
     """Return the preference loss [pairs].
 
-    h [pairs] is the log-prob (or log-ratio to the reference) of the chosen response minus that of the rejected response.
-    sigmoid: -log sigmoid(z) (1 - smoothing) - log sigmoid(-z) smoothing with z = beta h - margin (2305.18290; cDPO; 2405.14734).
-    ipo: (h - 1 / (2 beta))^2 (2310.12036, eq. 17). In the paper, h is a difference of summed log-ratios.
+    h [pairs] is the log-prob (or log-ratio to the reference) of the chosen response minus that of the rejected
+    response. sigmoid: -log sigmoid(z) (1 - smoothing) - log sigmoid(-z) smoothing with z = beta h - margin (2305.18290;
+    cDPO; 2405.14734). ipo: (h - 1 / (2 beta))^2 (2310.12036, eq. 17). In the paper, h is a difference of summed
+    log-ratios.
     """
     if kind == "ipo":
         return (h - 1 / (2 * beta)) ** 2
@@ -148,7 +150,8 @@ def preference(h: Tensor, kind: str, beta: float, smoothing: float = 0.0, margin
 def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the advantages [N] of generalised advantage estimation (1506.02438) for one response, and the returns [N].
 
-    Returns are advantages + values. The value after the last token is 0, also for a response that the length limit ended.
+    Returns are advantages + values. The value after the last token is 0, also for a response that the length limit
+    ended.
     """
     following = np.append(values[1:], 0.0)
     deltas, backwards, running = rewards + gamma * following - values, [], 0.0

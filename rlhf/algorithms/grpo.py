@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (Shao et al., 2402.03300) and its variants. The baseline is the group's mean reward.
+"""Group relative policy optimisation (Shao et al., 2402.03300) and its variants. The group's mean reward is the baseline.
 
 All tokens of a response have the same advantage. It depends on the rewards r of the group and on grpo.advantage:
   std            (r - mean) / (std + 1e-6) with the population deviation (Megatron: 1e-4; verl, NeMo: sample deviation)
@@ -45,7 +45,7 @@ class Keys:
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL
     mean: Literal["sequence", "token", "constant"] = "sequence"  # average of the loss, as GRPO, DAPO or Dr.GRPO
     mismatch_cap: Annotated[float, Between(-1)] = -1.0  # cap of policy / sampler ratio; 0: off; -1: 2 if inflight > 1
-    overlong: Literal["keep", "mask", "shape"] = "keep"  # truncated responses: learned, not learned, or penalised (DAPO)
+    overlong: Literal["keep", "mask", "shape"] = "keep"  # truncated responses: learned, not learned, penalised (DAPO)
     overlong_buffer: int = 0  # the penalty grows from 0 to 1 over this many tokens before rollout.max_tokens
 
 
@@ -66,8 +66,8 @@ class GRPO(Algorithm):
         if self.keys.overlong == "shape" and not 0 < self.keys.overlong_buffer <= self.limit:
             given, limit = self.keys.overlong_buffer, self.limit
             raise UserError(f"grpo.overlong=shape with grpo.overlong_buffer={given}: set it between 1 and rollout.max_tokens={limit}")
-        # The first update of a step starts at the old policy. If it is the only update, old_logp equals the log-probs of
-        # its own forward pass, so no scoring pass is needed.
+        # The first update of a step starts at the old policy. If it is the only update, its own forward pass gives
+        # old_logp, and no scoring pass is needed.
         self.scored = config.batch.epochs * config.batch.minibatches > 1
         self.models = {"policy": "train", "reference": "frozen"} if self.keys.kl else {"policy": "train"}
         self.streams = ("old_logp",) * self.scored + ("ref_logp",) * bool(self.keys.kl)

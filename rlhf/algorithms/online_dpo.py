@@ -1,6 +1,7 @@
 """Online DPO (Guo et al., 2402.04792): the policy samples responses, rewards rank them, and DPO learns from the pairs.
 
-Equal responses of a group count as one. Otherwise the rounding of the reward model could make a pair of two equal texts.
+Equal responses of a group count as one. Otherwise the rounding of the reward model could make a pair of two equal
+texts.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class OnlineDPO(DPO):
             raise UserError("rollout.group=1 makes no pairs: set it to 2 or more")
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        """Return the best and the worst response of each group (dpo.pairs=best_worst), or all its responses, and metrics.
+        """Return each group's best and worst response (dpo.pairs=best_worst) or all its responses, and metrics.
 
-        Among equal rewards, the first response is taken. Groups of equal rewards are dropped. If all groups are dropped,
-        the list is empty and the step has no update.
+        Among equal rewards, the first response is taken. Groups of equal rewards are dropped. If all groups are
+        dropped, the list is empty and the step has no update.
         """
         kept: list[Sample] = []
         drawn, tied, gap = groups(samples), 0, 0.0

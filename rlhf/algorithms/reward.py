@@ -1,8 +1,8 @@
 """Reward model (Ouyang et al., 2203.02155, eq. 1): Bradley-Terry over all pairs of a prompt's scored responses.
 
-The loss of a pair is -log sigmoid(s_i - s_j - rm.margin (r_i - r_j)). s is the model's score of the whole text, r is the
-score in the data set, and r_i > r_j (margin: Llama 2, 2307.09288, eq. 2). The loss is averaged over all pairs of the
-global batch. The paper instead gives all prompts the same weight.
+The loss of a pair is -log sigmoid(s_i - s_j - rm.margin (r_i - r_j)). s is the model's score of the whole text, r is
+the score in the data set, and r_i > r_j (margin: Llama 2, 2307.09288, eq. 2). The loss is averaged over all pairs of
+the global batch. The paper instead gives all prompts the same weight.
 
 rm.lm adds to the loss of each pair rm.lm times the mean negative log-prob of the tokens of its group's best response.
 Among equal scores, the first response is the best.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Keys:
     """Reward modelling (2203.02155): Bradley-Terry over the pairs of each prompt's scored responses."""
 
-    margin: float = 0.0  # required lead of the better response, per unit of the score difference in the data (2307.09288)
+    margin: float = 0.0  # required lead of the better response per unit of score difference in the data (2307.09288)
     lm: float = 0.0  # weight of the language-model loss on the best response of each prompt; 0 needs no output layer
 
 

@@ -152,7 +152,8 @@ def write(folder: Path, columns: Columns) -> None:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); set out to a folder with room") from None
+        reason = error.strerror or error
+        raise UserError(f"{folder}: cannot be written ({reason}); set out to a folder that has free space") from None
 
 
 def _files(folder: Path) -> dict[str, Path]:
