@@ -1,4 +1,4 @@
-"""Builds the parts of a run from a configuration: engine, models, source of samples. The loop itself is in rlhf.loop."""
+"""Builds the parts of a run from a configuration: engine, models, source of samples. The loop is in rlhf.loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
     mesh.agree(claim(config) if mesh.rank == 0 else "")
     # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
-    # inputs() has checked that this run may resume from the checkpoint in config.out, so its configuration may be replaced.
+    # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
     mesh.agree(note(config) if mesh.rank == 0 else "")
     limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with (

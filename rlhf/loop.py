@@ -73,7 +73,7 @@ class Run:
         metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.residence.take_peaks().items()})  # mean over ranks
         metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # included in the other times
         metrics.write(done, tokens)
-        stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to one rank stops all ranks after the same step
+        stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to one rank stops all after the same step
         if stop or due(done, config.checkpoint.every, config.steps):
             self.save(done)
         return stop

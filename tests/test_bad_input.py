@@ -163,7 +163,7 @@ def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path, latest: bool) -> N
 
 def test_a_run_without_a_whole_checkpoint(fail, tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_000007")
-    assert f"{tmp_path} holds no whole checkpoint: delete" in fail("sft", f"out={tmp_path}")
+    assert f"{tmp_path} has no complete checkpoint: delete" in fail("sft", f"out={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,8 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     (tmp_path / "step_000007").mkdir()
     (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, "state": {}, key: saved}))
     with pytest.raises(
-        UserError, match=rf"step_000007 was saved with {key}={saved}, this run has {here}: run it alike, or set another out$"
+        UserError,
+        match=rf"step_000007 was saved with {key}={saved}, this run has {here}: start with the same settings and files, or set another out$",
     ):
         checkpoints.resume([], {})
 

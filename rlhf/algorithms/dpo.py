@@ -1,10 +1,10 @@
-"""Direct preference optimisation (Rafailov et al., 2305.18290). The loss is the mean over all pairs of the global batch.
+"""Direct preference optimisation (Rafailov et al., 2305.18290). The loss is a mean over all pairs of the global batch.
 
 The implicit reward of a response is beta (log policy - log reference), summed over its tokens. Options:
   smoothing  cDPO. As in OpenRLHF and NeMo, the loss is not divided by 1 - 2 smoothing.
   loss=ipo   IPO (2310.12036) of summed log-ratios, as in the paper. TRL averages the log-ratios over tokens.
   SimPO      (2405.14734) is reference = false, length_normalise = true and a margin.
-  sft        RPO (2404.19733). Adds to a pair's loss sft times the mean negative log-prob of its chosen response's tokens.
+  sft        RPO (2404.19733). Adds to the loss sft times the mean negative log-prob of the chosen response's tokens.
 """
 
 from __future__ import annotations

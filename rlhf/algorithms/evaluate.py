@@ -1,4 +1,4 @@
-"""Mode evaluate (see rlhf.evaluate): an engine answers held-out prompts with the weights of a folder. Nothing is trained."""
+"""Mode evaluate (see rlhf.evaluate): an engine with the weights of a folder answers held-out prompts. No training."""
 
 from rlhf.contracts import Algorithm
 

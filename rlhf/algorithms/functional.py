@@ -77,7 +77,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
 
 
 def clipped_weight(logp: Tensor, log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """CISPO (2506.13585, eq. 4): -sg(clip(r, 1 - low, 1 + high)) A logp. Each token has a gradient, with a bounded weight.
+    """CISPO (2506.13585, eq. 4): -sg(clip(r, 1 - low, 1 + high)) A logp. Each token has a gradient of bounded weight.
 
     Return the loss [T], and 1.0 where the weight was clipped [T]. low = 1 gives the paper's loss, which has no lower
     bound.

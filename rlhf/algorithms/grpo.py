@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (Shao et al., 2402.03300) and its variants. The group's mean reward is the baseline.
+"""Group relative policy optimisation (Shao et al., 2402.03300) and variants. The group's mean reward is the baseline.
 
 All tokens of a response have the same advantage. It depends on the rewards r of the group and on grpo.advantage:
   std            (r - mean) / (std + 1e-6) with the population deviation (Megatron: 1e-4; verl, NeMo: sample deviation)
@@ -104,7 +104,7 @@ class GRPO(Algorithm):
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         c, x, mask = self.keys, batch.streams, batch.mask
         old = x["old_logp"] if self.scored else out.logp.detach()
-        log_ratio = (out.logp - old) * mask  # 0 on prompts: their log-probs may differ a lot, and exp() could overflow
+        log_ratio = (out.logp - old) * mask  # 0 on prompts, which are not learned: exp() could overflow there
         if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7); the paper clips at 3e-4 and 4e-4
             log_ratio = spread(seq_mean(log_ratio, batch), batch)
         if c.objective == "cispo":

@@ -1,4 +1,4 @@
-"""PPO with a critic (Schulman et al., 1707.06347). As in InstructGPT (2203.02155), rewards include the KL to the reference.
+"""PPO with a critic (Schulman et al., 1707.06347). As in InstructGPT (2203.02155), rewards include a KL penalty.
 
 The rewards of a response's tokens are:
   last token   the reward of the response. It is first divided by the deviation of all rewards so far (ppo.reward_scale)
@@ -77,7 +77,7 @@ class PPO(Algorithm):
         if self.keys.kl:
             self.models = {**self.models, "reference": "frozen"}
         elif self.keys.kl_target:
-            raise UserError("ppo.kl_target adapts ppo.kl, but ppo.kl=0 would stay 0: set ppo.kl to a start value, or ppo.kl_target=0")
+            raise UserError("ppo.kl_target adapts ppo.kl, but ppo.kl=0 stays 0: raise ppo.kl, or set ppo.kl_target=0")
         if self.keys.critic_warmup >= config.steps:
             given = f"ppo.critic_warmup={self.keys.critic_warmup}"
             raise UserError(f"{given} leaves no step of steps={config.steps} for the policy: lower it")
@@ -132,7 +132,7 @@ class PPO(Algorithm):
             loss, clipped = clipped_value(out.value, x["values"], x["returns"], c.value_clip)
             return mean_loss(loss, batch, clipped=clipped, value=out.value)
         old = x["old_logp"] if self.scored else out.logp.detach()
-        log_ratio = (out.logp - old) * batch.mask  # 0 on prompts, where the ratio is not bounded and exp() could overflow
+        log_ratio = (out.logp - old) * batch.mask  # 0 on prompts, which are not learned: exp() could overflow there
         loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
         drift = torch.expm1(log_ratio) - log_ratio  # k3 estimate of KL(old || new): how far this step moved the policy
         metrics = {"clipped": clipped, "entropy": out.entropy, "drift": drift}

@@ -94,13 +94,16 @@ class EngineOwner:
         return self._publisher.volume()
 
     def leave(self, keep: Collection[Kind]) -> None:
-        """Free the memory of all kinds unless `keep` has all of them. Only the residence calls this."""
+        """Put the engine to sleep, unless `keep` contains all kinds that it has on the device.
+
+        Only the residence calls this method and come().
+        """
         if self._resident - set(keep):
             self.engine.sleep()
             self._resident, self._fresh = frozenset(), False
 
     def come(self, needed: Collection[Kind]) -> None:
-        """Allocate these kinds on the device. Only the residence calls this."""
+        """Allocate these kinds on the device."""
         missing = set(needed) - self._resident
         if Kind.WEIGHTS in missing:
             self.engine.wake_weights()

@@ -100,7 +100,7 @@ class EngineSource:
     tolerance: float = 0.0  # largest allowed mean |engine - policy| over log-probs
     environments: Environments | None = None  # answer the turns of responses that get rewards
     sampler: Sampler = field(init=False)
-    flight: list[Group] = field(default_factory=list)  # this engine's groups in flight, oldest first (rollout.inflight > 1)
+    flight: list[Group] = field(default_factory=list)  # this engine's groups in flight, oldest first
     drawn: int = 0  # groups that all engines together have begun since the start of the run
     taken: int = 0  # groups that steps have used since the start of the run; the others are in flight
     notes: list[str] = field(default_factory=list)  # remarks about the resumed state
@@ -179,9 +179,7 @@ class EngineSource:
         oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
         self.flight = self.sampler.opened([group for group in self._span(oldest, self.drawn, step) if group.key in held])
         if state["engines"] != self.sampler.engines[0]:
-            self.notes.append(
-                f"{len(held)} groups in flight on {state['engines']} engines start again on {self.sampler.engines[0]} engines"
-            )
+            self.notes.append(f"{len(held)} groups in flight on {state['engines']} engines start again on {self.sampler.engines[0]}")
             return
         for group in self.flight:
             group.begun = held[group.key][0]["begun"]
