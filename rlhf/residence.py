@@ -173,7 +173,7 @@ class Residence:
 
 
 class HostMemory:
-    """One block of host memory. If pinned, copies are asynchronous on the current stream and have the full link rate."""
+    """One block of host memory. If pinned, copies are asynchronous on the current stream, at the full link rate."""
 
     def __init__(self, size: int, pinned: bool):
         self.bytes = torch.empty(size, dtype=torch.uint8)

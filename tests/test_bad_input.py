@@ -86,7 +86,7 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
         ("Calculator", "plain", "is unknown: give module:Class or path/file.py:Class"),
         ("tools/calculator_task.py:Abacus", "plain", "has no attribute 'Abacus'"),
         ("tools/calculator_task.py:write", "plain", "not a class with the methods reset(record) and step(text)"),
-        ("tools/calculator_task.py:Calculator", "human", "data.template=human does not end the assistant's turns"),
+        ("tools/calculator_task.py:Calculator", "human", "data.template=human does not mark the end of the assistant's turns"),
     ],
 )
 def test_environments(fail, environment: str, template: str, wanted: str) -> None:
@@ -191,7 +191,7 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, "state": {}, key: saved}))
     with pytest.raises(
         UserError,
-        match=rf"step_000007 was saved with {key}={saved}, this run has {here}: start with the same settings and files, or set another out$",
+        match=rf"step_000007 was saved with {key}={saved}, this run has {here}: start with the same settings and files, or set",
     ):
         checkpoints.resume([], {})
 

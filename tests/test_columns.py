@@ -58,7 +58,7 @@ def test_damaged_tokens_are_told(tmp_path, tokenizer):
             (kept / "tokens.npy").unlink()
         else:
             (kept / "tokens.npy").write_bytes(damaged)
-        with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and it will be made again"):
+        with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and the next run will write it"):
             Records.load(file, "prompts", tokenizer, Data(), cache=cache)
 
 

@@ -179,7 +179,8 @@ class EngineSource:
         oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
         self.flight = self.sampler.opened([group for group in self._span(oldest, self.drawn, step) if group.key in held])
         if state["engines"] != self.sampler.engines[0]:
-            self.notes.append(f"{len(held)} groups in flight on {state['engines']} engines start again on {self.sampler.engines[0]}")
+            before, now = state["engines"], self.sampler.engines[0]
+            self.notes.append(f"{len(held)} groups in flight on {before} engines start again on {now}")
             return
         for group in self.flight:
             group.begun = held[group.key][0]["begun"]
