@@ -48,7 +48,7 @@ class Inputs:
 
 @texts.paths()
 def inputs(config: Config, world: int) -> Inputs:
-    """Check the configuration against the models, the data and the number of ranks. Raises UserError at the first mistake."""
+    """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake."""
     arch, models = shapes(config, world)
     newest = _newest(config) if ALGORITHMS[config.mode].trains else None
     sources = _check_folders(config, models, arch)
@@ -57,7 +57,7 @@ def inputs(config: Config, world: int) -> Inputs:
     tokenizer = Tokenizer.load(beside or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         model = f"{config.policy.load}/config.json has vocab_size={arch.vocab}"
-        raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set policy.tokenizer to the model's own")
+        raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set another policy.tokenizer")
     if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     for function in _functions(config):
@@ -99,7 +99,7 @@ def _newest(config: Config) -> Path | None:
     if config.resume:
         return folders.newest(out)[0]
     if (out / "latest").exists() or folders.steps(out):
-        raise UserError(f"out={config.out} has checkpoints of another run and resume=false: set another out, or delete it")
+        raise UserError(f"out={config.out} has checkpoints of a run, but resume=false: set another out, or delete it")
     return None
 
 
@@ -172,7 +172,7 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
     if algorithm.online and config.reward.load and (algorithm.trains or not config.evaluate.function):
         models["reward"] = "frozen"
     if "critic" in models and not (config.reward.load or config.critic.load):
-        raise UserError("critic.load and reward.load are not set: set one to a reward model, from which the critic starts")
+        raise UserError("critic.load and reward.load are not set: set one to a reward model to start the critic from")
     paths = {
         "policy": config.policy.load,
         "reference": config.reference.load or config.policy.load,
@@ -189,14 +189,14 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
     for name, role in found.items():
         if role.arch.vocab != policy.vocab:
             raise UserError(
-                f"{name}.load={role.folder} has a vocabulary of {role.arch.vocab}, policy.load={config.policy.load} has "
-                f"{policy.vocab}: use models with the same tokenizer"
+                f"{name}.load={role.folder} has a vocabulary of {role.arch.vocab}, policy.load={config.policy.load} "
+                f"has {policy.vocab}: use models with the same tokenizer"
             )
     return found
 
 
 def _with_head(name: str, folder: str, arch: Architecture, lm: bool) -> Architecture:
-    """Return the architecture of a folder with the head that the role needs. lm: keep the output layer beside a scalar head."""
+    """Return a folder's architecture with the head of the role. lm: keep the output layer beside a scalar head."""
     if name in ("critic", "reward"):
         return replace(arch, scalar=True, lm=lm)
     if not arch.lm:
@@ -209,20 +209,21 @@ def _check_training(config: Config, role: Role) -> None:
     p = config.parallel
     role.arch.check_split(p.tp, p.pp, said=(f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"), where=f" of {role.folder}/config.json")
     if config.batch.minibatches > config.batch.prompts:
-        raise UserError(f"batch.minibatches={config.batch.minibatches} is more than batch.prompts={config.batch.prompts}: lower it")
+        b = config.batch
+        raise UserError(f"batch.minibatches={b.minibatches} is more than batch.prompts={b.prompts}: lower it")
 
 
 def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
     """Raise UserError if the engine cannot generate with this configuration."""
     if not arch.lm:
-        raise UserError(f"policy.load={config.policy.load} is a reward model and cannot generate: give a causal language model")
+        raise UserError(f"policy.load={config.policy.load} is a reward model: give a causal language model")
     tp = config.rollout.tp
     if world % tp:
         raise UserError(f"rollout.tp={tp} does not divide the {world} ranks: set it to a divisor")
     arch.check_split(tp, said=(f"rollout.tp={tp}", ""), where=f" of {config.policy.load}/config.json")
     if config.rollout.max_tokens >= config.data.max_tokens:
-        most = f"data.max_tokens={config.data.max_tokens}"
-        raise UserError(f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in {most}: lower it")
+        given = f"rollout.max_tokens={config.rollout.max_tokens}"
+        raise UserError(f"{given} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}: lower it")
     if config.rollout.engine == "vllm" and not files.described(config.policy.load, config.policy.tokenizer):
         remedy = "copy it there, or set policy.tokenizer to a folder that has it"
         raise UserError(f"policy.load={config.policy.load} has no config.json, which vLLM needs: {remedy}")
@@ -230,21 +231,21 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
         kind = files.config(config.policy.load, config.policy.tokenizer).get("model_type")
         if kind != arch.family:
             raise UserError(
-                f"policy.load={config.policy.load}: config.json has model_type {kind!r:.80}, but vLLM needs {arch.family!r} "
-                "for its architectures: change it there"
+                f"policy.load={config.policy.load}: config.json has model_type {kind!r:.80}, but vLLM needs "
+                f"{arch.family!r} for its architectures: change it there"
             )
     if not ALGORITHMS[config.mode].trains:
         return
     if config.rollout.temperature < COLDEST:
         raise UserError(
-            f"rollout.temperature={config.rollout.temperature:g} samples the same response every time, so there is nothing "
-            f"to learn: set it to {COLDEST} or more"
+            f"rollout.temperature={config.rollout.temperature:g} samples the same response every time, so there is "
+            f"nothing to learn: set it to {COLDEST} or more"
         )
     if config.rollout.inflight > 1 + config.rollout.max_lag:
-        most = 1 + config.rollout.max_lag
+        r = config.rollout
         raise UserError(
-            f"rollout.inflight={config.rollout.inflight:g} begins more groups than rollout.max_lag={config.rollout.max_lag} "
-            f"steps can use: set it to {most} at most, or raise rollout.max_lag"
+            f"rollout.inflight={r.inflight:g} begins more groups than rollout.max_lag={r.max_lag} steps can use: "
+            f"set it to {1 + r.max_lag} at most, or raise rollout.max_lag"
         )
     if config.rollout.rounds > 1 and not rule(config) and not config.rollout.environment:
         raise UserError("rollout.rounds > 1 needs the rewards of a function: set reward.function, or rollout.rounds=1")

@@ -282,7 +282,7 @@ def test_a_folder_to_train_on_with_what_is_held_out(fail, tmp_path: Path) -> Non
     for name in ("train.jsonl", "dev.jsonl"):
         (tmp_path / name).write_text('{"prompt": "a", "response": "b"}\n')
     line = fail("sft", f"data.train={tmp_path}", f"data.eval={tmp_path}/dev.jsonl")
-    assert f"data.train={tmp_path} is a folder with dev.jsonl in it, which data.eval holds out" in line
+    assert f"data.train={tmp_path} contains dev.jsonl, which data.eval=" in line
 
 
 def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:

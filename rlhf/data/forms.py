@@ -35,7 +35,8 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Told:
         raise UserError(f"the line has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
     for key in required:
         if row.get(key) in (None, ""):
-            raise UserError(f"no {key!r}, which the reward needs; add it, or set another reward.function or reward.load")
+            remedy = "add it, or set another reward.function, or set reward.load"
+            raise UserError(f"no {key!r}, which the reward needs; {remedy}")
         if not _stated(row[key]):
             given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number"
             raise UserError(f"{given}; give one, or set another reward.function")

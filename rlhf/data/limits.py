@@ -67,7 +67,7 @@ class Limits:
 
 
 def trimmed(encoded: Encoded) -> Encoded:
-    """Drop the tokens after the last learned one. Templates like ChatML write such tokens. Engines do not sample them."""
+    """Drop the tokens after the last learned one. Templates like ChatML write such tokens, engines never do."""
     ids, learn = encoded
     end = len(ids) - learn[::-1].index(True) if any(learn) else len(ids)
     return ids[:end], learn[:end]

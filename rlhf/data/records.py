@@ -30,7 +30,7 @@ class Counts:
 
 
 class Records:
-    """A data set. It takes 5 bytes per token, plus the lines. With a cache, the processes of a node share the memory."""
+    """A data set. It takes 5 bytes per token, plus the lines. With a cache, the processes of a node share them."""
 
     def __init__(self, tokenizer: Tokenizer, columns: Columns) -> None:
         self.counts = Counts(*columns.counts.tolist())

@@ -99,7 +99,7 @@ def _llama2(script: Script, messages: list[Message], learned: Places) -> None:
 
 
 def _chatml(script: Script, messages: list[Message], learned: Places) -> None:
-    """Write ChatML: <|im_start|>role, newline, content, <|im_end|>, newline. Add the eos if <|im_end|> is not the eos."""
+    """Write ChatML: <|im_start|>role, newline, content, <|im_end|>, newline. An eos follows if <|im_end|> is not it."""
     script.begin()
     for i, message in enumerate(messages):
         learn = i in learned
