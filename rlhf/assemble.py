@@ -254,4 +254,4 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(ledger.table())
     waiting, host = ledger.host(mesh.pp_rank) * mesh.ranks_per_node, psutil.virtual_memory().total / 2**30
     if waiting > host:
-        say(f"warning: the ranks of this node offload {waiting:.0f} GiB to host memory, but it has {host:.0f} GiB")
+        say(f"warning: this node's ranks offload {waiting:.0f} GiB to host memory, but the node has {host:.0f} GiB")

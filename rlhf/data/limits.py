@@ -20,7 +20,10 @@ class Limits:
         self.overlong, self.template, self.tokenizer = config.overlong, config.template, tokenizer
 
     def over(self, siblings: list[Encoded]) -> bool:
-        """Return whether one of the siblings is too long. Raises UserError if one is and data.overlong=error."""
+        """Return whether one of the siblings, the conversations of a group, is too long.
+
+        Raises UserError if one is and data.overlong=error.
+        """
         length, limit = max(len(ids) for ids, _ in siblings), self._limit(siblings)
         if length > limit and self.overlong == "error":
             what = "conversation" if any(siblings[0][1]) else "prompt"

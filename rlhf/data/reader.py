@@ -69,7 +69,7 @@ class Reader:
                 told = forms.read(line, self.form, self.required)
                 siblings = [trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn)) for messages, _ in told]
                 over = self.fit.over(siblings)
-                if over and self.data.overlong == "drop":  # drop all siblings
+                if over and self.data.overlong == "drop":  # drop all conversations of the group
                     dropped += 1
                     continue
                 truncated += over

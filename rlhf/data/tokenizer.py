@@ -53,7 +53,7 @@ class Tokenizer:
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
         self._codec, self.files, self._special, self._chat_template = codec, files, special, chat_template
-        self._encode = lru_cache(maxsize=8)(codec.encode)  # siblings share a prompt
+        self._encode = lru_cache(maxsize=8)(codec.encode)  # the conversations of a group share a prompt
         self._compiled: jinja2.Template | None = None
 
     @classmethod
