@@ -197,7 +197,7 @@ class Algorithm:
     # the loss corrects for tokens that were sampled with older weights than the policy's (rollout.inflight)
     weighs: ClassVar[bool] = False
     aligns: ClassVar[bool] = True  # the mode starts from a fine-tuned model; False for sft and reward
-    rule: ClassVar[str] = ""  # reward function that the examples use; empty: a reward model
+    rule: ClassVar[str] = ""  # usual reward function of the mode; empty: a reward model
 
     models: Mapping[str, Literal["train", "frozen"]] = {}  # by role; the run exports the first trained model
     with_lm: tuple[str, ...] = ()  # roles with a scalar head that also need their output layer

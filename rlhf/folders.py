@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from rlhf import texts
 from rlhf.errors import STORAGE, UserError
 
-KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # of every meta.json
+KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # keys that every meta.json has
 NAME = re.compile(r"step_(\d{6,})")
 
 

@@ -260,7 +260,7 @@ def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | No
     if "chat_template.jinja" in files:
         return texts.read(files["chat_template.jinja"], AGAIN)
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several of them by name
+    if isinstance(template, list):  # several named templates
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[-1].get("template") if named else None
     if not isinstance(template, (str, NoneType)):

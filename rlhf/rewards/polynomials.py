@@ -138,7 +138,10 @@ class Algebra:
         return total
 
     def _reduced(self, above: Sum, below: Sum) -> Quotient:
-        """A denominator of one term becomes negative exponents. Common factors stay: comparisons do not need them gone."""
+        """Return above / below. A denominator of one term becomes negative exponents.
+
+        Common factors are not cancelled, because comparisons do not need that.
+        """
         if not below:
             raise UnreadableError("division by zero")
         if len(below) > 1 or below == UNIT:
