@@ -173,7 +173,7 @@ class _Json:
             added = self._first.get_added_tokens_decoder()
             self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
         if eos_id is None:
-            raise UserError(f"{file}: eos_token {eos!r} is not in its vocabulary; change it in tokenizer_config.json")
+            raise UserError(f"{file}: eos_token={eos!r} is not in its vocabulary; set it in tokenizer_config.json")
         self.eos = eos_id
 
     def encode(self, text: str, continues: bool, control: bool) -> list[int]:
