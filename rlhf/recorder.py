@@ -70,7 +70,7 @@ def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
         "failed": verdict.failed,
         "advantage": None if sample.advantages is ABSENT else float(sample.advantages[sample.mask].mean()),
         "finish": "length" if sample.truncated else "stop",
-        "versions": sorted({int(version) for version in sample.version[sample.mask]}),  # of the weights that sampled the response
+        "versions": sorted({int(version) for version in sample.version[sample.mask]}),  # of the weights that sampled it
         "prompt_tokens": sample.tokens[:first].tolist(),
         "response_tokens": sample.tokens[first:].tolist(),
     }

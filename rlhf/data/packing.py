@@ -122,9 +122,9 @@ def pack(
 ) -> Batch:
     """Pack whole samples into one micro-batch. With cp=(rank, size), return this rank's slice of it.
 
-    The row is padded to a multiple of `multiple` tokens (times 2 x cp size if that is over 1). The padding is its own
-    segment. Without samples, the row is padding only. With context parallelism, the row is cut into 2 x size chunks.
-    Rank r takes chunks r and 2 x size - 1 - r, which balances causal attention.
+    The row is padded to a multiple of `multiple` tokens (times 2 x cp size with context parallelism). The padding is
+    its own segment. Without samples, the row is padding only. With context parallelism, the row is cut into 2 x size
+    chunks. Rank r takes chunks r and 2 x size - 1 - r, which balances causal attention.
     """
     rank, size = cp
     lengths = [len(s.mask) for s in samples]

@@ -27,7 +27,7 @@ class Bracket(NamedTuple):
 
 
 class Several(NamedTuple):
-    """Values without an order. A "list" may have equal values. A "set" or "union" (of intervals) has each value once."""
+    """Values without an order. A "list" may have equal values. A "set" or "union" of intervals has each value once."""
 
     kind: str
     members: "tuple[Node, ...]"
