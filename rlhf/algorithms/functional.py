@@ -124,8 +124,8 @@ def kl_estimate(kind: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Return Schulman's estimate of KL(policy || reference) for tokens that the policy sampled [T].
 
     With d = ref_logp - logp, the estimates are k1 = -d, k2 = d^2 / 2 and k3 = e^d - 1 - d. k1 and k3 are unbiased. k2
-    and k3 are never negative. None is clamped. As a loss, the expected gradient of k1 is zero, that of k2 is the
-    gradient of the KL, and that of k3 is the gradient of KL(reference || policy).
+    and k3 are never negative. None is clamped. As a loss, k1 has an expected gradient of zero. k2 has the
+    gradient of the KL. k3 has the gradient of KL(reference || policy).
     """
     d = ref_logp - logp
     if kind == "k1":

@@ -87,8 +87,8 @@ def choose(groups: Sequence[Group], quota: int, step: int, max_lag: int) -> list
     """Return the oldest `quota` complete groups for this step to use, or [] if the step must wait for more responses.
 
     `groups` is ordered from old to new. A group must be used at most max_lag steps after the step that began it. Each
-    step uses `quota` groups, so the group at index j of the remaining ones may be used only j // quota + 1 steps from
-    now. If that is too late for any group, this step must wait until older groups are complete.
+    step uses `quota` groups. So the group at index j of the remaining ones may have to wait j // quota + 1 steps. If
+    that is too late for any group, this step must wait until older groups are complete.
     """
     chosen = [group for group in groups if group.complete][:quota]
     taken = set(chosen)
