@@ -277,8 +277,8 @@ def divided(text: str) -> Iterator[tuple[str, str, bool]]:
 def gathered(members: list[Node]) -> Node:
     """Return a list of members.
 
-    If all have the same name (x = 1 or x = 2), or only the first has a name (n = 1, 2, 3), the whole list gets the
-    name. Unbounded intervals of one name form a union.
+    The whole list gets a name if all members have this name (x = 1 or x = 2), or if only the first member has a name
+    (n = 1, 2, 3). Unbounded intervals of one name form a union.
     """
     names = [member.name for member in members if isinstance(member, Named)]
     if names and isinstance(members[0], Named) and (len(names) == 1 or (len(names) == len(members) and len(set(names)) == 1)):
