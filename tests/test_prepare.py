@@ -99,7 +99,7 @@ def test_roles(root: Path, mode: str, overrides: list[str], wanted: dict) -> Non
         (
             "grpo",
             ["data.max_tokens=132", "policy.load=ROOT/other", "reference.load=ROOT/policy"],
-            "the context of .*/policy, 128: lower it",
+            "the context length 128 of .*/policy: lower it",
         ),
         ("sft", ["policy.load="], "policy.load is not set"),
     ],
