@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: which engine, which models, where samples come from. The loop itself is rlhf.loop."""
+"""Builds the parts of a run from a configuration: engine, models, source of samples. The loop is in rlhf.loop."""
 
 from __future__ import annotations
 
@@ -36,15 +36,21 @@ from rlhf.weights.formats import recognise
 from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher, mismatch
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean |engine - learner| of log-probs; forgotten weights show as more
+# largest allowed mean |engine - learner| of log-probs; weights that were not published give a larger difference
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def run(config: Config) -> int:
-    """One rank, from beginning to end; every rank calls it. Returns the exit code: 0, or SAVED if a signal ended a training run early."""
+    """Run one rank from beginning to end. Every rank calls it.
+
+    Return the exit code: 0, or SAVED if a signal ended a training run early.
+    """
     mesh = Mesh(config.parallel, config.seed)
     mesh.agree(claim(config) if mesh.rank == 0 else "")
-    given = mesh.first_on_node(lambda: inputs(config, mesh.world))  # one rank tokenizes, if no launcher has, on all CPUs
-    mesh.agree(note(config) if mesh.rank == 0 else "")  # not before the run is known to be one that may continue what is there
+    # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
+    given = mesh.first_on_node(lambda: inputs(config, mesh.world))
+    # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
+    mesh.agree(note(config) if mesh.rank == 0 else "")
     limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with (
         Rewards(rule(config), *limits) as rewards,
@@ -59,45 +65,46 @@ def run(config: Config) -> int:
         except OSError as error:
             if not (text := failure(error, config.out)):
                 raise
-            raise StorageError(f"{text}; put that right and start again: a run continues from its last checkpoint") from None
+            raise StorageError(f"{text}; fix this and start again: the run resumes from its last checkpoint") from None
 
 
 def claim(config: Config) -> str:
-    """Make config.out and hold it until this process ends. Empty, or why that cannot be."""
+    """Create config.out and lock it until this process ends. Return an error message, or "" on success."""
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         other = lock.hold(out / f"{own_name(config) or 'run'}.lock")
     except OSError as error:
-        return f"out={out} cannot be written: {failure(error, out) or error}; set out to a folder with room"
+        return f"out={out} cannot be written: {failure(error, out) or error}; set out to a folder that has free space"
     return other and f"out={out} is in use by {other}: wait until it ends, or set another out"
 
 
 def note(config: Config) -> str:
-    """Write what is run. Empty, or why that cannot be."""
+    """Write the configuration to config.out. Return an error message, or "" on success."""
     file = Path(config.out) / f"{own_name(config) or 'config'}.toml"
     try:
         file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}", encoding="utf-8")
     except OSError as error:
-        return f"out={config.out} cannot be written: {failure(error, file) or error}; set out to a folder with room"
+        reason = failure(error, file) or error
+        return f"out={config.out} cannot be written: {reason}; set out to a folder that has free space"
     return ""
 
 
 def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards, environments: Environments) -> bool:
-    """A training run. False: a signal came before the last step was done."""
-    interrupt = Interrupt(told=mesh.rank == 0)  # before anything that takes long
+    """Run the training. Return False if a signal stopped it before the last step."""
+    interrupt = Interrupt(told=mesh.rank == 0)  # first, because the following calls take long
     ledger = checked_ledger(config, mesh, given)
     training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt, environments)
     announce(training, given, ledger)
     finished = training.train()
     training.metrics.close()
     if finished and mesh.rank == 0 and training.roles.residence.peaks:
-        say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # what was predicted, and what was measured
+        say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # predicted and measured memory
     return finished
 
 
 def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, environments: Environments) -> None:
-    """Mode evaluate: the engine loads the folder by itself, and nothing is trained."""
+    """Run mode evaluate. The engine gets its weights directly from the folder policy.load. Nothing is trained."""
     dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
     engine = build_engine(config, mesh, given, dtype, load=True)
@@ -106,7 +113,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), environments=environments)
 
     def model(samples: list[Sample]) -> None:
-        residence.enter(Phase.SCORE, "reward")  # the engine leaves the device before the reward model is built
+        residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
         Roles(config, mesh, given.roles, dtype, 1.0, residence).judge(samples)
 
     metrics = Metrics(config, mesh, start=-1)
@@ -129,13 +136,14 @@ def build(
     interrupt: Interrupt,
     environments: Environments | None = None,
 ) -> Run:
-    """The parts of a training run, in the order in which they take the device's memory.
+    """Build a training run.
 
-    rewards says what samples are worth, held_out_rewards what responses to held-out prompts are, environments answer both.
+    rewards: reward function for training samples. held_out_rewards: reward function for responses to held-out prompts.
+    environments: environments for both.
     """
     algorithm, dtype, held_out = ALGORITHMS[config.mode](config), dtype_of(config, mesh), given.held_out
     residence = Residence(ledger.offload, mesh.device)
-    if algorithm.online:  # the engine first: it sizes its memory by what is free
+    if algorithm.online:  # the engine is built first, because it sizes its cache by the free device memory
         engine = build_engine(config, mesh, given, dtype)
         owner = EngineOwner(engine, residence, publisher=build_publisher(config, mesh, given, dtype), verify=config.rollout.check)
     roles = Roles(config, mesh, given.roles, dtype, config.rollout.temperature if algorithm.online else 1.0, residence)
@@ -162,14 +170,14 @@ def build(
 
 
 def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:
-    """Of weights and activations."""
+    """Return the dtype of weights and activations."""
     if config.dtype == "auto":
         return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
 
 
 def checked_ledger(config: Config, mesh: Mesh, given: Inputs) -> Ledger:
-    """The memory ledger of this run on these devices. Raises UserError where it does not fit."""
+    """Return the memory ledger of this run. Raises UserError if the run does not fit into the memory of its devices."""
     size = dtype_of(config, mesh).itemsize
     ledger = Ledger(config, given.arch, given.roles, mesh.world, config.memory.device or capacity(mesh.device), size)
     ledger.check(unused(mesh.device))
@@ -177,9 +185,10 @@ def checked_ledger(config: Config, mesh: Mesh, given: Inputs) -> Ledger:
 
 
 def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool = False) -> Engine:
-    """The engine of this rank. With load, vLLM reads the weights of a Hugging Face folder by itself; other weights come later.
+    """Return the engine of this rank. With load, vLLM reads its weights if policy.load is a Hugging Face folder.
 
-    Raises UserError on all ranks unless its parameters are exactly those that a publish writes.
+    In all other cases the weights are undefined until they are published or filled in. Raises UserError on all ranks if
+    the engine's parameters are not exactly those that a publish writes.
     """
     engine, tp = _engine(config, mesh, given, dtype, load), config.rollout.tp
     tiling = names.tiles(given.arch, "vllm", (mesh.rank % tp, tp), pad=True)
@@ -218,7 +227,7 @@ def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load:
 
 
 def engine_loads(config: Config) -> bool:
-    """Whether the engine can read policy.load: vLLM reads Hugging Face folders."""
+    """Return whether the engine can read policy.load by itself. Only vLLM can, and only Hugging Face folders."""
     return config.rollout.engine == "vllm" and recognise(config.policy.load).name == "hf"
 
 
@@ -229,14 +238,14 @@ def fill_engine(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str,
 
 
 def build_publisher(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Publisher:
-    """What carries the policy's shards to the engines' shards."""
+    """Return the publisher that copies the policy's shards to the engines' shards."""
     training = names.tilings(given.arch, "megatron", mesh.world, config.parallel.tp, config.parallel.pp)
     engines = names.tilings(given.arch, "vllm", mesh.world, config.rollout.tp)
     return Publisher(Plan(training, engines, mesh.nodes()), mesh.rank, dtype, config.rollout.bucket << 20)
 
 
 def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
-    """Say what is about to run, on the first rank."""
+    """Print a description of the run. Only rank 0 prints."""
     mesh, config, layout = run.mesh, run.config, run.mesh.layout
     if mesh.rank:
         return
@@ -257,4 +266,4 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(ledger.table())
     waiting, host = ledger.host(mesh.pp_rank) * mesh.ranks_per_node, psutil.virtual_memory().total / 2**30
     if waiting > host:
-        say(f"warning: what this node's ranks offload takes {waiting:.0f} GiB of host memory, and it has {host:.0f}")
+        say(f"warning: this node's ranks offload {waiting:.0f} GiB to host memory, but the node has {host:.0f} GiB")

@@ -1,16 +1,16 @@
-"""Step folders that a run can continue from, bitwise, at the same layout.
+"""Writes and loads checkpoints. A run resumes from one with bitwise equal results, if the parallel layout is the same.
 
     out/step_000100/meta.json           step, layout, seed, dtype, the algorithm's state; size and checksum of every file
                     model_*.pt          the weights of one (tp, pp) shard, per trained role
                     optimizer_*.pt      the optimizer shard of one rank, per trained role
                     random_*.pt         the random state of one rank
-                    flight.pt           the responses that are not complete, of all engines (rollout.inflight > 1)
-                    hf/, mcore/, ...    the policy (or reward model) as folders of weights (checkpoint.export, checkpoint.format)
+                    flight.pt           the groups in flight of all engines (rollout.inflight > 1)
+                    hf/, mcore/, ...    exports of the policy (or reward model) (checkpoint.export, checkpoint.format)
     out/latest                          name of the newest complete folder
-    out/hf, out/mcore, ...              links to the newest of these folders
+    out/hf, out/mcore, ...              links to the newest exports
 
-A folder is written under a temporary name and renamed when all ranks are done; `latest` is replaced last. rlhf.folders knows which folder
-a run continues from, and which ones may go.
+A folder is written under a temporary name and renamed when all ranks are done. `latest` is replaced last. rlhf.folders
+chooses the folder to resume from and the folders to delete.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from rlhf import folders
 from rlhf.config import Config
 from rlhf.errors import UserError, failure
+from rlhf.identity import OTHER_RUN
 from rlhf.metrics import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
@@ -38,17 +39,18 @@ class Checkpoints:
     """The checkpoints of one run, on storage that all ranks share."""
 
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype, run: Mapping[str, Any] | None = None):
-        """run: what makes the run this run (rlhf.identity), which the checkpoints keep."""
+        """run: the identity of the run (rlhf.identity), which is saved in every checkpoint."""
         self.keep, self.formats, self.mesh = config.checkpoint.keep, config.checkpoint.format, mesh
         self.out = Path(config.out)
-        self.last: Path | None = None  # that was loaded or saved
+        self.last: Path | None = None  # the folder that was loaded or saved last
         self.run = {"run": run or {}, "steps": config.steps}
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
 
     def resume(self, learners: Iterable[tuple[str, Learner]], state: dict[str, float]) -> int:
-        """Load the newest checkpoint into the trained learners, by role, and the algorithm's state; the number of steps done (0: none).
+        """Load the newest checkpoint into the trained learners and the algorithm's state.
 
-        Raises UserError where it was made with another layout, seed, dtype or mode, or is damaged.
+        Return the number of steps done; 0 if there is no checkpoint. Raises UserError if the checkpoint is damaged or
+        was saved with another layout, seed, dtype or mode.
         """
         folder, remark = folders.newest(self.out)
         if folder is None:
@@ -58,7 +60,7 @@ class Checkpoints:
         meta = folders.meta(folder)
         for key, value in self.meta.items():
             if meta[key] != value:
-                raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: run it alike, or set another out")
+                raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: {OTHER_RUN}")
         for role, learner in learners:
             self._check(folder, self._model(role), self._optimizer(role))
             learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
@@ -72,7 +74,7 @@ class Checkpoints:
         return meta["step"]
 
     def flight(self) -> dict[str, Any] | None:
-        """What was in flight at the checkpoint that was loaded; None if nothing was."""
+        """Return the saved state of the groups in flight of the loaded checkpoint; None if it has none."""
         if not self.last or not (self.last / FLIGHT).exists():
             return None
         self._check(self.last, FLIGHT)
@@ -86,17 +88,18 @@ class Checkpoints:
         export: Callable[[Path], None] | None = None,
         flight: dict[str, Any] | None = None,
     ) -> None:
-        """Write step's folder, point `latest` to it, and delete what checkpoint.keep leaves over. Every rank calls it, with the same
-        flight, if there is any.
+        """Write the folder of a step, set `latest` to it, and delete old folders (checkpoint.keep).
+
+        Every rank calls it. `flight` is the state of the groups in flight, identical on every rank.
         """
         folder = self.out / f"step_{step:06}"
         partial = folder.with_suffix(".partial")
         if self.mesh.rank == 0:
-            for old in self.out.glob("step_*.partial"):  # what killed runs have left
+            for old in self.out.glob("step_*.partial"):  # left by killed runs
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
         self.mesh.barrier()
-        files: dict[str, dict[str, int]] = {}  # what this rank writes
+        files: dict[str, dict[str, int]] = {}  # sizes and checksums of the files that this rank writes
         for role, learner in learners:
             weights, optimizer = learner.state()
             if self.mesh.dp_rank == self.mesh.cp_rank == 0:
@@ -111,12 +114,13 @@ class Checkpoints:
         if export:
             for name in self.formats:
                 export(partial / name)
-            self.mesh.barrier()  # several ranks have written these
+            self.mesh.barrier()  # several ranks have written these files
             files |= folders.checksums(partial, self._share(folders.exports(partial, self.formats)))
-        written = {name: file for files in self.mesh.all_gather(files) for name, file in files.items()}  # when all ranks are done
+        # the gather also waits until all ranks have written their files
+        written = {name: file for files in self.mesh.all_gather(files) for name, file in files.items()}
         if self.mesh.rank == 0:
             _write(partial / "meta.json", folders.describe({"step": step, "state": state, **self.meta, **self.run, "files": written}))
-            shutil.rmtree(folder, ignore_errors=True)  # there where a run went back to an earlier checkpoint
+            shutil.rmtree(folder, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
             partial.rename(folder)
             _replace(self.out / "latest", folder.name)
             for name in self.formats if export else ():
@@ -139,7 +143,7 @@ class Checkpoints:
         return names[self.mesh.rank :: self.mesh.world]
 
     def _check(self, folder: Path, *names: str) -> None:
-        """Raises UserError, on all ranks, where a rank's files are not what was written, or cannot be read."""
+        """Raise UserError on all ranks if a rank cannot read its files, or if their checksums are wrong."""
         try:
             problem = folders.altered(folder, names)
             problem = problem and f"{problem}; {folders.remedy(folder)}"
@@ -150,13 +154,14 @@ class Checkpoints:
     def _load(self, path: Path, device: torch.device | None = None) -> Any:
         try:
             return torch.load(path, map_location=device or self.mesh.device, weights_only=True, mmap=True)
-        except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:  # checkpoints of before have no checksums
+        # checkpoints of older versions have no checksums, so damage may show only here
+        except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {folders.remedy(path.parent)}") from None
 
     def _save(self, state: Any, path: Path) -> dict[str, int]:
-        """Write a file. Its size and checksum, of what was meant to be written."""
+        """Write a file. Return its size and checksum, computed from the data in memory."""
         with folders.writing(path) as hashed:
-            torch.save(state, hashed)  # type: ignore[arg-type]  # it needs no more of a file
+            torch.save(state, hashed)  # type: ignore[arg-type]  # torch.save only calls write() and flush()
         return {"size": hashed.size, "crc32": hashed.crc32}
 
 

@@ -1,17 +1,18 @@
-"""What is raised for a mistake of the user. Imports nothing of the package, so that every part of it can raise it."""
+"""The errors that end a run with one line for the user. Imports nothing of the package, so all modules can use it."""
 
 import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE
 from signal import SIGINT, Signals
 
-STORAGE = (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE)  # what the write of an open file fails with, which knows no name
+# errno of errors of storage; a failed write to an open file raises such an OSError without a file name
+STORAGE = (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE)
 
-LONGEST = 1000  # characters of a message: what users give may have names of any length
+LONGEST = 1000  # characters of a message, because names in user input may have any length
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: one line naming the key or file:line, the value and the remedy; exit code 2."""
+    """A mistake in the user's input; exit code 2. The message is one line: key or file:line, value, and remedy."""
 
     code = 2
 
@@ -21,19 +22,19 @@ class UserError(Exception):
 
 
 class SpoiltError(UserError):
-    """Training has made numbers that nothing can be computed with: one line with the last good checkpoint and the remedy; exit code 1."""
+    """Training has made values that are not finite; exit code 1. The message has the last checkpoint and a remedy."""
 
     code = 1
 
 
 class StorageError(UserError):
-    """Storage failed during a run: one line with the path; exit code 1."""
+    """Storage has failed during a run; exit code 1. The message has the path."""
 
     code = 1
 
 
 class LostError(UserError):
-    """Another rank has ended or does not answer: one line; exit code 1."""
+    """Another rank has ended or does not respond; exit code 1."""
 
     code = 1
 
@@ -67,7 +68,10 @@ def told(name: str, call: Callable[[], int], tell: Callable[[str, int], None] = 
 
 
 def failure(error: OSError, where: object = "") -> str:
-    """The path and what the system says of it; where: the path, if the error has none. Empty for an error of something else."""
+    """Return "path: reason" for an error of a file; "" for other errors.
+
+    where: the path to use if the error has none and is an error of storage.
+    """
     path = error.filename or (where if error.errno in STORAGE else "")
     if isinstance(path, bytes):
         path = path.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""How good the model is on held-out records: the reward of fresh responses, or the loss where nothing is generated."""
+"""Evaluation on held-out records: the reward of new responses in online modes, the loss in offline modes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from rlhf.rollout.source import EngineSource, summary
 
 
 class Evaluation(Protocol):
-    """One measurement. Every rank calls it; names of metrics begin with eval_."""
+    """Evaluates and adds metrics whose names begin with eval_. Every rank calls it."""
 
     def __call__(self, metrics: Metrics) -> None: ...
 
 
 @dataclass(slots=True)
 class ResponseEvaluation:
-    """The reward of one fresh response to each of the first evaluate.prompts held-out prompts. Mode evaluate is this and nothing else.
+    """Measures the reward of one new response to each of the first evaluate.prompts held-out prompts.
 
-    rule: writes what a reward function of its own says. model: adds the score of the reward model, unless evaluate.function is set.
+    Mode evaluate consists of this evaluation alone. rule: the reward function for held-out prompts.
+    model: adds the score of the reward model. It is not called if evaluate.function is set.
     """
 
     config: Config
@@ -48,7 +49,7 @@ class ResponseEvaluation:
 
 @dataclass(slots=True)
 class LossEvaluation:
-    """The loss of the model that the run is for, with the metrics that come with it."""
+    """Measures the loss of the trained model, and the metrics that the loss function returns."""
 
     config: Config
     roles: Roles
@@ -65,15 +66,16 @@ class LossEvaluation:
 
 
 def table(config: Config, values: Mapping[str, float]) -> str:
-    """The numbers of mode evaluate, and where the responses are."""
+    """Return the text that mode evaluate prints: the metrics, and the file with the responses."""
     rows = {name.removeprefix("eval_"): value for name, value in values.items() if name.startswith("eval_")}
     width = max(map(len, rows))
     lines = [f"  {name:{width}}  {value:10.4g}" for name, value in rows.items()]
-    return "\n".join([f"{config.policy.load} on {config.data.eval}:", *lines, f"every response: {config.out}/samples/{config.mode}.jsonl"])
+    file = f"{config.out}/samples/{config.mode}.jsonl"
+    return "\n".join([f"{config.policy.load} on {config.data.eval}:", *lines, f"every response: {file}"])
 
 
 def show(samples: list[Sample]) -> None:
-    """Print rollouts to read; call on rank 0."""
+    """Print prompts, responses and rewards. Call on rank 0."""
     for sample in samples:
         turns = sample.text.turns or [{"role": "assistant", "content": sample.text.response}]
         said = "".join(f" {'=>' if turn['role'] == 'assistant' else '<='} {turn['content']}" for turn in turns)

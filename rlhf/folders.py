@@ -1,4 +1,4 @@
-"""The step folders of a run on storage: which one it continues from, whether that is whole, and which ones may go. Needs no torch."""
+"""The checkpoint folders of a run: chooses the one to resume from, detects damage, deletes old ones. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from typing import Any, BinaryIO
 from rlhf import texts
 from rlhf.errors import STORAGE, UserError
 
-KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # of every meta.json
+KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # keys that every meta.json has
 NAME = re.compile(r"step_(\d{6,})")
 
 
 def steps(out: Path) -> dict[int, Path]:
-    """The step folders that are there, by their step, in its order."""
+    """Return the step folders by step, in ascending order."""
     found = {int(match[1]): path for path in out.glob("step_*") if (match := NAME.fullmatch(path.name)) and path.is_dir()}
     return dict(sorted(found.items()))
 
 
 def newest(out: Path) -> tuple[Path | None, str]:
-    """The folder that a run continues from (None: there is none), and what is to be said of the choice.
+    """Return the folder that a run resumes from (None if there is none), and a remark to print ("" if there is none).
 
-    It is the one that `latest` names, which may be an older one: a person may choose. Where `latest` is missing, or names a folder that
-    is gone, it is the newest whole one. Raises UserError where that named one is damaged, or where no whole one is left.
+    It is the folder that `latest` names. A user may change `latest` to an older folder. If `latest` is missing or names
+    a folder that does not exist, it is the newest complete folder. Raises UserError if the named folder is damaged, or
+    if no complete folder is left.
     """
     latest = out / "latest"
     name = texts.regular(latest).read_text(errors="replace").strip() if latest.exists() else ""
@@ -40,30 +41,30 @@ def newest(out: Path) -> tuple[Path | None, str]:
     there = steps(out)
     if not there and not latest.exists():
         return None, ""
-    why = f"{latest} names {name!r}, which is not there" if latest.exists() else f"{latest} is missing"
+    why = f"{latest} names {name!r}, which does not exist" if latest.exists() else f"{latest} is missing"
     whole = [folder for folder in there.values() if not damage(folder)]
     if not whole:
-        raise UserError(f"{why}, and {out} holds no whole checkpoint: delete {out} to begin again, or set another out")
-    return whole[-1], f"{why}: {whole[-1].name} is the newest whole checkpoint"
+        raise UserError(f"{why}, and {out} has no complete checkpoint: delete {out} to start again, or set another out")
+    return whole[-1], f"{why}: {whole[-1].name} is the newest complete checkpoint"
 
 
 def meta(folder: Path) -> dict[str, Any]:
-    """What describe() was given. Raises ValueError where it is damaged, and OSError."""
+    """Return the content of a folder's meta.json. Raises ValueError if it is damaged, and OSError."""
     found = texts.parse(texts.regular(folder / "meta.json").read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not found.keys() >= KEYS:
-        raise ValueError("it tells no step")
-    crc32 = found.pop("crc32", None)  # checkpoints of before have none, nor a list of files
+        raise ValueError("keys are missing")
+    crc32 = found.pop("crc32", None)  # checkpoints of older versions have no checksum and no list of files
     if crc32 not in (None, zlib.crc32(json.dumps(found).encode())):
-        raise ValueError("its checksum is another")
+        raise ValueError("its checksum is wrong")
     if not _formed(found):
-        raise ValueError("it is not of the form that is written")
+        raise ValueError("values have the wrong types")
     if found["step"] != int(folder.name.removeprefix("step_")):
-        raise ValueError(f"it is that of step {found['step']}")
+        raise ValueError(f"it belongs to step {found['step']}")
     return found
 
 
 def _formed(meta: Mapping[str, Any]) -> bool:
-    """Whether a description has the types that describe() is given: one without a checksum may have been changed."""
+    """Return whether the values of a meta.json have the right types. Without a checksum, it may have been changed."""
     run = meta.get("run", {})
     try:
         numbers = [*meta["state"].values(), *(number for file in meta.get("files", {}).values() for number in file.values())]
@@ -75,12 +76,12 @@ def _formed(meta: Mapping[str, Any]) -> bool:
 
 
 def describe(meta: Mapping[str, Any]) -> str:
-    """The text of meta.json, with a checksum of its own."""
+    """Return the text of meta.json, with a checksum of its content."""
     return json.dumps({**meta, "crc32": zlib.crc32(json.dumps(meta).encode())})
 
 
 class Hashed:
-    """A file that is being written, with the size and the checksum of what has been."""
+    """A file that is being written. It counts the bytes written so far and computes their checksum."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.crc32 = file, 0, 0
@@ -91,7 +92,7 @@ class Hashed:
         try:
             return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch.save raises another one in its place
+            self.error = error  # torch.save raises another error in its place
             raise
 
     def flush(self) -> None:
@@ -100,7 +101,7 @@ class Hashed:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Hashed]:
-    """A new file, which is on storage in the end. Raises OSError with its path."""
+    """Open a new file for writing, and flush it to storage at the end. Raises OSError with the path."""
     hashed: Hashed | None = None
     try:
         with path.open("wb") as file:
@@ -117,38 +118,42 @@ def writing(path: Path) -> Iterator[Hashed]:
 
 
 def exports(folder: Path, formats: Iterable[str]) -> list[str]:
-    """The files of a checkpoint's exported folders, as meta.json names them."""
+    """Return the files of a checkpoint's exported folders, with their names in meta.json."""
     found = (file for name in formats for file in (folder / name).rglob("*") if file.is_file())
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Files that were written in pieces, as `files` of meta.json lists them. Reads them."""
+    """Read files and return their sizes and checksums, in the form of `files` in meta.json."""
     return {name: {"size": (folder / name).stat().st_size, "crc32": checksum(folder / name)} for name in names}
 
 
 def exported(folder: Path) -> list[str]:
-    """The files of a checkpoint's exported folders that have checksums, which those of before have not, and that are still there."""
+    """Return the files of a checkpoint's exported folders that exist and have a checksum. Older checkpoints have none."""
     listed = meta(folder).get("files", {})
     return [name for name, file in listed.items() if "/" in name and "crc32" in file and (folder / name).exists()]
 
 
 def damage(folder: Path) -> str:
-    """The first thing that is wrong with a checkpoint, with the file; empty: it is whole, as far as sizes tell."""
+    """Return a message about the first damaged or missing file of a checkpoint; "" if all sizes are right."""
     try:
         return _incomplete(folder, meta(folder).get("files", {}))
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in STORAGE:  # what may not be read is not damaged
+        if isinstance(error, OSError) and error.errno in STORAGE:  # a file that cannot be read now may be intact
             raise
         return f"{folder}/meta.json is damaged ({getattr(error, 'strerror', None) or error})"
 
 
 def _incomplete(folder: Path, files: Mapping[str, Mapping[str, int]]) -> str:
-    """The first file that is missing, or has another size; empty: none. Raises OSError and ValueError for names that no file has."""
+    """Return a message about the first file that is missing or has another size; "" if there is none.
+
+    Raises OSError or ValueError for a name that no file can have.
+    """
     for name, wanted in files.items():
         file = folder / name
         if not file.exists():
-            if file.parent == folder or (folder / Path(name).parts[0]).exists():  # a person may move an exported folder as a whole
+            # no error if the whole export is missing: a user may move it elsewhere
+            if file.parent == folder or (folder / Path(name).parts[0]).exists():
                 return f"{file} is missing"
         elif file.stat().st_size != wanted["size"]:
             return f"{file} is damaged: it has {file.stat().st_size} bytes, {wanted['size']} were written"
@@ -156,11 +161,11 @@ def _incomplete(folder: Path, files: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def altered(folder: Path, names: Iterable[str]) -> str:
-    """The first of these files that is not what was written, by its checksum; empty: they all are. Reads them as a whole."""
+    """Return a message about the first of these files with a wrong checksum; "" if there is none. Reads whole files."""
     files = meta(folder).get("files", {})
     for name in names:
         if name in files and checksum(folder / name) != files[name].get("crc32"):
-            return f"{folder / name} is damaged: its checksum is not that of what was written"
+            return f"{folder / name} is damaged: its checksum is wrong"
     return ""
 
 
@@ -174,9 +179,10 @@ def checksum(path: Path) -> int:
 
 
 def retire(out: Path, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` folders up to a step that has just been written.
+    """Delete all except the newest `keep` folders of steps up to `step`, which has just been written.
 
-    Those of later steps are of a run that somebody went back from: they do not count, and stay. So does what `latest` or a link names.
+    Folders of later steps exist if the user has set `latest` to an earlier step. They are not counted and not deleted.
+    Folders that `latest` or a link names are not deleted either.
     """
     there = steps(out)
     targets = [path.resolve() for path in out.iterdir() if path.is_symlink()]
@@ -188,9 +194,9 @@ def retire(out: Path, step: int, keep: int) -> None:
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a checkpoint that cannot be continued from."""
+    """Return advice for a checkpoint that cannot be resumed from."""
     number = int(folder.name.removeprefix("step_"))
     older = [path for step, path in steps(folder.parent).items() if step < number and not damage(path)]
     if not older:
-        return f"no older whole checkpoint is left: delete {folder.parent} to begin again, or set another out"
-    return f"to continue from the whole one before it: echo {older[-1].name} > {folder.parent}/latest"
+        return f"no older complete checkpoint is left: delete {folder.parent} to start again, or set another out"
+    return f"to resume from the checkpoint before it: echo {older[-1].name} > {folder.parent}/latest"

@@ -1,4 +1,7 @@
-"""What makes a run this run: the keys that decide its result, and what it reads. Checkpoints keep it, so that no other takes them up."""
+"""The identity of a run: the keys that determine its result, and fingerprints of the files that it reads.
+
+Every checkpoint saves it, so that a different run cannot resume from the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,22 @@ from rlhf.config import Config
 from rlhf.errors import UserError
 
 Identity = dict[str, dict[str, Any]]
-FREE = {  # sections and keys that decide how, where and how often, and those of files and folders, which are known by what they hold
-    *("out", "steps", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),  # checkpoints know the layout
+# Sections and keys that may differ when a run resumes. Files and folders are compared by their content instead of their
+# paths. rlhf.checkpoint compares the layout and the dtype.
+FREE = {
+    *("out", "steps", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
     *("reward.timeout", "reward.workers", "reward.memory"),
 }
-TOLD = ("optim.", "critic.lr")  # may differ from some step on, and that is said
-CODE = ("reward.function", "rollout.environment")  # whose files may have been put right since, and that is said, too
-BLOCK, BLOCKS = 4096, 64  # of a file of weights that are looked at
+TOLD = ("optim.", "critic.lr")  # keys that may change when a run resumes; the change is printed
+CODE = ("reward.function", "rollout.environment")  # keys whose files may change when a run resumes; the change is printed
+BLOCK, BLOCKS = 4096, 64  # bytes per block, and number of blocks, that the fingerprint of a weight file covers
+OTHER_RUN = "start with the same settings and files, or set another out"
 
 
 def identity(config: Config, read: Mapping[str, tuple[str, str]]) -> Identity:
-    """As a checkpoint's meta.json keeps it. read: key -> (path, fingerprint of what is there)."""
+    """Return the identity as a checkpoint's meta.json stores it. read: key -> (path, fingerprint of its content)."""
     algorithm, found = ALGORITHMS[config.mode], asdict(config)
     sections = found.pop("sections")
     if not algorithm.online:
@@ -40,15 +46,18 @@ def identity(config: Config, read: Mapping[str, tuple[str, str]]) -> Identity:
 
 
 def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity) -> list[str]:
-    """What is to be said where a run goes on from a checkpoint with other keys. Raises UserError where it would be another run."""
-    then, remedy = {"keys": {}, "read": {}} | meta.get("run", {}), "run it alike, or set another out"
-    saved = {"mode": meta["mode"], "seed": meta["seed"], **then["keys"]}  # checkpoints of before know no more
+    """Return remarks about keys that have changed since a checkpoint was saved.
+
+    Raises UserError if a key or file has changed that would make this a different run.
+    """
+    then = {"keys": {}, "read": {}} | meta.get("run", {})
+    saved = {"mode": meta["mode"], "seed": meta["seed"], **then["keys"]}  # older checkpoints have mode and seed only
     remarks = []
     for key, value in now["keys"].items():
         if key not in saved or saved[key] == value:
             continue
         if not key.startswith(TOLD):
-            raise UserError(f"{folder} was saved with {key}={saved[key]}, this run has {value}: {remedy}")
+            raise UserError(f"{folder} was saved with {key}={saved[key]}, this run has {value}: {OTHER_RUN}")
         remarks.append(f"{key}={value} from here on; {folder.name} was saved with {saved[key]}")
     for key, (path, print) in now["read"].items():
         if key in then["read"] and then["read"][key][1] != print:
@@ -57,20 +66,21 @@ def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity
                 continue
             before = then["read"][key][0]
             what = f"{key}={before}, this run has {path}" if before != path else f"another content of {key}={path}"
-            raise UserError(f"{folder} was saved with {what}: {remedy}")
+            raise UserError(f"{folder} was saved with {what}: {OTHER_RUN}")
     steps = meta.get("steps", config.steps)
     if steps != config.steps and config.optim.schedule != "constant":
-        remarks.append(f"steps={config.steps} stretches optim.schedule={config.optim.schedule} from here on; it was {steps}")
+        schedule = f"optim.schedule={config.optim.schedule}"
+        remarks.append(f"steps={config.steps} changes {schedule} from here on; it was steps={steps}")
     return remarks
 
 
 def description(arch: object) -> str:
-    """A fingerprint of an architecture."""
+    """Return a fingerprint of an architecture."""
     return hashlib.blake2b(repr(arch).encode(), digest_size=8).hexdigest()
 
 
 def weights(files: Iterable[Path]) -> str:
-    """A fingerprint of a model's files: names, sizes and some blocks, as they are too large to be read twice."""
+    """Return a fingerprint of a model's files. It covers names, sizes and some blocks, because the files are large."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(files):
         size = file.stat().st_size

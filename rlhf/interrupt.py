@@ -1,4 +1,4 @@
-"""A signal asks a training run to stop in good order: the step at hand is finished and saved, all ranks end with exit code SAVED."""
+"""Stops a training run after a signal: the current step is finished and saved, then all ranks exit with code SAVED."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import signal
 from contextlib import suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's, a person's (Ctrl-C), and sbatch --signal=USR1@SECONDS
-# EX_TEMPFAIL of sysexits.h: start it again, and it continues. Not 128 + signal, with which the victims of another node's crash end, too.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # from a scheduler, Ctrl-C, and sbatch --signal=USR1@SECONDS
+# EX_TEMPFAIL of sysexits.h: the run resumes when it is started again. It is not 128 + signal, because ranks also end
+# with that code when another node has crashed.
 SAVED = 75
 
 
 class Interrupt:
-    """Remembers, from its making on, that one of SIGNALS came, instead of dying of it. Make it on the main thread.
+    """Handles SIGNALS: they set `came` instead of ending the process. Create it on the main thread.
 
-    told: whether this rank says so.
+    told: whether this rank prints a message when a signal comes.
     """
 
     def __init__(self, told: bool = False) -> None:
@@ -25,6 +26,7 @@ class Interrupt:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.told and not self.came:
-            with suppress(OSError):  # no print: this may have interrupted one
-                os.write(2, f"rlhf: {signal.Signals(number).name}: the run finishes the step at hand, saves it, and ends\n".encode())
+            with suppress(OSError):  # not print(), because the signal may have interrupted a print()
+                name = signal.Signals(number).name
+                os.write(2, f"rlhf: {name}: the run finishes and saves the current step, then ends\n".encode())
         self.came = True

@@ -1,4 +1,7 @@
-"""The processes of one node: start a rank per device, pass signals on, leave nothing behind. As torchrun does, without torch."""
+"""Starts and supervises the ranks of one node, as torchrun does, but without torch.
+
+It forwards signals to the ranks, and at the end it kills all processes that they have left.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,21 @@ from pathlib import Path
 from rlhf.interrupt import SAVED, SIGNALS
 from rlhf.rewards.child import die_with_parent
 
-GRACE = 10.0  # seconds that the others get to end by themselves after a rank has ended with one of TOLD
-TOLD = (2, SAVED)  # exit codes of all ranks alike: a mistake, which the first rank tells, or a signal
+GRACE = 10.0  # seconds that the other ranks have to end by themselves after a rank has ended with a code in TOLD
+TOLD = (2, SAVED)  # exit codes that all ranks of a run share: a user's mistake, or a signal
 WAITED = {*SIGNALS, signal.SIGCHLD}
-PR_SET_CHILD_SUBREAPER = 36  # of Linux
+PR_SET_CHILD_SUBREAPER = 36  # from Linux's prctl.h
 
 
 def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
-    """Run command once per environment (with a RANK in it), each in a process group of its own, until all have ended.
+    """Run command once per environment (which must have RANK), each in its own process group, until all have ended.
 
-    SIGNALS are passed on; SIGINT for the second time kills. After a failure the others are killed, as they wait for the one that is
-    gone. Returns the exit code of the first that failed, 128 + signal if it was killed; 0 if none did.
+    SIGNALS are forwarded. A second SIGINT kills the ranks. After a failure the other ranks are killed, because they
+    would wait for the failed rank. Return the exit code of the first rank that failed (128 + signal if a signal killed
+    it), or 0.
     """
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what the ranks leave behind becomes a child of this process
-    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)  # they are waited for, not handled, so none can come at a bad moment
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the ranks become children of this process
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)  # the loop receives them with sigtimedwait(), without handlers
     ranks = [_start(command, environment) for environment in environments]
     code, deadline = 0, float("inf")
     seen: set[signal.Signals] = set()
@@ -42,29 +46,31 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
             if code in TOLD:
                 _signal(running, signal.SIGTERM)
             elif not seen:
-                print(f"rlhf: rank {environments[index]['RANK']} ended with exit code {code}; ending the others", file=sys.stderr)
+                rank = environments[index]["RANK"]
+                print(f"rlhf: rank {rank} ended with exit code {code}; ending the other ranks", file=sys.stderr)
         if time.monotonic() >= deadline:
             _kill(running)
         _bury(ranks)
         came = signal.sigtimedwait(WAITED, 1.0)
         if came and came.si_signo in SIGNALS:
             number = signal.Signals(came.si_signo)
-            if number == signal.SIGINT and number in seen:  # not SIGTERM, of which Slurm sends two when it preempts
+            if number == signal.SIGINT and number in seen:  # not SIGTERM: Slurm sends two when it preempts a job
                 code = code or 128 + number
                 _kill(running)
             seen.add(number)
             _signal(running, number)
-    _kill(ranks)  # what they may have left in their groups
+    _kill(ranks)  # processes that are left in the ranks' process groups
     _end_others()
     code = code or next((_exit_code(rank.returncode) for rank in ranks if rank.returncode), 0)
-    if seen and code > 128 and environments[0]["RANK"] == "0":  # before the loop, or at once; what the loop does, rlhf.interrupt tells
+    # The ranks were killed before or without saving. When they finish a step and save it, rlhf.interrupt prints that.
+    if seen and code > 128 and environments[0]["RANK"] == "0":
         names = " and ".join(number.name for number in sorted(seen))
-        print(f"rlhf: ended by {names}; nothing is saved but what was before", file=sys.stderr)
+        print(f"rlhf: ended by {names}; nothing new is saved", file=sys.stderr)
     return code
 
 
 def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    end, _ = os.pipe()  # nothing is ever written: the other end closes with this process, and takes the rank along
+    end, _ = os.pipe()  # nothing is written to it: when this process ends, the other end closes, and the rank ends too
     rank = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, process_group=0, pass_fds=(end,), preexec_fn=partial(_prepare, end)
     )
@@ -73,7 +79,7 @@ def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Pop
 
 
 def _prepare(lifeline: int) -> None:
-    """In the child, before its program."""
+    """Run in the child process before its program starts."""
     die_with_parent(lifeline)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
 
@@ -90,7 +96,7 @@ def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _bury(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Take note of the end of others that have become children of this process; Popen does of a rank's."""
+    """Reap orphans of the ranks, which have become children of this process. Popen reaps the ranks themselves."""
     ours = {rank.pid for rank in ranks}
     with suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in ours:
@@ -98,13 +104,13 @@ def _bury(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _end_others() -> None:
-    """End what the ranks have left in sessions of their own, as a reward function may do."""
-    listed = Path(f"/proc/self/task/{os.getpid()}/children")  # few kernels are made without it
+    """Kill processes that the ranks have left in other sessions. A reward function may start such processes."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")  # a few kernels are built without this file
     while left := listed.read_text().split() if listed.exists() else []:
         for pid in map(int, left):
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)  # its children are ours from here on
+                os.waitpid(pid, 0)  # its children now become children of this process
 
 
 def _exit_code(status: int) -> int:

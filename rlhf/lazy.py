@@ -1,6 +1,6 @@
-"""numpy and torch, imported when something of theirs is first used.
+"""numpy and torch, imported at their first use.
 
-An algorithm's file also says what `--help` and `--dry-run` need to know of it, and those work where neither is installed.
+`--help` and `--dry-run` import the algorithms and must work without numpy and torch.
 """
 
 from importlib import import_module
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 else:
 
     class Lazy:
-        """Stands for a module of this name."""
+        """A proxy that imports the module of this name at the first use of an attribute."""
 
         def __init__(self, name: str) -> None:
             self.__name__ = name
 
         def __getattr__(self, attribute: str) -> Any:
             value = getattr(import_module(self.__name__), attribute)
-            setattr(self, attribute, value)  # the next use is an ordinary look-up
+            setattr(self, attribute, value)  # the next use does not call __getattr__
             return value
 
     np, torch, F = Lazy("numpy"), Lazy("torch"), Lazy("torch.nn.functional")

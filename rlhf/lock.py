@@ -1,4 +1,7 @@
-"""One process at a time holds a file: by a lock or, where the file system has none, by a lease that is renewed. Needs no torch."""
+"""Gives one process at a time a lock on a file. On file systems without locks, it uses a lease that is renewed.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,19 @@ from errno import EACCES, EAGAIN
 from pathlib import Path
 from threading import Thread
 
-PATIENCE = 5.0  # seconds that a lock is waited for: the process that has it may have been killed, and still be ending
+PATIENCE = 5.0  # seconds to wait for a lock, because a killed process may take a moment to end
 RENEWAL = 5.0  # seconds between two renewals of a lease
-LEASE = 30.0  # seconds without one after which the process that had it counts as dead
-LENGTH = 256  # characters of the file of a lease: a host's name has at most 64
+LEASE = 30.0  # seconds without a renewal after which a lease has expired
+LENGTH = 256  # characters of a lease file; a host name has at most 64
 
-_held: set[Path] = set()  # by this process
+_held: set[Path] = set()  # files that this process has locked
 
 
 def hold(path: Path) -> str:
-    """Hold the file until this process ends, however it ends. Empty, or who else holds it. Raises OSError where there can be no file."""
+    """Lock the file until this process ends. Return "", or a description of the process that has locked it.
+
+    Raises OSError if the file cannot be created.
+    """
     if path.resolve() in _held:
         return ""
     if not (other := _hold(path)):
@@ -32,13 +38,14 @@ def hold(path: Path) -> str:
 
 def _hold(path: Path) -> str:
     mine = f"{socket.gethostname()} {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open, as the lock ends with it
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open, because closing it would release the lock
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf's would end when this process reads the file and closes it
+            # not lockf: its lock would end as soon as this process opens and closes the file again
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (EACCES, EAGAIN):  # this file system has no locks
+            if error.errno not in (EACCES, EAGAIN):  # the file system does not support locks
                 os.close(file)
                 return _lease(path, mine)
             if time.monotonic() > deadline:
@@ -51,7 +58,7 @@ def _hold(path: Path) -> str:
 
 
 def _lease(path: Path, mine: str) -> str:
-    """hold(), without locks: a process that lives changes the file."""
+    """hold() for a file system without locks. The owner of the lease changes the file at regular intervals."""
     before = _read(path)
     deadline = time.monotonic() + LEASE
     while before and (now := _read(path)) == before and time.monotonic() < deadline:
@@ -59,7 +66,7 @@ def _lease(path: Path, mine: str) -> str:
     if before and now != before:
         return _holder(now)
     _write(path, mine)
-    time.sleep(RENEWAL / 10)  # of several that came at once, the last one that wrote has it
+    time.sleep(RENEWAL / 10)  # if several processes write at once, the last one gets the lease
     if not (now := _read(path)).startswith(mine):
         return _holder(now)
     Thread(target=_renew, args=(path, mine), daemon=True).start()
@@ -68,9 +75,10 @@ def _lease(path: Path, mine: str) -> str:
 
 def _renew(path: Path, mine: str) -> None:
     for beat in itertools.count():
-        with suppress(OSError):  # of a storage that fails for a moment
-            if not (now := _read(path)).startswith(mine):  # this process was stopped for so long that another one has taken the file
-                print(f"rlhf: {path} was taken by {_holder(now)} while this process was stopped; it ends", file=sys.stderr, flush=True)
+        with suppress(OSError):  # storage may fail for a moment
+            if not (now := _read(path)).startswith(mine):  # the lease expired while this process was stopped
+                taken = f"{path} was taken by {_holder(now)} while this process was stopped"
+                print(f"rlhf: {taken}; this process ends", file=sys.stderr, flush=True)
                 os._exit(1)
             _write(path, f"{mine}{beat}\n")
         time.sleep(RENEWAL)
@@ -86,7 +94,7 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """In place and at one length: a reader never finds an empty file, and a kill leaves no second one."""
+    """Write in place, always the same length. So a reader never finds an empty file, and no temporary file is left."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.pwrite(file, text.ljust(LENGTH).encode(), 0)

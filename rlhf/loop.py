@@ -1,4 +1,4 @@
-"""THE loop, shared by all modes: take samples, score, credit, learn, offer the weights, evaluate, log, save."""
+"""The loop that all modes share: take samples, score, credit, learn, publish the weights, evaluate, log, save."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from rlhf.train.optimizer import learning_rate
 
 @dataclass(slots=True)
 class Run:
-    """A training run on this rank, as rlhf.assemble puts it together."""
+    """A training run on this rank. rlhf.assemble builds it."""
 
     config: Config
     mesh: Mesh
-    start: int  # steps that are done: those of the checkpoint that it continues from
+    start: int  # number of steps done by the checkpoint that the run resumes from; 0 for a new run
     algorithm: Algorithm
     source: Source
     roles: Roles
     evaluation: Evaluation | None  # None: nothing is held out
     checkpoints: Checkpoints
-    export: Callable[[Path], None]  # writes the trained model as a folder in the format that it is named after
+    export: Callable[[Path], None]  # writes the trained model to a folder; the name of the folder is the format
     interrupt: Interrupt
     metrics: Metrics
-    probe: list[Sample] = field(default_factory=list)  # of the step at hand, that the models must have something finite to say of
+    # samples of the current step; before a save, the outputs of all models on them must be finite
+    probe: list[Sample] = field(default_factory=list)
 
     def train(self) -> bool:
-        """The steps from `start` on. False: a signal came before the last one was done."""
+        """Run the steps from `start` on. Return False if a signal stopped the run before its last step."""
         config, metrics, start = self.config, self.metrics, self.start
         self.offer(start, check=True)
         if self.evaluation and start == 0:
@@ -59,9 +60,9 @@ class Run:
         return True
 
     def whole_step(self, step: int) -> bool:
-        """One step, counted from 0, with all that belongs to it. Whether a signal came.
+        """Run one step, counted from 0, with evaluation, metrics and checkpoint. Return whether a signal came.
 
-        Raises FloatingPointError, before anything is saved, where it ruins a model.
+        Raises FloatingPointError if values of a model are no longer finite. It is raised before anything is saved.
         """
         config, metrics, done = self.config, self.metrics, step + 1
         metrics.begin()
@@ -70,15 +71,15 @@ class Run:
             with metrics.time("evaluate"):
                 self.evaluation(metrics)
         metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.residence.take_peaks().items()})  # mean over ranks
-        metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # within the other times
+        metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # included in the other times
         metrics.write(done, tokens)
-        stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to any rank stops all of them after the same step
+        stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to one rank stops all after the same step
         if stop or due(done, config.checkpoint.every, config.steps):
             self.save(done)
         return stop
 
     def step(self, step: int, check: bool) -> int:
-        """One step, counted from 0. Returns the tokens that it consumed."""
+        """Run one step, counted from 0: rollout, score, learn, publish. Return the number of tokens of its samples."""
         metrics = self.metrics
         with metrics.time("rollout"):
             samples, sums = self.source.take(step)
@@ -99,11 +100,11 @@ class Run:
         return tokens
 
     def learn(self, samples: list[Sample], step: int) -> None:
-        """batch.epochs passes over the samples, batch.minibatches updates each; one role after the other."""
+        """Make batch.epochs passes over the samples, each with batch.minibatches updates, for one role at a time."""
         b, algorithm = self.config.batch, self.algorithm
         batches = [batch for epoch in range(b.epochs) for batch in self._minibatches(samples, step, epoch)]
         for role, _ in self.roles.visit(Phase.LEARN) if samples else ():
-            begin = algorithm.warmup.get(role, 0)  # the step of its first update, from which its schedule counts
+            begin = algorithm.warmup.get(role, 0)  # the role's first update; its learning-rate schedule starts here
             updates = (self.config.steps - begin) * len(batches)
             for i, batch in enumerate(batches):
                 if batch and step >= begin:
@@ -112,11 +113,14 @@ class Run:
             self.roles.check(role)
 
     def offer(self, version: int, check: bool) -> None:
-        """Let the source sample with the weights after `version` steps."""
+        """Give the source the weights after `version` steps. The next samples are generated with them."""
         self.source.offer(self.roles.learners[self.roles.subject].parameters(), version, check)
 
     def save(self, done: int) -> None:
-        """A checkpoint after so many steps, of models that can go on from it."""
+        """Write the checkpoint after `done` steps.
+
+        Raises FloatingPointError, before anything is written, if a model or the state of the mode is not finite.
+        """
         self.roles.check_all(self.probe)
         if not all(map(math.isfinite, self.algorithm.state.values())):
             raise FloatingPointError(f"the state of {self.config.mode} is no longer finite: {self.algorithm.state}")
@@ -124,13 +128,13 @@ class Run:
         self.checkpoints.save(done, self.roles.visit(Phase.SAVE), self.algorithm.state, export, self.source.state())
 
     def _minibatches(self, samples: list[Sample], step: int, epoch: int) -> list[list[Sample]]:
-        """The samples of each update of one pass. Groups stay whole, and meet in a new order each pass."""
+        """Return the samples of each update of one pass. Groups stay whole. Each pass shuffles them anew."""
         order = np.random.default_rng((self.config.seed, step, epoch)).permutation(sorted({s.group for s in samples}))
         parts = [set(part.tolist()) for part in np.array_split(order, self.config.batch.minibatches)]
         return [[s for s in samples if s.group in part] for part in parts]
 
     def _advice(self, step: int) -> str:
-        """What to do about a step that has ruined a model."""
+        """Return the advice for a step after which a model is no longer finite."""
         keys = "a lower optim.lr" + ("" if self.config.optim.eps else ", or optim.eps above 0")
         last = self.checkpoints.last
         if not last:
@@ -145,5 +149,5 @@ class Run:
 
 
 def due(done: int, every: int, steps: int) -> bool:
-    """Whether something that happens every so many steps, and after the last, happens now."""
+    """Return whether an action is due after `done` steps: every `every` steps (0: never), and after the last step."""
     return done == steps or bool(every and done % every == 0)

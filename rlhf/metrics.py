@@ -1,4 +1,4 @@
-"""Numbers are (sum, count) pairs until they are printed: summed over ranks once per step, then divided."""
+"""Collects and writes metrics. A metric is a (sum, count) pair, summed over the ranks once per step, then divided."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ LINE = (
 
 
 class Metrics:
-    """Collects a step's numbers on every rank; rank 0 writes metrics.jsonl, TensorBoard events and a terminal line.
+    """Collects a step's metrics on every rank. Rank 0 writes metrics.jsonl and TensorBoard events, and prints a line.
 
-    An evaluation (own_name) keeps every response, and says no line: its numbers are a table (rlhf.evaluate).
+    Mode evaluate keeps every response and prints no line. It prints a table at the end (rlhf.evaluate).
     """
 
     def __init__(self, config: Config, mesh: Mesh, start: int):
@@ -43,30 +43,30 @@ class Metrics:
             self.recorder = Recorder(out, count, start, own) if count else None
             self.path = out / f"{own or 'metrics'}.jsonl"
             self.silent = bool(own)
-            _forget(self.path, start or -1)  # a run from the start says everything anew
+            _forget(self.path, start or -1)  # a new run writes all lines anew, also that of step 0
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.events = SummaryWriter(out / own, purge_step=start)
 
     def begin(self) -> None:
-        """A step starts now."""
+        """Start to measure the time of a step."""
         self.began = time.perf_counter()
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
-        """This rank's part of sums that run over all ranks."""
+        """Add this rank's part of sums over all ranks."""
         for name, (total, count) in sums.items():
             old = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (old[0] + total, old[1] + count)
 
     def add_common(self, sums: Mapping[str, tuple[float, float]]) -> None:
-        """Sums that every rank knows alike: they count once."""
+        """Add sums that are the same on every rank. They count once."""
         if self.mesh.rank == 0:
             self.add(sums)
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Wall seconds of rank 0 in a phase; phases of one name add up."""
+        """Measure the wall time of rank 0 in a phase, in seconds. Times of phases with the same name add up."""
         start = time.perf_counter()
         yield
         seconds, _ = self.sums.get(f"time/{phase}", (0.0, 1.0))
@@ -74,7 +74,10 @@ class Metrics:
             self.sums[f"time/{phase}"] = (seconds + time.perf_counter() - start, 1.0)
 
     def write(self, step: int, tokens: int = 0) -> dict[str, float]:
-        """The step's numbers over all ranks, on every rank; tokens is what the step consumed, prompts included."""
+        """Write the step's metrics over all ranks, and return them on every rank.
+
+        tokens: number of tokens in the step's samples, prompts included.
+        """
         totals: dict[str, tuple[float, float]] = {}
         for sums in self.mesh.all_gather(self.sums):
             for name, (total, count) in sums.items():
@@ -91,7 +94,7 @@ class Metrics:
         return values
 
     def keep(self, use: Use, samples: Sequence[Sample]) -> None:
-        """Samples, identical on every rank, of which some are kept for people to read."""
+        """Record samples, which are identical on every rank, in out/samples (see Recorder)."""
         if self.recorder:
             self.recorder.keep(use, samples)
 
@@ -104,7 +107,7 @@ class Metrics:
         if self.recorder:
             self.recorder.write(step)
         with self.path.open("a") as file:
-            finite = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no others: they are left out
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no inf and nan
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if self.events:
             for name, value in values.items():
@@ -123,7 +126,7 @@ class Metrics:
 
 
 class Progress:
-    """How far something long is, on one line of a terminal that is written over; nothing where there is none."""
+    """A progress line on the terminal. It prints nothing if standard output is not a terminal."""
 
     def __init__(self, name: str, units: str, total: int, shown: bool):
         self.name, self.units, self.total, self.shown = name, units, total, shown and sys.stdout.isatty()
@@ -135,39 +138,42 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self.shown:
-            print("\r\033[K", end="", flush=True)  # the step's line takes its place
+            print("\r\033[K", end="", flush=True)  # erase the line
 
     def add(self, done: int, tokens: int) -> None:
-        """So many more are done, with so many tokens."""
+        """Count `done` more finished units and `tokens` more tokens."""
         self.done += done
         self.tokens += tokens
         now = time.perf_counter()
         if self.shown and now - self.said > 0.5:
             self.said, seconds = now, now - self.began
-            left = seconds * (self.total - self.done) / self.done  # as if the rest took as long as these
+            left = seconds * (self.total - self.done) / self.done  # assumes that the rest is as fast
             rate = f"{self.tokens / seconds:,.0f} tokens/s, about {left:.0f} s to go"
             print(f"\r\033[K{self.name}: {self.done} of {self.total} {self.units}, {rate}", end="", flush=True)
 
 
 def own_name(config: Config) -> str:
-    """What the files of a mode that trains nothing are called, in an `out` that may be a training run's; empty for a mode that trains."""
+    """Return the name of the files that a mode without training writes; "" for a mode that trains.
+
+    The folder `out` may belong to a training run, so such a mode needs its own file names.
+    """
     return "" if ALGORITHMS[config.mode].trains else config.mode
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal; call on rank 0."""
+    """Print a line to standard output. Call on rank 0."""
     print(text, flush=True)
 
 
 def _forget(path: Path, start: int) -> None:
-    """Drop the lines of steps that a resumed run will do again, and damaged ones. The file is replaced as a whole."""
+    """Remove the lines of steps after `start`, which run again, and damaged lines. The file is replaced atomically."""
     if not path.exists():
         return
-    # Behind the last line end is nothing, or a line that was being written.
+    # Text after the last "\n" is a line that was cut off.
     *lines, _ = texts.regular(path).read_text(errors="replace").split("\n")
     steps = [_step(line) for line in lines]
     if damaged := [str(number) for number, step in enumerate(steps, 1) if step is None]:
-        say(f"{path}: damaged lines are left out: {', '.join(damaged)}")
+        say(f"{path}: damaged lines are removed: {', '.join(damaged)}")
     fresh = path.with_suffix(".partial")
     with fresh.open("w") as file:
         file.write("".join(f"{line}\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= start))
@@ -177,7 +183,7 @@ def _forget(path: Path, start: int) -> None:
 
 
 def _step(line: str) -> int | None:
-    """The step that a line is of; None: it is damaged."""
+    """Return the step of a line; None if the line is damaged."""
     try:
         step = texts.parse(line)["step"]
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Standard output and error of a run, which must not end because nobody reads what it prints, or because it cannot be written."""
+"""Standard output and error of a run. A closed pipe or a full disk must not end the run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class Lossy(io.FileIO):
-    """A file for what may be lost: a reader that has gone away and a full disk are no errors."""
+    """A file whose write errors are ignored, such as a closed pipe or a full disk."""
 
     def write(self, data: Any) -> int:
         try:
-            while (written := super().write(data)) is None:  # a pipe that does not block, and is full
+            while (written := super().write(data)) is None:  # a non-blocking pipe that is full
                 select.select([], [self], [])
         except OSError:
             return memoryview(data).nbytes
@@ -22,15 +22,18 @@ class Lossy(io.FileIO):
 
 
 def secure() -> None:
-    """Let nothing that is printed raise an error. What the encoding lacks is escaped. Call it before anything is opened."""
+    """Make print() never raise an error. Characters that the encoding does not have are escaped.
+
+    Call it before any file is opened.
+    """
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # it is closed: another file would get its number, and be printed into
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+        except OSError:  # it is closed: the next opened file would get its number and receive the output
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open() uses the lowest free number
     for number, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)
-        # Standard error does not wait for the end of a run, even where it is a file: then Python writes it through instead of by line.
+        # Write standard error by line, even to a file. Python sets write_through instead of line_buffering for it.
         encoding, by_line = (old.encoding, old.line_buffering or old.write_through) if old else ("utf-8", True)
         stream = io.TextIOWrapper(
             io.BufferedWriter(Lossy(number, "w", closefd=False)), encoding, "backslashreplace", line_buffering=by_line

@@ -1,4 +1,4 @@
-"""What must be on the device in which phase of a step: the one table behind residence (what moves) and ledger (what fits)."""
+"""The phases of a step, and what each needs on the device. rlhf.residence and rlhf.ledger both use this table."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ ENGINE, POLICY = "engine", "policy"
 class Phase(StrEnum):
     """What the device is used for."""
 
-    ROLLOUT = "rollout"  # the engine samples
+    ROLLOUT = "rollout"  # the engine generates
     PUBLISH = "publish"  # the engine receives the policy's weights
-    SCORE = "score"  # a role's forward passes
-    LEARN = "learn"  # a role's updates
-    SAVE = "save"  # a role's state goes into a checkpoint
+    SCORE = "score"  # forward passes of a role
+    LEARN = "learn"  # updates of a role
+    SAVE = "save"  # the state of a role is written to a checkpoint
 
 
 class Kind(StrEnum):
-    """What a role or the engine keeps in memory."""
+    """What a role or the engine has in device memory."""
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"
     OPTIMIZER = "optimizer"
-    CACHE = "cache"  # keys and values of the engine, and what else it needs to generate
+    CACHE = "cache"  # KV cache of the engine, and its other buffers for generation
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tenant:
-    """Everything of one kind that belongs to one role, or to the engine. It moves as a whole."""
+    """All tensors of one kind that belong to one role or to the engine. They are moved together."""
 
     role: str
     kind: Kind
@@ -38,7 +38,7 @@ class Tenant:
         return f"{self.role}.{self.kind}"
 
 
-# Kinds of the role that is visited, and of the engine.
+# phase -> (kinds of the role in this phase, kinds of the engine)
 NEEDS: dict[Phase, tuple[tuple[Kind, ...], tuple[Kind, ...]]] = {
     Phase.ROLLOUT: ((), (Kind.WEIGHTS, Kind.CACHE)),
     Phase.PUBLISH: ((Kind.WEIGHTS,), (Kind.WEIGHTS,)),
@@ -51,7 +51,7 @@ TENANTS = {"train": NEEDS[Phase.LEARN][0], "frozen": NEEDS[Phase.SCORE][0]}  # u
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A phase of a role. The engine's phases, rollout and publish, are the policy's."""
+    """A phase of a role. The role of the engine's phases, rollout and publish, is the policy."""
 
     phase: Phase
     role: str = POLICY

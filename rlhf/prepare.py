@@ -1,7 +1,6 @@
-"""Everything about a run that can be known before a model is loaded.
+"""Checks a configuration and reads the inputs of a run, before any model is loaded.
 
-The launcher calls inputs() before it starts any rank, so that a mistake costs a moment and one line; the ranks call it again to get what
-it read.
+The launcher calls inputs() before it starts the ranks, so that mistakes are found early. The ranks call it again.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from rlhf.identity import Identity, compare, description, identity, weights
 from rlhf.model.architecture import REMEDY, Architecture
 from rlhf.weights import files
 
-COLDEST = 0.01  # temperature of sampling: vLLM takes a lower one for this
-Opened = tuple[files.Source, Architecture]  # a folder, and what it is read as
+COLDEST = 0.01  # lowest sampling temperature for training; vLLM raises a lower one to this
+Opened = tuple[files.Source, Architecture]  # an opened folder, and the architecture that it is read as
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +29,26 @@ class Role:
     """One model of a run."""
 
     use: str  # "train" | "frozen"
-    folder: str  # that it is loaded from
+    folder: str  # the folder that it is loaded from
     arch: Architecture
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run reads."""
+    """The inputs of a run."""
 
     arch: Architecture  # of policy.load
-    roles: dict[str, Role]  # the models on the training side; mode evaluate has at most the reward model
+    roles: dict[str, Role]  # the models without the engine's; mode evaluate has at most the reward model
     tokenizer: Tokenizer
-    records: Records  # what the mode goes through: data.train, or data.eval in mode evaluate
+    records: Records  # data.train, or data.eval in mode evaluate
     held_out: Records | None  # data.eval of a training run
-    remarks: list[str]  # on the folders, and on what differs from the checkpoint that is continued from
-    identity: Identity  # what makes the run this run
+    remarks: list[str]  # on the folders, and on differences from the checkpoint that the run resumes from
+    identity: Identity  # identity of the run (rlhf.identity)
 
 
 @texts.paths()
 def inputs(config: Config, world: int) -> Inputs:
-    """Check the configuration against model, data and world. Raises UserError for the first mistake."""
+    """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake."""
     arch, models = shapes(config, world)
     newest = _newest(config) if ALGORITHMS[config.mode].trains else None
     sources = _check_folders(config, models, arch)
@@ -57,9 +56,10 @@ def inputs(config: Config, world: int) -> Inputs:
     remarks = [remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")]
     tokenizer = Tokenizer.load(beside or config.policy.load)
     if tokenizer.vocab > arch.vocab:
-        raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, {config.policy.load}/config.json a vocab_size of {arch.vocab}")
+        model = f"{config.policy.load}/config.json has vocab_size={arch.vocab}"
+        raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set another policy.tokenizer")
     if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
-        remarks.append(f"{config.mode} learns from tokens of older weights as from its own: it has no weight for them")
+        remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     for key, function in _functions(config).items():
         rewards.check(function, config.reward.memory, key=key)
     if config.rollout.environment and ALGORITHMS[config.mode].online:
@@ -73,9 +73,12 @@ def inputs(config: Config, world: int) -> Inputs:
 
 @texts.paths()
 def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
-    """The policy's architecture and the roles, checked against the layout: whatever needs no more of a model than its config.json."""
+    """Return the policy's architecture and the roles, checked against the layout.
+
+    This reads nothing of a model except its config.json. Raises UserError at the first mistake.
+    """
     if not config.policy.load:
-        raise UserError("policy.load is not set: give the folder of the model, Hugging Face's or Megatron's")
+        raise UserError("policy.load is not set: set it to the folder of a model in Hugging Face or Megatron format")
     arch = files.read_architecture(config.policy.load, config.policy.tokenizer)
     models = roles(config, arch)
     check_world(config.parallel, world)
@@ -83,14 +86,15 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
         _check_training(config, role)
     for folder, read in {config.policy.load: arch, **{role.folder: role.arch for role in models.values()}}.items():
         if config.data.max_tokens > read.context:
-            raise UserError(f"data.max_tokens={config.data.max_tokens} is longer than the context of {folder}, {read.context}: lower it")
+            limit = f"the context length {read.context} of {folder}"
+            raise UserError(f"data.max_tokens={config.data.max_tokens} is larger than {limit}: lower it")
     if ALGORITHMS[config.mode].online:
         _check_sampling(config, arch, world)
     return arch, models
 
 
 def _newest(config: Config) -> Path | None:
-    """The checkpoint that a run continues from. Raises UserError where out is not fit for one."""
+    """Return the checkpoint that the run resumes from; None if there is none. Raises UserError if out cannot have one."""
     out = Path(config.out)
     for link in (out / name for name in config.checkpoint.format):
         if link.exists() and not link.is_symlink():
@@ -98,12 +102,12 @@ def _newest(config: Config) -> Path | None:
     if config.resume:
         return folders.newest(out)[0]
     if (out / "latest").exists() or folders.steps(out):
-        raise UserError(f"out={config.out} holds the checkpoints of another run and resume=false: choose another out, or delete it")
+        raise UserError(f"out={config.out} has checkpoints of a run, but resume=false: set another out, or delete it")
     return None
 
 
 def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources: Mapping[str, Opened]) -> dict[str, tuple[str, str]]:
-    """What the run reads: key -> (path, fingerprint)."""
+    """Return the files that the run reads: key -> (path, fingerprint)."""
     found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))}
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
@@ -121,10 +125,11 @@ def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources
 
 
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> dict[str, Opened]:
-    """What is read, opened."""
+    """Open the folders that weights are read from. Return them by path."""
     sources = {}
     to_read = {config.policy.load: arch} | {role.folder: role.arch for role in models.values()}
-    judges = {role.folder for name, role in models.items() if name == "reward" and role.use == "frozen"}  # a head of zeros is for learners
+    # Only these folders must have a scalar head. The head of a model that is trained may be missing and starts at zero.
+    judges = {role.folder for name, role in models.items() if name == "reward" and role.use == "frozen"}
     for folder, held in to_read.items():
         if config.policy.init == "load" or folder != config.policy.load:
             sources[folder] = files.open_folder(folder, held, head=folder in judges), held
@@ -132,12 +137,12 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
 
 
 def rule(config: Config) -> str:
-    """The function that rewards samples; empty: the reward model or the environment alone does."""
+    """Return the reward function of samples; "" if only a reward model or an environment gives rewards."""
     return config.reward.function or ("" if config.reward.load or config.rollout.environment else "math")
 
 
 def _functions(config: Config) -> dict[str, str]:
-    """The functions that sampled responses are judged by, by their keys."""
+    """Return the reward functions of sampled responses, by key."""
     algorithm, own = ALGORITHMS[config.mode], config.evaluate.function
     if not algorithm.online:
         return {}
@@ -146,7 +151,7 @@ def _functions(config: Config) -> dict[str, str]:
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
-    """What the mode goes through, and what is held out."""
+    """Return the records of the mode (Inputs.records) and the held-out records."""
     algorithm = ALGORITHMS[config.mode]
     required = ("answer",) if "math" in _functions(config).values() else ()
     max_prompt = config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None
@@ -158,34 +163,33 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None
     source = "train" if algorithm.trains else "eval"
     path = {"train": config.data.train, "eval": config.data.eval}[source]
     if not path:
-        raise UserError(f"data.{source} is not set: give a jsonl file or a folder of them")
+        raise UserError(f"data.{source} is not set: set it to a jsonl file or a folder of them")
     if source == "train" and Path(path).is_dir() and config.data.eval:
         both = {file.resolve() for file in jsonl.files(Path(path))} & {file.resolve() for file in jsonl.files(Path(config.data.eval))}
         if both:
-            raise UserError(
-                f"data.train={path} is a folder with {min(both).name} in it, which data.eval holds out: give the file to train on"
-            )
+            shared = f"contains {min(both).name}, which data.eval={config.data.eval} holds out"
+            raise UserError(f"data.train={path} {shared}: set data.train to the file to train on")
     return read(path), read(config.data.eval) if source == "train" and config.data.eval else None
 
 
 def roles(config: Config, policy: Architecture) -> dict[str, Role]:
-    """The models that the mode trains or asks, with their folders and architectures; policy is that of policy.load.
+    """Return the models that the mode needs, with their folders and architectures. policy: architecture of policy.load.
 
-    Raises UserError where one is not given or not fit.
+    Raises UserError if a model is not set or does not fit.
     """
     algorithm = ALGORITHMS[config.mode](config)
     models = dict(algorithm.models)
     if algorithm.online and config.reward.load and (algorithm.trains or not config.evaluate.function):
         models["reward"] = "frozen"
     if "critic" in models and not (config.reward.load or config.critic.load):
-        raise UserError("critic.load and reward.load are not set: PPO needs a model for its critic, give the reward model's folder")
+        raise UserError("critic.load and reward.load are not set: set one to a reward model to start the critic from")
     paths = {
         "policy": config.policy.load,
         "reference": config.reference.load or config.policy.load,
         "critic": config.critic.load or config.reward.load,
         "reward": config.policy.load if models.get("reward") == "train" else config.reward.load,
     }
-    held = {config.policy.load: policy}  # each folder is described once: Megatron's may have to be opened for it
+    held = {config.policy.load: policy}  # each folder is examined once, because a Megatron folder may have to be opened
     for folder in {paths[name] for name in models} - held.keys():
         held[folder] = files.read_architecture(folder, config.policy.tokenizer)
     found = {
@@ -195,60 +199,61 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
     for name, role in found.items():
         if role.arch.vocab != policy.vocab:
             raise UserError(
-                f"{name}.load={role.folder} has a vocabulary of {role.arch.vocab}, policy.load={config.policy.load} has another: "
-                "all models of a run read the same tokens"
+                f"{name}.load={role.folder} has a vocabulary of {role.arch.vocab}, policy.load={config.policy.load} "
+                f"has {policy.vocab}: use models with the same tokenizer"
             )
     return found
 
 
 def _with_head(name: str, folder: str, arch: Architecture, lm: bool) -> Architecture:
-    """What the folder holds, with the head that the role needs; with lm, beside a scalar one too."""
+    """Return a folder's architecture with the head of the role. lm: keep the output layer beside a scalar head."""
     if name in ("critic", "reward"):
         return replace(arch, scalar=True, lm=lm)
     if not arch.lm:
-        raise UserError(f"{name}.load={folder} is a reward model, without an output layer: give a causal language model")
+        raise UserError(f"{name}.load={folder} is a reward model without an output layer: give a causal language model")
     return arch
 
 
 def _check_training(config: Config, role: Role) -> None:
-    """Every divisibility that a training layout needs."""
+    """Raise UserError if the training layout or the mini-batches do not divide the model or the batch."""
     p = config.parallel
     role.arch.check_split(p.tp, p.pp, said=(f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"), where=f" of {role.folder}/config.json")
     if config.batch.minibatches > config.batch.prompts:
-        raise UserError(f"batch.minibatches={config.batch.minibatches} is more than batch.prompts={config.batch.prompts}")
+        b = config.batch
+        raise UserError(f"batch.minibatches={b.minibatches} is more than batch.prompts={b.prompts}: lower it")
 
 
 def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
-    """What the engine needs."""
+    """Raise UserError if the engine cannot generate with this configuration."""
     if not arch.lm:
-        raise UserError(f"policy.load={config.policy.load} is a reward model, which generates nothing: give a causal language model")
+        raise UserError(f"policy.load={config.policy.load} is a reward model: give a causal language model")
     tp = config.rollout.tp
     if world % tp:
-        raise UserError(f"rollout.tp={tp} does not divide the {world} ranks")
+        raise UserError(f"rollout.tp={tp} does not divide the {world} ranks: set it to a divisor")
     arch.check_split(tp, said=(f"rollout.tp={tp}", ""), where=f" of {config.policy.load}/config.json")
     if config.rollout.max_tokens >= config.data.max_tokens:
-        raise UserError(
-            f"rollout.max_tokens={config.rollout.max_tokens} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}"
-        )
+        given = f"rollout.max_tokens={config.rollout.max_tokens}"
+        raise UserError(f"{given} leaves no room for a prompt in data.max_tokens={config.data.max_tokens}: lower it")
     if config.rollout.engine == "vllm":
         _check_vllm(config, arch)
     if not ALGORITHMS[config.mode].trains:
         return
     if config.rollout.temperature < COLDEST:
         raise UserError(
-            f"rollout.temperature={config.rollout.temperature:g} samples the likeliest response again and again, which teaches nothing: "
-            f"set it above 0, to {COLDEST} or more"
+            f"rollout.temperature={config.rollout.temperature:g} samples the same response every time, so there is "
+            f"nothing to learn: set it to {COLDEST} or more"
         )
     if config.rollout.inflight > 1 + config.rollout.max_lag:
-        most = 1 + config.rollout.max_lag
+        r = config.rollout
         raise UserError(
-            f"rollout.inflight={config.rollout.inflight:g} holds more than is learned in rollout.max_lag={config.rollout.max_lag} steps: "
-            f"set it to {most} at most, or raise rollout.max_lag"
+            f"rollout.inflight={r.inflight:g} begins more groups than rollout.max_lag={r.max_lag} steps can use: "
+            f"set it to {1 + r.max_lag} at most, or raise rollout.max_lag"
         )
     if config.rollout.rounds > 1 and not rule(config) and not config.rollout.environment:
-        raise UserError("rollout.rounds > 1 keeps groups by the rule's rewards: set reward.function, or rollout.rounds=1")
+        raise UserError("rollout.rounds > 1 needs the rewards of a function: set reward.function, or rollout.rounds=1")
     if config.rollout.rounds > 1 and config.rollout.group == 1:
-        raise UserError("rollout.rounds > 1 keeps groups of unequal rewards, and rollout.group=1 makes none: set one of the two")
+        unequal = "rollout.rounds > 1 keeps groups of unequal rewards"
+        raise UserError(f"{unequal}, but rollout.group=1 makes none: raise rollout.group, or set rollout.rounds=1")
 
 
 def _check_vllm(config: Config, arch: Architecture) -> None:
@@ -260,7 +265,7 @@ def _check_vllm(config: Config, arch: Architecture) -> None:
     kind = files.read_config(config.policy.load, config.policy.tokenizer).get("model_type")
     if kind != arch.family:
         needed = f"vLLM needs {arch.family!r} for its architectures"
-        raise UserError(f"{load}: config.json has the model_type {kind!r:.80}, and {needed}: set it there")
+        raise UserError(f"{load}: config.json has model_type {kind!r:.80}, but {needed}: change it there")
     factor = arch.rope_scaling.get("factor")
     if arch.rope_kind == "linear" and isinstance(factor, int):
         needed = f"vLLM needs {factor}.0"
@@ -277,8 +282,8 @@ def readable(folder: str) -> str:
 
 
 def check_world(parallel: Parallel, world: int) -> None:
-    """Raise UserError unless tp x pp x cp x dp makes the world."""
+    """Raise UserError unless tp x pp x cp x dp is the number of ranks."""
     model = parallel.tp * parallel.pp * parallel.cp
     if world % model or parallel.dp not in (0, world // model):
         axes = f"parallel.tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}" + (f" x dp={parallel.dp}" if parallel.dp else "")
-        raise UserError(f"{axes} does not make {world} ranks: start a multiple of {model}, or change parallel.*")
+        raise UserError(f"{axes} does not fit {world} ranks: start a multiple of {model} ranks, or change parallel.*")

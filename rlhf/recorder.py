@@ -1,4 +1,4 @@
-"""What was sampled is kept: out/samples/step_NNNNNN.jsonl, a line for each response of a step and of the evaluation behind it.
+"""Writes sampled responses to out/samples/step_NNNNNN.jsonl: one line per response of a step and of its evaluation.
 
 Mode evaluate writes one file, evaluate.jsonl.
 """
@@ -20,11 +20,12 @@ NAME = re.compile(r"step_(\d{6,})\.jsonl")
 
 
 class Recorder:
-    """Writes on a thread of its own, so that no step waits for it. A file is there as a whole or not at all.
+    """Writes sample files in a thread, so that no step waits for it. Each file appears only when it is complete.
 
-    count   responses kept of each use in each step, the first ones; -1: all
-    start   steps that a run has done when it begins: the files of later ones are removed, as it will write them again; -1: none are
-    name    of the one file that is written; empty: one for each step
+    count   number of responses to write per use and step, the first ones; -1: all
+    start   number of steps that the run has done; files of later steps are deleted, because these steps run again;
+            -1: no file is deleted
+    name    name of the only file to write; "": one file per step
     """
 
     def __init__(self, out: Path, count: int, start: int, name: str = ""):
@@ -38,25 +39,25 @@ class Recorder:
                 file.unlink()
 
     def keep(self, use: Use, samples: Sequence[Sample]) -> None:
-        """Keep samples for the file of the step at hand, unless they are records of the data set."""
+        """Add sampled responses to the file of the current step. Samples from the data set are ignored."""
         sampled = [sample for sample in samples if sample.version is not ABSENT]
         self._kept += [(use, sample) for sample in (sampled if self.count < 0 else sampled[: self.count])]
 
     def write(self, step: int) -> None:
-        """Begin to write the file of a step, after the one before is written."""
+        """Start to write the file of a step, after the previous file is complete."""
         kept, self._kept = self._kept, []
         if kept:
             self.finish()
             self._writing = self._writer.submit(_write, self.folder / f"{self.name or f'step_{step:06}'}.jsonl", step, kept)
 
     def finish(self) -> None:
-        """Wait for the file that is being written. Raises what went wrong with it."""
+        """Wait until the current file is complete. Raises the error of the write, if there was one."""
         if self._writing:
             self._writing.result()
 
 
 def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
-    """A line. tokens are those of prompt and response; advantage is the mean over the response, where the algorithm gives one."""
+    """Return the content of a line. advantage is the mean over the response; None if the algorithm has none."""
     text, verdict, first = sample.text, sample.verdict, int(sample.mask.argmax()) + 1
     return {
         "step": step,
@@ -79,7 +80,7 @@ def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with null for what is not finite, which JSON cannot say."""
+    """Return the line with None in place of inf and nan, which JSON does not have."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
 
 

@@ -1,9 +1,11 @@
-"""What is on the device in which phase, and what waits in host memory meanwhile.
+"""Moves models between device and host memory, as the phases of a step need them.
 
-An offloaded tenant of a role ("critic.optimizer", "reference.weights") is on the device only in the phases that use it; all others stay.
-Its tensors keep their identity: the storages below them are emptied and filled again, so megatron-core's views into its buffers stay
-valid (FSDP frees its shards in the same way). The engine's tenants are on the device in the engine's phases only and are not copied to
-the host: after it has slept, an engine gets the policy's weights again (rlhf.rollout.owner).
+An offloaded tenant of a role ("critic.optimizer", "reference.weights") is on the device only in the phases that use it.
+Other tenants of roles stay on the device. The tensor objects of a tenant stay the same: their storages are resized to 0
+and filled again later. So megatron-core's views into its buffers stay valid. FSDP frees its shards in the same way.
+
+The engine's tenants are on the device only in the engine's phases. They are not copied to the host, because the owner
+publishes the policy's weights again after the engine has slept (rlhf.rollout.owner).
 """
 
 from __future__ import annotations
@@ -18,62 +20,65 @@ from torch import Tensor
 
 from rlhf.phases import ENGINE, POLICY, Kind, Phase, Tenant, Visit
 
-WRITES = Phase.LEARN  # in other phases the copy in host memory stays true, and need not be made again
-DROPPED = Kind.GRADIENTS  # zeroed before they are used, so they need no copy
-ALIGNMENT = 512  # bytes, of every storage within host memory
+WRITES = Phase.LEARN  # the only phase that changes tenants; copies in host memory stay valid in all others
+DROPPED = Kind.GRADIENTS  # not copied to the host, because gradients are zeroed before use
+ALIGNMENT = 512  # bytes; alignment of each storage's copy in host memory
 
 
 class Owner(Protocol):
     """A model whose tensors can leave the device."""
 
     def tenants(self) -> dict[Kind, list[Tensor]]:
-        """Its tensors by kind. Storages shared by several kinds belong to the first."""
+        """Return the tensors by kind. A storage that several kinds share belongs to the first of them."""
         ...
 
 
 class Sleeper(Protocol):
-    """The engine, which frees and takes memory by itself."""
+    """The engine, which frees and allocates its memory itself."""
 
     def leave(self, keep: Collection[Kind]) -> None:
-        """Give back the memory of all kinds but these."""
+        """Free the memory, unless `keep` contains all kinds that are on the device."""
         ...
 
     def come(self, needed: Collection[Kind]) -> None:
-        """Have these kinds on the device."""
+        """Allocate these kinds on the device."""
         ...
 
 
 class Residence:
-    """Which tenants of this rank are on its device.
+    """Moves the tenants of this rank to and from its device.
 
-    offload   tenants of roles that leave the device whenever their phase is over
-    device    on a CPU host memory is ordinary memory, and the same happens
+    offload   tenants of roles that are moved to host memory when a phase does not need them
+    device    on a CPU, tenants are copied in the same way, from memory to memory
     """
 
     def __init__(self, offload: Collection[Tenant], device: torch.device):
         self.offload, self.device = sorted(offload), device
-        self.peaks: dict[Visit, float] = {}  # GiB of the device in use at most; empty on a CPU
-        self._recent: dict[Visit, float] = {}  # the same since take_peaks() was called
+        self.peaks: dict[Visit, float] = {}  # peak device memory in GiB; empty on a CPU
+        self._recent: dict[Visit, float] = {}  # the same since the last call of take_peaks()
         self._owners: dict[str, Owner] = {}
         self._engine: Sleeper | None = None
-        self._parked: dict[Tenant, list[tuple[torch.UntypedStorage, int]]] = {}  # emptied storages and their bytes
+        self._parked: dict[Tenant, list[tuple[torch.UntypedStorage, int]]] = {}  # offloaded storages, and their bytes
         self._host: dict[Tenant, HostMemory] = {}
-        self._copied: set[Tenant] = set()  # those whose host memory holds what they hold
+        self._copied: set[Tenant] = set()  # tenants whose copy in host memory is up to date
         self._visit: Visit | None = None
         self._foreign = 0
         self._seconds = 0.0
 
     def add(self, role: str, owner: Owner) -> None:
-        """Take charge of a model; what is offloaded of it leaves at once, which makes room for building the next."""
+        """Add a model. Its offloaded tenants leave the device at once, to make room for the next model."""
         self._owners[role] = owner
         self._park(frozenset())
 
     def add_engine(self, engine: Sleeper) -> None:
-        """Take charge of the engine, which is put to sleep and woken by the phases from now on."""
+        """Add the engine. From now on, enter() wakes it and puts it to sleep."""
         self._engine = engine
 
     def enter(self, phase: Phase, role: str = POLICY) -> None:
-        """Have on the device what this phase of this role needs, and nothing else that can leave it. Phases do not nest."""
+        """Move to the device what this phase of this role needs, and all other offloaded tenants off it.
+
+        The phase lasts until the next call. Phases do not nest.
+        """
         self.measure()
         visit = Visit(phase, role)
         self._wait()
@@ -89,7 +94,7 @@ class Residence:
             self._foreign = _foreign(self.device)
 
     def measure(self) -> None:
-        """Note the peak of the phase so far; at its end enter() does so by itself."""
+        """Record the peak memory of the current phase so far. enter() calls this at the end of each phase."""
         if self._visit and self.device.type == "cuda":
             self._foreign = max(self._foreign, _foreign(self.device))
             used = torch.cuda.max_memory_allocated(self.device) + self._foreign
@@ -97,17 +102,20 @@ class Residence:
                 peaks[self._visit] = max(peaks.get(self._visit, 0.0), used / 2**30)
 
     def take_seconds(self) -> float:
-        """Seconds spent on moving tenants since the last call."""
+        """Return the seconds spent on moving tenants since the last call."""
         spent, self._seconds = self._seconds, 0.0
         return spent
 
     def take_peaks(self) -> dict[str, float]:
-        """GiB in use at most by phase since the last call, and of host memory by this process now: a leak shows as a rise over steps."""
+        """Return the peak device memory by phase since the last call, in GiB.
+
+        "host" is the current host memory of this process in GiB. A value that rises from step to step means a leak.
+        """
         recent, self._recent = self._recent, {}
         return {**{str(visit): gib for visit, gib in recent.items()}, "host": psutil.Process().memory_info().rss / 2**30}
 
     def _settle(self, visit: Visit) -> None:
-        """What leaves goes first, so that what comes finds its memory free."""
+        """Offload first, so that the memory is free for the tenants that are restored."""
         kinds = [tenant.kind for tenant in visit.needs if tenant.role == ENGINE]
         if self._engine:
             self._engine.leave(kinds)
@@ -126,7 +134,7 @@ class Residence:
                 self._hold(tenant).copy_from(self._parked[tenant])
                 self._copied.add(tenant)
         if leaving:
-            self._wait()  # memory may be given away when all copies are complete
+            self._wait()  # the copies must be complete before the memory is freed
         for storage, _ in (held for tenant in leaving for held in self._parked[tenant]):
             storage.resize_(0)
 
@@ -143,7 +151,7 @@ class Residence:
             torch.cuda.current_stream(self.device).synchronize()
 
     def _storages(self, tenant: Tenant) -> list[torch.UntypedStorage]:
-        """The device storages of a tenant, each once, without those of its role's earlier kinds."""
+        """Return the device storages of a tenant, each once, without those of an earlier kind of the same role."""
         seen: dict[int, Kind] = {}
         storages = []
         for other, tensors in self._owners[tenant.role].tenants().items():
@@ -153,7 +161,10 @@ class Residence:
         return list({storage._cdata: storage for storage in storages}.values())
 
     def _hold(self, tenant: Tenant) -> HostMemory:
-        """Host memory for a parked tenant: kept from the last time, unless the tenant has grown (moments come with the first update)."""
+        """Return host memory for an offloaded tenant.
+
+        The block of the last time is used again, unless the tenant has grown: the first update allocates the moments.
+        """
         size = sum(_aligned(size) for _, size in self._parked[tenant])
         if tenant not in self._host or len(self._host[tenant].bytes) < size:
             self._host.pop(tenant, None)
@@ -162,12 +173,12 @@ class Residence:
 
 
 class HostMemory:
-    """One block of host memory; pinned, copies are asynchronous on the current stream and run at the full rate of the link."""
+    """One block of host memory. If pinned, copies are asynchronous on the current stream, at the full link rate."""
 
     def __init__(self, size: int, pinned: bool):
         self.bytes = torch.empty(size, dtype=torch.uint8)
         self.pinned = pinned and size > 0
-        if self.pinned:  # torch's own pinned memory would be rounded up to a power of two
+        if self.pinned:  # torch would round the size of its own pinned memory up to a power of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
 
     def __del__(self) -> None:
@@ -190,12 +201,12 @@ class HostMemory:
 
 
 def capacity(device: torch.device) -> float:
-    """GiB of a device; infinite on a CPU, where nothing has to make room."""
+    """Return the memory of a device in GiB; infinite on a CPU, where memory is not checked."""
     return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else float("inf")
 
 
 def unused(device: torch.device) -> float:
-    """GiB of a device that no program uses now; infinite on a CPU."""
+    """Return the free memory of a device in GiB; infinite on a CPU."""
     return torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else float("inf")
 
 
@@ -204,14 +215,15 @@ def _aligned(size: int) -> int:
 
 
 def _view(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
-    """A storage as bytes."""
+    """Return a storage as a tensor of bytes."""
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 def _foreign(device: torch.device) -> int:
-    """Bytes in use on the device that torch has not reserved: contexts, communicators, CUDA graphs, and an engine that is awake.
+    """Return the bytes in use on the device that torch has not reserved.
 
-    An engine's own memory counts as reserved and as allocated even while it sleeps, so that it cancels out in the sum of both.
+    These are contexts, communicators, CUDA graphs and the memory of an awake engine. torch counts the engine's memory
+    as reserved and allocated even while it sleeps. So it cancels out when this is added to the allocated memory.
     """
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)

@@ -1,4 +1,4 @@
-"""The models of a run by role (policy, reference, reward, critic) on this rank: built, asked, trained and exported."""
+"""Builds, runs, trains and exports the models of a run on this rank, by role (policy, reference, reward, critic)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ SCORED_BY = {"old_logp": "policy", "ref_logp": "reference", "values": "critic"} 
 
 
 class Roles:
-    """Every role's learner, taking turns on the device. Samples go in whole and alike on every rank; replicas share the work."""
+    """The learners of all roles, which use the device one after the other.
+
+    All methods get the same samples on every rank. The data-parallel replicas split the work.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, roles: dict[str, Role], dtype: torch.dtype, temperature: float, residence: Residence):
         self.config, self.mesh, self.roles, self.dtype, self.temperature = config, mesh, roles, dtype, temperature
@@ -36,28 +39,29 @@ class Roles:
         self.learners: dict[str, Learner] = {}
         for name, role in roles.items():
             self.learners[name] = self._learner(role)
-            mesh.agree("" if self.learners[name].sound() else f"{role.folder}: {UNSOUND}")  # now: what is offloaded leaves at once
+            # checked here, because add() may offload the weights at once
+            mesh.agree("" if self.learners[name].sound() else f"{role.folder}: {UNSOUND}")
             residence.add(name, self.learners[name])
         self.trained = [name for name, role in roles.items() if role.use == "train"]
-        self._plan = lru_cache(maxsize=16)(plan)  # a step asks for the same cut for each stream, role and pass; the next one does not
+        self._plan = lru_cache(maxsize=16)(plan)  # all streams, roles and passes of a step need the same plan
 
     @property
     def subject(self) -> str:
-        """The role that the run is for."""
+        """The role that the run trains and exports: the first trained one."""
         return self.trained[0]
 
     def tilings(self, arch: Architecture) -> list[list]:
-        """The tiles of every rank's training shard."""
+        """Return the tiles of every rank's training shard."""
         return names.tilings(arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
 
     def visit(self, phase: Phase) -> Iterator[tuple[str, Learner]]:
-        """The trained roles, one after another, each made resident for the phase."""
+        """Yield the trained roles one after the other, each moved to the device as the phase needs it."""
         for name in self.trained:
             self.residence.enter(phase, name)
             yield name, self.learners[name]
 
     def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """A role's stream [L] (log-probs, or values) of every sample, in order, on every rank."""
+        """Return a role's stream [L] (log-probs, or values) of every sample, in order, on every rank."""
         self.residence.enter(Phase.SCORE, name)
         indexed = {id(sample): i for i, sample in enumerate(samples)}
         cut = self._cut(name, samples, whole_groups=False)
@@ -72,13 +76,13 @@ class Roles:
         return streams
 
     def score(self, samples: Sequence[Sample], streams: Sequence[str]) -> None:
-        """Write these streams of every sample, each by the role that it comes from."""
+        """Compute these streams and write them into the samples."""
         for stream in streams:
             for sample, values in zip(samples, self.read(SCORED_BY[stream], samples), strict=True):
                 setattr(sample, stream, values)
 
     def judge(self, samples: Sequence[Sample]) -> None:
-        """Add the reward model's score of each whole text to its reward, where the run has such a model; the verdict keeps it apart."""
+        """Add the reward model's score of each sample to its reward and verdict. Without a reward model, do nothing."""
         if "reward" not in self.learners or "reward" in self.trained:
             return
         for sample, stream in zip(samples, self.read("reward", [scored(s) for s in samples]), strict=True):
@@ -86,38 +90,41 @@ class Roles:
             sample.reward += float(stream[-1])
 
     def learn(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool, lr: float) -> Sums:
-        """One optimizer update of a role that is being visited; this rank's part of the metrics."""
+        """Make one optimizer update of the visited role. Return this rank's part of the metrics."""
         sums = self.learners[name].learn(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss, lr)
         return sums if name == self.subject else {f"{name}_{metric}": pair for metric, pair in sums.items()}
 
     def check(self, name: str) -> None:
-        """Raises FloatingPointError, on all ranks, where updates of a role that is being visited have ruined its weights."""
+        """Raise FloatingPointError on all ranks if weights of the visited role are not finite or too large."""
         if not all(self.mesh.all_gather(self.learners[name].sound())):
-            raise FloatingPointError(f"the {name}'s weights are no longer finite, or beyond all bounds")
+            raise FloatingPointError(f"the {name}'s weights are no longer finite, or are too large")
 
     def check_all(self, samples: Sequence[Sample]) -> None:
-        """As check(), of all that a checkpoint keeps, and of what the trained roles say of samples."""
+        """Raise FloatingPointError on all ranks if anything that a checkpoint saves is not finite or too large.
+
+        The outputs of the trained roles for `samples` must be finite, too.
+        """
         for name, learner in self.visit(Phase.SAVE):
             if not all(self.mesh.all_gather(learner.sound(optimizer=True))):
                 raise FloatingPointError(f"the {name}'s weights or its optimizer's state are no longer finite")
             if not all(np.isfinite(stream).all() for stream in (self.read(name, samples) if samples else ())):
-                raise FloatingPointError(f"what the {name} says of this step's samples is no longer finite")
+                raise FloatingPointError(f"the {name}'s outputs for this step's samples are no longer finite")
 
     def evaluate(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool) -> Sums:
-        """The metrics of a loss, without learning; this rank's part."""
+        """Return this rank's part of the metrics of a loss, without an update."""
         self.residence.enter(Phase.SCORE, name)
         return self.learners[name].evaluate(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss)
 
     def export(self, name: str, folder: Path, format: str) -> None:
-        """Write a role's model as a folder in one of rlhf.weights.formats.FORMATS: a causal language model, or a classifier of one label.
+        """Write a role's model to a folder in one of weights.formats.FORMATS. Every rank calls it.
 
-        Every rank calls it.
+        It is written as a causal language model, or as a classifier with one label if it has a scalar head.
         """
         role, layout = self.roles[name], self.mesh.layout
         self.residence.enter(Phase.SCORE, name)
         export.write(
             folder,
-            replace(role.arch, lm=not role.arch.scalar),  # the output layer that trained beside a scalar head stays behind
+            replace(role.arch, lm=not role.arch.scalar),  # drops the output layer that was trained beside a scalar head
             describe(files.read_config(role.folder, self.config.policy.tokenizer), role.arch),
             self.tilings(role.arch),
             self.learners[name].parameters(),
@@ -148,7 +155,7 @@ class Roles:
             files.read(role.folder, role.arch, tiles, parameters)
 
     def _cut(self, name: str, samples: Sequence[Sample], whole_groups: bool) -> list[list[list[Sample]]]:
-        """Everybody's micro-batches, by data-parallel rank."""
+        """Return the micro-batches of all data-parallel ranks: [dp rank][micro-batch][sample]."""
         lengths, group = tuple(len(s.mask) for s in samples), tuple(s.group for s in samples)
         hidden = self.roles[name].arch.hidden
         cut = self._plan(lengths, group, self.mesh.layout.dp, hidden, self.config.batch.tokens, whole_groups)
@@ -156,7 +163,7 @@ class Roles:
 
 
 def describe(config: dict, arch: Architecture) -> dict:
-    """config.json of a model of this architecture, from that of the folder it was loaded from."""
+    """Return the config.json of a model of this architecture. `config` is that of the folder it was loaded from."""
     if not arch.scalar:
         return config
     name = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")

@@ -1,4 +1,4 @@
-"""What users give as text, read as a whole and taken apart: whatever is wrong with it becomes one line that names the file."""
+"""Reads and parses text files of users. Every error becomes a UserError, one line that names the file."""
 
 import argparse
 import json
@@ -11,18 +11,18 @@ from typing import Any, NoReturn
 
 from rlhf.errors import UserError
 
-DEEPEST = 100  # nesting of JSON: what reads deeper ones fails later, where samples are sent from rank to rank
+DEEPEST = 100  # largest nesting of JSON; deeper values would fail later, when they are pickled for other ranks
 
 
 def regular(path: Path) -> Path:
-    """The path, if it is that of a file with an end. Raises UserError for pipes, devices and folders, and OSError."""
+    """Return the path if it is a regular file. Raises UserError for pipes, devices and folders, and OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: not a regular file; give one, as each rank reads it again")
+        raise UserError(f"{path}: not a regular file; give a regular file, because each rank reads it again")
     return path
 
 
 def read(path: Path, remedy: str) -> str:
-    """The text of a file. Raises UserError, with the remedy behind what is wrong."""
+    """Return the text of a file. Raises UserError, whose message ends with the remedy."""
     try:
         return regular(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -32,7 +32,7 @@ def read(path: Path, remedy: str) -> str:
 
 
 def load(path: Path, remedy: str) -> Any:
-    """What a JSON file says. Raises UserError."""
+    """Return the value of a JSON file. Raises UserError, whose message ends with the remedy."""
     try:
         return parse(read(path, remedy))
     except ValueError as error:
@@ -40,7 +40,7 @@ def load(path: Path, remedy: str) -> Any:
 
 
 def parse(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError for any other, and for one that is nested deeper than DEEPEST."""
+    """Return the value of a JSON text. Raises ValueError for invalid JSON and for JSON nested deeper than DEEPEST."""
     try:
         found = json.loads(text)
     except RecursionError:
@@ -58,7 +58,7 @@ def parse(text: str | bytes) -> Any:
 
 @contextmanager
 def paths() -> Iterator[None]:
-    """Before a run, what the system says of a path is a mistake in that path. Raises UserError in the place of OSError."""
+    """Raise UserError in place of an OSError that has a path. For code before a run, where the path is user input."""
     try:
         yield
     except OSError as error:

@@ -86,7 +86,7 @@ def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, s
     ("mode", "override", "wanted"),
     [
         ("rlhf", ["ppo.kl=0", "ppo.kl_target=6"], "ppo.kl_target"),
-        ("rlhf", ["ppo.critic_warmup=8", "steps=8"], "ppo.critic_warmup=8 leaves the policy none of steps=8"),
+        ("rlhf", ["ppo.critic_warmup=8", "steps=8"], "ppo.critic_warmup=8 leaves no step of steps=8 for the policy"),
         ("rlhf", ["ppo.kl_horizon=102", "ppo.kl_target=6", "batch.prompts=64"], "above 102.4"),
         ("dpo", ["dpo.beta=0"], "dpo.beta=0"),
         ("dpo", ["dpo.smoothing=0.5"], "dpo.smoothing=0.5"),

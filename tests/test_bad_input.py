@@ -88,7 +88,7 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
         ("Calculator", "plain", "is unknown: give module:Class or path/file.py:Class"),
         ("tools/calculator_task.py:Abacus", "plain", "has no attribute 'Abacus'"),
         ("tools/calculator_task.py:write", "plain", "not a class with the methods reset(record) and step(text)"),
-        ("tools/calculator_task.py:Calculator", "human", "data.template=human does not end the assistant's turns"),
+        ("tools/calculator_task.py:Calculator", "human", "data.template=human does not mark the end of the assistant's turns"),
     ],
 )
 def test_environments(fail, environment: str, template: str, wanted: str) -> None:
@@ -217,7 +217,7 @@ def test_fresh_run_over_old_checkpoints(fail, tmp_path: Path, latest: bool) -> N
 
 def test_a_run_without_a_whole_checkpoint(fail, tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_000007")
-    assert f"{tmp_path} holds no whole checkpoint: delete" in fail("sft", f"out={tmp_path}")
+    assert f"{tmp_path} has no complete checkpoint: delete" in fail("sft", f"out={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,8 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     (tmp_path / "step_000007").mkdir()
     (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, "state": {}, key: saved}))
     with pytest.raises(
-        UserError, match=rf"step_000007 was saved with {key}={saved}, this run has {here}: run it alike, or set another out$"
+        UserError,
+        match=rf"step_000007 was saved with {key}={saved}, this run has {here}: start with the same settings and files, or set",
     ):
         checkpoints.resume([], {})
 
@@ -351,7 +352,7 @@ def test_a_folder_to_train_on_with_what_is_held_out(fail, tmp_path: Path) -> Non
     for name in ("train.jsonl", "dev.jsonl"):
         (tmp_path / name).write_text('{"prompt": "a", "response": "b"}\n')
     line = fail("sft", f"data.train={tmp_path}", f"data.eval={tmp_path}/dev.jsonl")
-    assert f"data.train={tmp_path} is a folder with dev.jsonl in it, which data.eval holds out" in line
+    assert f"data.train={tmp_path} contains dev.jsonl, which data.eval=" in line
 
 
 def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:

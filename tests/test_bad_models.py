@@ -36,7 +36,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"attention_bias": True}, ["attention_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'"]),
         ({"quantization_config": {}}, ["quantized"]),
-        ({"vocab_size": 16}, ["vocab_size of 16"]),
+        ({"vocab_size": 16}, ["vocab_size=16"]),
         ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
         ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
         ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps '1e-5' is not a number"]),
@@ -69,9 +69,9 @@ def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: li
     ("changes", "wanted"),
     [
         ({"head_dim": 48}, "has a head_dim of 48, and vLLM on a CPU knows 32, 64"),
-        ({"seq_length": 64}, "data.max_tokens=128 is longer than the context of"),
+        ({"seq_length": 64}, "data.max_tokens=128 is larger than the context length 64 of"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "has the rope scaling factor 2, and vLLM needs 2.0"),
-        ({"model_type": "gpt2"}, "has the model_type 'gpt2', and vLLM needs 'llama'"),
+        ({"model_type": "gpt2"}, "has model_type 'gpt2', but vLLM needs 'llama'"),
     ],
 )
 def test_what_vllm_would_refuse(fail, made: Path, tmp_path: Path, changes: dict, wanted: str) -> None:
@@ -106,7 +106,7 @@ def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: s
 def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
     """A reward model of a shorter context than the policy's would be asked about positions that it never saw."""
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | {"max_position_embeddings": 64}))
-    assert f"data.max_tokens=128 is longer than the context of {tmp_path}, 64" in fail("grpo", f"reward.load={tmp_path}")
+    assert f"data.max_tokens=128 is larger than the context length 64 of {tmp_path}" in fail("grpo", f"reward.load={tmp_path}")
 
 
 def test_safetensors(fail, made: Path, tmp_path: Path) -> None:

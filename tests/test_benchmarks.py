@@ -89,7 +89,7 @@ def test_host() -> None:
     assert all(line["seconds"] > 0 for line in found)
     cache, plans = found[-4:-2], found[-2:]
     assert cache[1]["own_after_use_mib"] < 4 < cache[1]["resident_after_use_mib"], "of 10 MiB"
-    assert plans[0]["moves"] == plans[1]["moves"], "a rank's part of a publish does not grow with the world"
+    assert plans[0]["moves"] == pytest.approx(plans[1]["moves"], rel=0.02), "a rank's part of a publish does not grow with the world"
 
 
 @pytest.mark.skipif(not TRL, reason="trl is not installed: pip install trl==1.16.0 datasets")

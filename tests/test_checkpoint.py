@@ -210,7 +210,7 @@ def test_the_newest_whole_checkpoint_is_found_without_latest(
     check_resumes_at(tmp_path, 1_000_000)
     (line,) = capsys.readouterr().out.splitlines()
     assert f"{tmp_path}/latest" in line
-    assert "step_1000000 is the newest whole checkpoint" in line
+    assert "step_1000000 is the newest complete checkpoint" in line
     run.save(1_000_001)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -219,7 +219,7 @@ def test_no_whole_checkpoint_is_left(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_000002\n")
     for _ in range(2):
         with pytest.raises(
-            UserError, match=rf"latest names 'step_000002', which is not there, and {tmp_path} holds no whole .* set another"
+            UserError, match=rf"latest names 'step_000002', which does not exist, and {tmp_path} has no complete .* set another"
         ):
             Run(tmp_path).checkpoints.resume([], {})
         (tmp_path / "step_000001").mkdir(exist_ok=True)

@@ -61,7 +61,7 @@ def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
             cluster.check_port(cluster.Node(0, 1, "127.0.0.1", port))
         for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "1")):
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"MASTER_PORT={port}: the ranks cannot meet there .*EADDRINUSE"):
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: the ranks cannot connect there .*EADDRINUSE"):
             mesh._meet("gloo")
     cluster.check_port(cluster.Node(0, 1, "127.0.0.1", port))
 

@@ -59,7 +59,7 @@ def test_damaged_tokens_are_told(tmp_path, tokenizer):
             (kept / "tokens.npy").unlink()
         else:
             (kept / "tokens.npy").write_bytes(damaged)
-        with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and it will be made again"):
+        with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and the next run will write it"):
             Records.load(file, "prompts", tokenizer, Data(), cache=cache)
 
 
@@ -93,5 +93,5 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
 
 def test_a_folder_that_cannot_be_written(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
-    with pytest.raises(UserError, match=r"cannot be written \(.*\); set out to a folder with room"):
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); set out to a folder that has free space"):
         Records.load(file, "prompts", tokenizer, Data(), cache=file / "records")

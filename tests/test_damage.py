@@ -89,7 +89,7 @@ def test_damage_without_an_older_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     cut(tmp_path / "step_000001/random_rank0.pt")
-    with pytest.raises(UserError, match=rf"no older whole checkpoint is left: delete {tmp_path} to begin again, or set another out$"):
+    with pytest.raises(UserError, match=rf"no older complete checkpoint is left: delete {tmp_path} to start again, or set another out$"):
         run.checkpoints.resume(run.roles.items(), {})
 
 

@@ -136,7 +136,7 @@ def test_an_environment_that_answers_otherwise_when_told_again_fails(counting):
     with Environments(counting, timeout=5, workers=1) as environments:
         assert ask(environments, ("a", {}, ["forgetful"]))[0].messages == [{"role": "user", "content": "go on"}]
         assert ask(environments, ("b", {}, ["forgetful", "x"])) == [Reply(None, 0.0, True)]
-        assert "told the same as before" in environments.failure
+        assert "the environment is not deterministic" in environments.failure
 
 
 def test_ended_dialogues_are_dropped(counting):

@@ -97,7 +97,9 @@ def test_more_in_flight_than_can_be_learned_in_time_is_refused() -> None:
         )
 
     check("rollout.inflight=3", "rollout.max_lag=2")
-    with pytest.raises(UserError, match=r"rollout.inflight=3.1 holds more than is learned in rollout.max_lag=2 steps: set it to 3 at most"):
+    with pytest.raises(
+        UserError, match=r"rollout.inflight=3.1 begins more groups than rollout.max_lag=2 steps can use: set it to 3 at most"
+    ):
         check("rollout.inflight=3.1", "rollout.max_lag=2")
     with pytest.raises(UserError, match=r"rollout.inflight"):
         check("rollout.inflight=0.9")

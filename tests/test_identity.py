@@ -73,13 +73,18 @@ def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
 )
 def test_another_run_is_refused(made: Path, tmp_path: Path, mode: str, key: str, said: str) -> None:
     save(tmp_path, start(made, tmp_path, mode), mode)
-    with pytest.raises(UserError, match=f"step_000007 was saved with {said.format(made=made)}: run it alike, or set another out$"):
+    with pytest.raises(
+        UserError, match=f"step_000007 was saved with {said.format(made=made)}: start with the same settings and files, or set another out$"
+    ):
         start(made, tmp_path, mode, key)
 
 
 def test_another_mode_is_refused(made: Path, tmp_path: Path) -> None:
     save(tmp_path, start(made, tmp_path, "sft"), "sft")
-    with pytest.raises(UserError, match=r"step_000007 was saved with mode=sft, this run has grpo: run it alike, or set another out$"):
+    with pytest.raises(
+        UserError,
+        match=r"step_000007 was saved with mode=sft, this run has grpo: start with the same settings and files, or set another out$",
+    ):
         start(made, tmp_path, "grpo")
 
 
@@ -91,7 +96,9 @@ def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None
     save(out, start(made, out, "sft", f"data.train={data}"), "sft")
     assert start(made, out, "sft", f"data.train={data}").remarks == []
     shutil.copy(made / "data/train_sft_less.jsonl", data)
-    with pytest.raises(UserError, match=f"step_000007 was saved with another content of data.train={data}: run it alike"):
+    with pytest.raises(
+        UserError, match=f"step_000007 was saved with another content of data.train={data}: start with the same settings and files"
+    ):
         start(made, out, "sft", f"data.train={data}")
 
 
@@ -114,7 +121,7 @@ def test_what_may_differ_from_some_step_on_is_said(made: Path, tmp_path: Path) -
     remarks = start(made, tmp_path, "sft", "optim.lr=1e-4", "optim.schedule=linear", "steps=200").remarks
     assert remarks == [
         "optim.lr=0.0001 from here on; step_000007 was saved with 0.001",
-        "steps=200 stretches optim.schedule=linear from here on; it was 100",
+        "steps=200 changes optim.schedule=linear from here on; it was steps=100",
     ]
 
 

@@ -63,8 +63,8 @@ def test_all_well():
     ("end", "code", "said"),
     [
         ("sys.exit(2)", 2, ""),  # it has told the user's mistake
-        ("sys.exit(7)", 7, "rlhf: rank 1 ended with exit code 7; ending the others\n"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rlhf: rank 1 ended with exit code 137; ending the others\n"),
+        ("sys.exit(7)", 7, "rlhf: rank 1 ended with exit code 7; ending the other ranks\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rlhf: rank 1 ended with exit code 137; ending the other ranks\n"),
     ],
 )
 def test_the_first_failure_counts_and_ends_the_others(end: str, code: int, said: str):
@@ -85,7 +85,7 @@ def test_a_lost_rank_saves_no_step():
     program = "from rlhf.interrupt import Interrupt\nInterrupt(told=rank == '0')\nready()\n"
     process = start(f"{program}if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
     pids, began = ready(process), time.monotonic()
-    assert process.communicate(timeout=20) == ("", "rlhf: rank 1 ended with exit code 137; ending the others\n")
+    assert process.communicate(timeout=20) == ("", "rlhf: rank 1 ended with exit code 137; ending the other ranks\n")
     assert time.monotonic() - began < 2, "the launcher's GRACE in these tests"
     assert process.returncode == 137
     assert gone(pids)
@@ -99,7 +99,7 @@ def test_a_signal_reaches_every_rank(number: signal.Signals):
     process.send_signal(number)
     said, errors = process.communicate(timeout=20)
     assert set(said.splitlines()) == {f"{rank} got {number:d}" for rank in range(3)}
-    assert errors == f"rlhf: ended by {number.name}; nothing is saved but what was before\n"
+    assert errors == f"rlhf: ended by {number.name}; nothing new is saved\n"
     assert process.returncode == 128 + number
     assert gone(pids)
 
@@ -113,7 +113,7 @@ def test_the_second_sigint_ends_now_and_the_second_sigterm_does_not():
     process.send_signal(signal.SIGINT)
     assert sorted(process.stdout.readline() for _ in range(3)) == [f"{rank} got 2\n" for rank in range(3)]
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1] == "rlhf: ended by SIGINT and SIGTERM; nothing is saved but what was before\n"
+    assert process.communicate(timeout=20)[1] == "rlhf: ended by SIGINT and SIGTERM; nothing new is saved\n"
     assert process.returncode == 130
     assert gone(pids)
 
@@ -127,7 +127,7 @@ def test_before_the_loop_a_signal_ends_at_once(number: signal.Signals):
     process = start(f"{begin}{busy}import rlhf\nrlhf.assemble = sys.modules['rlhf.assemble']\nrlhf.__main__.run({config})")
     pids = ready(process)
     process.send_signal(number)
-    assert process.communicate(timeout=20)[1] == f"rlhf: ended by {number.name}; nothing is saved but what was before\n"
+    assert process.communicate(timeout=20)[1] == f"rlhf: ended by {number.name}; nothing new is saved\n"
     assert process.returncode == 128 + number
     assert gone(pids)
 
@@ -139,7 +139,7 @@ def test_in_the_loop_a_signal_is_remembered_and_told_once():
     )
     pids = ready(process)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[1] == "rlhf: SIGTERM: the run finishes the step at hand, saves it, and ends\n"
+    assert process.communicate(timeout=20)[1] == "rlhf: SIGTERM: the run finishes and saves the current step, then ends\n"
     assert process.returncode == 75
     assert gone(pids)
 

@@ -127,7 +127,7 @@ def test_a_damaged_line_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     path.write_text('{"step": 1}\n' + damage + '\n{"step": 3}\n{"step": 4}\n')
     made(tmp_path, 3)
     assert steps(tmp_path) == [1, 3]
-    assert capsys.readouterr().out == f"{path}: damaged lines are left out: 2\n"
+    assert capsys.readouterr().out == f"{path}: damaged lines are removed: 2\n"
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])

@@ -322,7 +322,7 @@ def test_meta_json(tmp_path: Path) -> None:
         compare(folder, folders.meta(folder), config, run_is)
         assert folders.altered(folder, ["random_rank0.pt"]) in (
             "",
-            f"{folder}/random_rank0.pt is damaged: its checksum is not that of what was written",
+            f"{folder}/random_rank0.pt is damaged: its checksum is wrong",
         )
 
     def described(found: Any) -> bytes:

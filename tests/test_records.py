@@ -47,7 +47,7 @@ def test_errors_of_files(tmp_path, tokenizer):
 
     fails(tmp_path / "nowhere.jsonl", "no such file or folder; give a jsonl file")
     fails(tmp_path, r"no file in this folder ends in .jsonl, ")
-    fails(write(tmp_path / "empty.jsonl", "", " "), "has no records: no lines; set data.train")
+    fails(write(tmp_path / "empty.jsonl", "", " "), "has no records: it has no lines; set data.train")
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     fails(tmp_path / "plain.jsonl.gz", "cannot be read .*copy the file again")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x", "response": "y"}\n' * 9)[:-12])
@@ -75,10 +75,10 @@ def test_overlong_prompts(tmp_path, tokenizer):
     assert [sample.truncated for sample in cut.head(0)] == [False] * 3, "truncated tells of responses"
     assert not any(sample.mask.any() for sample in cut.head(0))
 
-    with pytest.raises(UserError, match=r"a.jsonl has no records: 3 lines, all over data.max_tokens; raise it"):
+    with pytest.raises(UserError, match=r"a.jsonl has no records: all 3 lines are longer than data.max_tokens; raise it"):
         Records.load(file, "prompts", tokenizer, Data(overlong="drop"), max_prompt=2)
     least = 1 + templates.num_cue(tokenizer, "human")
-    error = f"{file}:1: data.max_tokens leaves {least} tokens here, but bos and cue alone are {least}; raise it"
+    error = f"{file}:1: data.max_tokens leaves {least} tokens here, but bos and cue alone have {least}; raise it"
     with pytest.raises(UserError, match=re.escape(error)):
         Records.load(file, "prompts", tokenizer, Data(template="human", overlong="truncate", max_tokens=least))
 

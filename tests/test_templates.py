@@ -171,7 +171,7 @@ UNSTABLE = (
 
 def test_own_template_that_rewrites_turns(tmp_path):
     tokenizer = Tokenizer.load(write_byte_level(tmp_path, template=UNSTABLE))
-    with pytest.raises(UserError, match=r"message 2: .* rewrites the turns before it.*choose another data.template"):
+    with pytest.raises(UserError, match=r"message 2: .* changes the text of earlier messages.*choose another data.template"):
         encode(tokenizer, "tokenizer", [USER, ANSWER])
 
 
@@ -216,7 +216,7 @@ def test_an_answer_cannot_open_a_turn(qwen, template):
 @pytest.mark.parametrize(
     ("template", "messages", "error"),
     [
-        ("human", [AGAIN], "data.template=human does not end the assistant's turns"),
+        ("human", [AGAIN], "data.template=human does not mark the end of the assistant's turns"),
         ("chatml", [SYSTEM], "has role 'system', expected 'user'"),
         ("plain", [AGAIN, AGAIN], "expected 'assistant'"),
         ("plain", [{"role": "user", "content": " "}], "is empty"),
@@ -241,9 +241,9 @@ def test_num_cue(qwen, llama2, template):
     ("messages", "error"),
     [
         ([ANSWER], "message 1 has role 'assistant', expected 'user'"),
-        ([SYSTEM], "a system message alone; add a user message"),
+        ([SYSTEM], "has only a system message; add a user message"),
         ([USER, SYSTEM], "message 2 has role 'system', expected 'assistant'"),
-        ([SYSTEM, USER, AGAIN], "message 3 has role 'user', expected 'assistant'; user and assistant take turns"),
+        ([SYSTEM, USER, AGAIN], "message 3 has role 'user', expected 'assistant'; user and assistant must alternate"),
         ([{"role": "tool", "content": "x"}], "message 1 has role 'tool', expected 'user'"),
     ],
 )
@@ -261,7 +261,7 @@ def test_roles(qwen, messages, error):
         (["hi"], "message 1 is 'hi'; give an object with the strings 'role' and 'content'"),
         ([USER, {"role": "assistant"}], "message 2 is {'role': 'assistant'}; give an object"),
         ([{"role": "user", "content": ["hi"]}], "message 1 is {'role': 'user', 'content': ['hi']}; give an object"),
-        ([{"role": "user", "content": " \n"}], "message 1 (user) is empty; give it a content or remove the line"),
+        ([{"role": "user", "content": " \n"}], "message 1 (user) is empty; give it content or remove the line"),
     ],
 )
 def test_messages(messages, error):

@@ -234,12 +234,12 @@ def test_errors_name_the_file(tmp_path, byte_level):
     (byte_level / "tokenizer_config.json").write_text("[]")
     fails(byte_level, r"tokenizer_config.json: not a JSON object")
     (byte_level / "tokenizer_config.json").write_text('{"eos_token": "<gone>"}')
-    fails(byte_level, r"tokenizer.json: eos_token is '<gone>', which is no token of it")
+    fails(byte_level, r"tokenizer.json: eos_token='<gone>' is not in its vocabulary")
     (byte_level / "tokenizer_config.json").unlink()
-    fails(byte_level, r"tokenizer.json: eos_token is None")
+    fails(byte_level, r"tokenizer.json: eos_token=None")
     (byte_level / "tokenizer_config.json").write_text(settings)
     (byte_level / "tokenizer.json").write_text("{}")
-    fails(byte_level, "no 'model' in it")
+    fails(byte_level, "it has no 'model'")
     (byte_level / "tokenizer.json").write_text("oops")
     fails(byte_level, "tokenizer.json: not JSON")
 
@@ -269,7 +269,7 @@ def test_errors_name_the_file(tmp_path, byte_level):
 def test_mutated_tokenizer_json(byte_level, changes):
     path = byte_level / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(UserError, match=r"tokenizer.json: not a sound tokenizer: .*; copy the file again"):
+    with pytest.raises(UserError, match=r"tokenizer.json: not a valid tokenizer: .*; copy the file again"):
         Tokenizer.load(byte_level).encode("a")
 
 
@@ -278,10 +278,10 @@ def test_mutated_tokenizer_json(byte_level, changes):
     [
         ("tokenizer.json", "[" * 100_000, "tokenizer.json: not JSON"),
         ("tokenizer_config.json", '{"a":' * 100_000, "tokenizer_config.json: not JSON"),
-        ("tokenizer_config.json", '{"eos_token": {"content": 7}}', "eos_token is None"),
-        ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "chat_template": 7}', "chat_template 7 is no text"),
-        ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id \\['2'\\] is no id of a token"),
-        ("generation_config.json", '{"eos_token_id": [1, 1000000]}', "eos_token_id .* is no id of a token"),
+        ("tokenizer_config.json", '{"eos_token": {"content": 7}}', "eos_token=None"),
+        ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "chat_template": 7}', "chat_template 7 is not a text"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id \\['2'\\] is not a token id or a list of them"),
+        ("generation_config.json", '{"eos_token_id": [1, 1000000]}', "eos_token_id .* is not a token id or a list of them"),
         ("chat_template.jinja", "é", "chat_template.jinja: not UTF-8"),
     ],
 )

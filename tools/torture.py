@@ -107,7 +107,7 @@ def interrupt(number: signal.Signals, run: Run, draw: random.Random) -> str:
     when = at_a_moment(run, draw)
     run.start().send_signal(number)
     text = run.end(SAVED, 128 + number)
-    if "nothing is saved but what was before" in text:
+    if "nothing new is saved" in text:
         return f"{when}, not saved"
     if run.latest() != f"step_{run.step():06}":
         raise Fault(f"step {run.step()} is not saved, but {run.latest()}:\n{text}")

@@ -1,7 +1,7 @@
-"""The table of modes. A new one is a module of a page in this folder and a line here; everything else about it is said on its class.
+"""The table of modes. To add a mode, write a module in this folder and add a line here. Its class declares the rest.
 
-The modules import the standard library and light parts of this package only (numpy and torch by rlhf.lazy), so that help is quick and works
-where nothing is installed.
+The modules import only the standard library and light parts of this package. They get numpy and torch from rlhf.lazy.
+So `--help` is fast and works where neither is installed.
 """
 
 from importlib import import_module
@@ -26,4 +26,5 @@ def _load(place: str) -> type[Algorithm]:
 
 ALGORITHMS: dict[str, type[Algorithm]] = {mode: _load(place) for mode, place in MODES.items()}
 ALIASES = {alias: mode for mode, algorithm in ALGORITHMS.items() for alias in algorithm.aliases}
-SECTIONS = dict(algorithm.section for algorithm in ALGORITHMS.values() if algorithm.section)  # of the configuration: name -> keys
+# name of a section in the configuration -> dataclass of its keys
+SECTIONS = dict(algorithm.section for algorithm in ALGORITHMS.values() if algorithm.section)

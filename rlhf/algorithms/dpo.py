@@ -1,9 +1,10 @@
-"""Direct preference optimisation (Rafailov et al., 2305.18290), averaged over all ordered pairs of the global batch.
+"""Direct preference optimisation (Rafailov et al., 2305.18290). The loss is a mean over all pairs of the global batch.
 
-Implicit reward of a response: beta (log policy - log reference), summed over its tokens. Options: label smoothing (cDPO, as in OpenRLHF and
-NeMo: not divided by 1 - 2 smoothing), IPO (2310.12036, of summed log-ratios as in the paper; trl averages them over tokens), and SimPO
-(2405.14734): reference = false, length_normalise = true and a margin. dpo.sft adds to each pair sft times the mean negative log-prob of a
-token in its chosen response (RPO, 2404.19733).
+The implicit reward of a response is beta (log policy - log reference), summed over its tokens. Options:
+  smoothing  cDPO. As in OpenRLHF and NeMo, the loss is not divided by 1 - 2 smoothing.
+  loss=ipo   IPO (2310.12036) of summed log-ratios, as in the paper. TRL averages the log-ratios over tokens.
+  SimPO      (2405.14734) is reference = false, length_normalise = true and a margin.
+  sft        RPO (2404.19733). Adds to the loss sft times the mean negative log-prob of the chosen response's tokens.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ class Keys:
     """Direct preference optimisation (2305.18290), offline and online (2402.04792)."""
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # ipo: 2310.12036
-    beta: float = 0.1  # strength of the pull to the reference
-    smoothing: float = 0.0  # share of pairs taken to be labelled the wrong way round (cDPO)
-    reference: bool = True  # false: log-probs themselves instead of their ratio to the reference (SimPO, 2405.14734)
-    length_normalise: bool = False  # log-probs averaged over tokens instead of summed (SimPO)
-    margin: float = 0.0  # of the rewards, by which the chosen response must win (SimPO's gamma)
+    beta: float = 0.1  # a higher value keeps the policy closer to the reference
+    smoothing: float = 0.0  # assumed share of pairs whose labels are swapped (cDPO)
+    reference: bool = True  # false: use log-probs instead of log-ratios to the reference (SimPO, 2405.14734)
+    length_normalise: bool = False  # average log-probs over tokens instead of summing them (SimPO)
+    margin: float = 0.0  # required lead of the chosen response's implicit reward (SimPO's gamma)
     sft: float = 0.0  # weight of the language-model loss on the chosen response, averaged over its tokens
-    pairs: Literal["best_worst", "all"] = "best_worst"  # online, of each group; ties teach nothing
+    pairs: Literal["best_worst", "all"] = "best_worst"  # online: pairs of each group; equal rewards make no pair
 
 
 class DPO(Algorithm):
@@ -42,13 +43,12 @@ class DPO(Algorithm):
         self.keys: Keys = config.sections["dpo"]
         c = self.keys
         if not c.beta:
-            raise UserError("dpo.beta=0 gives every pair the same loss: set it above 0, such as 0.1")
+            raise UserError("dpo.beta=0 gives every pair the same loss: set it above 0, for example to 0.1")
         if c.smoothing >= 0.5:
-            raise UserError(f"dpo.smoothing={c.smoothing} takes half of the pairs or more to be wrong: set it below 0.5")
+            raise UserError(f"dpo.smoothing={c.smoothing} assumes that half of the labels or more are wrong: lower it")
         if c.loss == "ipo" and (c.smoothing or c.margin):
-            raise UserError(
-                f"dpo.loss=ipo knows no dpo.smoothing={c.smoothing} and dpo.margin={c.margin}: set both to 0, or dpo.loss=sigmoid"
-            )
+            given = f"dpo.smoothing={c.smoothing} and dpo.margin={c.margin}"
+            raise UserError(f"dpo.loss=ipo does not support {given}: set both to 0, or set dpo.loss=sigmoid")
         self.models = {"policy": "train", "reference": "frozen"} if c.reference else {"policy": "train"}
         self.streams = ("ref_logp",) if c.reference else ()
 

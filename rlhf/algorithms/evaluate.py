@@ -1,4 +1,4 @@
-"""Mode evaluate: an engine answers held-out prompts with the weights of a folder, and nothing is trained (rlhf.evaluate)."""
+"""Mode evaluate (see rlhf.evaluate): an engine with the weights of a folder answers held-out prompts. No training."""
 
 from rlhf.contracts import Algorithm
 

@@ -1,7 +1,8 @@
-"""The formulas that the algorithms share, tested against published numbers.
+"""The formulas that the algorithms share. Tests compare them with published numbers.
 
-Totals, counts and metrics are summed over micro-batches and over data- and context-parallel ranks. So each is a sum of parts that do not
-depend on the split: tokens count on the rank that holds them, sequences and pairs on their owner's (Batch.owned).
+Totals, counts and metrics are later summed over micro-batches and over data- and context-parallel ranks. To make these
+sums independent of the split, each unit counts on exactly one rank. A token counts on the rank that holds it. A
+sequence or a pair counts on its owner (Batch.owned).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def mean_loss(per_token: Tensor, batch: Batch, unit: str = "token", length: int = 0, **metrics: Tensor) -> Loss:
-    """Mean of per_token [T] over the global batch: over learned tokens (unit "token"); over responses, of each one's own mean over its
-    tokens ("sequence"); or over responses, of each one's sum divided by `length`, whatever its own ("constant").
+    """Return the mean of per_token [T] over the global batch.
 
+    unit "token": the mean over all learned tokens. "sequence": the mean over responses of each response's token mean.
+    "constant": the mean over responses of each response's token sum divided by `length`, which is the same for all.
     A response without learned tokens does not count. metrics [T] are averaged over tokens in all cases.
     """
     tokens = batch.mask.sum()
@@ -35,7 +37,10 @@ def mean_loss(per_token: Tensor, batch: Batch, unit: str = "token", length: int 
 
 
 def pair_loss(per_pair: Tensor, chosen: Tensor, batch: Batch, **metrics: Tensor) -> Loss:
-    """Mean of per_pair [pairs] and of metrics [pairs] over the pairs of the global batch; chosen [pairs] is who owns them."""
+    """Return the mean of per_pair [pairs] and of metrics [pairs] over all pairs of the global batch.
+
+    chosen [pairs] is the index of each pair's better sequence. The owner of that sequence counts the pair.
+    """
     weight = batch.owned()[chosen]
     count, total = weight.sum(), (per_pair * weight).sum()
     means = {name: ((value.detach() * weight).sum(), count) for name, value in metrics.items()}
@@ -43,24 +48,28 @@ def pair_loss(per_pair: Tensor, chosen: Tensor, batch: Batch, **metrics: Tensor)
 
 
 def wins(margin: Tensor) -> Tensor:
-    """1.0 where the margin is positive, 0.5 where it is exactly 0: a model that cannot tell has an accuracy of one half."""
+    """Return 1.0 where the margin is positive and 0.5 where it is exactly 0.
+
+    So a model that gives all responses the same score has an accuracy of one half.
+    """
     return torch.heaviside(margin.detach(), margin.new_full((), 0.5))
 
 
 def spread(x: Tensor, batch: Batch) -> Tensor:
-    """x[S] to every token of its sequence, 0 to the padding -> [T]."""
+    """Return [T]: the value x [S] of each token's sequence, and 0 for padding."""
     return F.pad(x, (0, 1))[batch.segment]
 
 
 def seq_mean(x: Tensor, batch: Batch) -> Tensor:
-    """Mean of x[T] over each sequence's learned tokens -> [S]; 0 without any."""
+    """Return the mean of x [T] over each sequence's learned tokens [S]; 0 for a sequence without learned tokens."""
     return batch.seq_sum(x) / batch.seq_sum(torch.ones_like(batch.mask)).clamp(min=1.0)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """PPO's pessimistic surrogate (1707.06347, eq. 7): -min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log_ratio).
 
-    Returns the loss [T], and 1.0 where the clipped branch was taken [T]. No second clip of negative advantages ("dual clip").
+    Return the loss [T], and 1.0 where the clipped branch was taken [T]. There is no second clip for negative advantages
+    ("dual clip").
     """
     ratio = log_ratio.exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
@@ -68,9 +77,10 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
 
 
 def clipped_weight(logp: Tensor, log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """CISPO (2506.13585, eq. 4): -sg(clip(r, 1 - low, 1 + high)) A logp: every token keeps its gradient, with a bounded weight.
+    """CISPO (2506.13585, eq. 4): -sg(clip(r, 1 - low, 1 + high)) A logp. Each token has a gradient of bounded weight.
 
-    Returns the loss [T], and 1.0 where the weight was clipped [T]. The paper has no lower bound, which is low = 1.
+    Return the loss [T], and 1.0 where the weight was clipped [T]. low = 1 gives the paper's loss, which has no lower
+    bound.
     """
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1 - low, 1 + high)
@@ -78,25 +88,32 @@ def clipped_weight(logp: Tensor, log_ratio: Tensor, advantages: Tensor, low: flo
 
 
 def mismatch_cap(given: float, config: Config) -> float:
-    """The cap of sampler_weight(): as given, or where that is below 0, 2 for steps that learn from what older weights drew, else 0: off."""
+    """Return the cap of sampler_weight(); 0 is off.
+
+    It is `given` if that is not negative. Otherwise it is 2 if steps learn from tokens of older weights
+    (rollout.inflight > 1), else 0.
+    """
     if given >= 0:
         return given
     return 2.0 if config.rollout.inflight > 1 else 0.0
 
 
 def sampler_weight(old: Tensor, sampler: Tensor, batch: Batch, cap: float) -> tuple[Tensor, Tensor]:
-    """Truncated importance weight min(exp(old - sampler), cap) of the policy before the update over what drew each token [T]: another
-    engine's rounding, or older weights. Returns it, and 1.0 where it was capped [T].
+    """Return the truncated importance weight min(exp(old - sampler), cap) [T], and 1.0 where it was capped [T].
 
-    It weighs the surrogate, not a KL, as verl's; with a ratio to the old policy this is decoupled PPO (2505.24298, eq. 5), truncated.
+    It is the ratio of the policy before the update to the distribution that sampled the token. The two differ by the
+    engine's rounding, or because older weights sampled the token. Callers multiply the surrogate by it, but not a KL
+    term, as verl does. With a ratio to the old policy this is a truncated decoupled PPO (2505.24298, eq. 5).
     """
     weight = ((old - sampler) * batch.mask).exp()
     return weight.clamp(max=cap), (weight > cap).float()
 
 
 def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error, the larger of two [T]: of the value, and of the value held within `clip` of the old one (0: of the value
-    alone). So a value gains nothing from moving further (openai/baselines ppo2). With it, 1.0 where the second was larger [T].
+    """Return the clipped value loss of openai/baselines ppo2 [T], and 1.0 where the clipped error was larger [T].
+
+    The loss is half the larger of two squared errors: of the value, and of the value clipped to within `clip` of the
+    old value. So a value that moves further than `clip` does not lower the loss. clip=0 uses the unclipped error alone.
     """
     error = (values - returns) ** 2
     held = (old + (values - old).clamp(-clip, clip) - returns) ** 2 if clip else error
@@ -104,10 +121,11 @@ def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> 
 
 
 def kl_estimate(kind: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Schulman's estimates of KL(policy || reference) for tokens of the policy [T], d = ref_logp - logp: k1 -d, k2 d^2 / 2, k3 e^d - 1 - d.
+    """Return Schulman's estimate of KL(policy || reference) for tokens that the policy sampled [T].
 
-    k1 and k3 are unbiased, k2 and k3 never negative; none is clamped. As a loss, k1 has a gradient of zero on average, k2 the KL's,
-    k3 that of KL(reference || policy).
+    With d = ref_logp - logp, the estimates are k1 = -d, k2 = d^2 / 2 and k3 = e^d - 1 - d. k1 and k3 are unbiased. k2
+    and k3 are never negative. None is clamped. As a loss, k1 has an expected gradient of zero. k2 has the
+    gradient of the KL. k3 has the gradient of KL(reference || policy).
     """
     d = ref_logp - logp
     if kind == "k1":
@@ -116,10 +134,12 @@ def kl_estimate(kind: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def preference(h: Tensor, kind: str, beta: float, smoothing: float = 0.0, margin: float = 0.0) -> Tensor:
-    """Loss [pairs] of h, the chosen minus the rejected response's log-prob (or log-ratio to the reference).
+    """Return the preference loss [pairs].
 
-    sigmoid: -log sigmoid(z) (1 - smoothing) - log sigmoid(-z) smoothing with z = beta h - margin (2305.18290; cDPO; 2405.14734).
-    ipo: (h - 1 / (2 beta))^2 (2310.12036, eq. 17), of whatever h is; the paper's is of summed log-probs.
+    h [pairs] is the log-prob (or log-ratio to the reference) of the chosen response minus that of the rejected
+    response. sigmoid: -log sigmoid(z) (1 - smoothing) - log sigmoid(-z) smoothing with z = beta h - margin (2305.18290;
+    cDPO; 2405.14734). ipo: (h - 1 / (2 beta))^2 (2310.12036, eq. 17). In the paper, h is a difference of summed
+    log-ratios.
     """
     if kind == "ipo":
         return (h - 1 / (2 * beta)) ** 2
@@ -128,13 +148,14 @@ def preference(h: Tensor, kind: str, beta: float, smoothing: float = 0.0, margin
 
 
 def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """Generalised advantage estimation (1506.02438) over one response -> advantages [N], returns [N] = advantages + values.
+    """Return the advantages [N] of generalised advantage estimation (1506.02438) for one response, and the returns [N].
 
-    The value after the last token is 0: the response ends there, whatever ended it.
+    Returns are advantages + values. The value after the last token is 0, also for a response that the length limit
+    ended.
     """
     following = np.append(values[1:], 0.0)
     deltas, backwards, running = rewards + gamma * following - values, [], 0.0
-    for delta in deltas[::-1].tolist():  # numpy's own numbers take twice the time
+    for delta in deltas[::-1].tolist():  # the loop takes twice as long with numpy scalars
         running = delta + gamma * lam * running
         backwards.append(running)
     advantages = np.array(backwards[::-1])
@@ -142,7 +163,10 @@ def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tu
 
 
 def whiten(samples: Sequence[Sample]) -> None:
-    """Give the advantages of all learned tokens mean 0 and (population) variance 1, in place, with 1e-8 added to the variance."""
+    """Scale the advantages of all learned tokens to mean 0 and population variance 1, in place.
+
+    1e-8 is added to the variance before the division.
+    """
     if not samples:
         return
     flat = np.concatenate([s.advantages[s.mask] for s in samples]).astype(np.float64)
@@ -152,9 +176,10 @@ def whiten(samples: Sequence[Sample]) -> None:
 
 
 def running_deviation(state: dict[str, float], values: np.ndarray) -> float:
-    """Population standard deviation of all values so far, these included; state keeps their count, mean and summed squares (Chan, 1979).
+    """Return the population standard deviation of all values so far, including `values` (Chan, 1979).
 
-    0 where they differ by no more than rounding of float32, in which scores come: to divide by that would make enormous numbers of equals.
+    state holds their count, mean and sum of squared deviations. The result is 0 if the values differ by no more than
+    float32 rounding, because scores are float32. Dividing equal scores by such a deviation would make them very large.
     """
     count, mean, squares = (state.get(f"reward_{name}", 0.0) for name in ("count", "mean", "squares"))
     total, shift = count + len(values), float(values.mean()) - mean
@@ -166,7 +191,7 @@ def running_deviation(state: dict[str, float], values: np.ndarray) -> float:
 
 
 def repeats(tokens: np.ndarray, n: int) -> np.ndarray:
-    """True at each token that completes an n-gram which these tokens had before [N]."""
+    """Return [N]: True at each token that completes an n-gram that also occurs earlier in tokens [N]."""
     seen, found = set(), np.zeros(len(tokens), bool)
     for end in range(n, len(tokens) + 1):
         gram = tuple(tokens[end - n : end].tolist())

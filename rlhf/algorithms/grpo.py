@@ -1,11 +1,13 @@
-"""Group relative policy optimisation (Shao et al., 2402.03300) and its relatives: the group is the baseline, no critic.
+"""Group relative policy optimisation (Shao et al., 2402.03300) and variants. The group's mean reward is the baseline.
 
-Advantage of every token of a response (grpo.advantage), from the rewards r of its group:
-  std            (r - mean) / (std + 1e-6), the population's deviation (Megatron: with 1e-4; verl and NeMo: the sample's)
+All tokens of a response have the same advantage. It depends on the rewards r of the group and on grpo.advantage:
+  std            (r - mean) / (std + 1e-6) with the population deviation (Megatron: 1e-4; verl, NeMo: sample deviation)
   none           r - mean (Dr.GRPO, 2503.20783)
-  leave_one_out  r - mean of the others (RLOO, 2402.14740)
-  global         r - mean, then whitened over all tokens of the step (REINFORCE++ baseline, 2501.03262; verl: the sample's variance)
-The paper averages over each response's tokens first, then over responses; grpo.mean has DAPO's (2503.14476) and Dr.GRPO's ways.
+  leave_one_out  r - mean of the group's other rewards (RLOO, 2402.14740)
+  global         r - mean, then whitened over all tokens of the step (REINFORCE++ baseline, 2501.03262). The variance is
+                 the population variance. verl uses the sample variance.
+The paper averages the loss over the tokens of each response, then over responses. grpo.mean also offers the averages of
+DAPO (2503.14476) and Dr.GRPO.
 """
 
 from __future__ import annotations
@@ -32,19 +34,19 @@ from rlhf.lazy import np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """Group relative policy optimisation (2402.03300) and its relatives."""
+    """Group relative policy optimisation (2402.03300) and its variants."""
 
-    advantage: Literal["std", "none", "leave_one_out", "global"] = "std"  # scale by the group's deviation, not (Dr.GRPO), RLOO, REINFORCE++
+    advantage: Literal["std", "none", "leave_one_out", "global"] = "std"  # as GRPO, Dr.GRPO, RLOO or REINFORCE++
     ratio: Literal["token", "sequence"] = "token"  # sequence: one ratio per response, the geometric mean (GSPO, 2507.18071)
     objective: Literal["clip", "cispo"] = "clip"  # cispo: the clipped ratio is a constant weight of the log-prob (2506.13585)
     clip_low: float = 0.2  # ratio >= 1 - clip_low
     clip_high: float = 0.2  # ratio <= 1 + clip_high
     kl: float = 0.04  # weight of the KL to the reference in the loss; 0 needs no reference model
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL
-    mean: Literal["sequence", "token", "constant"] = "sequence"  # over each response first, all tokens (DAPO), or a fixed length (Dr.GRPO)
-    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # of a token's weight, policy / sampler probability; 0: off; -1: 2 if inflight > 1
-    overlong: Literal["keep", "mask", "shape"] = "keep"  # cut responses: as others, not learned, or penalised towards the limit (DAPO)
-    overlong_buffer: int = 0  # tokens before rollout.max_tokens over which the penalty grows from 0 to 1
+    mean: Literal["sequence", "token", "constant"] = "sequence"  # average of the loss, as GRPO, DAPO or Dr.GRPO
+    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # cap of policy / sampler ratio; 0: off; -1: 2 if inflight > 1
+    overlong: Literal["keep", "mask", "shape"] = "keep"  # truncated responses: learned, not learned, penalised (DAPO)
+    overlong_buffer: int = 0  # the penalty grows from 0 to 1 over this many tokens before rollout.max_tokens
 
 
 class GRPO(Algorithm):
@@ -60,17 +62,21 @@ class GRPO(Algorithm):
         self.keys: Keys = config.sections["grpo"]
         self.limit, self.cap = config.rollout.max_tokens, mismatch_cap(self.keys.mismatch_cap, config)
         if config.rollout.group < 2:
-            raise UserError("rollout.group=1 leaves a response nothing to be compared with: sample at least 2 per prompt")
+            raise UserError("rollout.group=1 gives no other response to compare with: set it to 2 or more")
         if self.keys.overlong == "shape" and not 0 < self.keys.overlong_buffer <= self.limit:
             given, limit = self.keys.overlong_buffer, self.limit
             raise UserError(f"grpo.overlong=shape with grpo.overlong_buffer={given}: set it between 1 and rollout.max_tokens={limit}")
-        # A step's first update begins at the policy that sampled. Where it is the only one, nobody has to ask that policy beforehand.
+        # The first update of a step starts at the old policy. If it is the only update, its own forward pass gives
+        # old_logp, and no scoring pass is needed.
         self.scored = config.batch.epochs * config.batch.minibatches > 1
         self.models = {"policy": "train", "reference": "frozen"} if self.keys.kl else {"policy": "train"}
         self.streams = ("old_logp",) * self.scored + ("ref_logp",) * bool(self.keys.kl)
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        """Advantages. With overlong=mask, cut responses still shape their group's baseline, but are not among what is returned."""
+        """Write advantages. Return the samples to learn from, and metrics.
+
+        With overlong=mask, truncated responses count in their group's baseline but are not returned.
+        """
         c, drawn, silent = self.keys, groups(samples), 0
         for group in drawn:
             rewards = np.array([s.reward - self._penalty(s) for s in group])
@@ -80,13 +86,16 @@ class GRPO(Algorithm):
         learned = [s for s in samples if not (c.overlong == "mask" and s.truncated)]
         if c.advantage == "global":
             whiten(learned)
-        sums = {"silent": (float(silent), float(len(drawn)))}  # groups that teach nothing
+        sums = {"silent": (float(silent), float(len(drawn)))}  # groups of equal rewards, whose advantages are all 0
         if c.overlong == "shape":
             sums["overlong"] = (sum(map(self._penalty, samples)), float(len(samples)))
         return learned, sums
 
     def _penalty(self, sample: Sample) -> float:
-        """DAPO's soft punishment (2503.14476, eq. 13), positive: 0 before the buffer, 1 at the limit and for cut responses."""
+        """Return the soft overlong punishment of DAPO (2503.14476, eq. 13) as a positive number.
+
+        It is 0 before the buffer, and 1 at the length limit and for truncated responses.
+        """
         if self.keys.overlong != "shape":
             return 0.0
         into = float(len(sample.mask) - sample.mask.argmax()) - (self.limit - self.keys.overlong_buffer)
@@ -95,8 +104,8 @@ class GRPO(Algorithm):
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         c, x, mask = self.keys, batch.streams, batch.mask
         old = x["old_logp"] if self.scored else out.logp.detach()
-        log_ratio = (out.logp - old) * mask  # prompts are not learned and may drift: no exp of theirs
-        if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7), whose paper clips at 3e-4 and 4e-4
+        log_ratio = (out.logp - old) * mask  # 0 on prompts, which are not learned: exp() could overflow there
+        if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7); the paper clips at 3e-4 and 4e-4
             log_ratio = spread(seq_mean(log_ratio, batch), batch)
         if c.objective == "cispo":
             loss, clipped = clipped_weight(out.logp, log_ratio, x["advantages"], c.clip_low, c.clip_high)
@@ -115,7 +124,10 @@ class GRPO(Algorithm):
 
 
 def group_advantages(rewards: np.ndarray, kind: str) -> np.ndarray:
-    """Rewards of one group -> advantages, before the whitening of "global". The others of a group of one are nobody: 0."""
+    """Return the advantages of one group from its rewards, before the whitening of "global".
+
+    A group of one has the advantage 0.
+    """
     centred = rewards - rewards.mean()
     if kind == "std":
         return centred / (rewards.std() + 1e-6)

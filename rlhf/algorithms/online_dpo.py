@@ -1,6 +1,7 @@
-"""Online DPO (Guo et al., 2402.04792): the policy samples, the reward ranks, and DPO learns from the pairs.
+"""Online DPO (Guo et al., 2402.04792): the policy samples responses, rewards rank them, and DPO learns from the pairs.
 
-A response that was drawn twice is one response: equal texts would make pairs out of the scorer's rounding.
+Equal responses of a group count as one. Otherwise the rounding of the reward model could make a pair of two equal
+texts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from rlhf.errors import UserError
 
 
 class OnlineDPO(DPO):
-    summary = "DPO on pairs that the policy samples and the reward ranks"
+    summary = "DPO on pairs of sampled responses, ranked by their rewards"
     form = "prompts"
     aliases = ("online_dpo",)
     online = True
@@ -20,12 +21,13 @@ class OnlineDPO(DPO):
     def __init__(self, config: Config):
         super().__init__(config)
         if config.rollout.group < 2:
-            raise UserError("rollout.group=1 makes no pairs: sample at least 2 responses per prompt")
+            raise UserError("rollout.group=1 makes no pairs: set it to 2 or more")
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        """Each group's best and worst response (the first of equals), or all of them; groups of equal rewards are dropped.
+        """Return each group's best and worst response (dpo.pairs=best_worst) or all its responses, and metrics.
 
-        Empty where all groups tie: then there is nothing to learn in this step.
+        Among equal rewards, the first response is taken. Groups of equal rewards are dropped. If all groups are
+        dropped, the list is empty and the step has no update.
         """
         kept: list[Sample] = []
         drawn, tied, gap = groups(samples), 0, 0.0

@@ -1,9 +1,12 @@
-"""PPO with a critic (Schulman et al., 1707.06347), as InstructGPT uses it (2203.02155): the KL to the reference is in the reward.
+"""PPO with a critic (Schulman et al., 1707.06347). As in InstructGPT (2203.02155), rewards include a KL penalty.
 
-A response's reward, divided by the deviation of all rewards so far (ppo.reward_scale; not while that is 0) and then clipped
-(ppo.reward_clip), stands at its last token. From every token's reward are taken the coefficient times the KL estimate between old policy
-and reference, and ppo.ngram_penalty where the token completes an n-gram again. A response that the length limit cut is worth what its text
-is worth: no EOS is made up, and since nobody computed the value behind its last token, it ends there like the others (no bootstrap).
+The rewards of a response's tokens are:
+  last token   the reward of the response. It is first divided by the deviation of all rewards so far (ppo.reward_scale)
+               unless that is 0, and then clipped (ppo.reward_clip).
+  every token  minus the KL coefficient times the KL estimate between the old policy and the reference; minus
+               ppo.ngram_penalty if the token completes a repeated n-gram.
+A response that the length limit ended is treated like the others. No EOS is added, and the value after its last token
+is 0 (no bootstrap).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
 from rlhf.errors import UserError
 from rlhf.lazy import np, torch
 
-ERROR = 0.2  # of the KL relative to ppo.kl_target, at most, that one step answers (1909.08593, section 2.2)
+ERROR = 0.2  # the relative error of the KL against ppo.kl_target is clipped to this (1909.08593, section 2.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +40,20 @@ class Keys:
 
     clip_low: float = 0.2  # ratio >= 1 - clip_low
     clip_high: float = 0.2  # ratio <= 1 + clip_high
-    value_clip: float = 0.2  # how far a value may move from its old one before its loss is clipped; 0: no clipping
+    value_clip: float = 0.2  # the value loss is clipped if a value moves further than this from its old value; 0: off
     gamma: Annotated[float, Between(0, 1)] = 1.0  # discount of returns
     lam: Annotated[float, Between(0, 1)] = 0.95  # lambda of generalised advantage estimation (1506.02438)
     whiten: bool = True  # advantages of the step get mean 0 and deviation 1
     kl: float = 0.02  # coefficient of the KL to the reference in each token's reward; 0 needs no reference
     kl_kind: Literal["k1", "k2", "k3"] = "k1"  # estimator of that KL
-    kl_target: float = 0.0  # KL of a whole response that the coefficient is adapted to (1909.08593); 0: it is fixed
-    kl_horizon: float = 10000.0  # responses over which it adapts
+    kl_target: float = 0.0  # adapt ppo.kl to reach this KL of a whole response (1909.08593); 0: ppo.kl stays fixed
+    kl_horizon: float = 10000.0  # number of responses over which ppo.kl adapts
     reward_clip: float = 0.0  # largest absolute reward of a response, after scaling; 0: no clipping
     reward_scale: bool = False  # divide rewards by their running standard deviation
-    ngram: int = 0  # a token that completes an n-gram of this length again is penalised; 0: none
-    ngram_penalty: float = 1.0  # by this much
-    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # of a token's weight, policy / sampler probability; 0: off; -1: 2 if inflight > 1
-    critic_warmup: int = 0  # steps in which the critic alone learns
+    ngram: int = 0  # length of n-grams; a token that completes a repeated n-gram gets a penalty; 0: no penalty
+    ngram_penalty: float = 1.0  # amount that is subtracted from such a token's reward
+    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # cap of policy / sampler ratio; 0: off; -1: 2 if inflight > 1
+    critic_warmup: int = 0  # number of first steps in which only the critic learns
 
 
 class PPO(Algorithm):
@@ -66,23 +69,28 @@ class PPO(Algorithm):
         super().__init__(config)
         self.keys: Keys = config.sections["ppo"]
         self.cap = mismatch_cap(self.keys.mismatch_cap, config)
-        # A step's first update begins at the old policy: where it is the only one, only the KL asks for that policy beforehand.
+        # The first update of a step starts at the old policy. If it is the only update, its own forward pass gives
+        # old_logp, and a scoring pass is needed only for the KL.
         self.scored = config.batch.epochs * config.batch.minibatches > 1 or bool(self.keys.kl)
         self.streams = ("old_logp",) * self.scored + ("values",) + ("ref_logp",) * bool(self.keys.kl)
         self.warmup = {"policy": self.keys.critic_warmup}
         if self.keys.kl:
             self.models = {**self.models, "reference": "frozen"}
         elif self.keys.kl_target:
-            raise UserError("ppo.kl_target adapts ppo.kl, which is 0 and would stay 0: set ppo.kl to where it starts, or ppo.kl_target=0")
+            raise UserError("ppo.kl_target adapts ppo.kl, but ppo.kl=0 stays 0: raise ppo.kl, or set ppo.kl_target=0")
         if self.keys.critic_warmup >= config.steps:
-            raise UserError(f"ppo.critic_warmup={self.keys.critic_warmup} leaves the policy none of steps={config.steps}: lower it")
+            given = f"ppo.critic_warmup={self.keys.critic_warmup}"
+            raise UserError(f"{given} leaves no step of steps={config.steps} for the policy: lower it")
         responses = config.batch.prompts * config.rollout.group
         if self.keys.kl_target and self.keys.kl_horizon <= ERROR * responses:  # the coefficient could turn negative
             short = f"ppo.kl_horizon={self.keys.kl_horizon} is too short for steps of {responses} responses"
             raise UserError(f"{short}: set it above {ERROR * responses:g}")
 
     def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        """Advantages and returns of every response token. kl is of whole responses: the sum of k1 over tokens, never divided by them."""
+        """Write advantages and returns of every response token. Return the samples, and metrics.
+
+        The metric kl is the mean over responses of the sum of k1 over the response's tokens.
+        """
         c, n = self.keys, float(len(samples))
         coefficient = self.state.get("kl_coefficient", c.kl) if c.kl_target else c.kl
         worth = np.array([s.reward for s in samples])
@@ -124,9 +132,9 @@ class PPO(Algorithm):
             loss, clipped = clipped_value(out.value, x["values"], x["returns"], c.value_clip)
             return mean_loss(loss, batch, clipped=clipped, value=out.value)
         old = x["old_logp"] if self.scored else out.logp.detach()
-        log_ratio = (out.logp - old) * batch.mask  # prompts are not learned and may drift: no exp of theirs
+        log_ratio = (out.logp - old) * batch.mask  # 0 on prompts, which are not learned: exp() could overflow there
         loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
-        drift = torch.expm1(log_ratio) - log_ratio  # k3 of KL(old || new): how far this step's updates have gone
+        drift = torch.expm1(log_ratio) - log_ratio  # k3 estimate of KL(old || new): how far this step moved the policy
         metrics = {"clipped": clipped, "entropy": out.entropy, "drift": drift}
         if not self.scored:
             metrics["mismatch"] = (old - x["sampler_logp"]).abs()
@@ -137,7 +145,7 @@ class PPO(Algorithm):
 
 
 def _summary(samples: list[Sample]) -> Sums:
-    """Means over response tokens, and the share of the returns' variance that the values explain."""
+    """Return means over response tokens, and the share of the returns' variance that the values explain."""
     flat = {name: np.concatenate([getattr(s, name)[s.mask] for s in samples]) for name in ("values", "returns", "advantages")}
     sums: Sums = {name: (float(stream.sum()), float(len(stream))) for name, stream in flat.items()}
     variance = float(flat["returns"].var())

@@ -1,9 +1,11 @@
-"""Reward model (Ouyang et al., 2203.02155, eq. 1): Bradley-Terry over all ordered pairs of a prompt's scored responses.
+"""Reward model (Ouyang et al., 2203.02155, eq. 1): Bradley-Terry over all pairs of a prompt's scored responses.
 
-Loss of a pair, averaged over all pairs of the global batch (the paper weights each prompt alike instead, whatever its number of pairs):
--log sigmoid(s_i - s_j - rm.margin (r_i - r_j)), where s is the model's score of the whole text, r the given one and r_i > r_j
-(margin: Llama 2, 2307.09288, eq. 2). rm.lm adds to each pair lm times the mean negative log-prob of a response token in its group's best
-response (the first of equals).
+The loss of a pair is -log sigmoid(s_i - s_j - rm.margin (r_i - r_j)). s is the model's score of the whole text, r is
+the score in the data set, and r_i > r_j (margin: Llama 2, 2307.09288, eq. 2). The loss is averaged over all pairs of
+the global batch. The paper instead gives all prompts the same weight.
+
+rm.lm adds to the loss of each pair rm.lm times the mean negative log-prob of the tokens of its group's best response.
+Among equal scores, the first response is the best.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """Reward modelling (2203.02155): Bradley-Terry over the ordered pairs of each prompt's scored responses."""
+    """Reward modelling (2203.02155): Bradley-Terry over the pairs of each prompt's scored responses."""
 
-    margin: float = 0.0  # times the difference of the given scores: by how much the better response must win (2307.09288)
+    margin: float = 0.0  # required lead of the better response per unit of score difference in the data (2307.09288)
     lm: float = 0.0  # weight of the language-model loss on the best response of each prompt; 0 needs no output layer
 
 
@@ -60,12 +62,12 @@ class RM(Algorithm):
 
 
 def _nll(batch: Batch, out: Output) -> Tensor:
-    """Mean negative log-prob of each response's tokens [S], without the place that scored() added."""
+    """Return the mean negative log-prob of each response's tokens [S], without the position that scored() added."""
     response = 1 - batch.last
     return -batch.seq_sum(out.logp * response) / batch.seq_sum(response).clamp(min=1.0)
 
 
 def _best(batch: Batch) -> Tensor:
-    """Index of the best response in each sequence's group [S]."""
+    """Return the index of the best response in each sequence's group [S]."""
     rewards = torch.where(batch.group[:, None] == batch.group, batch.reward, float("-inf"))
     return rewards.argmax(1) if len(rewards) else batch.group

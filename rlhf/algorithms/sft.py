@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximise the log-likelihood of demonstrations, averaged over learned tokens."""
+"""Supervised fine-tuning: minimise the negative log-likelihood of demonstrations, averaged over learned tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What chat templates are rendered with: the environment that they count on, and bounds on time and memory, as they come with a model."""
+"""The jinja environment for chat templates, and limits on the time and memory of a template, which is untrusted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import jinja2
 
-SECONDS, MEMORY, LONGEST = 10.0, 1 << 30, 4096  # that a template may take for a conversation; bytes; bits of its whole numbers
+SECONDS, MEMORY = 10.0, 1 << 30  # largest time and memory (bytes) for rendering one conversation
+LONGEST = 4096  # largest number of bits of an integer in a template
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Around a template, which may loop or fill the memory. Raises TimeoutError or MemoryError. On the main thread only."""
+    """Limit the time and memory of the code inside. Raises TimeoutError or MemoryError. For the main thread only."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"it takes more than {SECONDS:g} s")
@@ -40,12 +41,12 @@ def bounded() -> Iterator[None]:
 
 
 def environment() -> jinja2.Environment:
-    """What chat templates may count on: the conventions of transformers' apply_chat_template."""
+    """Return an environment with the conventions of transformers' apply_chat_template."""
     import jinja2.ext
     import jinja2.sandbox
 
     class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """In which no power or product of whole numbers takes for ever."""
+        """A sandbox that limits the size of integers, so that powers and products cannot take very long."""
 
         intercepted_binops = frozenset({"*", "**"})
 
@@ -57,7 +58,7 @@ def environment() -> jinja2.Environment:
             return super().call_binop(context, operator, left, right)
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the assistant said; here it is only its body."""
+        """The tag {% generation %} marks assistant text. This extension renders only its body."""
 
         tags: ClassVar = {"generation"}
 

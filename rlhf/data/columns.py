@@ -1,8 +1,9 @@
-"""A tokenized data set as a few long arrays, and the folder that keeps them, so that the ranks need not do again what the launcher did.
+"""A tokenized data set as a few long arrays, and a folder that caches them. The launcher writes it for the ranks.
 
-Its name is a digest of all that the arrays depend on: the lines, the tokenizer's files, the keys, and this package's own code. So it is
-never out of date, several ranks may write it at once, and it may be deleted when no run uses it. Its files are mapped, once their
-checksums are seen to be right: the ranks of a node share one copy, in the system's cache of files.
+The name of the folder is a digest of everything that the arrays depend on: the lines, the tokenizer's files, the keys,
+and the code of this package. So it is never out of date, and several ranks may write it at the same time. It may be
+deleted when no run uses it. Its files are memory-mapped after their checksums were compared, so the ranks of a node
+share one copy in the system's file cache.
 """
 
 import errno
@@ -29,26 +30,26 @@ SUMS = "crc32.json"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Prompt and response as tokens."""
+    """The tokens of a prompt and its response."""
 
     ids: np.ndarray  # [L+1] int32
-    learn: np.ndarray  # [L+1] bool, whether the policy learns to say it
-    truncated: bool  # the limit cut the response
-    reward: float  # what the form says that the response is worth
+    learn: np.ndarray  # [L+1] bool, True for tokens that are learned
+    truncated: bool  # the response was cut to the limit
+    reward: float  # of the response, from the data set
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line that was kept."""
+    """One line of the data set that was kept."""
 
-    row: int  # its place among the lines of all files
+    row: int  # index among the lines of all files
     line: bytes
     siblings: list[Conversation]
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Records, one behind the other. R records, C conversations, T tokens and B bytes in all."""
+    """All records of a data set, concatenated: R records, C conversations, T tokens and B bytes in total."""
 
     tokens: np.ndarray  # [T] int32
     learn: np.ndarray  # [T] bool
@@ -83,7 +84,7 @@ class Columns:
 
     @classmethod
     def joined(cls, parts: "list[Columns]") -> "Columns":
-        """The records of all parts, one part behind the other."""
+        """Return the records of all parts, in order."""
 
         def join(name: str) -> np.ndarray:
             arrays = [getattr(part, name) for part in parts]
@@ -112,7 +113,10 @@ def _span(ends: np.ndarray, i: int) -> tuple[int, int]:
 
 
 def read(folder: Path) -> Columns | None:
-    """What write() wrote, mapped and not to be written to; None if there is no such folder. Raises UserError if it is damaged."""
+    """Return the columns that write() wrote, memory-mapped and read-only; None if the folder does not exist.
+
+    Raises UserError if it is damaged.
+    """
     if not folder.exists():
         return None
     try:
@@ -124,7 +128,7 @@ def read(folder: Path) -> Columns | None:
 
 
 def write(folder: Path, columns: Columns) -> None:
-    """Put the whole folder in its place at once, unless another did so meanwhile. Raises UserError where it cannot be written."""
+    """Write the folder atomically, unless another process has done so. Raises UserError if it cannot be written."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as made:
@@ -139,7 +143,8 @@ def write(folder: Path, columns: Columns) -> None:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); set out to a folder with room") from None
+        reason = error.strerror or error
+        raise UserError(f"{folder}: cannot be written ({reason}); set out to a folder that has free space") from None
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -152,10 +157,13 @@ def _sums(folder: Path) -> dict[str, int]:
 
 
 def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -> str:
-    """The name of a data set: different wherever the arrays could be. arguments: whatever else decides, and has a repr."""
+    """Return the name of a data set's folder. Everything that may change the arrays changes the name.
+
+    arguments: further values that the arrays depend on. Their repr is used.
+    """
     code = sorted(Path(__file__).parent.glob("*.py"))
     libraries = [version(name) for name in ("numpy", "tokenizers", "sentencepiece", "jinja2")]
-    today = date.today() if config.template == "tokenizer" else None  # chat templates may write the date
+    today = date.today() if config.template == "tokenizer" else None  # chat templates may insert the date
     parts = [replace(config, train="", eval=""), arguments, libraries, today]
     for files in (code, tokenizer.files.values(), jsonl.files(path)):
         parts.append([_file_digest(file) for file in files])
@@ -163,7 +171,7 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
 
 
 def contents(files: Iterable[Path]) -> str:
-    """A fingerprint of files in their order, whatever they are called. Raises UserError."""
+    """Return a fingerprint of the contents of files, in this order. Their names do not matter. Raises UserError."""
     return hashlib.sha256(" ".join(map(_file_digest, files)).encode()).hexdigest()[:32]
 
 
@@ -177,6 +185,6 @@ def _file_digest(file: Path) -> str:
 
 @cache
 def _digest(file: Path, *state: int) -> str:
-    """Of a file in this state: a data set is asked for by what a run is known by, and by the name of its tokens."""
+    """Return the digest of a file in this state. It is cached, because identity and digest() both need it."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,9 +1,9 @@
-"""The forms that a line of a data set may have, and what each says: one or several conversations and what they are worth.
+"""The forms of a data set's lines. A line has one or several conversations, each with a reward.
 
-An algorithm names the table that its lines are read by (Algorithm.form). A line is of the first form in it whose keys it has; whatever
-other keys it has are left to rewards. Texts and messages (objects with role and content, as trl writes them) may stand for one another: a
-text in the place of a prompt is what the user says, and in the place of a response what the assistant says. Responses in a list of scored
-ones are texts.
+Algorithm.form chooses the table of forms for a mode. A line has the first form in the table whose keys it has. Reward
+functions may use the other keys. A prompt or response may be a text or a list of messages (objects with role and
+content, as in TRL). The text of a prompt becomes a user message, and the text of a response becomes an assistant
+message. In lists of scored responses, each response must be a text.
 """
 
 import math
@@ -19,39 +19,39 @@ from rlhf.errors import UserError
 
 Row = dict[str, Any]
 Keys = tuple[str, ...]
-Told = list[tuple[list[Message], float]]  # conversations and what their last responses are worth; several are siblings of one group
+Told = list[tuple[list[Message], float]]  # conversations of one group, each with the reward of its last response
 Parse = Callable[[Row, Keys], Told]
 
 
 def read(line: bytes, form: Form, required: Keys = ()) -> Told:
-    """The conversations of a line by the first of the forms that fits it.
+    """Return the conversations of a line, read by the first form that fits it. Raises UserError.
 
-    required: further keys that the line must have, such as the answer that a reward compares with. Raises UserError.
+    required: further keys that the line must have, such as the answer for a reward function.
     """
     row, forms = parse(line), FORMS[form]
     keys = next((keys for keys in forms if all(key in row for key in keys)), None)
     if keys is None:
         wanted = ", or ".join(" and ".join(map(repr, keys)) for keys in forms)
-        raise UserError(f"has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
+        raise UserError(f"the line has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
     for key in required:
         if row.get(key) in (None, ""):
-            raise UserError(f"no {key!r}, which the reward needs; add it, or set another reward.function or a model as reward.load")
+            remedy = "add it, or set another reward.function, or set reward.load"
+            raise UserError(f"no {key!r}, which the reward needs; {remedy}")
         if not _stated(row[key]):
-            raise UserError(
-                f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number; give one, or set another reward.function"
-            )
+            given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number"
+            raise UserError(f"{given}; give one, or set another reward.function")
     if "answer" in required and row.get("eval_func", "math_rule") != "math_rule":
         raise UserError(f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function")
     return forms[keys](row, keys)
 
 
 def _stated(value: object) -> bool:
-    """Whether it can be compared with what a response says."""
+    """Return whether a value can be compared with an answer: a text that is not blank, or a finite number."""
     return bool(value.strip()) if isinstance(value, str) else type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
 
 
 def parse(line: bytes) -> Row:
-    """The object of a line. Raises UserError if it is none."""
+    """Return the JSON object of a line. Raises UserError if it is not one."""
     try:
         row = texts.parse(line)
     except ValueError as error:
@@ -66,12 +66,12 @@ def _prompt(row: Row, keys: Keys) -> Told:
 
 
 def _unanswered(row: Row, keys: Keys) -> Told:
-    """A conversation as a prompt: a last turn of the assistant is left out, for the policy is to say another."""
+    """Return a conversation as a prompt. A last message of the assistant is dropped, because the policy replaces it."""
     messages = templates.validate(row[keys[0]])
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] == "assistant":
-        raise UserError(f"{keys[0]!r} has no turn of the user before the assistant's last; add one")
+        raise UserError(f"{keys[0]!r} has no user message before the last assistant message; add one")
     return [(messages, 0.0)]
 
 
@@ -82,7 +82,8 @@ def _exchange(row: Row, keys: Keys) -> Told:
 def _conversation(row: Row, keys: Keys) -> Told:
     messages = templates.validate(row[keys[0]])
     if messages[-1]["role"] != "assistant":
-        raise UserError(f"{keys[0]!r} ends with {messages[-1]['role']!r}; end it with the assistant, whose turns are learned")
+        last = messages[-1]["role"]
+        raise UserError(f"{keys[0]!r} ends with {last!r}; end it with the assistant, whose messages are learned")
     return [(messages, 0.0)]
 
 
@@ -104,32 +105,35 @@ def _scored(row: Row, keys: Keys) -> Told:
 
 
 def _pair(row: Row, keys: Keys) -> Told:
-    """The better response is worth 1 and the other 0. Both must answer the same turns."""
+    """Return a pair: the chosen response has reward 1, the rejected one 0. Both must answer the same prompt."""
     *prompt, chosen, rejected = keys
     turns = _turns(row, prompt[0]) if prompt else []
     told = [(_continued(turns, row, chosen), 1.0), (_continued(turns, row, rejected), 0.0)]
     if told[0][0][:-1] != told[1][0][:-1]:
-        raise UserError(f"{chosen!r} and {rejected!r} differ before their last turns, so they answer different prompts; remove the line")
+        both = f"{chosen!r} and {rejected!r}"
+        raise UserError(f"{both} differ before their last messages, so they answer different prompts; remove the line")
     return told
 
 
 def _turns(row: Row, key: str) -> list[Message]:
-    """The conversation up to a response."""
+    """Return the messages of a prompt."""
     if not isinstance(row[key], list):
         return [{"role": "user", "content": _text(row[key], key)}]
     messages = templates.validate(row[key])
     if messages[-1]["role"] == "assistant":
-        raise UserError(f"{key!r} ends with the assistant, who is to answer it; end it with the user")
+        raise UserError(f"{key!r} ends with the assistant; end it with the user")
     return messages
 
 
 def _continued(prompt: list[Message], row: Row, key: str) -> list[Message]:
-    """The prompt and what a text says to it, or a list of messages, which may repeat the prompt (or be all there is of it)."""
+    """Return the prompt and the response under `key`: a text, or a list of messages.
+
+    The list may begin with the messages of the prompt. With an empty `prompt`, it must contain the whole conversation.
+    """
     if not isinstance(row[key], list):
         if not prompt:
-            raise UserError(
-                f"{key!r} without a 'prompt' is {row[key]!r:.80}; add the prompt, or give messages (tools/prepare_data.py splits HH)"
-            )
+            remedy = f"add 'prompt', or give {key!r} as messages (tools/prepare_data.py converts HH data)"
+            raise UserError(f"{key!r} is {row[key]!r:.80}, and there is no 'prompt'; {remedy}")
         return [*prompt, _said(row[key], key)]
     messages = templates.validate(row[key])
     if messages[-1]["role"] != "assistant":
@@ -137,7 +141,7 @@ def _continued(prompt: list[Message], row: Row, key: str) -> list[Message]:
     if messages[: len(prompt)] != prompt:
         messages = [*prompt, *messages]
     if len(messages) == 1:
-        raise UserError(f"{key!r} is a response to nothing; add a 'prompt', or begin the messages with the user")
+        raise UserError(f"{key!r} is a response without a prompt; add a 'prompt', or begin the messages with the user")
     return messages
 
 
@@ -167,4 +171,4 @@ FORMS: dict[Form, dict[Keys, Parse]] = {
     "pairs": _PAIRS,
     "prompts": _PROMPTS,
 }
-COMPARED: tuple[Form, ...] = ("scored", "pairs")  # they compare the last responses of siblings, and learn nothing but them
+COMPARED: tuple[Form, ...] = ("scored", "pairs")  # forms that compare last responses; only these responses are learned

@@ -1,4 +1,4 @@
-"""Lines of jsonl files, plain or gzip."""
+"""Reads the lines of jsonl files, plain or compressed with gzip."""
 
 import gzip
 import zlib
@@ -12,19 +12,20 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
 def files(path: Path) -> list[Path]:
-    """The file, or the data files of the folder in the order of their names. Raises UserError if there is none."""
+    """Return the file, or the data files of the folder in order of their names. Raises UserError if there is none."""
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"data set {path}: no such file or folder; give a jsonl file or a folder of them")
         return [texts.regular(path)]
     found = sorted(texts.regular(file) for file in path.iterdir() if file.name.endswith(SUFFIXES))
     if not found:
-        raise UserError(f"data set {path}: no file in this folder ends in {', '.join(SUFFIXES)}; give a jsonl file or a folder of them")
+        none = f"no file in this folder ends in {', '.join(SUFFIXES)}"
+        raise UserError(f"data set {path}: {none}; give a jsonl file or a folder of them")
     return found
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", content) of every line that is not blank. Raises UserError naming a file that cannot be read."""
+    """Yield ("file:line", content) of every line that is not blank. Raises UserError for a file that cannot be read."""
     for file in files(path):
         try:
             with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""How long conversations may be, and what becomes of longer ones."""
+"""The length limits of conversations, and the truncation of longer ones."""
 
 from rlhf.config import Data
 from rlhf.data import templates
@@ -9,7 +9,10 @@ Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are learn
 
 
 class Limits:
-    """data.max_tokens for conversations, max_prompt for prompts that are to be answered; data.overlong says what happens beyond."""
+    """Length limits: data.max_tokens for conversations, max_prompt for prompts without a response.
+
+    data.overlong decides what happens to longer ones.
+    """
 
     def __init__(self, tokenizer: Tokenizer, config: Data, max_prompt: int | None) -> None:
         self.max_tokens = config.max_tokens
@@ -17,7 +20,10 @@ class Limits:
         self.overlong, self.template, self.tokenizer = config.overlong, config.template, tokenizer
 
     def over(self, siblings: list[Encoded]) -> bool:
-        """Whether one of them is too long. Raises UserError if that is an error."""
+        """Return whether one of the siblings, the conversations of a group, is too long.
+
+        Raises UserError if one is and data.overlong=error.
+        """
         length, limit = max(len(ids) for ids, _ in siblings), self._limit(siblings)
         if length > limit and self.overlong == "error":
             what = "conversation" if any(siblings[0][1]) else "prompt"
@@ -26,11 +32,11 @@ class Limits:
         return length > limit
 
     def cut(self, siblings: list[Encoded]) -> list[tuple[list[int], list[bool], bool]]:
-        """The conversations within their limit, and whether their responses were cut.
+        """Return the conversations cut to their limit, and for each whether its response was cut.
 
-        What stands before the last response is cut from the left, sparing the bos and the cue, token by token: a turn may lose
-        its beginning. Siblings lose the same tokens there, so that they still answer one prompt. A response that does not fit even
-        so is cut at its right and loses its eos.
+        First, tokens before the last response are cut from the left, after the bos and up to the cue. A message may
+        lose its beginning. All siblings lose the same tokens, so they still have the same prompt. A response that is
+        still too long is cut from the right and loses its eos.
         """
         limit, longest = self._limit(siblings), max(len(ids) for ids, _ in siblings)
         if longest <= limit:
@@ -40,8 +46,8 @@ class Limits:
         behind = _last_response(learn)
         least = bos + self._num_cue(ids[:behind])
         if limit <= least:
-            raise UserError(f"data.max_tokens leaves {limit} tokens here, but bos and cue alone are {least}; raise it")
-        lost = max(0, min(longest - limit, behind - least))  # tokens behind the bos
+            raise UserError(f"data.max_tokens leaves {limit} tokens here, but bos and cue alone have {least}; raise it")
+        lost = max(0, min(longest - limit, behind - least))  # number of tokens to cut after the bos
 
         def part(whole: list) -> list:
             return (whole[:bos] + whole[bos + lost :])[:limit]
@@ -49,7 +55,10 @@ class Limits:
         return [(part(ids), part(learn), len(ids) - lost > limit) for ids, learn in siblings]
 
     def _num_cue(self, prompt: list[int]) -> int:
-        """Tokens at the end of a prompt that say the assistant speaks next. Texts of template plain may spell the Human/Assistant one."""
+        """Return the number of tokens of the cue at the end of a prompt, which starts the assistant's turn.
+
+        With data.template=plain, the text of the prompt may end with the cue of the Human/Assistant format.
+        """
         if self.template != "plain":
             return templates.num_cue(self.tokenizer, self.template)
         cue = templates.CUES["human"]
@@ -61,13 +70,13 @@ class Limits:
 
 
 def trimmed(encoded: Encoded) -> Encoded:
-    """Without the tokens behind the last learned one, which ChatML-like templates write and an engine never samples."""
+    """Drop the tokens after the last learned one. Templates like ChatML write such tokens, engines never do."""
     ids, learn = encoded
     end = len(ids) - learn[::-1].index(True) if any(learn) else len(ids)
     return ids[:end], learn[:end]
 
 
 def _last_response(learn: list[bool]) -> int:
-    """Where the last learned run starts; the end if nothing is learned."""
+    """Return the index at which the last learned run starts; the length if nothing is learned."""
     starts = [t for t in range(len(learn)) if learn[t] and not (t > 0 and learn[t - 1])]
     return starts[-1] if starts else len(learn)

@@ -1,6 +1,7 @@
-"""From samples to packed micro-batches. pack() is the only place where tokens are cut into inputs and labels.
+"""Splits samples over data-parallel ranks and micro-batches, and packs them. Only pack() makes inputs and labels.
 
-Who trains on what is a pure function of the samples' lengths, so every rank computes everybody's share without talking.
+The split is a pure function of the samples' lengths and groups. So each rank computes it for all ranks without
+communication.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans, worth
 
 
 def cost(length: int, hidden: int) -> float:
-    """FLOPs of a sequence relative to one token without attention: the matrix products grow with L, causal attention with L^2."""
+    """Return the FLOPs of a sequence, relative to the FLOPs of one token without attention.
+
+    Matrix products grow with the length L, and causal attention grows with L^2.
+    """
     return length * (1.0 + length / (12.0 * hidden))
 
 
 def balance(costs: Sequence[float], shares: int) -> list[list[int]]:
-    """Indices of the items, dealt into equally loaded shares (longest processing time first)."""
-    loads = [(0.0, share) for share in range(shares)]  # a heap: of equal loads the first share's comes first
+    """Split items into shares of about equal cost (longest processing time first). Return the indices of each share."""
+    loads = [(0.0, share) for share in range(shares)]  # a heap; among equal loads, the first share comes first
     dealt: list[list[int]] = [[] for _ in range(shares)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, share = loads[0]
@@ -33,11 +37,14 @@ def balance(costs: Sequence[float], shares: int) -> list[list[int]]:
 
 
 def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]:
-    """Indices of the items, in at least `least` bins of at most `budget` tokens; an item over the budget gets a bin of its own."""
+    """Split the items into bins of at most `budget` tokens. Return the indices of each bin.
+
+    There are at least `least` bins. An item that is longer than the budget gets its own bin.
+    """
     count = max(least, -(-sum(lengths) // budget))
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while True:
-        loads = [(0, b) for b in range(count)]  # a heap: of equal loads the first bin's comes first
+        loads = [(0, b) for b in range(count)]  # a heap; among equal loads, the first bin comes first
         bins: list[list[int]] = [[] for _ in range(count)]
         for item in order:
             load, emptiest = loads[0]
@@ -51,17 +58,23 @@ def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]
 
 
 def plan(lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int, budget: int, whole_groups: bool) -> list[list[list[int]]]:
-    """shares() and microbatches() of samples of these lengths and groups, as their indices: [rank][micro-batch][sample]."""
+    """Return the micro-batches of all ranks as indices of samples: [dp rank][micro-batch][sample].
+
+    They are those of shares() and microbatches() for samples of these lengths and groups.
+    """
     return _cut(lengths, group, _deal(lengths, group, dp, hidden), budget, whole_groups)
 
 
 def shares(samples: Sequence[Sample], dp: int, hidden: int) -> list[list[Sample]]:
-    """What each data-parallel rank trains on. Groups stay whole."""
+    """Return the samples of each data-parallel rank. Groups stay whole."""
     return [[samples[i] for i in share] for share in _deal(*_known(samples), dp, hidden)]
 
 
 def microbatches(shared: Sequence[Sequence[Sample]], budget: int, whole_groups: bool) -> list[list[list[Sample]]]:
-    """Every share cut into the same number of micro-batches of at most `budget` tokens; short shares get empty ones."""
+    """Split each share into micro-batches of at most `budget` tokens: [dp rank][micro-batch][sample].
+
+    All shares get the same number of micro-batches. Some micro-batches of a short share are empty.
+    """
     samples = [sample for share in shared for sample in share]
     places = iter(range(len(samples)))
     cut = _cut(*_known(samples), [list(islice(places, len(share))) for share in shared], budget, whole_groups)
@@ -69,7 +82,7 @@ def microbatches(shared: Sequence[Sequence[Sample]], budget: int, whole_groups: 
 
 
 def _known(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
-    """All that the cut depends on: the samples' lengths and groups."""
+    """Return the lengths and groups of the samples. The split depends on nothing else."""
     return [len(s.mask) for s in samples], [s.group for s in samples]
 
 
@@ -85,14 +98,14 @@ def _cut(
     units = [_members(group, share) if whole_groups else [[i] for i in share] for share in shared]
     sizes = [[sum(lengths[i] for i in unit) for unit in share] for share in units]
     cut = [fill(share, budget) for share in sizes]
-    while len({len(bins) for bins in cut}) > 1:  # fill() takes the next number of bins that is enough, so none is left out
+    while len({len(bins) for bins in cut}) > 1:  # fill() may need more than `count` bins, so repeat until all are equal
         count = max(len(bins) for bins in cut)
         cut = [bins if len(bins) == count else fill(share, budget, count) for bins, share in zip(cut, sizes, strict=True)]
     return [[[i for u in items for i in units[rank][u]] for items in bins] for rank, bins in enumerate(cut)]
 
 
 def _members(group: Sequence[int], indices: Iterable[int]) -> list[list[int]]:
-    """Some samples' indices by group, in order of first appearance."""
+    """Return the indices of samples as one list per group, in order of first appearance."""
     members: dict[int, list[int]] = {}
     for i in indices:
         members.setdefault(group[i], []).append(i)
@@ -107,11 +120,11 @@ def pack(
     device: torch.device | str = "cpu",
     cp_sum: AllSum = lambda x: x,
 ) -> Batch:
-    """One micro-batch from whole samples; with cp=(rank, size), this rank's slice of it.
+    """Pack whole samples into one micro-batch. With cp=(rank, size), return this rank's slice of it.
 
-    The row is padded to a multiple of `multiple` tokens (and of 2 x cp size) with a segment of its own; no samples make a row of padding
-    alone. Under context parallelism the row is cut into 2 x size chunks and rank r takes chunks r and 2 x size - 1 - r, which balances
-    causal attention.
+    The row is padded to a multiple of `multiple` tokens (times 2 x cp size with context parallelism). The padding is
+    its own segment. Without samples, the row is padding only. With context parallelism, the row is cut into 2 x size
+    chunks. Rank r takes chunks r and 2 x size - 1 - r, which balances causal attention.
     """
     rank, size = cp
     lengths = [len(s.mask) for s in samples]
@@ -129,7 +142,7 @@ def pack(
 
     def move(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
-        if torch.device(device).type == "cuda":  # from pinned memory, nobody waits for a copy
+        if torch.device(device).type == "cuda":  # copies from pinned memory are asynchronous
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
@@ -139,7 +152,7 @@ def pack(
     streams = {}
     for name in STREAMS:
         parts = [getattr(s, name) for s in samples]
-        if all(p is not None for p in parts):  # a row of padding alone has every stream, so that any loss can read it
+        if all(p is not None for p in parts):  # also true without samples: a row of padding has every stream
             streams[name] = local(row(parts, np.float32))
     return Batch(
         inputs=local(row([s.tokens[:-1] for s in samples], np.int64)),
@@ -159,12 +172,12 @@ def pack(
 
 
 def unpack(row: np.ndarray, samples: Sequence[Sample]) -> list[np.ndarray]:
-    """A stream over a whole row [T] -> one [L] per sample."""
+    """Split a stream over a whole row [T] into one array [L] per sample."""
     return np.split(row, np.cumsum([len(s.mask) for s in samples]))[:-1]
 
 
 def _pairs(samples: Sequence[Sample]) -> np.ndarray:
-    """Here and not on the device, which would have to say how many there are before anybody could go on."""
+    """Return the pairs of Batch.pairs. On the device, their number would need a synchronization."""
     group = np.array([s.group for s in samples], np.int64)
     reward = worth([s.reward for s in samples])
     return np.stack(np.nonzero((group[:, None] == group) & (reward[:, None] > reward)))
@@ -178,7 +191,7 @@ def _last(mask: np.ndarray) -> np.ndarray:
 
 
 def _chunks(total: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """The row's chunks that a CP rank holds, as (start, end)."""
+    """Return the chunks of the row that a CP rank holds, as (start, end)."""
     if size == 1:
         return [(0, total)]
     width = total // (2 * size)

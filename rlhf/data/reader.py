@@ -1,7 +1,8 @@
-"""Lines to columns of tokens, on all CPUs.
+"""Tokenizes the lines of a data set into columns, on all CPUs.
 
-What a line becomes depends on the line and the reader alone. So chunks of lines are read by processes of their own and put together in
-order: the columns are bitwise those that one process makes, and the mistake that is told is the first one in the files.
+The tokens of a line depend only on the line and the reader. So worker processes tokenize chunks of lines, which are
+then joined in order. The columns are bitwise equal to those of a single process, and an error is the first one in the
+files.
 """
 
 import itertools
@@ -27,16 +28,16 @@ from rlhf.data.limits import Limits, trimmed
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
-CHUNK = 1 << 19  # bytes of lines that a process is given at a time: about 0.2 s of work
-LEAST = 4  # chunks for each process, or its start would not pay
-MOST = 32  # processes: more than this one can feed
+CHUNK = 1 << 19  # bytes of lines per chunk: about 0.2 s of work
+LEAST = 4  # smallest number of chunks per process for which its start is worth the time
+MOST = 32  # largest number of processes; this process cannot send chunks to more
 
-Line = tuple[int, str, bytes]  # its place among the lines of all files, "file:line", content
+Line = tuple[int, str, bytes]  # index among the lines of all files, "file:line", content
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How the lines of a data set become tokens."""
+    """Reads and tokenizes the lines of a data set."""
 
     form: Form
     tokenizer: Tokenizer
@@ -45,21 +46,22 @@ class Reader:
     required: Keys
 
     def read(self, path: Path) -> Columns:
-        """The records of a file, or of the files of a folder in the order of their names.
+        """Return the records of a file, or of all files of a folder in the order of their names.
 
-        Raises UserError naming file:line for the first line that does not fit, and for a data set without records.
+        Raises UserError with file:line for the first invalid line, and for a data set without records.
         """
         chunks = list(_chunks(path))
         processes = min(len(os.sched_getaffinity(0)), MOST, len(chunks) // LEAST)
         columns = Columns.joined(self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks)))
         if not len(columns):
             dropped = columns.counts[-1]
-            why = f"{dropped} lines, all over data.max_tokens; raise it" if dropped else "no lines; set data.train and data.eval"
+            too_long = f"all {dropped} lines are longer than data.max_tokens; raise it"
+            why = too_long if dropped else "it has no lines; set data.train and data.eval"
             raise UserError(f"data set {path} has no records: {why}")
         return columns
 
     def columns(self, chunk: list[Line]) -> Columns:
-        """The records of some lines. Raises UserError naming file:line."""
+        """Return the records of some lines. Raises UserError with file:line."""
         learn = "last" if self.form in forms.COMPARED else self.data.learn
         records, truncated, dropped = [], 0, 0
         for row, where, line in chunk:
@@ -67,7 +69,7 @@ class Reader:
                 told = forms.read(line, self.form, self.required)
                 siblings = [trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn)) for messages, _ in told]
                 over = self.fit.over(siblings)
-                if over and self.data.overlong == "drop":  # all of them
+                if over and self.data.overlong == "drop":  # drop all conversations of the group
                     dropped += 1
                     continue
                 truncated += over
@@ -78,10 +80,10 @@ class Reader:
         return Columns.of(records, (len(records), truncated, dropped))
 
     def _apart(self, path: Path, chunks: list[list[Line]], processes: int) -> list[Columns]:
-        """columns() of each chunk, from other processes.
+        """Return columns() of each chunk, computed by worker processes.
 
-        Not forked: no fork survives a CUDA context or the threads of an engine. Not a pool of the standard library: before Python 3.11.5
-        that waits for ever when one of its processes is killed.
+        The processes are not forked, because a fork does not work with a CUDA context or with threads. The standard
+        library's pool is not used, because before Python 3.11.5 it hangs when one of its processes is killed.
         """
         pairs = [get_context("spawn").Pipe() for _ in range(processes)]
         started = [get_context("spawn").Process(target=_serve, args=(self, theirs)) for _, theirs in pairs]
@@ -89,10 +91,11 @@ class Reader:
         try:
             for process, (_, theirs) in zip(started, pairs, strict=True):
                 _start(process)
-                theirs.close()  # so that the end of the process is that of the connection
+                theirs.close()  # then the connection closes when the process ends
             found = _deal(chunks, [ours for ours, _ in pairs])
         except (EOFError, OSError):
-            raise UserError(f"data set {path}: a process that tokenizes it was killed; if memory ran out, give the job more") from None
+            killed = "a process that tokenizes it was killed; if memory ran out, give the job more memory"
+            raise UserError(f"data set {path}: {killed}") from None
         finally:
             for process in started:
                 if process.pid:
@@ -109,7 +112,7 @@ class Reader:
 
 
 def _chunks(path: Path) -> Iterator[list[Line]]:
-    """All lines, in order; one chunk at least."""
+    """Yield all lines in chunks, in order. There is at least one chunk."""
     chunk: list[Line] = []
     size = 0
     for row, (where, line) in enumerate(jsonl.lines(path)):
@@ -122,7 +125,7 @@ def _chunks(path: Path) -> Iterator[list[Line]]:
 
 
 def _start(process: SpawnProcess) -> None:
-    """Start it with Ctrl-C blocked: it comes to all processes, and the first one answers."""
+    """Start a process with SIGINT blocked. Ctrl-C is sent to all processes, and only the parent handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -131,7 +134,10 @@ def _start(process: SpawnProcess) -> None:
 
 
 def _deal(chunks: list[list[Line]], connections: list[Connection]) -> list[Columns | UserError]:
-    """The answers to the chunks, in their order, up to a mistake. Raises EOFError or OSError where a process ends."""
+    """Send the chunks to the processes, and return the answers in order. Stop after the first UserError.
+
+    Raises EOFError or OSError if a process ends.
+    """
     answers: dict[int, Columns | UserError] = {}
     asked: dict[Connection, int] = {}
     idle, following = list(connections), 0
@@ -150,7 +156,7 @@ def _deal(chunks: list[list[Line]], connections: list[Connection]) -> list[Colum
 
 
 def _serve(reader: Reader, connection: Connection) -> None:
-    """Be a process of a reader: answer each chunk. It ends with the process that started it, however that ends."""
+    """The main function of a worker process: answer each chunk until the parent process ends."""
     Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError):
         while True:

@@ -1,4 +1,4 @@
-"""Lines of jsonl files as samples: read, checked and tokenized once, then drawn as a pure function of (seed, step, index)."""
+"""A data set in memory. It is read and tokenized once. The samples of a step depend only on the seed and the step."""
 
 import json
 from collections.abc import Iterable
@@ -19,18 +19,18 @@ from rlhf.data.tokenizer import Tokenizer
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the lines."""
+    """Numbers of lines."""
 
-    kept: int = 0  # truncated ones included
-    truncated: int = 0  # cut to the limits (data.overlong=truncate)
-    dropped: int = 0  # over the limits and left out (data.overlong=drop)
+    kept: int = 0  # including truncated lines
+    truncated: int = 0  # longer than the limits and cut (data.overlong=truncate)
+    dropped: int = 0  # longer than the limits and dropped (data.overlong=drop)
 
     def __str__(self) -> str:
         return f"{self.kept} records ({self.truncated} truncated, {self.dropped} dropped)"
 
 
 class Records:
-    """A data set: 5 bytes per token, beside the lines themselves. Where there is a cache, the processes of a node share them."""
+    """A data set. It takes 5 bytes per token, plus the lines. With a cache, the processes of a node share them."""
 
     def __init__(self, tokenizer: Tokenizer, columns: Columns) -> None:
         self.counts = Counts(*columns.counts.tolist())
@@ -48,12 +48,12 @@ class Records:
         required: Keys = (),
         cache: Path | None = None,
     ) -> "Records":
-        """Read a file, or all the files of a folder in the order of their names.
+        """Read a file, or all files of a folder in the order of their names.
 
-        form: which of forms.FORMS its lines have. max_prompt: most tokens of a prompt to be answered, where that is
-        less than data.max_tokens. required: further keys that each line must have, such as the answer that a reward compares with.
-        cache: folder for the tokens, which whoever loads the same data next takes from there.
-        Raises UserError naming file:line for every line that does not fit, and for a data set without records.
+        form: the key of forms.FORMS for its lines. max_prompt: largest number of tokens of a prompt without a response,
+        if that is less than data.max_tokens. required: further keys that each line must have, such as the answer for a
+        reward function. cache: folder for the tokens. The next load of the same data reads them from there.
+        Raises UserError with file:line for the first invalid line, and for a data set without records.
         """
         path = Path(path)
         folder = cache and cache / columns.digest(path, tokenizer, config, form, max_prompt, required)[:40]
@@ -62,17 +62,18 @@ class Records:
             known = Reader(form, tokenizer, config, Limits(tokenizer, config, max_prompt), required).read(path)
             if folder:
                 columns.write(folder, known)
-                known = columns.read(folder) or known  # mapped: nobody keeps a copy of its own
+                known = columns.read(folder) or known  # memory-mapped, so this process keeps no copy
         return cls(tokenizer, known)
 
     def __len__(self) -> int:
         return len(self._columns)
 
     def draw(self, step: int, count: int, seed: int) -> list[Sample]:
-        """The samples of `count` records at a step, counted from 0. group is the record's place in the step.
+        """Return the samples of `count` records for a step (counted from 0). group is the record's index in the step.
 
-        Records are taken from a chain of permutations, one per epoch, each decided by (seed, epoch) alone. So every record comes
-        once per epoch, a step may span epochs, and nothing has to be remembered between steps.
+        Each epoch has a permutation of the records, which depends only on the seed and the epoch. Steps take records
+        from these permutations in order. So every record comes once per epoch, a step may span epochs, and no state is
+        needed.
         """
         first, stop = step * count, (step + 1) * count
         orders = {epoch: permutation(len(self), seed, epoch) for epoch in range(first // len(self), (stop - 1) // len(self) + 1)}
@@ -80,7 +81,7 @@ class Records:
         return self._samples(orders[epoch][place] for epoch, place in places)
 
     def head(self, count: int) -> list[Sample]:
-        """The samples of the first records in the order of the files; count 0: of all."""
+        """Return the samples of the first `count` records in the order of the files; count=0: of all records."""
         return self._samples(range(len(self))[: count or None])
 
     def _samples(self, places: Iterable[int]) -> list[Sample]:
@@ -93,7 +94,7 @@ class Records:
         if prompt[:1] == [self._tokenizer.bos]:
             prompt = prompt[1:]
         return Sample(
-            tokens=np.array(said.ids),  # a copy: what is mapped is not to be written to
+            tokens=np.array(said.ids),  # a copy, because memory-mapped columns are read-only
             mask=np.array(said.learn[1:]),
             group=group,
             reward=said.reward,
@@ -103,6 +104,9 @@ class Records:
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch. Sorted from raw Philox bits, which numpy promises not to change, unlike its own shuffles."""
+    """Return the order of an epoch.
+
+    It sorts raw Philox bits. Numpy guarantees that these stay the same in later versions, unlike its shuffles.
+    """
     bits = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(size)
     return np.argsort(bits, kind="stable")

@@ -1,8 +1,8 @@
-"""Conversations to token ids, with a mark on every token that the policy learns to say: the assistant's words and their eos.
+"""Converts conversations to token ids, and marks the learned tokens: the assistant's messages and their eos.
 
-A conversation that ends with the user is a prompt: nothing of it is learned, and it gets the cue that the assistant speaks next.
-Everything between two learned responses is tokenized in one piece, as an engine that is given the text would do it; a learned
-response always starts a new piece, so that training sees the tokens of a prompt just as generation does.
+A conversation that ends with the user is a prompt. None of its tokens are learned, and the cue that starts the
+assistant's turn is added. Text between two learned responses is tokenized in one piece. A learned response always
+starts a new piece. So the tokens of a prompt are the same in training and in generation.
 """
 
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from typing import Any
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
-Message = dict[str, Any]  # role and content are strings; other keys are for the tokenizer's own template
-Places = frozenset[int]  # of the messages that are learned
+Message = dict[str, Any]  # role and content are strings; only the tokenizer's own template uses other keys
+Places = frozenset[int]  # indices of the learned messages
 
 
 class Script:
-    """Token ids of a conversation as it is written down, and which of them are learned."""
+    """The token ids of a conversation that is being written, and which of them are learned."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self.learn: list[bool] = []
-        self.fresh = True  # at the start of a text: nothing, or only a bos, stands before it
+        self.fresh = True  # at the start of a text, or directly after a bos
 
     def begin(self) -> None:
         if self.tokenizer.bos is not None:
@@ -30,15 +30,15 @@ class Script:
         self.fresh = True
 
     def write(self, text: str, learn: bool = False, control: bool = False) -> None:
-        """control: special tokens spelled in the text are meant as such."""
+        """Append a text. control: special tokens that are spelled in the text become these tokens."""
         ids = self.tokenizer.encode(text, continues=not self.fresh, control=control)
         if self.fresh and self.ids and ids[:1] == [self.tokenizer.bos]:
-            ids = ids[1:]  # the text spells the bos that begin() has written
+            ids = ids[1:]  # the text spells the bos, which begin() has already written
         self._append(ids, learn)
         self.fresh = False
 
     def end(self, learn: bool) -> None:
-        """End the assistant's turn with eos, unless the turn spells it."""
+        """Append eos to end the assistant's turn, unless the turn already ends with it."""
         if self.ids[-1:] != [self.tokenizer.eos]:
             self._append([self.tokenizer.eos], learn)
 
@@ -48,7 +48,7 @@ class Script:
 
 
 def _plain(script: Script, messages: list[Message], learned: Places) -> None:
-    """The texts alone. They are written exactly as the model should read them, special tokens included."""
+    """Write the contents of the messages as they are. Special tokens in them are kept. No header is added."""
     script.begin()
     for i, message in enumerate(messages):
         script.write(message["content"], learn=i in learned, control=True)
@@ -57,15 +57,17 @@ def _plain(script: Script, messages: list[Message], learned: Places) -> None:
 
 
 def _human(script: Script, messages: list[Message], learned: Places) -> None:
-    """The dialogues of Anthropic's HH-RLHF data (2204.05862); a system text stands before the first of them.
+    """Write a dialogue in the format of Anthropic's HH-RLHF data (2204.05862). A system text comes first.
 
-    Tokens are those of the dialogue as one text, as the files of that data have it under template plain: an eos ends the dialogue alone.
+    The tokens are those of the whole dialogue as one text, as in the files of that data with template plain. So only
+    the end of the dialogue has an eos.
     """
     script.begin()
     text = ""
     for i, message in enumerate(messages):
         if message["content"].startswith("\n\nHuman:"):
-            raise UserError("the text has '\\n\\nHuman:' in it already and data.template=human would add another; set data.template=plain")
+            given = "the text begins with '\\n\\nHuman:', and data.template=human would add another"
+            raise UserError(f"{given}; set data.template=plain")
         if message["role"] != "assistant":
             text += message["content"] if message["role"] == "system" else f"\n\nHuman: {message['content']}"
         elif i in learned:
@@ -81,7 +83,7 @@ def _human(script: Script, messages: list[Message], learned: Places) -> None:
 
 
 def _llama2(script: Script, messages: list[Message], learned: Places) -> None:
-    """Llama 2 chat (2307.09288): every exchange is a text of its own from bos to eos; the system text is in the first."""
+    """Write the Llama 2 chat format (2307.09288). Each exchange has a bos and an eos. The first has the system text."""
     system = ""
     for i, message in enumerate(messages):
         content = message["content"].strip()
@@ -97,7 +99,7 @@ def _llama2(script: Script, messages: list[Message], learned: Places) -> None:
 
 
 def _chatml(script: Script, messages: list[Message], learned: Places) -> None:
-    """<|im_start|>role, newline, content, <|im_end|>, newline. Where <|im_end|> is not the eos, the eos follows it."""
+    """Write ChatML: <|im_start|>role, newline, content, <|im_end|>, newline. An eos follows if <|im_end|> is not it."""
     script.begin()
     for i, message in enumerate(messages):
         learn = i in learned
@@ -117,10 +119,11 @@ def _chatml(script: Script, messages: list[Message], learned: Places) -> None:
 
 
 def _own(script: Script, messages: list[Message], learned: Places) -> None:
-    """The tokenizer's own chat template. Each learned response is what its rendering adds to the prompt before it.
+    """Write the tokenizer's own chat template. A response is the text that its message adds to the rendered prompt.
 
-    What follows the stop token of a response is not learned. A last response without one gets the eos.
-    Raises UserError where the template renders a turn otherwise once more turns follow, so that no prefix can be told apart.
+    Tokens after the stop token of a response are not learned. A last response without a stop token gets the eos.
+    Raises UserError if later messages change the rendered text of earlier ones, because responses cannot be located
+    then.
     """
     tokenizer = script.tokenizer
     stops = set(tokenizer.stop_ids)
@@ -153,29 +156,29 @@ TEMPLATES: dict[str, Callable[[Script, list[Message], Places], None]] = {
     "tokenizer": _own,
 }
 
-UNSTABLE = "the tokenizer's chat template rewrites the turns before it, so what was learned there is lost; choose another data.template"
+UNSTABLE = "the tokenizer's chat template changes the text of earlier messages; choose another data.template"
 
 CUES = {"plain": "", "human": "\n\nAssistant:", "llama2": " [/INST]", "chatml": "<|im_start|>assistant\n"}
 
 
 def validate(messages: object) -> list[Message]:
-    """The messages of a conversation, if they are such. Raises UserError naming the message."""
+    """Return the messages of a conversation if they are valid. Raises UserError with the number of the message."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"messages are {messages!r:.80}; give a list of objects with 'role' and 'content'")
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise UserError(f"message {i} is {message!r:.80}; give an object with the strings 'role' and 'content'")
         if not message["content"].strip():
-            raise UserError(f"message {i} ({message['role']}) is empty; give it a content or remove the line")
+            raise UserError(f"message {i} ({message['role']}) is empty; give it content or remove the line")
     return messages
 
 
 def encode(tokenizer: Tokenizer, template: str, messages: list[Message], learn: str = "all") -> tuple[list[int], list[bool]]:
-    """Token ids of a validated conversation, and for each whether it is learned.
+    """Return the token ids of a validated conversation, and for each id whether it is learned.
 
-    learn: "all" responses of a conversation that ends with the assistant, or the "last" alone; of a prompt, none.
-    Raises UserError where the roles are not an optional system, then user and assistant in turns (template "tokenizer": where
-    the chat template itself refuses them).
+    learn: "all" responses or only the "last" one. In a prompt, which ends with the user, none is learned.
+    Raises UserError if the roles are not an optional system message, then user and assistant in turn. With template
+    "tokenizer", the chat template itself checks the roles.
     """
     if template != "tokenizer":
         _check_roles(messages)
@@ -188,13 +191,15 @@ def encode(tokenizer: Tokenizer, template: str, messages: list[Message], learn: 
 
 
 def reply(tokenizer: Tokenizer, template: str, turn: list[int], messages: list[Message]) -> list[int]:
-    """The tokens between a sampled turn of the assistant, of these tokens, and its next one, where messages answer it.
+    """Return the tokens between a sampled turn of the assistant and the assistant's next turn.
 
-    First whatever the turn lacks of the tokens that end it, as where a stop string has ended it. Raises UserError where the messages do not
-    fit the template, or where its turns have no end.
+    `turn` has the tokens of the sampled turn, and `messages` answer it. The result starts with the tokens that are
+    missing at the end of the turn, for example if a stop string has ended it. Raises UserError if the messages do not
+    fit the template, or if the template does not end turns.
     """
     if template == "human":
-        raise UserError("data.template=human does not end the assistant's turns, so nothing can answer them; choose another")
+        unusable = "data.template=human does not mark the end of the assistant's turns"
+        raise UserError(f"{unusable}, so environments cannot answer them; choose another data.template")
     before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
     talk = [*before, *validate(messages)]
     if template != "tokenizer":
@@ -202,15 +207,15 @@ def reply(tokenizer: Tokenizer, template: str, turn: list[int], messages: list[M
     said, behind = _parted(tokenizer, template, talk)
     other, _ = _parted(tokenizer, template, [before[0], {"role": "assistant", "content": "!"}, *messages])
     differ = (n for n in range(min(len(said), len(other))) if said[-1 - n] != other[-1 - n])
-    end = said[len(said) - next(differ, len(said)) :]  # what is the same whatever is said
+    end = said[len(said) - next(differ, len(said)) :]  # the tokens that end every turn
     held = max(n for n in range(len(end) + 1) if turn[len(turn) - n :] == end[:n])
     if not held and turn[-1:] == end[-1:]:
-        held = len(end)  # it has skipped the rest
+        held = len(end)  # the turn ends with the last of these tokens and has skipped the others
     return end[held:] + behind
 
 
 def _parted(tokenizer: Tokenizer, template: str, messages: list[Message]) -> tuple[list[int], list[int]]:
-    """Tokens of the second message, which is learned, and those behind it."""
+    """Return the tokens of the second message, and all tokens after it."""
     script = Script(tokenizer)
     TEMPLATES[template](script, messages, frozenset({1}))
     start, end = script.learn.index(True), len(script.learn) - script.learn[::-1].index(True)
@@ -218,7 +223,7 @@ def _parted(tokenizer: Tokenizer, template: str, messages: list[Message]) -> tup
 
 
 def num_cue(tokenizer: Tokenizer, template: str) -> int:
-    """Tokens at the end of every prompt that say the assistant speaks next: cutting a prompt from the left must spare them."""
+    """Return the number of tokens of the cue at the end of every prompt. Truncation must keep the cue."""
     if template == "tokenizer":
         user = [{"role": "user", "content": "?"}]
         cue = tokenizer.render(user, cue=True).removeprefix(tokenizer.render(user, cue=False))
@@ -230,9 +235,9 @@ def num_cue(tokenizer: Tokenizer, template: str) -> int:
 def _check_roles(messages: list[Message]) -> None:
     first = 1 if messages[0]["role"] == "system" else 0
     if first == len(messages):
-        raise UserError("the conversation is a system message alone; add a user message")
+        raise UserError("the conversation has only a system message; add a user message")
     for i, message in enumerate(messages[first:]):
         due = ("user", "assistant")[i % 2]
         if message["role"] != due:
             got = f"message {first + i + 1} has role {message['role']!r}, expected {due!r}"
-            raise UserError(f"{got}; user and assistant take turns, after at most one system")
+            raise UserError(f"{got}; user and assistant must alternate, after at most one system message")

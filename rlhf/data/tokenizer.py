@@ -1,8 +1,8 @@
-"""Text to token ids and back, without transformers: a tokenizer.json through `tokenizers`, or a sentencepiece tokenizer.model.
+"""Encodes and decodes text, from a tokenizer.json with `tokenizers` or a sentencepiece tokenizer.model.
 
-The ids are those of transformers' AutoTokenizer on the same folder, with two exceptions. Special tokens spelled in ordinary
-text stay text (see Tokenizer.encode), and a tokenizer.json is taken as it is written, where some classes of transformers
-replace parts of it.
+It needs no transformers. The ids are those of its AutoTokenizer for the same folder, with two exceptions. Special
+tokens that are spelled in ordinary text stay text (see Tokenizer.encode). And a tokenizer.json is used unchanged, while
+some classes of transformers replace parts of it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ AGAIN = "copy the file again"
 class Tokenizer:
     """The vocabulary of a model.
 
-    bos       starts every text; None where the model knows no such token
+    bos       starts every text; None if the model has no such token
     eos       ends every response
-    stop_ids  eos, then the other tokens that generation_config.json ends a response with
-    vocab     number of ids; the model's embedding may be padded beyond it
-    path      of the folder or file that it was read from; a copy in another process reads it again
-    files     all that it was read from, by the names they have in a folder
+    stop_ids  eos, then the other stop tokens of generation_config.json
+    vocab     number of ids; the model's embedding may be larger because of padding
+    path      the folder or file that it was read from; unpickling in another process reads it again
+    files     name in a folder -> path, for all files that it was read from
     """
 
     def __init__(
@@ -53,18 +53,19 @@ class Tokenizer:
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
         self._codec, self.files, self._special, self._chat_template = codec, files, special, chat_template
-        self._encode = lru_cache(maxsize=8)(codec.encode)  # siblings share a prompt
+        self._encode = lru_cache(maxsize=8)(codec.encode)  # the conversations of a group share a prompt
         self._compiled: jinja2.Template | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a Hugging Face folder (tokenizer.json preferred to tokenizer.model) or a sentencepiece file.
+        """Read a Hugging Face folder or a sentencepiece file. In a folder, tokenizer.json comes before tokenizer.model.
 
-        Raises UserError naming the file that is missing or unreadable.
+        Raises UserError with the name of a file that is missing or cannot be read.
         """
         path = Path(path)
         if not path.exists():
-            raise UserError(f"tokenizer {path}: no such file or folder; set policy.tokenizer to a Hugging Face folder or a tokenizer.model")
+            remedy = "set policy.tokenizer to a Hugging Face folder or a tokenizer.model"
+            raise UserError(f"tokenizer {path}: no such file or folder; {remedy}")
         folder = {name: path / name for name in FILES if (path / name).is_file()}
         files = folder if path.is_dir() else {"tokenizer.model": path}
         settings = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
@@ -79,36 +80,36 @@ class Tokenizer:
         stops = _read_json(files, "generation_config.json").get("eos_token_id") or []
         stops = stops if isinstance(stops, list) else [stops]
         if not all(type(token) is int and 0 <= token < codec.vocab for token in stops):
-            raise UserError(
-                f"{files['generation_config.json']}: eos_token_id {stops!r:.80} is no id of a token, nor a list of them; {AGAIN}"
-            )
+            file = files["generation_config.json"]
+            raise UserError(f"{file}: eos_token_id {stops!r:.80} is not a token id or a list of them; {AGAIN}")
         return cls(path, codec, files, special, stops, _chat_template(files, settings))
 
     def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
         return Tokenizer.load, (self.path,)
 
     def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
-        """Token ids of a text, with no bos or eos added.
+        """Return the token ids of a text, without adding bos or eos.
 
-        continues: the text follows other tokens, so the space that Llama-like tokenizers put before a text is left out.
-        control: special tokens spelled in the text become those tokens. Off by default: what a user wrote must not be able to
-        end a turn or open another. Sentencepiece has no such spelling; there it is always text.
-        Raises UserError for half of a surrogate pair, which JSON can spell and no tokenizer reads.
+        continues: the text follows other tokens, so tokenizers like Llama's must not put a space before it.
+        control: special tokens that are spelled in the text become these tokens. It is off by default, because the text
+        of a user must not be able to end a turn or start another. With sentencepiece, they always stay text.
+        Raises UserError for half of a surrogate pair, which JSON can contain but no tokenizer can encode.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError(f"the text has half of a surrogate pair in it ({text!r:.80}); remove it") from None
+            raise UserError(f"the text contains half of a surrogate pair ({text!r:.80}); remove it") from None
         return self._encode(text, continues, control).copy()
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of some ids. Ids beyond the vocabulary, which a padded embedding can sample, are left out."""
+        """Return the text of ids. Ids beyond the vocabulary are skipped. A padded embedding may have sampled them."""
         return self._codec.decode([int(i) for i in ids if i < self.vocab], skip_special)
 
     def render(self, messages: list[dict[str, Any]], cue: bool) -> str:
-        """The text of a conversation in the tokenizer's own chat template; cue: with the header of the assistant's next turn.
+        """Return the text of a conversation, rendered with the tokenizer's own chat template.
 
-        Raises UserError if there is no template, or if the template refuses the conversation.
+        cue: add the header of the assistant's next turn. Raises UserError if there is no template, or if the template
+        raises an error.
         """
 
         if self._chat_template is None:
@@ -121,14 +122,14 @@ class Tokenizer:
             return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
 
     def chat(self, messages: list[dict[str, Any]], cue: bool) -> list[int]:
-        """Token ids of render(). Special tokens count as such wherever the text spells them, in the messages too."""
+        """Return the token ids of render(). Special tokens that are spelled in the text become these tokens."""
         return self.encode(self.render(messages, cue), control=True)
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into an exported Hugging Face folder.
 
-        A sentencepiece file alone gets the tokenizer_config.json with which AutoTokenizer reads it as a Llama tokenizer. That
-        class knows BPE models only, so a unigram model is copied without one.
+        For a sentencepiece file alone, also write a tokenizer_config.json, so that AutoTokenizer reads it as a Llama
+        tokenizer. That class supports BPE models only, so a unigram model gets no such file.
         """
         folder = Path(folder)
         for name, file in self.files.items():
@@ -138,7 +139,7 @@ class Tokenizer:
 
 
 class Codec(Protocol):
-    """What the two kinds of tokenizer files have in common."""
+    """The interface of the two kinds of tokenizer files."""
 
     bos: int | None
     eos: int
@@ -150,7 +151,7 @@ class Codec(Protocol):
 
 
 class _Json:
-    """A tokenizer.json. Its post-processor says whether texts start with a bos."""
+    """A tokenizer.json. Its post-processor decides whether texts start with a bos."""
 
     def __init__(self, file: Path, bos: str | None, eos: str | None) -> None:
         from tokenizers import Tokenizer as Backend
@@ -158,7 +159,7 @@ class _Json:
         self.file = file
         spec = texts.load(file, AGAIN)
         if not isinstance(spec, dict) or "model" not in spec:
-            raise UserError(f"{file}: no 'model' in it, so it is not a tokenizer.json; {AGAIN}")
+            raise UserError(f"{file}: it has no 'model', so it is not a tokenizer.json; {AGAIN}")
         with _sound(file):
             self._first = Backend.from_file(str(file))
             parts = {key: _unprefixed(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
@@ -168,16 +169,16 @@ class _Json:
                 backend.no_truncation()
                 backend.no_padding()
             bos_id, eos_id = (None if token is None else self._first.token_to_id(token) for token in (bos, eos))
-            self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have the token and do not use it
+            self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have a bos but do not use it
             added = self._first.get_added_tokens_decoder()
             self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
         if eos_id is None:
-            raise UserError(f"{file}: eos_token is {eos!r}, which is no token of it; name one in tokenizer_config.json")
+            raise UserError(f"{file}: eos_token={eos!r} is not in its vocabulary; set it in tokenizer_config.json")
         self.eos = eos_id
 
     def encode(self, text: str, continues: bool, control: bool) -> list[int]:
         backend = self._later if continues else self._first
-        backend.encode_special_tokens = not control  # True: as ordinary text
+        backend.encode_special_tokens = not control  # True: encode special tokens as ordinary text
         with _sound(self.file):
             return backend.encode(text, add_special_tokens=False).ids
 
@@ -187,7 +188,7 @@ class _Json:
 
 
 class _SentencePiece:
-    """A sentencepiece tokenizer.model, as Llama 2 has."""
+    """A sentencepiece tokenizer.model, such as that of Llama 2."""
 
     def __init__(self, file: Path, add_bos: bool) -> None:
         import sentencepiece
@@ -203,7 +204,7 @@ class _SentencePiece:
             self.vocab, self.eos = self._first.vocab_size(), self._first.eos_id()
             self.bos = self._first.bos_id() if add_bos and self._first.bos_id() >= 0 else None
         if self.eos < 0:
-            raise UserError(f"{file}: the model has no eos token, so no response could end; set policy.tokenizer to another one")
+            raise UserError(f"{file}: the model has no eos token to end responses; set policy.tokenizer to another one")
 
     def encode(self, text: str, continues: bool, control: bool) -> list[int]:
         with _sound(self.file):
@@ -219,23 +220,23 @@ class _SentencePiece:
             )
 
     def settings(self) -> dict[str, Any]:
-        """The tokenizer_config.json of this model for transformers."""
+        """Return the tokenizer_config.json of this model for transformers."""
         ids = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self._first.unk_id()}
         pieces = {key: None if i is None else self._first.id_to_piece(i) for key, i in ids.items()}
-        # not legacy: the space is put before the text once, not again after every special token
+        # legacy=False: a space is added before the text only, not after every special token
         adding = {"add_bos_token": self.bos is not None, "add_eos_token": False, "legacy": False}
         return {"tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False} | pieces | adding
 
 
 def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer of a tokenizer.json that puts no space before the text."""
+    """Return a normalizer or pre-tokenizer of a tokenizer.json, changed so that it adds no space before the text."""
     if part is None or part["type"] == "Prepend":
         return None
     kind = part["type"]
     if kind == "Sequence":
         inner = "normalizers" if "normalizers" in part else "pretokenizers"
         return part | {inner: [kept for kept in map(_unprefixed, part[inner]) if kept is not None]}
-    if kind == "Metaspace":  # add_prefix_space is the older spelling
+    if kind == "Metaspace":  # add_prefix_space is the older key
         return {key: value for key, value in part.items() if key != "add_prefix_space"} | {"prepend_scheme": "never"}
     return part | {"add_prefix_space": False} if kind == "ByteLevel" else part
 
@@ -250,7 +251,7 @@ def _read_json(files: dict[str, Path], name: str) -> dict[str, Any]:
 
 
 def _content(token: object) -> str | None:
-    """Special tokens stand in the files as strings or as objects with their text in `content`; None: it is no special token."""
+    """Return the text of a special token, which is a string or an object with `content`; None for anything else."""
     found = token.get("content") if isinstance(token, dict) else token
     return found if isinstance(found, str) else None
 
@@ -259,13 +260,13 @@ def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | No
     if "chat_template.jinja" in files:
         return texts.read(files["chat_template.jinja"], AGAIN)
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several of them by name
+    if isinstance(template, list):  # several named templates
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[-1].get("template") if named else None
     if not isinstance(template, (str, NoneType)):
-        raise UserError(f"{files['tokenizer_config.json']}: chat_template {template!r:.80} is no text; {AGAIN}")
+        raise UserError(f"{files['tokenizer_config.json']}: chat_template {template!r:.80} is not a text; {AGAIN}")
     return template
 
 
 def _sound(file: Path) -> texts.Blaming:
-    return texts.Blaming(f"{file}: not a sound tokenizer", AGAIN)
+    return texts.Blaming(f"{file}: not a valid tokenizer", AGAIN)

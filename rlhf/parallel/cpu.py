@@ -1,10 +1,10 @@
-"""Lets megatron-core run where there is no CUDA.
+"""Makes megatron-core run on machines without CUDA.
 
-megatron-core names the CUDA device in its source. An import hook rewrites these names, in `megatron.core` modules only, while they are
-imported: torch itself is not patched, and nothing is intercepted at run time. On a machine with CUDA nothing happens.
+The source of megatron-core names the CUDA device. An import hook rewrites these names while modules of `megatron.core`
+are imported. It does not patch torch, and it intercepts nothing at run time. On a machine with CUDA, it does nothing.
 
-So tests on a CPU run a slightly different program than a GPU does. A call of torch.cuda that a new version adds, and that is not listed
-here, is left as it is: torch raises an error when it runs.
+So tests on a CPU run a slightly different program than a GPU does. The hook does not know calls of torch.cuda that a
+new version adds. Such a call raises an error of torch when it runs.
 """
 
 import ast
@@ -17,7 +17,7 @@ import torch
 
 from rlhf.patches import replace
 
-# Calls that are replaced as a whole, and functions that are exchanged for their CPU twins.
+# Calls that are replaced including their arguments, and functions that are replaced by CPU functions.
 CALLS = {
     "torch.cuda.current_device": "'cpu'",
     "torch.cuda.current_stream": "None",
@@ -29,7 +29,7 @@ CALLS = {
 FUNCTIONS = {
     "torch.cuda.manual_seed": "torch.manual_seed",
     "torch.cuda.set_rng_state": "torch.set_rng_state",
-    "enable_jit_fuser": "disable_jit_fuser",  # torch.compile of small functions: seconds at the first step, nothing gained
+    "enable_jit_fuser": "disable_jit_fuser",  # torch.compile takes seconds here and saves nothing on a CPU
 }
 CUDA_ONLY_ARGUMENTS = ("pin_memory", "device_ids")
 
@@ -56,7 +56,7 @@ class _Rewriter(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:  # goes round the cached bytecode
+    def get_code(self, fullname: str) -> CodeType:  # does not use cached bytecode
         tree = _Rewriter().visit(ast.parse(self.get_data(self.path), self.path))
         return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
 
@@ -73,7 +73,7 @@ class _Finder:
 
 
 def install() -> None:
-    """Install the hook, before the first import of megatron.core; does nothing where CUDA is available."""
+    """Install the hook. Call it before the first import of megatron.core. It does nothing if CUDA is available."""
     if torch.cuda.is_available() or _Finder in sys.meta_path:
         return
     assert "megatron.core" not in sys.modules, "cpu.install() must come before the first import of megatron.core"

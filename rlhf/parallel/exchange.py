@@ -1,8 +1,8 @@
-"""Tensors that the ranks of a group hand each other while they compute.
+"""Exchanges tensors between the ranks of a group while they compute.
 
-Every rank sends to the rank `step` places after it, in a ring, and receives from the one as many places before it. Where NVLink connects
-the GPUs, copy engines write into the receiver's memory: collectives of NCCL would take multiprocessors from products that run meanwhile.
-Elsewhere (two GPUs without NVLink, CPUs) they are messages of torch.distributed.
+The ranks form a ring. In each step, a rank sends to the rank `step` places after it and receives from the rank `step`
+places before it. With NVLink, copy engines write into the receiver's memory. NCCL collectives would instead use
+multiprocessors that the matrix products need. Without NVLink (two GPUs, or CPUs), torch.distributed sends messages.
 """
 
 from __future__ import annotations
@@ -15,44 +15,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SLOTS = 3  # of memory that peers write to, in turns
-GRAIN = 2**25  # bytes by which a slot grows
+SLOTS = 3  # number of buffers that peers write to; consecutive exchanges use them in rotation
+GRAIN = 2**25  # the size of a slot is a multiple of this many bytes
 
 
 class Exchange(Protocol):
-    """One turn: parts[r] is what rank r has sent to this one, once receive() has returned it. All ranks exchange the same shape.
+    """One exchange. parts[r] is the tensor that rank r has sent to this rank. It is valid after receive() returned it.
 
-    Step 0 is a rank's message to itself. At most two turns may be under way: what the first has brought is read, in the order of the
-    device, before a third is begun.
+    All ranks send tensors of the same shape. Step 0 is the rank's message to itself. At most two exchanges may be
+    active: the kernels that read the parts of the first must be queued on the device before a third exchange begins.
     """
 
     parts: Tensor  # [ranks, *shape]
 
     def send(self, step: int, x: Tensor) -> None:
-        """Begin to send x to the rank `step` places on; x is not to be changed before receive(step)."""
+        """Start to send x to the rank `step` places after this one. x must not change before receive(step)."""
 
     def receive(self, step: int) -> Tensor:
-        """What the rank `step` places before has sent, for whatever the device does next."""
+        """Return the tensor of the rank `step` places before this one, for kernels that are queued from now on."""
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup) -> Exchange:
-    """A turn in which x, or tensors like it, are sent."""
+    """Return a new exchange for tensors of the shape and dtype of x."""
     return _Copies(x, _Memory.of(group)) if direct(group) else _Messages(x, group)
 
 
 def pays(group: dist.ProcessGroup) -> bool:
-    """Whether to cut products and exchange. On GPUs, messages among more than two ranks are slower than megatron-core's collectives.
+    """Return whether to split matrix products and exchange their parts, instead of using megatron-core's collectives.
 
-    The first call may be a collective.
+    On GPUs without NVLink, messages among more than two ranks are slower than these collectives. The first call may be
+    a collective.
     """
     return group.size() == 2 or direct(group) or not torch.cuda.is_available()
 
 
 @cache
 def direct(group: dist.ProcessGroup) -> bool:
-    """Whether NVLink connects the GPUs of all ranks of a group. (Over PCIe they could copy, but not meet: it has no atomic operations.)
+    """Return whether NVLink connects the GPUs of all ranks of a group. All ranks get the same result.
 
-    All of them agree; the first call is a collective.
+    Over PCIe, GPUs could copy, but a barrier needs atomic operations, which PCIe lacks. The first call is a collective.
     """
     if not torch.cuda.is_available():
         return False
@@ -62,7 +63,7 @@ def direct(group: dist.ProcessGroup) -> bool:
     me = torch.cuda.current_device()
     try:
         links = _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix[me]
-    except RuntimeError:  # NVML does not say
+    except RuntimeError:  # NVML has no information
         links = [0] * torch.cuda.device_count()
     seen = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     places = _all_gather((socket.gethostname(), str(torch.cuda.get_device_properties(me).uuid)), group)
@@ -107,13 +108,13 @@ class _Copies:
         self.me, self.size, self.stream = memory.me, memory.size, memory.stream
         self.shape, self.dtype = (self.size, *x.shape), x.dtype
         self.start = memory.next(self.size * x.nbytes)
-        self.handle, self.slots = memory.handle, memory.slots  # kept, should the next turn need larger ones
+        self.handle, self.slots = memory.handle, memory.slots  # kept alive, as the next exchange may replace them
         self.parts = self._of(self.me)
         self.arrivals: dict[int, torch.cuda.Event] = {}
-        self.sent: list[Tensor] = []  # may not be used again by others before it has gone
+        self.sent: list[Tensor] = []  # kept alive until they are sent, so that their memory is not used again
 
     def _of(self, rank: int) -> Tensor:
-        """The slot of this turn on a rank."""
+        """Return the slot of this exchange on a rank."""
         return self.handle.get_buffer(rank, self.shape, self.dtype, self.start // self.dtype.itemsize)
 
     def send(self, step: int, x: Tensor) -> None:
@@ -122,7 +123,7 @@ class _Copies:
         with torch.cuda.stream(self.stream):
             self._of((self.me + step) % self.size)[self.me].copy_(x)
             if step:
-                self.handle.barrier(channel=0)  # then everybody's copy of this step has arrived
+                self.handle.barrier(channel=0)  # after it, the copies of all ranks for this step have arrived
             self.arrivals[step] = self.stream.record_event()
 
     def receive(self, step: int) -> Tensor:
@@ -131,10 +132,11 @@ class _Copies:
 
 
 class _Memory:
-    """A rank's slots that the peers of a group write to.
+    """The slots of a rank, which the other ranks of a group write to.
 
-    A barrier in front of each copy, for a slot that must have been read, would be of no use: a rank that begins turn n has read turn n - 2,
-    and whoever begins turn n + 1 has met it behind turn n. So the slot that turn n + 1 writes to, of turn n - 2, has been read everywhere.
+    No barrier is needed before a copy. A rank that begins exchange n has read exchange n - 2. A rank that begins
+    exchange n + 1 has passed the barrier of exchange n together with all others. So all ranks have read exchange n - 2,
+    and exchange n + 1 may overwrite its slot.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -150,15 +152,18 @@ class _Memory:
         return _Memory(group)
 
     def next(self, count: int) -> int:
-        """Where the slot of the next turn begins, of `count` bytes or more. All ranks grow at the same turn, and no peer writes then."""
+        """Return the offset in bytes of the next exchange's slot, which has at least `count` bytes.
+
+        If the slots are too small, all ranks allocate larger ones in the same exchange, while no rank writes.
+        """
         if count > self.bytes:
             import torch.distributed._symmetric_memory as symmetric_memory
 
             self.bytes = -(-count // GRAIN) * GRAIN
             torch.cuda.synchronize()
-            _all_gather(None, self.group)  # nobody writes to the old slots any more, and but for turns under way they go
+            _all_gather(None, self.group)  # after it, no rank writes to the old slots; active exchanges keep them alive
             self.handle = self.slots = None
-            torch.cuda.empty_cache()  # symmetric memory lies outside torch's cache, which may have all that is left
+            torch.cuda.empty_cache()  # symmetric memory is outside torch's cache, which may hold all free memory
             device = torch.device("cuda", torch.cuda.current_device())
             self.slots = symmetric_memory.empty(SLOTS * self.bytes, dtype=torch.uint8, device=device)
             self.handle = symmetric_memory.rendezvous(self.slots, self.group)

@@ -1,7 +1,7 @@
-"""The ranks and how they are split: the only file that knows process groups.
+"""The ranks and their process groups. Other files get process groups from here only.
 
-Ranks are ordered as in Megatron: tensor parallel fastest, then context, data, pipeline. The ranks of one generation engine are
-consecutive too, so engine tp and training tp meet on the same node.
+Ranks are ordered as in Megatron: tensor parallel is fastest, then context, data, pipeline. The ranks of an engine are
+consecutive too, so tensor-parallel groups of engines and of training are inside one node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many ranks each axis has. Their product is the world."""
+    """The number of ranks on each axis. The product is the world size."""
 
     tp: int
     pp: int
@@ -38,17 +38,17 @@ class Layout:
     dp: int
 
     def coordinates(self, rank: int) -> tuple[int, int, int, int]:
-        """World rank -> (tp, cp, dp, pp) ranks."""
+        """Return the (tp, cp, dp, pp) ranks of a world rank."""
         tp, rest = rank % self.tp, rank // self.tp
         cp, rest = rest % self.cp, rest // self.cp
         return tp, cp, rest % self.dp, rest // self.dp
 
 
 class Mesh:
-    """This rank's place, and the collectives that the rest of the program needs."""
+    """This rank's coordinates and process groups, and the collectives of the program."""
 
     def __init__(self, parallel: Parallel, seed: int):
-        """Join the world (RANK, WORLD_SIZE, MASTER_* as torchrun sets them) and make all groups."""
+        """Initialize torch.distributed (with RANK, WORLD_SIZE, MASTER_* as torchrun sets them) and make all groups."""
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
@@ -65,13 +65,13 @@ class Mesh:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp, context_parallel_size=parallel.cp
         )
-        # Sequence parallelism forks the tracker's state even with dropout 0.
+        # Sequence parallelism forks the state of the random tracker even with dropout 0.
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
         self.dp_group = parallel_state.get_data_parallel_group()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
-        # Small Python objects go over gloo, away from the device.
+        # Python objects are sent over gloo, without the device.
         self._objects = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
 
     @property
@@ -88,18 +88,18 @@ class Mesh:
 
     @property
     def place_in_replica(self) -> tuple[int, int]:
-        """This rank's place, in the order of the world, among those of its data-parallel replica, and their number."""
+        """This rank's index in its data-parallel replica, in the order of the world, and the replica's size."""
         tp, pp, cp = self.layout.tp, self.layout.pp, self.layout.cp
         return (self.pp_rank * cp + self.cp_rank) * tp + self.tp_rank, tp * pp * cp
 
     def dp_sum(self, x: Tensor) -> Tensor:
-        """Sum over data-parallel ranks."""
+        """Return the sum of x over the data-parallel ranks, on the CPU."""
         x = x.to(self.device)
         dist.all_reduce(x, group=self.dp_group)
         return x.cpu()
 
     def cp_sum(self, x: Tensor) -> Tensor:
-        """Sum over context-parallel ranks; the gradient is summed over them too."""
+        """Return the sum of x over the context-parallel ranks. The gradient is summed over them too."""
         return _SumBoth.apply(x, self.cp_group) if self.layout.cp > 1 else x
 
     def from_last_stage(self, x: Tensor) -> Tensor:
@@ -117,9 +117,10 @@ class Mesh:
         return out
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's (small, picklable) value, by rank.
+        """Return the values of all ranks, by rank. Values must be small Python objects that can be pickled.
 
-        Each takes the time and room of the largest. So where several ranks know the same, each gives a portion() of it.
+        Each value takes the time and memory of the largest. If several ranks have the same data, each should send a
+        portion() of it.
         """
         if self.world == 1:
             return [value]
@@ -128,7 +129,7 @@ class Mesh:
         return values
 
     def gatherer(self, size: int) -> Callable[[Any], list[Any]]:
-        """As all_gather(), but among each `size` consecutive ranks. Call on all ranks alike."""
+        """Return a function like all_gather() for groups of `size` consecutive ranks. All ranks must call this."""
         if size in (1, self.world):
             return self.all_gather if size == self.world else lambda value: [value]
         group, _ = dist.new_subgroups(size, backend="gloo")
@@ -141,9 +142,9 @@ class Mesh:
         return gather
 
     def first_on_node(self, call: Callable[[], T]) -> T:
-        """What call() returns. The first rank of every node calls it before the others, who find what it has left on storage.
+        """Return call(). The first rank of each node calls it first, then the other ranks, which can use its files.
 
-        Its UserError is raised on all ranks.
+        A UserError of a first rank is raised on all ranks.
         """
         mistake = ""
         if self.is_first_on_node:
@@ -155,12 +156,12 @@ class Mesh:
         return value if self.is_first_on_node else call()
 
     def agree(self, mistake: str) -> None:
-        """Raise UserError on all ranks if one of them has found a mistake (empty: it has found none)."""
+        """Raise UserError on all ranks if one rank passes a message. `mistake` is "" on a rank without a message."""
         if mistakes := [said for said in self.all_gather(mistake) if said]:
             raise UserError(mistakes[0])
 
     def close(self) -> None:
-        """Forget the model-parallel groups, so that the same world can be split anew."""
+        """Destroy the model-parallel groups, so that the same ranks can be split in another way."""
         parallel_state.destroy_model_parallel()
 
     def barrier(self) -> None:
@@ -168,38 +169,42 @@ class Mesh:
             dist.barrier(group=self._objects)
 
     def nodes(self) -> list[int]:
-        """World rank -> node."""
+        """Return the node of each world rank."""
         return [rank // self.ranks_per_node for rank in range(self.world)]
 
     def subgroup(self, size: int) -> dist.ProcessGroup | None:
-        """This rank's group when the world is cut into consecutive groups of `size`; None where size is 1. Call on all ranks alike."""
+        """Return this rank's group of `size` consecutive ranks; None if size is 1. All ranks must call this."""
         if size == 1:
             return None
         return dist.new_subgroups(size)[0]
 
 
 def _meet(backend: str) -> None:
-    """Join the world. Raises UserError where the ranks do not find each other."""
+    """Initialize torch.distributed. Raises UserError if the ranks cannot connect."""
     try:
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
-        raise UserError(f"{place}: the ranks cannot meet there ({str(error).splitlines()[0]}); set others") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{place}: the ranks cannot connect there ({reason}); set another address or port") from None
 
 
 def lost(error: RuntimeError) -> str:
-    """How another rank was lost, if that is the error; else empty. gloo, which carries all objects and barriers, has no type for it."""
+    """Return the reason if the error means that another rank was lost, else "".
+
+    gloo, which all_gather() and barrier() use, has no exception type for this.
+    """
     first = str(error).splitlines()[0] if str(error) else ""
     return re.sub(r"^\[.*?\] |\. This is .*", "", first) if isinstance(error, dist.DistNetworkError) or "gloo/transport" in first else ""
 
 
 def portion(known: Sequence[T], place: int, size: int) -> Sequence[T]:
-    """Of what `size` ranks know alike, the part of the one at `place`: all parts are consecutive, and of equal length (or one less)."""
+    """Return the part at index `place` of `known`, cut into `size` consecutive parts of equal length (or one less)."""
     return known[len(known) * place // size : len(known) * (place + 1) // size]
 
 
 class _SumBoth(torch.autograd.Function):
-    """All-reduce in forward and in backward: every rank uses the sum, so every rank's gradient of it counts."""
+    """All-reduce in forward and in backward. All ranks use the sum, so their gradients of it are summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,7 +1,7 @@
-"""Whether a response states the right answer of a mathematical problem: extraction.py finds it, spelling.py spells it plainly,
-reader.py reads it as a statement, and here two answers are compared.
+"""Verifies the answer of a response to a mathematical problem.
 
-Values are compared exactly, and nothing is evaluated as code. The rules, one sentence each, are in docs/verifier.md.
+extraction.py finds the answer in the response, spelling.py normalizes it, and reader.py parses it. This module compares
+two answers. Values are compared exactly, and nothing is evaluated as code. docs/verifier.md lists the rules.
 """
 
 import re
@@ -16,22 +16,25 @@ from rlhf.rewards.spelling import plain
 from rlhf.rewards.statements import Bracket, Choice, Congruence, Matrix, Named, Node, Quantity, Ratio, Relation, Several, Words
 
 DECIMAL = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
-MOST_PAIRS = 400  # comparisons of members of two lists whose members are not equal at sight
+MOST_PAIRS = 400  # largest number of comparisons of members of two lists
 
 __all__ = ["equal", "extract", "verify"]
 
 
 def verify(response: str, answer: str) -> float:
-    r"""1.0 if the response states the right answer, else 0.0. The answer is bare (`42`, `\frac{1}{2}`) or a whole solution stating it."""
+    r"""Return 1.0 if the response states the right answer, else 0.0.
+
+    `answer` is the answer alone (`42`, `\frac{1}{2}`) or a whole solution that states it.
+    """
     given = extract(response)
     return float(given is not None and equal(given, extract(answer) or answer))
 
 
 def equal(a: str, b: str) -> bool:
-    """Whether two bare answers have the same value. Takes milliseconds for any text."""
+    """Return whether two answers have the same value. It takes milliseconds for any text."""
     if max(len(a), len(b)) > LONGEST:
         return a.strip() == b.strip() != ""
-    if DECIMAL.fullmatch(a) and DECIMAL.fullmatch(b):  # most answers: no need to read them any further
+    if DECIMAL.fullmatch(a) and DECIMAL.fullmatch(b):  # most answers are plain numbers, so this saves time
         return Fraction(a.replace(",", "")) == Fraction(b.replace(",", ""))
     a, b = plain(a), plain(b)
     if not a or not b or a == b:
@@ -39,12 +42,12 @@ def equal(a: str, b: str) -> bool:
     comparison = Comparison()
     try:
         return comparison.same(comparison.read(a), comparison.read(b))
-    except UnreadableError:  # more work than one answer is worth
+    except UnreadableError:  # the limit of work was reached
         return words(a) == words(b)
 
 
 class Comparison:
-    """Two answers that share one limit of work."""
+    """Compares two answers. Both share one limit of work."""
 
     def __init__(self) -> None:
         self.algebra = Algebra()
@@ -69,7 +72,10 @@ class Comparison:
         return self.algebra.equal(a, b)
 
     def quantities(self, a: Quantity, b: Quantity) -> bool:
-        """Of the same unit, or one without; a percentage is so many, or so many hundredths where the other side is a fraction."""
+        """Quantities are equal if value and unit are equal. A unit that only one side has is ignored.
+
+        A percentage equals its number. It also equals the number of hundredths, if the other side is a fraction.
+        """
         if a.undone != b.undone:
             return False
         size = ratio(a.unit, b.unit)
@@ -89,7 +95,7 @@ class Comparison:
         return len(a) == len(b) and all(map(self.same, a, b))
 
     def in_any_order(self, a: Sequence[Node], b: Sequence[Node]) -> bool:
-        """Whether the members of one can be paired with those of the other."""
+        """Return whether each member of a equals another member of b."""
         if len(a) != len(b):
             return False
         rest = list(b)
@@ -116,7 +122,7 @@ class Comparison:
         return self.in_any_order(a.members, b.members)
 
     def by_names_and_bare(self, named: Several, bare: Several) -> bool:
-        """x = 1, y = 2 is 1, 2 in this order; x_1 = 1, x_2 = 2 are two values of x, in any."""
+        """x = 1, y = 2 equals 1, 2 in this order. x_1 = 1, x_2 = 2 are two values of x, in any order."""
         values = [member.value for member in named.members if isinstance(member, Named)]
         if len({name[0] for name in _names(named) or ()}) == 1:
             return self.in_any_order(values, bare.members)
@@ -138,7 +144,10 @@ class Comparison:
         return a.rule is not None and b.rule is not None and self.relations(a.rule, b.rule)
 
     def proportional(self, a: Quotient, b: Quotient, positive: bool = False) -> bool:
-        """Whether one is a rational multiple of the other: the same equation, or with a positive factor the same inequality."""
+        """Return whether a is a rational multiple of b, so that both are the same equation.
+
+        For the same inequality, the factor must be positive.
+        """
         if not a.above or not b.above or a.below != b.below:
             return not a.above and not b.above
         product = next(iter(a.above))
@@ -151,7 +160,7 @@ class Comparison:
         return a.sign == b.sign and self.proportional(a.difference, b.difference, positive=a.sign != "=")
 
     def ratios(self, a: Ratio, b: Ratio) -> bool:
-        """Times of day by the clock, anything else by proportion."""
+        """Times of day are compared as text, other ratios by their proportion."""
         if a.half or b.half or (a.clock and b.clock):
             return (a.clock, a.half) == (b.clock, b.half)
         if len(a.parts) != len(b.parts):
@@ -172,7 +181,7 @@ class Comparison:
         return a.name == b.name and self.values(a.rest, b.rest) and self.values(a.modulus, b.modulus)
 
     def words_and_quantity(self, text: Words, quantity: Quantity) -> bool:
-        """Short words, as "Yes", can be read as products."""
+        """A short word such as "Yes" may have been parsed as a product of letters."""
         return quantity.text.isalpha() and text == words(quantity.text)
 
     def choice_and_other(self, choice: Choice, other: Node) -> bool:
@@ -181,13 +190,13 @@ class Comparison:
         return choice.content is not None and self.same(choice.content, other)
 
     def named_and_other(self, named: Named, other: Node) -> bool:
-        """A name may be dropped; y = 2x + 3 may be written as any other equation."""
+        """The name of a value may be missing. y = 2x + 3 may be written as any equivalent equation."""
         if isinstance(other, Relation):
             return named.rule is not None and self.relations(named.rule, other)
         return self.same(named.value, other)
 
     def list_and_tuple(self, several: Several, bracket: Bracket) -> bool:
-        """1, 2 and x = 1, y = 2 may be the tuple (1, 2), in this order."""
+        """1, 2 and x = 1, y = 2 equal the tuple (1, 2), in this order."""
         if several.kind != "list" or (bracket.opening, bracket.closing) != ("(", ")"):
             return False
         values = [member.value if isinstance(member, Named) else member for member in several.members]
@@ -199,11 +208,11 @@ class Comparison:
         return self.in_order([row[0] for row in matrix.rows], bracket.members)
 
     def set_and_other(self, several: Several, other: Node) -> bool:
-        """A set of one value is this value."""
+        """A set of one value equals this value."""
         return several.kind == "set" and len(several.members) == 1 and self.same(several.members[0], other)
 
     def ratio_and_fraction(self, given: Ratio, other: Quantity) -> bool:
-        """3:2 is the fraction 3/2."""
+        """3:2 equals the fraction 3/2."""
         if len(given.parts) != 2 or given.half or not other.fraction or other.undone or other.unit.kind:
             return False
         return self.values(given.parts[0], self.algebra.times(given.parts[1], other.value))
@@ -223,7 +232,7 @@ SAME: dict[type, Callable] = {
 }
 
 
-# Two kinds, the first pair that fits counts.
+# How to compare two different kinds. The first pair of types that fits is used.
 MIXED: tuple[tuple[type, type, Callable], ...] = (
     (Words, Quantity, Comparison.words_and_quantity),
     (Choice, object, Comparison.choice_and_other),
@@ -236,6 +245,6 @@ MIXED: tuple[tuple[type, type, Callable], ...] = (
 
 
 def _names(several: Several) -> list[str] | None:
-    """The names of a list all of whose members have one."""
+    """Return the names of the members; None if a member has no name."""
     names = [member.name for member in several.members if isinstance(member, Named)]
     return names if len(names) == len(several.members) else None

@@ -1,5 +1,7 @@
-"""The program of a worker process: import a reward function or an environment, then answer items with (value, error) until the other end
-of the connection is gone. Imports little, so that it starts in a blink; worker.py starts it.
+"""The program of a worker process, which worker.py starts.
+
+It imports a reward function or an environment, then answers each item with (value, error) until the connection closes.
+It imports few modules, so that it starts quickly.
 """
 
 import fcntl
@@ -20,17 +22,17 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
-LONGEST_ERROR = 4000  # characters: the end of a traceback says most
+LONGEST_ERROR = 4000  # characters that are kept of a traceback, from its end
 
 Function = Callable[[str, str, dict], float]
 Message = dict[str, str]  # role and content
 
 
 class Attempt:
-    """Around code of the user: whatever it raises is kept as text for the other process to report, and goes no further."""
+    """Runs code of the user, catches any exception and keeps its traceback as text for the parent process."""
 
     def __init__(self) -> None:
-        self.error = ""  # the traceback; empty: all went well
+        self.error = ""  # the traceback; "" if there was no exception
 
     def __enter__(self) -> Self:
         return self
@@ -42,14 +44,15 @@ class Attempt:
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job; the rank finishes its step, and needs rewards
+        # A scheduler signals all processes of a job, but the rank needs rewards to finish its step.
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     die_with_parent(lifeline=int(sys.argv[2]))
     sys.path[:], place, name, kind, memory = connection.recv()
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     with suppress(FileNotFoundError):  # the current folder has been deleted
-        sys.path.append(os.getcwd())  # last, so that no file there stands in for a module that something else imports
+        sys.path.append(os.getcwd())  # last, so that no file there hides a module that other code imports
     from rlhf import output
 
     output.secure()
@@ -68,8 +71,10 @@ def main() -> None:
 
 
 def die_with_parent(lifeline: int) -> None:
-    """Have the kernel kill this process and its children when the parent, however it ends, lets go of the pipe: a thread that watches
-    would never run while the function hangs inside C code that holds the interpreter's lock, as a regular expression does.
+    """Make the kernel kill this process group when the parent ends, which closes its end of the pipe `lifeline`.
+
+    A thread cannot do this: it would not run while the function hangs in C code that holds the GIL, such as a regular
+    expression.
     """
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
@@ -77,16 +82,16 @@ def die_with_parent(lifeline: int) -> None:
 
 
 def load(place: str, name: str) -> Any:
-    """What is called name in a module or in a .py file."""
+    """Return the attribute `name` of a module or of a .py file."""
     module = load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     return getattr(module, name)
 
 
 def load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("user_reward", path)  # not after the file, which may be called like another module
+    spec = importlib.util.spec_from_file_location("user_reward", path)  # the file may have the name of another module
     assert spec is not None, f"no way to load {path}"
     assert spec.loader is not None, f"no way to load {path}"
-    sys.path.append(str(path.resolve().parent))  # the file may import its neighbours
+    sys.path.append(str(path.resolve().parent))  # the file may import modules from its folder
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -94,7 +99,7 @@ def load_file(path: Path) -> ModuleType:
 
 
 class Reward:
-    """A function that says what a response is worth."""
+    """Calls a reward function and checks its result."""
 
     def __init__(self, function: Function):
         if not callable(function):
@@ -106,7 +111,7 @@ class Reward:
 
 
 class Dialogues:
-    """Environments by key, one for each dialogue, and the turns of the model that each has been told."""
+    """The environments by key, one per dialogue. Each entry also has the turns of the model given to it so far."""
 
     def __init__(self, make: Callable[[], Any]):
         if not callable(getattr(make, "reset", None)) or not callable(getattr(make, "step", None)):
@@ -115,10 +120,11 @@ class Dialogues:
         self.held: dict[Hashable, tuple[Any, dict, list[str]]] = {}
 
     def __call__(self, key: Hashable, record: dict, texts: list[str], ended: Collection[Hashable]) -> tuple[list[Message] | None, float]:
-        """What the environment says to the last of the texts, None at the end, and the reward of that; of no texts, what reset() says.
+        """Return the environment's answer (None if the dialogue has ended) and reward for the last text.
 
-        An environment that has been told all texts but the last is only told that one. Otherwise it is made anew, and told all. Those of
-        the ended dialogues are dropped.
+        Without texts, return the messages of reset(). If the environment has already got all texts except the last, it
+        gets only the last one. Otherwise a new environment is made and gets all texts. Environments of the dialogues
+        `ended` are dropped.
         """
         for other in ended:
             self.held.pop(other, None)
@@ -129,7 +135,8 @@ class Dialogues:
             reply = messages(environment.reset(deepcopy(record))), 0.0
         for i in range(len(told), len(texts)):
             if i > len(told) and reply[0] is None:
-                raise RuntimeError(f"told the same as before, the environment ended after turn {i} and not after turn {len(texts)}")
+                after = f"ended after turn {i} and not after turn {len(texts)}"
+                raise RuntimeError(f"the environment is not deterministic: with the same turns as before, it {after}")
             reply = checked(environment.step(texts[i]))
         if reply[0] is not None or not texts:
             self.held[key] = environment, record, texts
@@ -140,20 +147,20 @@ KINDS: dict[str, Callable[[Any], Callable]] = {"function": Reward, "environment"
 
 
 def checked(reply: Any) -> tuple[list[Message] | None, float]:
-    """What step() has returned, if it may."""
+    """Return the result of step() if it is valid. Raises TypeError or ValueError."""
     if not isinstance(reply, tuple) or len(reply) != 2:
         raise TypeError(f"step() must return (messages or None, reward), but returned {reply!r:.80}")
     if any(message["role"] == "assistant" for message in messages(reply[0]) or ()):
-        raise ValueError("step() must not speak for the assistant")
+        raise ValueError("step() must not return messages of the assistant")
     return messages(reply[0]), finite(reply[1])
 
 
 def messages(said: Any) -> list[Message] | None:
-    """What an environment says, if it may be said."""
+    """Return the messages of an environment if they are valid. Raises TypeError."""
     if said is None:
         return None
     if not isinstance(said, list) or not said:
-        raise TypeError(f"an environment must say a list of messages or None, but said {said!r:.80}")
+        raise TypeError(f"an environment must return a list of messages or None, but returned {said!r:.80}")
     for message in said:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise TypeError(f"a message must have the strings 'role' and 'content', but is {message!r:.80}")
@@ -161,7 +168,7 @@ def messages(said: Any) -> list[Message] | None:
 
 
 def finite(value: Any) -> float:
-    """A reward, if it is one."""
+    """Return a reward if it is a finite number. Raises ValueError."""
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"the reward must be a finite number, but is {value!r:.80}")
     return float(value)

@@ -1,4 +1,4 @@
-"""What the verifier makes of an answer and a response, in words."""
+"""Explains in words how the verifier parses and compares an answer and a response."""
 
 from fractions import Fraction
 
@@ -13,7 +13,7 @@ SIGNS = {"=": "is 0", "<": "is positive", "≤": "is not negative"}
 
 
 def explain(response: str, answer: str) -> list[str]:
-    """Lines that say what was extracted, as what it was read and whether that is equal; the last one begins with the score."""
+    """Return lines with the extracted answers, their parsed forms and the result. The last starts with the score."""
     given, right = extract(response), extract(answer) or answer
     lines = [f"answer:   {right!r}", f"          {reading(right)}"]
     if given is None:
@@ -25,7 +25,7 @@ def explain(response: str, answer: str) -> list[str]:
 
 
 def reading(text: str) -> str:
-    """An answer as it was read."""
+    """Return a description of the parsed form of an answer."""
     if len(text) > LONGEST:
         return f"text of more than {LONGEST} characters, which equals only the same text"
     try:
@@ -75,7 +75,7 @@ def described(node: Node) -> str:
 
 
 def _unit(unit: Unit) -> str:
-    """Sizes are in the kind's smallest unit: a metre is 1000 of length."""
+    """Return a description of a unit. Sizes count the smallest unit of a kind: a metre is 1000 of length."""
     above, below = (kind + (f" * {size}" if size != 1 else "") for kind, size in ((unit.kind, unit.size), (unit.per, unit.per_size)))
     return f"{above} per {below}" if below else above
 

@@ -1,11 +1,11 @@
-r"""Expressions of answers, read by recursive descent into quotients of sums (polynomials.py). Nothing is evaluated as code.
+r"""Parses expressions by recursive descent into quotients of sums (polynomials.py). Nothing is evaluated as code.
 
     sum     = ["-" | "+"] product {("+" | "-") product}
     product = power {["*"] power} ["/" power {"*" power}]     only one "/": 1/2/3 is text
     power   = atom {"!"} ["^" power]
     atom    = decimal | mixed number | symbol | "√" atom | "\frac" atom atom | function power | "|" sum "|" | "(" sum ")" | "{" sum "}"
 
-Text comes as spelling.py leaves it.
+The text must have the spelling of spelling.py.
 """
 
 import math
@@ -20,7 +20,7 @@ def each(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-DEEPEST = 30  # brackets, roots and powers within each other
+DEEPEST = 30  # largest nesting of brackets, roots and powers
 LARGEST_FACTORIAL = 300
 FUNCTIONS = each("arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln lg exp gcd lcm arg det max min Gamma Re Im")
 SYMBOLS = each(  # LaTeX commands that are letters
@@ -29,7 +29,7 @@ SYMBOLS = each(  # LaTeX commands that are letters
 )
 OPENING = {"(": ")", "{": "}", "|": "|"}
 NUMBERS = {"π", "e", "i", "∞"}  # symbols that are numbers
-CALLED = "fghFGP"  # letters before a bracket that are functions, not factors
+CALLED = "fghFGP"  # before a bracket, these letters are functions, not factors
 
 TOKEN = re.compile(
     r"\\[A-Za-z]+|[-+*/^()π√∞|!{}\[\]]"
@@ -41,10 +41,11 @@ REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s?\{?([0-9]+)\}?")
 
 
 class Expression:
-    """The value of a text. Raises UnreadableError unless all of it is one expression.
+    """Parses a text and computes its value. Raises UnreadableError unless the whole text is one expression.
 
-    undone: the sorted tokens of a text that leaves plain numbers to be added or multiplied, as `3 * 6` does; else None. Such a text equals
-    only one of the same tokens. Powers, factorials and mixed numbers (`2 + 1/3` too) leave nothing undone.
+    undone: the sorted tokens of the text if it contains a sum or product of plain numbers that is not evaluated, such
+    as `3 * 6`; else None. Such a text equals only texts with the same tokens. Powers, factorials and mixed numbers
+    (also `2 + 1/3`) count as evaluated.
     """
 
     def __init__(self, text: str, algebra: Algebra):
@@ -61,7 +62,10 @@ class Expression:
         self.undone = tuple(sorted(token for token in tokens if not token.isspace())) if self.left and not self.letters else None
 
     def _next(self) -> str:
-        """The next token that is no space, which stays; empty at the end. self.spaced: whether a space stands before it."""
+        """Return the next token that is not a space, without removing it; "" at the end.
+
+        This sets self.spaced if there is a space before the token.
+        """
         while self.stack and self.stack[-1] == " ":
             self.stack.pop()
             self.spaced = True
@@ -88,7 +92,7 @@ class Expression:
         for term in terms:
             total = self.algebra.plus(total, term)
         if len(total.above) < sum(len(term.above) for term in terms) and not _is_mixed(terms):
-            self.left = True  # like terms
+            self.left = True  # like terms that were not added
         return total
 
     def _product(self) -> Quotient:
@@ -102,7 +106,7 @@ class Expression:
                 self._take()
                 below, kind = self._power(signed=True)
                 value = self.algebra.over(value, below)
-                juxtaposed = kind == "number"  # 3/4 x is 3x/4, while 1/2x is not clear
+                juxtaposed = kind == "number"  # 3/4 x is 3x/4, but 1/2x is ambiguous
                 continue
             if token == "*":
                 self._take()
@@ -121,7 +125,7 @@ class Expression:
         return bool(token) and (token[0].isalpha() or token[0] in "\\√∞({" or (token == "|" and not self.inside_bars))
 
     def _power(self, signed: bool = False) -> tuple[Quotient, str]:
-        """A value, and its kind: a rational "number", a rational that was raised to a "power", or "other"."""
+        """Return a value and its kind: "number" (rational), "power" (rational result of a power) or "other"."""
         self.depth += 1
         if self.depth > DEEPEST:
             raise UnreadableError("too deep")
@@ -156,7 +160,7 @@ class Expression:
                 degree = self._sum()
                 self._take("]")
             return self.algebra.power(self._shallow(), self.algebra.over(number(1), degree))
-        if token == "\\frac":  # \frac13 comes with spaces: 1 3
+        if token == "\\frac":
             above = self._shallow()
             return self.algebra.over(above, self._shallow())
         if token == "\\binom":
@@ -166,7 +170,7 @@ class Expression:
         return self._symbol(token)
 
     def _shallow(self) -> Quotient:
-        """The atom behind a root or a fraction."""
+        """Return the next atom, as one level of nesting."""
         self.depth += 1
         if self.depth > DEEPEST:
             raise UnreadableError("too deep")
@@ -185,7 +189,7 @@ class Expression:
             self._take()
             return symbol(("base", token, self._subscript()))
         part: Fraction | None = None
-        if token.isdigit() and self._next() == "\\frac":  # a mixed number if the fraction is one of numbers
+        if token.isdigit() and self._next() == "\\frac":  # a mixed number if the fraction is rational
             before = list(self.stack)
             part = self._atom().rational
             if part is None:
@@ -209,7 +213,7 @@ class Expression:
         elif len(token) > 1:
             if len(token) > 3 or not (token.islower() or token.isupper()):
                 raise UnreadableError("a word")
-            if token.islower():  # abc is a product; names in capitals, as ABC, keep their order
+            if token.islower():  # abc is a product; a name in capitals, such as ABC, is one symbol
                 self.stack.append(token[1:])
                 name = token[0]
         elif token not in NUMBERS and not token.isalpha():
@@ -225,7 +229,7 @@ class Expression:
         return symbol(name)
 
     def _subscript(self) -> str:
-        """One token, or what stands in a group."""
+        """Return a subscript: one token, or the text of a group in braces."""
         token = self._take()
         if token != "{":
             return token
@@ -259,7 +263,7 @@ class Expression:
         return self.algebra.power(self._applied(name, base, argument), exponent)
 
     def _applied(self, name: str, base: str, argument: Quotient) -> Quotient:
-        """tan, cot, sec and csc are quotients of sin and cos; anything else is a symbol of its own."""
+        """Return the value of a function. tan, cot, sec and csc become quotients of sin and cos, others a symbol."""
         if name == "exp":
             return self.algebra.power(symbol("e"), argument)
         base, name = ("10", "log") if name == "lg" else (base, name)
@@ -272,7 +276,7 @@ class Expression:
 
 
 def _is_mixed(terms: list[Quotient]) -> bool:
-    """Whether a sum is a whole number and a proper fraction of the same sign."""
+    """Return whether a sum consists of a whole number and a proper fraction of the same sign."""
     if len(terms) != 2:
         return False
     whole, part = terms[0].rational or Fraction(0), terms[1].rational or Fraction(0)

@@ -1,24 +1,24 @@
-r"""Where the final answer stands in a response.
+r"""Finds the final answer in a response.
 
-1. A box (`\boxed{}`, `\fbox{}`), GSM8K's `####` or `<answer>...</answer>`: whichever comes last.
-2. Boxes with nothing but commas, "and", "or", names and signs of maths between them are one answer together.
-3. `####` counts where an answer can follow: a number or maths, or a few words at the end of the text. Otherwise it is a heading.
-4. Else what stands behind the last "answer is", "answer:" or heading "Final Answer", to the end of its sentence, and in
-   a sentence "The volume is 12" what stands behind the verb.
-5. An answer that begins on a line of its own is read there: display maths as a whole, anything else to the end of the line.
-A number that merely stands somewhere is no answer.
+1. The answer is in the last of: a box (`\boxed{}`, `\fbox{}`), GSM8K's `####`, `<answer>...</answer>`.
+2. Boxes that are separated only by commas, "and", "or", names and mathematical signs form one answer.
+3. `####` must be followed by a number, by maths, or by a few words at the end of the text. Otherwise it is a heading.
+4. Without any of these, the answer follows the last "answer is", "answer:" or heading "Final Answer". It ends with its
+   sentence. In a sentence such as "The volume is 12", it is the text after the verb.
+5. If the answer begins on a new line, it is the whole display maths, or the text up to the end of the line.
+A number elsewhere in the text is not an answer.
 """
 
 import re
 
-READ = 10**5  # characters at the end of a text, where its answer stands
-MOST_BOXES = 30  # that are joined
-MOST_HEADINGS = 20  # with four #, of which one may be an answer
-MOST_MENTIONS = 50  # of the word "answer", of which the last one that announces something counts
-LONGEST = 2000  # characters of an answer behind `####` or "answer:"
+READ = 10**5  # number of characters that are searched, at the end of the text
+MOST_BOXES = 30  # largest number of boxes that are joined
+MOST_HEADINGS = 20  # largest number of `####` that are checked
+MOST_MENTIONS = 50  # largest number of mentions of the word "answer" that are checked, from the end of the text
+LONGEST = 2000  # largest number of characters of an answer after `####` or "answer:"
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
-# What may stand between the boxes of one answer: a comma, "and" or "or", names and signs of maths.
+# Text that may be between the boxes of one answer: a comma, "and" or "or", names and mathematical signs.
 JOINT = re.compile(r"(?:[\s$,;&]|\\[()\[\],;: ]|\\q?quad|\\text\s?\{|\}|\b(?:and|or)\b|[A-Za-z](?:_\{?\w{1,3}\}?)?\s?=)*", re.IGNORECASE)
 JOINS = re.compile(r"[,;]|\b(?:and|or)\b", re.IGNORECASE)
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -33,11 +33,11 @@ NUMBERED = re.compile(r"[0-9]{1,2}[.)]\s+[A-Za-z*]|[A-Za-z ]{1,20}[0-9]{1,2}\s?:
 ANSWER_WORDS = re.compile(r"[*_]{0,3}(?:the\s)?(?:final\s)?answer(?:\sis)?[*_\s]{0,9}:?[*_\s]{0,9}", re.IGNORECASE)
 # An answer in a sentence: "There are 12", "The volume of the box is 12".
 SENTENCE = re.compile(r"(?:the|there|so|thus|hence|therefore)\b[^=]*\b(?:is|are|equals)\s+(\S.*)", re.IGNORECASE)
-MOST_WORDS = 4  # of an answer in words behind `####`
+MOST_WORDS = 4  # largest number of words of an answer in words after `####`
 
 
 def extract(text: str) -> str | None:
-    """The final answer that a text states, or None."""
+    """Return the final answer that a text states, or None."""
     text = text[-READ:]
     boxes = list(BOX.finditer(text))
     box, tag = boxes[-1].start() if boxes else -1, text.lower().rfind("<answer>")
@@ -54,7 +54,7 @@ def extract(text: str) -> str | None:
 
 
 def _boxes(text: str, boxes: list[re.Match[str]]) -> str | None:
-    """The content of the last box and of those joined to it, in the order of the text."""
+    """Return the content of the last box and of the boxes joined to it, in the order of the text."""
     found: list[str] = []
     following = len(text)
     for match in reversed(boxes):
@@ -71,7 +71,11 @@ def _boxes(text: str, boxes: list[re.Match[str]]) -> str | None:
 
 
 def _content(text: str, start: int, limit: int) -> tuple[str | None, int]:
-    r"""What stands between the first brace and the one that closes it (None if nothing does), or the first word: \boxed 5; and its end."""
+    r"""Return the content of a box that begins at start, and the index of its end.
+
+    The content is the text between the braces, or the first word, as in \boxed 5. It is None if the box is empty or not
+    closed.
+    """
     while start < limit and text[start].isspace():
         start += 1
     if not text.startswith("{", start):
@@ -86,7 +90,7 @@ def _content(text: str, start: int, limit: int) -> tuple[str | None, int]:
 
 
 def _behind_hashes(text: str) -> str | None:
-    """The answer behind `####`; None if that was a heading."""
+    """Return the answer after `####`; None if it is a heading."""
     announced = ANSWER_WORDS.match(text.lstrip())
     if announced:
         return _first(text.lstrip()[announced.end() :])
@@ -99,7 +103,7 @@ def _behind_hashes(text: str) -> str | None:
 
 
 def _stated(text: str) -> str | None:
-    """What stands behind the last words that announce an answer, to the end of its sentence."""
+    """Return the text after the last words that announce an answer, up to the end of its sentence."""
     start, lower = len(text), text.lower()
     for _ in range(MOST_MENTIONS):
         at = lower.rfind("answer", 0, start)
@@ -116,7 +120,7 @@ def _stated(text: str) -> str | None:
 
 
 def _first(text: str) -> str | None:
-    """Display maths on lines of its own, or else the first line that is not empty."""
+    """Return the display maths at the start of the text, or else the first line that is not empty."""
     text = text.strip()
     for opening, closing in (("$$", "$$"), ("\\[", "\\]")):
         if text.startswith(opening):

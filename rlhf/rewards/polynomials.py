@@ -1,10 +1,13 @@
-"""Exact arithmetic of answers: quotients of sums of products of rational powers, in a normal form.
+"""Exact arithmetic: quotients of sums of products of rational powers, in a normal form.
 
-A sum maps each product to its rational coefficient. A product is a set of (atom, exponent): an atom is a prime number (so that square roots
-of different numbers are comparable: sqrt(12) = 2 * 3^(1/2)), a symbol, a function of something, a power whose exponent holds a symbol, or
-a sum under a root. Exponents of primes lie in [0, 1), for their whole part is in the coefficient; i^2 is -1. Products are multiplied out,
-so two sums are equal if they are the same dict, and two quotients if what remains after cross-multiplication is empty. Roots of primes are
-independent over the rational numbers, so nothing unequal passes; what is missed is between nested roots, logarithms and the like.
+A sum maps each product to its rational coefficient. A product is a set of (atom, exponent). An atom is a prime number,
+a symbol, a function with its argument, a power whose exponent contains a symbol, or a sum under a root. With prime
+atoms, roots are comparable: sqrt(12) = 2 * 3^(1/2). Exponents of primes are in [0, 1), because their whole part is in
+the coefficient. i^2 is -1. Products are multiplied out. So two sums are equal if their dicts are equal, and two
+quotients if their cross products are.
+
+Roots of primes are independent over the rational numbers, so unequal values never compare equal. Some equal values with
+nested roots, logarithms and similar functions compare unequal.
 """
 
 import math
@@ -12,9 +15,9 @@ from collections.abc import Hashable
 from fractions import Fraction
 from typing import NamedTuple
 
-WORK = 1000  # products of two terms that one comparison may cost: about 10 ms
-MOST_BITS = 4000  # of a numerator or denominator
-MOST_BITS_OF_ROOT = 128  # of what is taken apart into primes
+WORK = 1000  # largest number of products of two terms in one comparison: about 10 ms
+MOST_BITS = 4000  # largest number of bits of a numerator or denominator
+MOST_BITS_OF_ROOT = 128  # largest number of bits of an integer that is factored
 PRIMES = [n for n in range(2, 1000) if all(n % d for d in range(2, math.isqrt(n) + 1))]
 
 Product = frozenset[tuple[Hashable, Fraction]]
@@ -24,11 +27,11 @@ UNIT: Sum = {NOTHING: Fraction(1)}
 
 
 class UnreadableError(ValueError):
-    """No expression that we read, or one that costs too much: the answer is compared as text."""
+    """A text is not a known expression, or takes too much work. The answer is then compared as text."""
 
 
 class Quotient(NamedTuple):
-    """A sum over another one, which has several terms or is 1."""
+    """A sum divided by another sum, which has several terms or is 1."""
 
     above: Sum
     below: Sum
@@ -42,7 +45,7 @@ class Quotient(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        """Equal keys are equal values (the reverse holds where nothing is divided by a sum)."""
+        """Equal keys mean equal values. Without division by a sum, equal values have equal keys."""
         return frozenset(self.above.items()), frozenset(self.below.items())
 
 
@@ -55,7 +58,7 @@ def symbol(atom: Hashable) -> Quotient:
 
 
 class Algebra:
-    """Operations on quotients that share one limit of work; past it they raise UnreadableError."""
+    """Operations on quotients. They share one limit of work, and raise UnreadableError above it."""
 
     def __init__(self) -> None:
         self.work = WORK
@@ -135,7 +138,10 @@ class Algebra:
         return total
 
     def _reduced(self, above: Sum, below: Sum) -> Quotient:
-        """A denominator of one term becomes negative exponents. Common factors stay: comparisons do not need them gone."""
+        """Return above / below. A denominator of one term becomes negative exponents.
+
+        Common factors are not cancelled, because comparisons do not need that.
+        """
         if not below:
             raise UnreadableError("division by zero")
         if len(below) > 1 or below == UNIT:
@@ -160,7 +166,7 @@ class Algebra:
         return value
 
     def _root(self, base: Sum, exponent: Fraction) -> Quotient:
-        """base to a positive exponent that is no whole number."""
+        """Return base to the power of a positive exponent that is not an integer."""
         if not base:
             return number(0)
         content, rest = _content(base)
@@ -190,7 +196,10 @@ class Algebra:
         return value
 
     def _symbolic_power(self, base: Quotient, exponent: Quotient) -> Quotient:
-        """2^(n+1) is 2 * (2^n)^1: one atom for each term of the exponent, whose coefficient is the exponent of that atom."""
+        """Return base to the power of an exponent with symbols. 2^(n+1) is 2 * (2^n)^1.
+
+        There is one atom per term of the exponent. The coefficient of the term is the exponent of its atom.
+        """
         if exponent.below != UNIT or base.below != UNIT or not base.above:
             raise UnreadableError("a power of quotients")
         value = number(1)
@@ -223,7 +232,7 @@ def _add(total: Sum, product: Product, coefficient: Fraction) -> None:
 
 
 def _normal(exponents: dict[Hashable, Fraction], coefficient: Fraction) -> tuple[Fraction, Product, list[Sum]]:
-    """Coefficient and product in normal form, and the sums that came out from under their roots."""
+    """Return the coefficient and the product in normal form, and the sums whose roots have become whole powers."""
     kept, roots = [], []
     for atom, exponent in exponents.items():
         whole = math.floor(exponent)
@@ -244,12 +253,12 @@ def _normal(exponents: dict[Hashable, Fraction], coefficient: Fraction) -> tuple
 
 
 def _bits(atom: Hashable) -> int:
-    """Of a prime; a sum that comes out from under its root that often costs as much as a number of 100 bits."""
+    """Return the bits of a prime; 100 for other atoms, as an estimate of the work for a power of a sum."""
     return atom.bit_length() if isinstance(atom, int) else 100
 
 
 def _content(value: Sum) -> tuple[Fraction, Sum]:
-    """The largest positive rational factor, and what remains without it."""
+    """Return the largest positive rational factor of a sum, and the sum divided by it."""
     above = math.gcd(*(c.numerator for c in value.values()))
     below = math.lcm(*(c.denominator for c in value.values()))
     content = Fraction(above, below)
@@ -257,7 +266,10 @@ def _content(value: Sum) -> tuple[Fraction, Sum]:
 
 
 def _prime_factors(value: int) -> dict[Hashable, Fraction]:
-    """Prime -> how often it divides. A factor without divisors below 1000 counts as prime: what that misses is never taken for equal."""
+    """Return prime -> exponent. A factor without divisors below 1000 counts as prime.
+
+    So some equal roots may compare unequal, but never the reverse.
+    """
     if value.bit_length() > MOST_BITS_OF_ROOT:
         raise UnreadableError("the root of a large number")
     factors: dict[Hashable, Fraction] = {}

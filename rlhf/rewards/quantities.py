@@ -1,7 +1,8 @@
-"""Numbers in words, and the units behind numbers.
+"""Parses numbers in words, and units after numbers.
 
-A unit is a ratio of kinds, "mile" over "hour", and how many of the kind's smallest unit it is, so that 2 hours are 120 minutes. A noun that
-is no unit of measure counts as one of its own: 18 eggs are no 18 apples.
+A unit has a kind and a size, and may have a second kind that it is divided by, as in "miles per hour". The size counts
+the smallest unit of the kind, so that 2 hours equal 120 minutes. A noun that is not a unit of measure is its own kind:
+18 eggs do not equal 18 apples.
 """
 
 import re
@@ -43,10 +44,10 @@ MEASURES = dict(_measures())  # name -> kind and size
 PLURALS = {"feet": "foot", "inches": "inch", "centuries": "century", "men": "man", "women": "woman", "children": "child", "mice": "mouse"}
 SPEEDS = {"mph": ("mile", "hour"), "kph": ("km", "hour"), "kmh": ("km", "hour")}
 DIRECT = each("mm cm km mi ft in yd mg kg oz lb lbs ml mL hr hrs min mins sec secs mph kph sq ° % $ ¢ € £ ¥ ₹")
-SHORT = DIRECT | each("m g s h l L")  # these only behind a space: 5m may be a product
+SHORT = DIRECT | each("m g s h l L")  # the added ones are units only after a space, because 5m may be a product
 CURRENCY = re.compile(r"^([-+]?)\s?(?:(?:US|CA|AU|NZ|HK)(?=\$))?(\$|€|£|¥|₹|USD|EUR|GBP|Rs\.?)\s?([-+]?)(?=[\s0-9.(\\])")
 
-# Words that say something else about the number than what was counted. Fractions ("3 quarters", "7 tenths") change its value.
+# Words after a number that are not a counted noun. Fractions ("3 quarters", "7 tenths") would change its value.
 NO_NOUN = each(
     "half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths hundredths"
     " thousandths millionths tens hundreds thousands millions billions dozens scores pairs plus minus times less is was does has equals"
@@ -65,7 +66,10 @@ DEGREES = re.compile(r"°\s?([CF])\b")
 
 
 class Unit(NamedTuple):
-    """What a number counts: "length^2", "noun egg", "" for nothing; and per which other kind, "" for none."""
+    """The unit of a number.
+
+    kind is for example "length^2" or "noun egg"; "" is no unit. per is the kind that it is divided by; "" is none.
+    """
 
     kind: str
     size: Fraction = Fraction(1)
@@ -77,7 +81,10 @@ BARE = Unit("")
 
 
 def ratio(a: Unit, b: Unit) -> Fraction | None:
-    """How many b one a is; None for different kinds. A unit that only one of them names is dropped, and so is what a price is for."""
+    """Return how many units b one unit a is; None if their kinds differ.
+
+    A unit that only one of them has is ignored. For money, a missing `per` is ignored, too.
+    """
     if a.kind and b.kind and bool(a.per) != bool(b.per) and a.kind != "money":
         return None
     size = Fraction(1)
@@ -90,7 +97,7 @@ def ratio(a: Unit, b: Unit) -> Fraction | None:
 
 
 def unit(text: str, spaced: bool) -> Unit | None:
-    """The unit that a text behind a number names; None if it is no unit. spaced: whether a space stands before it."""
+    """Return the unit that a text after a number names; None if it is not a unit. spaced: a space precedes the text."""
     text = re.sub(r"\^\s?\{?\s?([23])\s?\}?", r"^\1", text.replace("{", "").replace("}", "") if "^" not in text else text)
     words = re.findall(r"[A-Za-z]+(?:-[A-Za-z]+)*\.?|\^[23]|[/%°$¢€£¥₹]|\S", DEGREES.sub(_scale, text))
     if not words or len(words) > 10:
@@ -107,7 +114,7 @@ def unit(text: str, spaced: bool) -> Unit | None:
 
 
 def _kind(words: list[str], singular: bool = False) -> Unit | None:
-    """Of "square miles", "different ways", "bags of rice"."""
+    """Return the unit of words such as "square miles", "different ways" or "bags of rice"; None if it is not a unit."""
     words = [word.rstrip(".") for word in words]
     link = next((at for at, word in enumerate(words) if at and word in LINKS), len(words))
     head, rest = words[:link], words[link:]
@@ -155,14 +162,14 @@ def _singular(word: str) -> str:
 
 
 def scaled(text: str) -> tuple[int, str]:
-    """A leading "million" or so as a factor, and what stands behind it."""
+    """Return the factor of a leading word such as "million" (1 without one), and the text after it."""
     first, _, rest = text.partition(" ")
     factor = SCALES.get(first.lower(), 0)
     return (factor, rest) if factor else (1, text)
 
 
 def in_words(text: str) -> Fraction | None:
-    """ "seventy-two" and "one hundred and five" as numbers; "3rd" and "third" are places: 3."""
+    """Return the number that a text such as "seventy-two", "one hundred five" or "3rd" means; None if it means none."""
     place = re.fullmatch(r"([0-9]+)\s?(?:\^\s?\{?\s?)?(?:st|nd|rd|th)\s?\}?", text)
     if place:
         return Fraction(place[1])

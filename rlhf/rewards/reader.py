@@ -1,6 +1,7 @@
-r"""Answers read as statements (statements.py) from plain spelling (spelling.py).
+r"""Parses answers in plain spelling (spelling.py) into statements (statements.py).
 
-Each reader takes a text and returns a node, or None if the text is of another form. What no reader knows is `Words`.
+Each parsing method takes a text and returns a node, or None if the text has another form. If no method returns a node,
+the answer is `Words`.
 """
 
 import re
@@ -13,9 +14,9 @@ from rlhf.rewards.quantities import BARE, Unit
 from rlhf.rewards.spelling import REALS
 from rlhf.rewards.statements import EMPTY, Bracket, Choice, Congruence, Matrix, Named, Node, Quantity, Ratio, Relation, Several, Words
 
-LONGEST = 300  # characters of an answer that is read; a longer one equals only the same text
-DEEPEST = 20  # brackets within each other
-MOST_MEMBERS = 50  # of a list
+LONGEST = 300  # largest number of characters of an answer that is parsed; a longer one equals only the same text
+DEEPEST = 20  # largest number of opening brackets
+MOST_MEMBERS = 50  # largest number of members of a list
 
 INFINITY = symbol("∞")
 GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi|omega|Delta|Omega|angle|triangle|overline)"
@@ -44,13 +45,13 @@ MONTH = re.compile(r"\b(?:january|february|march|april|may|june|july|august|sept
 
 
 class Reader:
-    """Reads the two sides of one comparison, which share one limit of work."""
+    """Parses the two answers of one comparison. Both share one limit of work."""
 
     def __init__(self, algebra: Algebra):
         self.algebra = algebra
 
     def read(self, text: str, top: bool = False) -> Node:
-        """The node of a text. top: it is a whole answer, which may be one of several choices."""
+        """Return the node of a text. top: the text is a whole answer, which may be a letter of a multiple choice."""
         text = text.strip()
         if len(text) > LONGEST or sum(map(text.count, "([{⦃")) > DEEPEST:
             return words(text)
@@ -75,7 +76,7 @@ class Reader:
         return Quantity(value, None, BARE, "", False)
 
     def expression(self, text: str) -> Quotient | None:
-        """The value of a text that is an expression without a unit."""
+        """Return the value of an expression without a unit; None if the text is not an expression."""
         try:
             return Expression(text, self.algebra).value
         except UnreadableError:
@@ -113,12 +114,12 @@ class Reader:
         return gathered(members)
 
     def _two_signs(self, text: str) -> Node | None:
-        """±2 is 2 or -2."""
+        """Parse a text with one ±: ±2 is a list of 2 and -2."""
         if text.count("±") != 1 or enclosed(text):
             return None
         sign = SIGNS.search(text)
         if sign and sign.start() < text.index("±"):
-            return None  # x = ±2: first the name
+            return None  # x = ±2 is parsed as a relation first
         upper, lower = text.replace("±", "+").replace("∓", "-"), text.replace("±", "-").replace("∓", "+")
         return gathered([self.read(upper), self.read(lower)])
 
@@ -155,7 +156,10 @@ class Reader:
         return None
 
     def _equation(self, sides: list[str]) -> Node | None:
-        """x = 5 names a value, and so does 5 = x; x = 2 + 3 = 5 names the last. 2 + 3 = 5 is a number if it is true."""
+        """Parse an equation. x = 5 and 5 = x name a value, and x = 2 + 3 = 5 names the last one.
+
+        2 + 3 = 5 is a number if the equation is true.
+        """
         first, last = sides[0], sides[-1]
         if TUPLE_OF_NAMES.fullmatch(first) and len(sides) == 2:
             values = self.read(last)
@@ -180,7 +184,7 @@ class Reader:
         return Relation(sign, self.algebra.minus(b, a)) if a is not None and b is not None else None
 
     def _inequality(self, sides: list[str], signs: list[str]) -> Node | None:
-        """2 < x and 1 < x <= 2 are intervals of x; with more on both sides, the difference of the sides is positive."""
+        """Parse an inequality. 2 < x and 1 < x <= 2 are intervals of x. Others become a relation."""
         if signs[0] in ">≥":
             sides, signs = sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
         if set(signs) - {"<", "≤"}:
@@ -214,7 +218,7 @@ class Reader:
         return Ratio(tuple(value for value in values if value is not None), f"{clock[1]}:{clock[2]}" if clock else "", half)
 
     def _bracket(self, text: str) -> Node | None:
-        if re.fullmatch(r"[\[\]][^\[\]]*[\[\]]", text) and "," in text:  # [2, 3[ as it is written in France
+        if re.fullmatch(r"[\[\]][^\[\]]*[\[\]]", text) and "," in text:  # French notation: [2, 3[ is [2, 3)
             text = ("(" if text[0] == "]" else text[0]) + text[1:-1] + (")" if text[-1] == "[" else text[-1])
         if not enclosed(text):
             return None
@@ -253,7 +257,7 @@ class Reader:
                 expression = Expression(head, self.algebra)
             except UnreadableError:
                 continue
-            if len(rest.strip()) == 1 and rest.strip().isalpha() and expression.letters:  # \pi r h are no hours
+            if len(rest.strip()) == 1 and rest.strip().isalpha() and expression.letters:  # in \pi r h, h is not hours
                 continue
             value = self.algebra.times(expression.value, number(factor))
             both = Unit(unit.kind, unit.size, behind.per, behind.per_size) if currency else behind
@@ -262,7 +266,7 @@ class Reader:
 
 
 def divided(text: str) -> Iterator[tuple[str, str, bool]]:
-    """All ways to take a text apart into an expression and a unit behind it: first the longest units, at last none."""
+    """Yield all ways to split a text into an expression and a unit after it, from the longest unit to no unit."""
     for match in list(re.finditer(r"(?<=[0-9)}π.!a-z√])(\s?)\*?\s?(?=[A-Za-z%°$¢€£¥₹])", text))[:8]:
         head, tail = text[: match.start()], text[match.end() :]
         if not re.search(r"[A-Za-z]$", head) or match[1]:
@@ -271,7 +275,11 @@ def divided(text: str) -> Iterator[tuple[str, str, bool]]:
 
 
 def gathered(members: list[Node]) -> Node:
-    """A list; one name for all of its values if it has but one: x = 1 or x = 2, n = 1, 2, 3. Intervals of one name are a union."""
+    """Return a list of members.
+
+    The whole list gets a name if all members have this name (x = 1 or x = 2), or if only the first member has a name
+    (n = 1, 2, 3). Unbounded intervals of one name form a union.
+    """
     names = [member.name for member in members if isinstance(member, Named)]
     if names and isinstance(members[0], Named) and (len(names) == 1 or (len(names) == len(members) and len(set(names)) == 1)):
         values: list[Node] = []
@@ -285,7 +293,7 @@ def gathered(members: list[Node]) -> Node:
 
 
 def words(text: str) -> Words:
-    """Without spaces and case; a date's words in order of their spelling."""
+    """Return a text as Words, without spaces and in lower case. The words of a date are sorted."""
     if len(text) <= LONGEST and MONTH.search(text) and re.search(r"[0-9]", text):
         return Words(" ".join(sorted(re.findall(r"\w+", re.sub(r"(?<=[0-9])(?:st|nd|rd|th)\b|\b(?:of|the)\b", "", text.casefold())))))
     text = squeezed(text).casefold()
@@ -293,13 +301,13 @@ def words(text: str) -> Words:
 
 
 def squeezed(text: str) -> str:
-    """Without spaces, and without braces around one subscript or exponent."""
+    """Remove spaces, and the braces around single subscripts and exponents."""
     text = re.sub(r"\s", "", text) if len(text) <= LONGEST else text
     return re.sub(r"([_^])\{(\w+)\}", r"\1\2", text) if len(text) <= LONGEST else text
 
 
 def split(text: str, separator: str) -> list[str]:
-    """The parts between separators that stand in no bracket."""
+    """Split a text at separators outside brackets."""
     parts, depth, start = [], 0, 0
     for at, character in enumerate(text):
         depth += (character in "([{⦃") - (character in ")]}⦄")
@@ -310,7 +318,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def split_signs(text: str) -> tuple[list[str], list[str]]:
-    """The sides of a relation, and the signs between them, outside brackets."""
+    """Split a relation at signs outside brackets. Return its sides, and the signs between them."""
     sides, signs, depth, start = [], [], 0, 0
     for at, character in enumerate(text):
         depth += (character in "([{⦃") - (character in ")]}⦄")
@@ -322,7 +330,7 @@ def split_signs(text: str) -> tuple[list[str], list[str]]:
 
 
 def enclosed(text: str) -> bool:
-    """Whether the first character is a bracket that the last one closes."""
+    """Return whether the first character is a bracket that the last character closes."""
     depth = 0
     for at, character in enumerate(text):
         depth += (character in "([{⦃") - (character in ")]}⦄")

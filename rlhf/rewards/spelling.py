@@ -1,7 +1,7 @@
-r"""One plain spelling for an answer's LaTeX and typography, so that what reads it knows one sign for each thing.
+r"""Converts the LaTeX and typography of an answer to one plain spelling, with one sign for each meaning.
 
-What stays of LaTeX is `\frac`, `\binom`, `\overline`, functions and Greek letters; braces group, and ⦃ ⦄ are those of a set. A comma
-separates values, whether it was "and", "or", a wide space or a comma.
+Of LaTeX, only `\frac`, `\binom`, `\overline`, functions and Greek letters remain. Braces group, and ⦃ ⦄ are the braces
+of a set. "and", "or" and wide spaces between values become commas.
 """
 
 import re
@@ -13,7 +13,7 @@ def _each(names: str, spelling: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), spelling)
 
 
-# Commands -> plain. What is not listed stays.
+# LaTeX command -> plain spelling. Commands that are not listed stay.
 COMMANDS = {
     **_each("left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits nolimits", ""),
     **_each("boldsymbol mathbf mathit mathsf mathcal bm boxed fbox phantom ensuremath rm bf it", ""),
@@ -60,9 +60,9 @@ CHARACTERS = str.maketrans(
         **{ord(a): b for a, b in {"⟨": "(", "⟩": ")", "∣": "|", "、": ",", "，": ",", "º": "°"}.items()},  # noqa: RUF001
     }
 )
-DOUBLED = re.compile(r"\\\\(?=[A-Za-z]{2})")  # \\\\frac: escaped twice
+DOUBLED = re.compile(r"\\\\(?=[A-Za-z]{2})")  # a command that was escaped twice, such as \\frac
 COMMAND = re.compile(r"\\(?:([A-Za-z]+)|(.))")
-BEFORE = [  # while commands are still there
+BEFORE = [  # replacements before commands are replaced
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\s+", " "),
@@ -77,7 +77,7 @@ BEFORE = [  # while commands are still there
         (r"\$\$", ""),
     )
 ]
-AFTER = [  # in this order
+AFTER = [  # replacements after commands are replaced, in this order
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\s+", " "),
@@ -101,7 +101,7 @@ AFTER = [  # in this order
         (r"\s+", " "),
     )
 ]
-# A reason behind the answer: "42, since ...", "42. We ...".
+# A reason or sentence after the answer: "42, since ...", "42. We ...".
 REASON = re.compile(
     r"(?<=\S)(?:\s?[,;(]\s?(?:since|because|as|which|where|so|hence|thus|therefore|for|when|i\.e\.)|\s(?:since|because|where|which))\b.*"
     r"|(?<=[0-9)}\]%])\.\s(?=[A-Z][a-z]).*",
@@ -111,14 +111,15 @@ THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 
 
 def plain(text: str) -> str:
-    """The answer in plain spelling."""
+    """Return the answer in plain spelling."""
     text = text.translate(CHARACTERS)
     if "\\begin" not in text:
         text = DOUBLED.sub(r"\\", text)
     for pattern, replacement in BEFORE:
         text = pattern.sub(replacement, text)
     text = COMMAND.sub(_command, text)
-    text = text.replace("$", "" if text.count("$") % 2 == 0 else "¤").replace("¤", "$")  # a single one is a currency, two enclose maths
+    # an even number of $ encloses maths, an odd number has a currency
+    text = text.replace("$", "" if text.count("$") % 2 == 0 else "¤").replace("¤", "$")
     text = REASON.sub("", text)
     for pattern, replacement in AFTER:
         text = pattern.sub(replacement, text)
@@ -135,7 +136,7 @@ def _command(match: re.Match[str]) -> str:
 
 
 def _without_thousands(text: str) -> str:
-    """1,234 is a number, but not between brackets, where commas separate."""
+    """Remove the commas of numbers such as 1,234, except inside brackets, where commas separate values."""
     depth, depths = 0, []
     for character in text:
         depths.append(depth)

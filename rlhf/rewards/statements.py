@@ -1,4 +1,4 @@
-"""What an answer can say: a quantity, a list, an interval, an equation and so on. Anything else is words."""
+"""The kinds of parsed answers: a quantity, a list, an interval, an equation and so on. Any other text is Words."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -15,7 +15,7 @@ class Quantity(NamedTuple):
     undone: tuple[str, ...] | None  # see Expression
     unit: Unit
     text: str
-    fraction: bool  # written as one: a percentage may equal it
+    fraction: bool  # written as a fraction, which may equal a percentage
 
 
 class Bracket(NamedTuple):
@@ -27,14 +27,14 @@ class Bracket(NamedTuple):
 
 
 class Several(NamedTuple):
-    """Values without an order: a "list" may hold one twice, a "set" or a "union" of intervals holds it once."""
+    """Values without an order. A "list" may have equal values. A "set" or "union" of intervals has each value once."""
 
     kind: str
     members: "tuple[Node, ...]"
 
 
 class Named(NamedTuple):
-    """x = 5, or x in an interval. rule: the same as a relation, where both sides are expressions."""
+    """A value with a name: x = 5, or x in an interval. rule: the same as a relation, if both sides are expressions."""
 
     name: str
     value: "Node"
@@ -50,8 +50,8 @@ class Relation(NamedTuple):
 
 class Ratio(NamedTuple):
     parts: tuple[Quotient, ...]
-    clock: str  # "5:30 pm" where it can be a time of day
-    half: str  # "am", "pm" or nothing
+    clock: str  # hours and minutes such as "5:30" if it can be a time of day, else ""
+    half: str  # "am", "pm" or ""
 
 
 class Choice(NamedTuple):
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    bars: str  # the kind of matrix if it stands between bars
+    bars: str  # the LaTeX environment of a matrix between bars, else ""
     rows: "tuple[tuple[Node, ...], ...]"
 
 

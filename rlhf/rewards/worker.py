@@ -1,4 +1,4 @@
-"""Reward functions and environments: the built-in ones, and the user's own, which run in processes that can be killed."""
+"""Runs reward functions and environments. Those of the user run in worker processes, which can be killed."""
 
 import os
 import signal
@@ -16,53 +16,52 @@ from rlhf.errors import UserError
 from rlhf.rewards import answers, child
 
 LATE = "no result within the time limit"
-LOADING = 120.0  # seconds that the import of a user's module may take
-LONGEST = 1e6  # seconds of one wait for a process: the system takes no more than 2e6
+LOADING = 120.0  # time limit in seconds for the import of a user's module
+LONGEST = 1e6  # longest wait for a process, in seconds; the system allows at most 2e6
 
 Item = tuple[str, str, dict[str, Any]]  # prompt, response, record
-Turn = tuple[Hashable, dict[str, Any], list[str]]  # the dialogue's key, record, what the model has said in it so far, turn by turn
+Turn = tuple[Hashable, dict[str, Any], list[str]]  # key of the dialogue, record, texts of the model's turns so far
 Message = dict[str, str]  # role and content
 
 
 class Score(NamedTuple):
-    """What one response is worth."""
+    """The result of a reward function for one response."""
 
     value: float
-    failed: bool  # the function raised, hung, ended its process or returned no finite number: value is 0
+    failed: bool  # the function raised, timed out, ended its process or returned no finite number; value is 0
 
 
 class Reply(NamedTuple):
-    """What an environment says to a turn."""
+    """The answer of an environment to a turn."""
 
-    messages: list[Message] | None  # None: the dialogue is over
-    value: float  # what the turn is worth
-    failed: bool  # as of a Score; the dialogue is over
+    messages: list[Message] | None  # None: the dialogue has ended
+    value: float  # reward of the turn
+    failed: bool  # as in Score; the dialogue has ended
 
 
 def verify(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """1.0 if the response states the record's answer, else 0.0."""
+    """Return 1.0 if the response states the record's answer, else 0.0."""
     if "answer" not in record:
-        raise UserError(
-            "reward.function='math' compares with the record's 'answer', but a record has none: add it, or set another function"
-        )
+        missing = "reward.function='math' needs the key 'answer' in each record, but a record has none"
+        raise UserError(f"{missing}: add it, or set another function")
     return answers.verify(response, str(record["answer"]))
 
 
 REWARDS: dict[str, Callable[[str, str, dict[str, Any]], float]] = {
-    "math": verify,  # bounded in time by itself, so it needs no process
+    "math": verify,  # its time is bounded, so it needs no worker process
 }
 
 
-GIVEN = {  # by the kind of child.KINDS: the key that names it, and what may be given
+GIVEN = {  # kind in child.KINDS -> configuration key, and the form of its value
     "function": ("reward.function", "module:function or path/file.py:function"),
     "environment": ("rollout.environment", "module:Class or path/file.py:Class"),
 }
 
 
 def check(spec: str, memory: float = 0.0, *, kind: str = "function", key: str = "") -> None:
-    """Raise UserError unless spec names what can be imported, in a process of its own, and is of the kind; a function may be in REWARDS.
+    """Raise UserError unless a worker process can import spec and it has this kind. A function may be in REWARDS.
 
-    key: that has it; empty: the one of its kind.
+    key: the configuration key of spec, for the message; empty: the key of its kind.
     """
     if kind == "function" and spec in REWARDS:
         return
@@ -76,11 +75,10 @@ def check(spec: str, memory: float = 0.0, *, kind: str = "function", key: str = 
 
 
 class Worker:
-    """One process of child.py, and the item it is working on.
+    """One process of child.py, and the item that it is working on.
 
-    memory: GiB that it may have; 0: no limit.
-
-    Not forked: the parent may hold a CUDA context or the threads of torch.distributed, which no fork survives.
+    memory: memory limit in GiB; 0: no limit. The process is not forked, because a fork does not work with a CUDA
+    context or with the threads of torch.distributed.
     """
 
     def __init__(self, spec: str, memory: float = 0.0, *, kind: str = "function", key: str = ""):
@@ -93,10 +91,10 @@ class Worker:
         self.spec = spec
         self.loaded = False
         self.item: int | None = None
-        self.ended: list[Hashable] = []  # dialogues that it may forget
+        self.ended: list[Hashable] = []  # ended dialogues, whose environments it can drop
         self.deadline = time.monotonic() + LOADING
         self.connection, theirs = Pipe()
-        end, self.lifeline = os.pipe()  # nothing is ever written: it closes when this process ends
+        end, self.lifeline = os.pipe()  # nothing is written to it; it closes when this process ends
         descriptors = (theirs.fileno(), end)
         command = [sys.executable, "-P", "-u", child.__file__, *map(str, descriptors)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0)
@@ -106,18 +104,21 @@ class Worker:
 
     def give(self, index: int, item: tuple, timeout: float) -> None:
         self.item, self.deadline = index, time.monotonic() + timeout
-        with suppress(BrokenPipeError):  # it ended while idle: advance() finds the end of the connection
+        with suppress(BrokenPipeError):  # the process ended while idle; advance() detects that the connection is closed
             self.connection.send(item)
 
     def seconds_left(self) -> float:
         return min(max(0.0, self.deadline - time.monotonic()), LONGEST)
 
     def advance(self) -> tuple[Any, str] | None:
-        """(value, error) for the item at hand once there is one, or once time is up. Raises UserError if nothing can be loaded."""
+        """Return (value, error) of the current item if it is done or its time is over, else None.
+
+        Raises UserError if the user's code cannot be loaded.
+        """
         if self.connection.poll():
             try:
                 value, error = self.connection.recv()
-            except (EOFError, OSError):  # the latter in the middle of an answer
+            except (EOFError, OSError):  # OSError: the process ended while it sent an answer
                 value, error = None, f"the process ended with exit code {self.kill()}"
         elif self.seconds_left() == 0:
             self.kill()
@@ -134,7 +135,7 @@ class Worker:
         return None
 
     def kill(self) -> int:
-        """End the process and all that it started. Returns its exit code."""
+        """Kill the process and all processes in its process group. Return its exit code."""
         if not self.connection.closed:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -148,11 +149,12 @@ Found = TypeVar("Found", Score, Reply)
 
 
 class Pool(Generic[Given, Found]):
-    """Up to `workers` processes that run code of the user, started when first needed and kept until close().
+    """Up to `workers` processes that run code of the user. They start when needed and are kept until close().
 
-    timeout: seconds for one item. memory: GiB for each process; 0: no limit.
-    failure: what the first failed item met with, as text; empty while none has failed.
-    late: whether the time limit has ended any, so that the results depend on how fast the machine is.
+    timeout   time limit of an item in seconds
+    memory    memory limit of each process in GiB; 0: no limit
+    failure   error of the first failed item, as text; "" if none has failed
+    late      whether an item has exceeded the time limit; the results then depend on the speed of the machine
     """
 
     kind: str  # in child.KINDS
@@ -162,7 +164,7 @@ class Pool(Generic[Given, Found]):
         self.pool: list[Worker] = []
         self.failure, self.late = "", False
         self._waiting: deque[tuple[int, Given]] = deque()
-        self._open: set[int] = set()  # items given whose results have not been taken
+        self._open: set[int] = set()  # keys of items whose results have not been taken
 
     def __enter__(self) -> Self:
         return self
@@ -176,14 +178,15 @@ class Pool(Generic[Given, Found]):
         self.pool = []
 
     def give(self, key: int, item: Given) -> None:
-        """Take up an item; its result comes out of take() under this key."""
+        """Add an item. take() returns its result under this key."""
         self._waiting.append((key, item))
         self._open.add(key)
 
     def take(self, block: bool | Set[int] = False) -> dict[int, Found]:
-        """The results that are there now; with block, all, or at least those of these keys. A process that hung or ended is replaced.
+        """Return the finished results by key. With block, wait for all results, or at least for those of these keys.
 
-        Raises UserError if the user's code cannot be loaded; what was given until then is forgotten.
+        A process that has exceeded the time limit or ended is replaced. Raises UserError if the user's code cannot be
+        loaded. All items are then dropped.
         """
         found: dict[int, Found] = {}
         awaited = self._open.intersection(block if isinstance(block, Set) else self._open if block else ())
@@ -211,7 +214,7 @@ class Pool(Generic[Given, Found]):
         return found
 
     def forget(self) -> None:
-        """Drop what was given: after an error, its results must not be taken for those of other items."""
+        """Drop all items. After an error, their results must not be used for other items with the same keys."""
         for worker in self.pool:
             if worker.item is not None:
                 worker.kill()
@@ -219,7 +222,7 @@ class Pool(Generic[Given, Found]):
         self._open.clear()
 
     def _hand_out(self, num_open: int) -> list[Worker]:
-        """Keep as many processes as there is work for, give each idle one an item, and return those with something to do."""
+        """Start processes if there is work for more, and give each idle one an item. Return the busy processes."""
         self.pool = [worker for worker in self.pool if not worker.connection.closed]
         while len(self.pool) < min(self.num_workers, num_open):
             self.pool.append(Worker(self.spec, self.memory, kind=self.kind))
@@ -229,7 +232,7 @@ class Pool(Generic[Given, Found]):
         return [worker for worker in self.pool if not worker.loaded or worker.item is not None]
 
     def _at_once(self) -> dict[int, Found]:
-        """The results of what needs no process."""
+        """Return the results of items that need no process."""
         return {}
 
     def _hand(self, worker: Worker) -> None:
@@ -241,12 +244,12 @@ class Pool(Generic[Given, Found]):
 
 
 class Rewards(Pool[Item, Score]):
-    """A reward function; timeout is for one response."""
+    """A reward function. timeout is the time limit for one response."""
 
     kind = "function"
 
     def score(self, items: list[Item]) -> list[Score]:
-        """One score per (prompt, response, record), in order."""
+        """Return one score per (prompt, response, record), in order."""
         for key, item in enumerate(items):
             self.give(key, item)
         scores = self.take(block=True)
@@ -268,9 +271,10 @@ class Rewards(Pool[Item, Score]):
 
 
 class Environments(Pool[Turn, Reply]):
-    """An environment, one instance for each dialogue; timeout is for one call of it.
+    """An environment, with one instance per dialogue. timeout is the time limit for one call of a method.
 
-    A dialogue stays in the process that it was begun in. If that process ends, another one makes the instance anew and tells it all again.
+    A dialogue stays in the process that it began in. If that process ends, another process makes a new instance and
+    gives it all turns of the dialogue again.
     """
 
     kind = "environment"
@@ -280,12 +284,12 @@ class Environments(Pool[Turn, Reply]):
         self._homes: dict[Hashable, Worker] = {}
 
     def end(self, key: Hashable) -> None:
-        """A dialogue is over, or given up."""
+        """Mark a dialogue as ended, so that its environment can be dropped."""
         if worker := self._homes.pop(key, None):
             worker.ended.append(key)
 
     def _hand(self, worker: Worker) -> None:
-        """The oldest turn of a dialogue that is at home in this process, or nowhere."""
+        """Give the process the oldest turn of a dialogue that it already has, or that no process has."""
         self._homes = {key: home for key, home in self._homes.items() if not home.connection.closed}
         for place, (index, (key, record, texts)) in enumerate(self._waiting):
             if self._homes.get(key, worker) is worker:

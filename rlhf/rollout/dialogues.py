@@ -1,4 +1,7 @@
-"""Responses of several turns: an environment answers what the model says, at a step of the engine that does not depend on time."""
+"""Responses of several turns: an environment answers each turn of the model.
+
+The engine step at which an answer is used does not depend on time, so runs are reproducible.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +19,31 @@ from rlhf.errors import UserError
 from rlhf.rewards import Environments, Reply
 from rlhf.rollout.flight import Group, Response
 
-DELAY = 8  # steps of the engine between the end of a turn and its answer: for so long nobody waits for an environment
+DELAY = 8  # engine steps between the end of a turn and the use of its answer; the environment works meanwhile
 Place = tuple[Group, int]  # a response of a group
 
 
 class Dialogues:
-    """Gives an environment the turns of one engine's responses, and adds its answers to them.
+    """Gives the turns of one engine's responses to their environments, and adds the answers to the responses.
 
-    All ranks of the engine make the same calls, and each asks its environments about a portion of the responses. Which answers are due
-    depends on the engine's steps alone, so every rank knows, and where one of them is late, all wait.
+    All ranks of the engine make the same calls. Each rank runs the environments of its portion of the responses. Which
+    answers are due depends only on the engine's steps, so all ranks agree. If a due answer is late, all ranks wait for
+    it.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, environments: Environments, gather: Callable[[Any], list[Any]]):
-        """gather: everybody's value, by rank of the engine."""
+        """gather: an all-gather of a Python object over the ranks of the engine."""
         self.config, self.tokenizer, self.environments, self.gather = config, tokenizer, environments, gather
-        self._asked: dict[int, tuple[int, Place]] = {}  # by number: the step at which the answer is due, and the response that awaits it
-        self._mine: set[int] = set()  # of these numbers, those that this rank has asked about
-        self._replies: dict[int, Reply] = {}  # to those, as far as they are here
+        self._asked: dict[int, tuple[int, Place]] = {}  # question number -> (step at which the answer is due, response)
+        self._mine: set[int] = set()  # numbers of the open questions whose environments run on this rank
+        self._replies: dict[int, Reply] = {}  # question number -> answer, for this rank's answers that are not due yet
         self._count = self._step = 0
 
     def open(self, groups: list[Group], mine: Callable[[Group, int], bool]) -> str:
-        """Give the groups the prompts that their environments begin with. What is wrong with one of them; empty: nothing."""
+        """Replace the prompts of the groups by those that their environments give.
+
+        mine(group, k): whether this rank runs the environment of a response. Return an error message, or "".
+        """
         for group in groups:
             self._ask((group, 0), mine(group, 0))
         for (group, _), reply in self._answers(list(self._asked)):
@@ -48,17 +55,20 @@ class Dialogues:
         return ""
 
     def ask(self, group: Group, k: int, mine: bool) -> None:
-        """Have a turn that has ended answered."""
+        """Give a finished turn to its environment."""
         group.responses[k].finish = ""
         self._ask((group, k), mine)
 
     @property
     def pending(self) -> bool:
-        """Whether an answer is still to come."""
+        """Return whether an answer is still missing."""
         return bool(self._asked)
 
     def advance(self, idle: bool) -> list[Place]:
-        """The responses whose answers are due after one more step of the engine; where it is idle, the next ones. They are answered."""
+        """Count one more step of the engine. Add the answers that are now due, and return their responses.
+
+        If the engine is idle, the answers with the earliest step are due at once.
+        """
         self._replies |= self.environments.take()
         self._step += 1
         if idle and self._asked:
@@ -66,11 +76,11 @@ class Dialogues:
         return self._answer([n for n, (due, _) in self._asked.items() if due <= self._step])
 
     def end(self, group: Group, k: int) -> None:
-        """A response is complete without another answer."""
+        """End the environment of a response that needs no more answers."""
         self.environments.end((*group.key, k))
 
     def finish(self) -> list[Place]:
-        """All that are still to be answered: they are now."""
+        """Add all missing answers, and return their responses."""
         return self._answer(list(self._asked))
 
     def _ask(self, place: Place, mine: bool) -> None:
@@ -91,7 +101,7 @@ class Dialogues:
         return [place for place, _ in answers]
 
     def _answers(self, due: Collection[int]) -> list[tuple[Place, Reply]]:
-        """What environments say to these responses, on every rank of the engine."""
+        """Return the responses with these numbers and their answers, on every rank of the engine. Wait for them."""
         if not due:
             return []
         mine = self._mine.intersection(due)
@@ -101,7 +111,7 @@ class Dialogues:
         return [(self._asked.pop(n)[1], known[n]) for n in due]
 
     def _add(self, prompt: Sample, response: Response, reply: Reply) -> None:
-        """Have the response go on behind a reply, or end with it."""
+        """Add an answer to a response, which then continues or is complete."""
         said = sum(turn["role"] == "assistant" for turn in response.turns)
         response.earned += reply.value
         if reply.failed:
@@ -114,13 +124,14 @@ class Dialogues:
             try:
                 tokens = templates.reply(self.tokenizer, self.config.data.template, response.turn, reply.messages)
             except UserError as error:
-                self.environments.failure = self.environments.failure or f"step() returned what no template can write: {error}"
+                reason = f"step() returned messages that the template cannot write: {error}"
+                self.environments.failure = self.environments.failure or reason
                 response.fail()
             else:
                 self._append(prompt, response, tokens, reply)
 
     def _append(self, prompt: Sample, response: Response, tokens: list[int], reply: Reply) -> None:
-        """Tokens behind a turn, where there is room for another one behind them."""
+        """Append the tokens of an answer. If no room is left for another turn, end the response instead."""
         length = len(response.tokens) + len(tokens)
         if length < self.config.rollout.max_tokens and len(prompt.tokens) + length < self.config.data.max_tokens:
             response.observe(tokens)
@@ -129,11 +140,11 @@ class Dialogues:
             response.finish = "length"
 
     def _prompt(self, prompt: Sample, messages: list[templates.Message]) -> Sample:
-        """The prompt in other words."""
+        """Return the prompt with these messages in place of its text. Raises UserError if they are no valid prompt."""
         ids, learned = templates.encode(self.tokenizer, self.config.data.template, templates.validate(messages))
         limit = self.config.data.max_tokens - self.config.rollout.max_tokens
         if any(learned):
-            raise UserError("the messages end with the assistant, who is to answer them; end them with the user")
+            raise UserError("the messages end with a turn of the assistant; end them with a turn of the user")
         if len(ids) > limit:
             raise UserError(f"a prompt of {len(ids)} tokens is longer than data.max_tokens - rollout.max_tokens={limit}; shorten it")
         text = self.tokenizer.decode(ids[1:] if ids[0] == self.tokenizer.bos else ids, skip_special=False)

@@ -1,6 +1,7 @@
-"""Responses in flight: how far each one is, and which groups a step may take.
+"""Groups in flight, which have been begun but not yet used by a step, and the choice of the groups that a step uses.
 
-A response may be drawn by the weights of several steps. Between steps no engine holds it: it is its tokens, and goes on as a longer prompt.
+A response may contain tokens of the weights of several steps. Between steps, engines hold no requests. To continue a
+response, its prompt and its tokens so far become the prompt of a new request.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from rlhf.contracts import Completion, Sample
 
 @dataclass(slots=True)
 class Response:
-    """What has been drawn so far in answer to a prompt."""
+    """A response to a prompt, complete or not."""
 
     tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)  # the engine's, of each token; 0 of those of an environment
-    version: list[int] = field(default_factory=list)  # of the weights that drew each token; -1: an environment has said it
-    finish: str = ""  # "stop" or "length" once it is complete
-    turns: list[dict[str, str]] = field(default_factory=list)  # role and content, where there is an environment
-    earned: float = 0.0  # what the environment has given for the turns
+    logp: list[float] = field(default_factory=list)  # the engine's log-prob of each token; 0: token of an environment
+    version: list[int] = field(default_factory=list)  # of the weights that sampled each token; -1: of an environment
+    finish: str = ""  # "stop" or "length" when the response is complete
+    turns: list[dict[str, str]] = field(default_factory=list)  # role and content; empty without an environment
+    earned: float = 0.0  # sum of the environment's rewards for the turns
     failed: bool = False  # the environment has failed
-    sample: Sample | None = None  # once it is complete, on the rank that has it rewarded
+    sample: Sample | None = None  # set when the response is complete, on the rank that gives it to the judge
 
     def extend(self, drawn: Completion, version: int) -> None:
-        """Add what weights of this version have drawn."""
+        """Add tokens that weights of this version have sampled."""
         self.tokens += drawn.tokens
         self.logp += drawn.logp
         self.version += [version] * len(drawn.tokens)
@@ -36,26 +37,26 @@ class Response:
 
     @property
     def turn(self) -> list[int]:
-        """The tokens behind the last that an environment has said."""
+        """Return the tokens after the last token of an environment."""
         return self.tokens[next((n for n in range(len(self.version), 0, -1) if self.version[n - 1] < 0), 0) :]
 
     def cut(self, tokens: int) -> None:
-        """Drop all but the first so many tokens of this turn."""
+        """Keep only the first `tokens` tokens of the current turn."""
         end = len(self.tokens) - len(self.turn) + tokens
         self.tokens, self.logp, self.version = self.tokens[:end], self.logp[:end], self.version[:end]
 
     def observe(self, tokens: list[int]) -> None:
-        """Add what nobody has drawn and nobody learns."""
+        """Add tokens of an environment. They are not learned."""
         self.tokens += tokens
         self.logp += [0.0] * len(tokens)
         self.version += [-1] * len(tokens)
 
     def fail(self) -> None:
-        """End it, worth nothing."""
+        """End the response with a reward of 0, because its environment has failed."""
         self.finish, self.earned, self.failed = "stop", 0.0, True
 
     def state(self) -> dict[str, Any]:
-        """All of it, for a checkpoint, with what a complete one was found to be worth."""
+        """Return the state for a checkpoint. It includes the reward and the verdict of a complete response."""
         drawn = {"tokens": torch.tensor(self.tokens, dtype=torch.int32), "logp": torch.tensor(self.logp, dtype=torch.float64)}
         told = {"finish": self.finish, "turns": self.turns, "earned": self.earned, "failed": self.failed}
         judged = {"reward": self.sample.reward, **asdict(self.sample.verdict)} if self.sample else {}
@@ -63,17 +64,17 @@ class Response:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Response:
-        """What state() gave, without the sample."""
+        """Return the response of a saved state(), without its sample."""
         drawn = (state[name].tolist() for name in ("tokens", "logp", "version"))
         return cls(*drawn, *(state[name] for name in ("finish", "turns", "earned", "failed")))
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A prompt with the responses to it. Equal to itself alone."""
+    """A prompt with its responses. Groups are compared by identity."""
 
     prompt: Sample
-    key: tuple[int, int]  # decides its draws: batch of the data's order, place in the batch
+    key: tuple[int, int]  # (batch in the order of the data, index in that batch); part of the responses' seeds
     begun: int  # step in which its responses were begun
     responses: list[Response]
 
@@ -83,11 +84,11 @@ class Group:
 
 
 def choose(groups: Sequence[Group], quota: int, step: int, max_lag: int) -> list[Group]:
-    """The oldest `quota` complete groups, which a step takes; empty while it has to wait.
+    """Return the oldest `quota` complete groups for this step to use, or [] if the step must wait for more responses.
 
-    groups are in the order in which they were drawn. No group is taken more than max_lag steps after the one in which it was begun. A step
-    takes `quota` of them, so the j-th oldest that is left over may have to wait until j // quota + 1 steps from now. Where that is too
-    late for any, this step waits for older ones.
+    `groups` is ordered from old to new. A group must be used at most max_lag steps after the step that began it. Each
+    step uses `quota` groups. So the group at index j of the remaining ones may have to wait j // quota + 1 steps. If
+    that is too late for any group, this step must wait until older groups are complete.
     """
     chosen = [group for group in groups if group.complete][:quota]
     taken = set(chosen)

@@ -1,4 +1,4 @@
-"""Who says what responses are worth: the protocol, and a reward function that runs in processes of its own."""
+"""The interface of a judge, which gives responses their rewards, and a judge that runs a reward function."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from rlhf.rewards import Pool, Rewards
 
 
 class Judge(Protocol):
-    """Says what responses are worth, while others are still being generated."""
+    """Gives responses their rewards while other responses are still being generated."""
 
     def give(self, sample: Sample) -> None:
-        """Take up a response."""
+        """Start to compute the reward of a response."""
         ...
 
     def collect(self, block: bool = False) -> None:
-        """Write reward and verdict into the responses that are judged by now; with block, into all that were given."""
+        """Write the finished rewards and verdicts into their samples. With block, wait for all of them."""
         ...
 
 
 class Rule:
-    """A reward function as a judge: what it says is added to what an environment has."""
+    """A judge that runs a reward function. Its reward is added to the reward of the environment."""
 
     def __init__(self, rewards: Rewards, mesh: Mesh):
         self.rewards, self.warn = rewards, Warnings(rewards, mesh, "reward")
         self._given: list[Sample] = []
 
     def give(self, sample: Sample) -> None:
-        if self.rewards.spec:  # without, a reward model or an environment alone judges
+        if self.rewards.spec:  # without a function, the reward comes from a reward model or an environment alone
             self.rewards.give(len(self._given), (sample.text.prompt, sample.text.response, dict(sample.text.record)))
             self._given.append(sample)
 
@@ -46,7 +46,7 @@ class Rule:
 
 
 class Warnings:
-    """Shows the first failure of the user's code on each node, and says once that it was late. All failures are counted."""
+    """Prints the first failure and the first timeout of the user's code on each node. Metrics count all failures."""
 
     def __init__(self, pool: Pool, mesh: Mesh, what: str):
         self.pool, self.mesh, self.what = pool, mesh, what
@@ -55,7 +55,8 @@ class Warnings:
     def __call__(self) -> None:
         if self.pool.failure and not self.failed and self.mesh.is_first_on_node:
             reason = textwrap.indent(self.pool.failure, "    ")
-            say(f"the code of the {self.what} failed, which counts as 0 (see reward_failed in metrics.jsonl):\n{reason}")
+            say(f"the code of the {self.what} failed: the reward is 0 (see reward_failed in metrics.jsonl)\n{reason}")
         if self.pool.late and not self.late and self.mesh.is_first_on_node:
-            say(f"the {self.what} took longer than reward.timeout={self.pool.timeout:g}: another run may differ from this one")
+            limit = f"reward.timeout={self.pool.timeout:g}"
+            say(f"the {self.what} took longer than {limit}: timeouts depend on the load, so another run may differ")
         self.failed, self.late = bool(self.pool.failure), self.pool.late

@@ -1,4 +1,7 @@
-"""The engine's one owner: it wakes it, gives it weights, lets it generate and puts it to sleep. No other file calls an engine's methods."""
+"""The owner of the engine, which wakes it, publishes weights to it, generates with it and puts it to sleep.
+
+No other file calls the methods of an engine.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ AWAKE = frozenset({Kind.WEIGHTS, Kind.CACHE})
 
 
 class EngineOwner:
-    """Generates with the weights that were offered last, whatever the device was used for since.
+    """Generates with the weights that were offered last.
 
-    An engine loses its weights when it sleeps, so it gets them again before it generates.
+    An engine loses its weights when it sleeps. The owner publishes them again before the engine generates.
     """
 
     def __init__(
@@ -32,15 +35,15 @@ class EngineOwner:
         verify: bool = False,
         fill: Callable[[dict[str, Tensor]], None] | None = None,
     ):
-        """An engine with a publisher sleeps until weights are offered. One without has loaded its own, or fill(parameters) writes them.
+        """publisher: the engine sleeps until weights are offered. verify: compare checksums after every publish.
 
-        verify: compare checksums after every publish.
+        Without a publisher, the engine has loaded its weights itself, or fill(parameters) writes them.
         """
         self.engine, self._residence, self._publisher, self._verify = engine, residence, publisher, verify
         self._weights: Mapping[str, Tensor] = {}
         self._resident, self._fresh = AWAKE, publisher is None
-        self._waiting = 0  # requests of a stream that are not complete
-        self.version = 0  # steps after which the weights that it generates with were offered
+        self._waiting = 0  # unfinished requests of the current stream
+        self.version = 0  # version of the current weights: the number of steps they were trained
         residence.add_engine(self)
         if publisher:
             self.leave(())
@@ -48,17 +51,18 @@ class EngineOwner:
             fill(engine.parameters())
 
     def sound(self) -> bool:
-        """Whether the weights that the engine has loaded can be computed with."""
+        """Return whether the weights of the engine are finite and not too large to compute with."""
         return operations.sound(self.engine.parameters().values())
 
     def offer(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Generate with these weights from now on: the learner's live shards, by megatron-core's names."""
+        """Generate with these weights from now on: the learner's own shards by the names of megatron-core."""
         self._weights, self.version = weights, version
         self._publish()
 
     def stream(self, requests: list[Request]) -> Generator[list[tuple[int, Completion]], None, None]:
-        """After every step of the engine what it has completed, by the requests' keys, until all are complete, also those that were
-        submitted meanwhile. Whoever stops earlier withdraws the rest.
+        """Yield the requests that each step of the engine completes, as (key, completion), until all are complete.
+
+        This includes requests that are submitted meanwhile. A caller that stops earlier must call withdraw().
         """
         if not self._fresh:
             self._publish()
@@ -71,32 +75,35 @@ class EngineOwner:
                 yield found
 
     def submit(self, requests: list[Request]) -> None:
-        """More requests for the stream at hand."""
+        """Add requests to the current stream."""
         self.engine.submit(requests)
         self._waiting += len(requests)
 
     @property
     def idle(self) -> bool:
-        """Whether the engine has completed all requests."""
+        """Return whether the engine has completed all requests."""
         return not self._waiting
 
     def withdraw(self) -> list[tuple[int, Completion]]:
-        """Whatever is not complete, by the requests' keys, as far as it is. The engine holds nothing afterwards."""
+        """Remove all unfinished requests from the engine. Return their tokens so far, as (key, completion)."""
         return self.engine.withdraw()
 
     def volume(self) -> tuple[int, int]:
-        """Bytes of a publish that this rank keeps, and that it receives from others."""
-        assert self._publisher, "an engine that loaded its own weights is never published to"
+        """Return the bytes of a publish that stay on this rank, and the bytes that it receives from other ranks."""
+        assert self._publisher, "this engine has loaded its weights itself and has no publisher"
         return self._publisher.volume()
 
     def leave(self, keep: Collection[Kind]) -> None:
-        """Give back the memory of all kinds but these. It goes as a whole. For the residence, as is come()."""
+        """Put the engine to sleep, unless `keep` contains all kinds that it has on the device.
+
+        Only the residence calls this method and come().
+        """
         if self._resident - set(keep):
             self.engine.sleep()
             self._resident, self._fresh = frozenset(), False
 
     def come(self, needed: Collection[Kind]) -> None:
-        """Have these kinds on the device."""
+        """Allocate these kinds on the device."""
         missing = set(needed) - self._resident
         if Kind.WEIGHTS in missing:
             self.engine.wake_weights()
@@ -105,19 +112,19 @@ class EngineOwner:
         self._resident |= missing
 
     def _publish(self) -> None:
-        assert self._publisher, "an engine that loaded its own weights cannot get them back after it slept"
+        assert self._publisher, "an engine without a publisher cannot get its weights back after it has slept"
         self._residence.enter(Phase.PUBLISH)
         held = self.engine.parameters()
         self._publisher.publish(self._weights, held)
         if self._verify:
             self._publisher.verify(self._weights, held)
-        self._residence.enter(Phase.ROLLOUT)  # the policy's weights leave before the cache comes
+        self._residence.enter(Phase.ROLLOUT)  # moves the policy's weights off the device before the cache is allocated
         self._fresh = True
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Keep Python's garbage collector away: vLLM's scheduler makes so many short-lived objects that it took 15 % of a rollout's time."""
+    """Disable Python's garbage collector. It took 15 % of a rollout's time, as vLLM's scheduler makes many objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:

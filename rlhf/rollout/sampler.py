@@ -1,4 +1,4 @@
-"""How one engine's share of the prompts becomes samples: requests, responses that go on, and what all ranks know at the end."""
+"""Generates the responses to one engine's share of the prompts, and gathers the samples of all engines on all ranks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from rlhf.rollout.stops import Stops
 
 
 class Sampler:
-    """This rank's part of an engine, which is rollout.tp consecutive ranks: all of them know all of its responses."""
+    """Generates responses with the engine of this rank. An engine spans rollout.tp consecutive ranks.
+
+    All ranks of an engine have all of its responses.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, owner: EngineOwner, tokenizer: Tokenizer, environments: Environments | None = None):
-        """environments: that answer the turns of responses that are judged, where rollout.environment is set."""
+        """environments: answer the turns of responses if rollout.environment is set and the responses get rewards."""
         self.config, self.mesh, self.owner, self.tokenizer = config, mesh, owner, tokenizer
         self.stops = Stops(tokenizer, config.rollout.stop)
-        self.waited = 0.0  # seconds in which rewards or environments alone were awaited
+        self.waited = 0.0  # seconds in which the engine was idle because of rewards or environments
         self.dialogues: Dialogues | None = None
         if environments and config.rollout.environment:
             self.warn = Warnings(environments, mesh, "environment")
@@ -37,34 +40,41 @@ class Sampler:
 
     @property
     def engines(self) -> tuple[int, int]:
-        """How many engines there are, and which one is this rank's."""
+        """Return the number of engines, and the index of this rank's engine."""
         tp = self.config.rollout.tp
         return self.mesh.world // tp, self.mesh.rank // tp
 
     def sampling(self) -> Sampling:
-        """How the configuration says to sample. A stop string of one token is a stop id; for others the tokens are watched."""
+        """Return the sampling parameters of the configuration.
+
+        A stop string that is one token becomes a stop id. Request.ends checks for the other stop strings.
+        """
         r = self.config.rollout
         stop_ids = (*self.tokenizer.stop_ids, *self.stops.ids)
         return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
 
     def begin(self, prompts: list[Sample], size: int, batch: int, step: int) -> list[Group]:
-        """This engine's share of the prompts of a batch, as groups of `size` responses that are begun in a step."""
+        """Return this engine's share of the prompts of a batch, as new groups of `size` empty responses.
+
+        `step` is the step in which the groups are begun.
+        """
         engines, engine = self.engines
         mine = [prompt for prompt in prompts if prompt.group % engines == engine]
         return [Group(prompt, (batch, prompt.group), step, [Response() for _ in range(size)]) for prompt in mine]
 
     def opened(self, groups: list[Group]) -> list[Group]:
-        """With the prompts that their environments give them. Every rank calls it."""
+        """Replace the prompts of the groups by those that their environments give. Every rank calls it."""
         if self.dialogues:
             self.mesh.agree(self.dialogues.open(groups, self.judges))
             self.warn()
         return groups
 
     def generate(self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None) -> list[Group]:
-        """Generate until a step can take `quota` of these groups from this engine: those. The others are as far as they are.
+        """Generate until the step can take `quota` complete groups of this engine, and return these groups.
 
-        All ranks of an engine know all of its responses. The judge gets a rank's portion of them, each when it is complete; without a
-        judge no environment answers either.
+        The responses of the other groups keep the tokens that they have so far. Each rank gives its portion of the
+        engine's responses to the judge, each as soon as it is complete. Without a judge, environments are not used
+        either.
         """
         chosen = choose(groups, quota, step, self.config.rollout.max_lag)
         waiting = [(group, k) for group in groups for k, response in enumerate(group.responses) if not response.finish]
@@ -99,7 +109,10 @@ class Sampler:
         return chosen
 
     def _answered(self) -> Iterator[Place]:
-        """The responses that an environment has answered after one more step of the engine, or instead of one without work."""
+        """Yield the responses that their environment has answered after one more step of the engine.
+
+        If the engine is idle, wait until there are new requests for it, or until no answer is pending.
+        """
         pending = self.dialogues is not None
         while self.dialogues and pending:
             start = time.perf_counter()
@@ -110,7 +123,7 @@ class Sampler:
             pending = self.owner.idle and self.dialogues.pending
 
     def _request(self, n: int, group: Group, k: int, sampling: Sampling) -> Request:
-        """The rest of a response. What there is of it makes the prompt longer, and its seed another."""
+        """Return the request for the rest of a response. The tokens so far are part of its prompt and of its seed."""
         response = group.responses[k]
         known = response.tokens
         seed = seeded(self.config.seed, *group.key, k, *([len(known)] if known else []))
@@ -118,7 +131,10 @@ class Sampler:
         return Request(n, group.prompt.tokens.tolist() + known, rest, seed, self.stops.after(response.turn))
 
     def _end_turn(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> list[Place]:
-        """Take up the end of a turn, and give it to the environment. The response, if that ends it."""
+        """Add a finished turn to its response, and give it to the environment. Return the response if it is complete.
+
+        The result is a list of one or no response.
+        """
         response = group.responses[k]
         response.extend(completion, self.owner.version)
         end = self.stops.end(response.turn)
@@ -135,7 +151,7 @@ class Sampler:
         return []
 
     def _complete(self, ended: list[Place], judge: Judge | None) -> None:
-        """Have complete responses judged that are this rank's, and take up what others were found to be worth."""
+        """Give the complete responses of this rank's portion to the judge, and collect the rewards that are ready."""
         for group, k in ended:
             if self.judges(group, k):
                 sample = group.responses[k].sample = self.sample(group.prompt, group.responses[k])
@@ -145,18 +161,18 @@ class Sampler:
             judge.collect()
 
     def judges(self, group: Group, k: int) -> bool:
-        """Whether a response is in this rank's portion of those of its engine."""
+        """Return whether a response is in this rank's portion of its engine's responses."""
         tp = self.config.rollout.tp
         return (group.key[1] * len(group.responses) + k) % tp == self.mesh.rank % tp
 
     def gather(self, groups: list[Group]) -> list[Sample]:
-        """The samples of complete groups of all engines on every rank, in the order in which their prompts were drawn."""
+        """Return the samples of complete groups of all engines, on every rank, in the order of their prompts."""
         mine = [(group.key, k, r.sample) for group in groups for k, r in enumerate(group.responses) if r.sample]
         found = [item for part in self.mesh.all_gather(mine) for item in part]
         return [sample for *_, sample in sorted(found, key=lambda item: item[:2])]
 
     def sample(self, prompt: Sample, response: Response) -> Sample:
-        """A complete response as a sample. What an environment has said in it is not learned."""
+        """Return a complete response as a sample. Tokens of an environment are not learned."""
         tokens, first = np.concatenate([prompt.tokens, np.array(response.tokens, np.int32)]), len(prompt.tokens) - 1
         logp, version = np.zeros(len(tokens) - 1, np.float32), np.full(len(tokens) - 1, -1, np.int32)
         logp[first:], version[first:] = response.logp, response.version
@@ -174,5 +190,5 @@ class Sampler:
 
 
 def seeded(*key: int) -> int:
-    """63 bits that depend on every part of the key: engines with equal seeds would sample alike."""
+    """Return a seed of 63 bits that depends on every part of the key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

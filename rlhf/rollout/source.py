@@ -1,4 +1,4 @@
-"""Where a run's samples come from: straight from the data, or from an engine that answers its prompts."""
+"""The source of a run's samples: the data set itself, or an engine that generates responses to its prompts."""
 
 from __future__ import annotations
 
@@ -27,33 +27,39 @@ class Source(Protocol):
     """Samples for the steps of a run."""
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
-        """The samples of a step, counted from 0, identical on every rank, with metrics."""
+        """Return the samples of a step (counted from 0), identical on every rank, and metrics."""
         ...
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
-        """The policy's weights after `version` steps. With check, prove that samples will be drawn with them."""
+        """Use these weights of the policy, after `version` steps, for the next samples.
+
+        With check, raise RuntimeError if the engine does not generate with them.
+        """
         ...
 
     def describe(self, samples: list[Sample]) -> Sums:
-        """Metrics of samples whose streams and rewards are complete."""
+        """Return metrics of samples whose streams and rewards are complete."""
         ...
 
     def remarks(self) -> list[str]:
-        """What a person should know of it when a run starts."""
+        """Return lines to print when a run starts."""
         ...
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint must keep for the next step to be the same, identical on every rank; None: nothing. Every rank calls it."""
+        """Return the state that a checkpoint must save, identical on every rank; None if there is none.
+
+        Every rank calls it.
+        """
         ...
 
     def resume(self, step: int, state: dict[str, Any] | None) -> None:
-        """Go on after so many steps, from what state() gave."""
+        """Continue after `step` steps with a saved state()."""
         ...
 
 
 @dataclass(slots=True)
 class DataSource:
-    """The records themselves are the samples."""
+    """Takes samples directly from the records of the data set."""
 
     config: Config
     records: Records
@@ -79,7 +85,10 @@ class DataSource:
 
 @dataclass(slots=True)
 class EngineSource:
-    """Every engine (rollout.tp consecutive ranks) generates for its share of the prompts; then all ranks know all samples."""
+    """Generates samples. Each engine (rollout.tp consecutive ranks) answers its share of the prompts.
+
+    Afterwards all ranks have all samples.
+    """
 
     config: Config
     mesh: Mesh
@@ -88,22 +97,23 @@ class EngineSource:
     records: Records
     judge: Judge
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
-    tolerance: float = 0.0  # of the mean |engine - policy| over log-probs
-    environments: Environments | None = None  # that answer the turns of responses that are judged
+    tolerance: float = 0.0  # largest allowed mean |engine - policy| over log-probs
+    environments: Environments | None = None  # answer the turns of responses that get rewards
     sampler: Sampler = field(init=False)
-    flight: list[Group] = field(default_factory=list)  # of this engine, in the order in which they were drawn (rollout.inflight > 1)
-    drawn: int = 0  # groups of all engines that have been begun since the run began, ...
-    taken: int = 0  # ... and that steps have taken
-    notes: list[str] = field(default_factory=list)  # on what was resumed
+    flight: list[Group] = field(default_factory=list)  # this engine's groups in flight, oldest first
+    drawn: int = 0  # groups that all engines together have begun since the start of the run
+    taken: int = 0  # groups that steps have used since the start of the run; the others are in flight
+    notes: list[str] = field(default_factory=list)  # remarks about the resumed state
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.config, self.mesh, self.owner, self.tokenizer, self.environments)
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
-        """The step's samples, grouped by prompt.
+        """Return the step's samples, grouped by prompt, and metrics.
 
-        With rollout.rounds > 1, groups of equal rewards are left out and more prompts drawn instead (dynamic sampling, DAPO, 2503.14476),
-        until batch.prompts groups are kept or the rounds are over; if no group is ever kept, the last round's are.
+        With rollout.rounds > 1, groups of equal rewards are dropped, and another round generates responses to more
+        prompts (dynamic sampling, DAPO, 2503.14476). This ends when batch.prompts groups are kept, or after
+        rollout.rounds rounds. If no group was kept, the groups of the last round are returned.
         """
         rounds, count = self.config.rollout.rounds, self.config.batch.prompts
         kept: list[list[Sample]] = []
@@ -113,7 +123,7 @@ class EngineSource:
             if len(kept) >= count:
                 break
         samples = [sample for group in (kept or drawn)[:count] for sample in group]
-        sums: Sums = {"time/reward": (self.sampler.waited, 1.0)}  # within the rollout's time
+        sums: Sums = {"time/reward": (self.sampler.waited, 1.0)}  # included in time/rollout
         self.sampler.waited = 0.0
         if rounds > 1:
             sums |= {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))}
@@ -124,11 +134,11 @@ class EngineSource:
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
         self.owner.offer(weights, version)
         if check or self.config.rollout.check:
-            self._compare()  # the policy scores, and the engine sleeps meanwhile
+            self._compare()  # the engine sleeps while the policy scores, and loses its weights: publish again
             self.owner.offer(weights, version)
 
     def describe(self, samples: list[Sample]) -> Sums:
-        """As summary(), with the mean |engine - learner| of log-probs where the policy has scored them."""
+        """Return summary(), and the mean |engine - learner| of log-probs if the policy has scored the samples."""
         sums = summary(samples)
         if all(s.old_logp is not ABSENT for s in samples):
             gaps = _gaps(samples, [s.old_logp for s in samples])
@@ -137,10 +147,11 @@ class EngineSource:
 
     def remarks(self) -> list[str]:
         stay, cross = self.owner.volume()
-        return [f"publish: of the weights {stay / 1e9:.3g} GB stay on this rank, and {cross / 1e9:.3g} GB come from others", *self.notes]
+        own = f"{stay / 1e9:.3g} GB of weights stay on this rank"
+        return [f"publish: {own}, {cross / 1e9:.3g} GB come from other ranks", *self.notes]
 
     def state(self) -> dict[str, Any] | None:
-        """The groups that are in flight on all engines, oldest first, with all that is known of their responses."""
+        """Return the groups in flight of all engines, oldest first, with the complete state of their responses."""
         if self.config.rollout.inflight == 1:
             return None
         mine = [
@@ -155,10 +166,10 @@ class EngineSource:
         return {"engines": engines, "drawn": self.drawn, "taken": self.taken, "responses": responses}
 
     def resume(self, step: int, state: dict[str, Any] | None) -> None:
-        """Take up what was in flight. Where the number of engines is another, those groups are begun anew."""
+        """Restore the groups in flight. If the number of engines has changed, they start again from their prompts."""
         if self.config.rollout.inflight == 1:
             return
-        if state is None:  # a checkpoint of before
+        if state is None:  # checkpoints of older versions have no such state
             self.drawn = self.taken = step * self.config.batch.prompts
             return
         self.drawn, self.taken = state["drawn"], state["taken"]
@@ -168,9 +179,8 @@ class EngineSource:
         oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
         self.flight = self.sampler.opened([group for group in self._span(oldest, self.drawn, step) if group.key in held])
         if state["engines"] != self.sampler.engines[0]:
-            self.notes.append(
-                f"{len(held)} groups that were in flight on {state['engines']} engines begin anew on {self.sampler.engines[0]}"
-            )
+            before, now = state["engines"], self.sampler.engines[0]
+            self.notes.append(f"{len(held)} groups in flight on {before} engines start again on {now}")
             return
         for group in self.flight:
             group.begun = held[group.key][0]["begun"]
@@ -182,33 +192,43 @@ class EngineSource:
                     response.sample.verdict = Verdict(known["rule"], known["score"], known["failed"])
 
     def answer(self, prompts: list[Sample], judge: Judge) -> list[Sample]:
-        """One rewarded response per held-out prompt, at evaluate.temperature; the same draws at every evaluation."""
+        """Return one response with its reward per held-out prompt, at evaluate.temperature.
+
+        The seeds are the same at every evaluation.
+        """
         sampling = replace(self.sampler.sampling(), temperature=self.config.evaluate.temperature, top_p=1.0, top_k=0)
         return self.sample(prompts, sampling, 1, 0, judge)
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
-        """A few tokens after each prompt, drawn from the unfiltered distribution, to compare log-probs with; never rewarded."""
+        """Sample a few tokens after each prompt, without top_p and top_k, to compare log-probs. They get no rewards."""
         sampling = replace(self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
         return self.sampler.gather(self._run(prompts, sampling, 1, 0, None))
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
-        """`group` rewarded responses to each prompt. Draws depend on (seed, step, prompt, sibling) alone."""
+        """Return `group` responses with rewards to each prompt.
+
+        The random numbers depend only on the seed, the step, the prompt and the index of the response in its group.
+        """
         return self.sampler.gather(self._run(prompts, sampling, group, step, judge))
 
     def _compare(self) -> None:
-        """Sample a little and let the policy score it: engine and learner must give the same log-probs."""
+        """Sample a few tokens and score them with the policy.
+
+        Raises RuntimeError if the log-probs of engine and learner differ by more than the tolerance.
+        """
         samples = self.probe(self.records.head(2 * self.mesh.world))
         gaps = _gaps(samples, self.score(samples))
         if not gaps.mean() < self.tolerance:
             raise RuntimeError(
                 f"after publishing, the engine's log-probs differ from the policy's by {gaps.mean():.3g} on average"
-                f" ({gaps.max():.3g} at most): it does not generate with the weights that were trained"
+                f" ({gaps.max():.3g} at most): the engine does not generate with the trained weights"
             )
 
     def _next(self, step: int, turn: int) -> list[Sample]:
-        """The samples of batch.prompts more groups. Each engine gives its share of them, and keeps what is in flight beyond that."""
+        """Return the samples of the next batch.prompts groups. The other groups stay in flight on their engines."""
         engines, engine = self.sampler.engines
-        quota = len(range(engine, self.config.batch.prompts, engines))  # where they do not divide it, the first ones give one more
+        # This engine's share of batch.prompts. If it is not divisible, the first engines take one group more.
+        quota = len(range(engine, self.config.batch.prompts, engines))
         flight = self.flight + self.sampler.opened(self._fresh(step, turn))
         chosen = self.sampler.generate(flight, self.sampler.sampling(), step, quota, self.judge)
         taken = set(chosen)
@@ -217,19 +237,20 @@ class EngineSource:
         return self.sampler.gather(chosen)
 
     def _run(self, prompts: list[Sample], sampling: Sampling, size: int, step: int, judge: Judge | None) -> list[Group]:
-        """This engine's share of the prompts, answered as a whole."""
+        """Return this engine's share of the prompts as complete groups."""
         groups = self.sampler.begin(prompts, size, step, step)
         if judge:
             groups = self.sampler.opened(groups)
         return self.sampler.generate(groups, sampling, step, len(groups), judge)
 
     def _fresh(self, step: int, turn: int) -> list[Group]:
-        """The groups of this engine that are begun now. Who is drawn when depends on nothing but the seed, the step and the turn.
+        """Return the groups that this engine begins now. The prompts depend only on the seed, the step and the turn.
 
-        As many as a step takes; with rollout.inflight > 1, as many as bring those in flight back to that many times batch.prompts.
+        All engines together begin batch.prompts groups. With rollout.inflight > 1, they begin as many as are needed to
+        have rollout.inflight * batch.prompts groups in flight.
         """
         count, seed = self.config.batch.prompts, self.config.seed
-        if self.config.rollout.inflight == 1:  # further rounds go through the data in orders of their own
+        if self.config.rollout.inflight == 1:  # each further round uses another order of the data
             prompts = self.records.draw(step, count, seeded(seed, turn) if turn else seed)
             for prompt in prompts:
                 prompt.group += turn * count
@@ -238,20 +259,20 @@ class EngineSource:
         return self._span(begin, self.drawn, step)
 
     def _span(self, begin: int, end: int, step: int) -> list[Group]:
-        """This engine's groups of the prompts from begin to end, counted from the run's first one, begun in a step."""
+        """Return this engine's groups of the run's prompts begin to end - 1. `step` is the step that begins them."""
         count, size = self.config.batch.prompts, self.config.rollout.group
         groups: list[Group] = []
         for batch in range(begin // count, -(-end // count)):
             groups += self.sampler.begin(self.records.draw(batch, count, self.config.seed), size, batch, step)
         for group in groups:
-            group.prompt.group += group.key[0] * count  # unique among all that are in flight
+            group.prompt.group += group.key[0] * count  # unique among all groups in flight
         return [group for group in groups if begin <= group.prompt.group < end]
 
 
 def summary(samples: list[Sample]) -> Sums:
-    """What a step's samples look like, as (sum, count)."""
+    """Return metrics of a step's samples as (sum, count)."""
     n = float(len(samples))
-    both = [(s.verdict.rule, s.verdict.score) for s in samples if s.verdict.score is not None]  # those that a reward model scored, too
+    both = [(s.verdict.rule, s.verdict.score) for s in samples if s.verdict.score is not None]  # with a reward model
     return {
         "reward_rule": (sum(rule for rule, _ in both), float(len(both))),
         "reward_score": (sum(score for _, score in both), float(len(both))),
@@ -263,12 +284,12 @@ def summary(samples: list[Sample]) -> Sums:
 
 
 def ages(samples: list[Sample], step: int, max_lag: int) -> Sums:
-    """How many steps old the weights were that drew what a step learns from: the share of tokens of each age, and the highest age."""
+    """Return the share of tokens by the age, in steps, of the weights that sampled them, and the highest age."""
     lags = np.concatenate([step - s.version[s.mask] for s in samples])
     shares = {f"lag/{lag}": (float((lags == lag).sum()), float(len(lags))) for lag in range(max_lag + 1)}
     return {**shares, "lag_max": (float(lags.max()), 1.0)}
 
 
 def _gaps(samples: Sequence[Sample], logp: Sequence[np.ndarray]) -> np.ndarray:
-    """|engine - learner| of the log-prob of every sampled token."""
+    """Return |engine - learner| of the log-prob of every sampled token."""
     return np.concatenate([np.abs(learner - s.sampler_logp)[s.mask] for s, learner in zip(samples, logp, strict=True)])

@@ -1,4 +1,4 @@
-"""Stop strings on tokens: which tokens they are, when they have appeared, and where a response is cut behind them."""
+"""Stop strings: which stop ids they are, whether tokens contain one, and where to cut a response after one."""
 
 from __future__ import annotations
 
@@ -7,46 +7,52 @@ from collections.abc import Callable, Sequence
 
 from rlhf.data.tokenizer import Tokenizer
 
-BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no character
+BROKEN = "\ufffd"  # tokenizers decode bytes that are not a complete character to this
 
 
 class Stops:
-    """The strings that end a response. Tokens are cut, never made again from text."""
+    """The strings that end a response. A response is cut after a token. Its text is never tokenized again."""
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
         self.tokenizer, self.strings = tokenizer, tuple(strings)
         spelled = [tokenizer.encode(text, continues=True, control=True) for text in self.strings]
-        self.ids = tuple(ids[0] for ids in spelled if len(ids) == 1)  # an engine ends at these by itself
-        # Whether ends() is to be asked of others: those of several tokens, and those that stand within a longer one (".\n" and "\n").
-        self.watched = any(len(ids) > 1 or tokenizer.decode(ids) for ids in spelled)  # a special token is never a part of another
-        self.reach = max((len(text.encode()) for text in self.strings), default=0) + 1  # tokens that ends() reads: each is a byte or more
-        self._enders: dict[int, bool] = {}  # tokens that were asked: whether they may complete a stop string
+        self.ids = tuple(ids[0] for ids in spelled if len(ids) == 1)  # stop ids: the engine ends a response at these
+        # ends() is needed for stop strings of several tokens, and for those that may be part of a longer token, such as
+        # "\n" in ".\n". Special tokens decode to nothing and are never part of another token, so they do not need it.
+        self.watched = any(len(ids) > 1 or tokenizer.decode(ids) for ids in spelled)
+        # number of tokens that ends() decodes; each token has at least one byte
+        self.reach = max((len(text.encode()) for text in self.strings), default=0) + 1
+        self._enders: dict[int, bool] = {}  # cache of _may_end()
 
     def ends(self, tokens: list[int]) -> bool:
-        """Whether the last token has completed a stop string. It may miss one that only the whole text shows; end() finds that."""
+        """Return whether the last token completes a stop string.
+
+        It may miss a stop string that appears only in the decoded text of all tokens. end() finds that one too.
+        """
         if not self._may_end(tokens[-1]):
             return False
         text = self._text(tokens[-self.reach :])
         return any(stop in text for stop in self.strings)
 
     def after(self, tokens: list[int]) -> Callable[[list[int]], bool] | None:
-        """What an engine is to ask of what it draws behind these tokens; None where its stop ids are enough."""
+        """Return Request.ends for a request that continues these tokens; None if stop ids are enough."""
         before = tokens[-self.reach :]
         return (lambda drawn: self.ends(before + drawn[-self.reach :])) if self.watched else None
 
     def end(self, tokens: list[int]) -> int | None:
-        """How many tokens the shortest prefix has whose text has a stop string in it; None where the text of all has none.
+        """Return the length of the shortest prefix of tokens whose text contains a stop string; None if there is none.
 
-        Text that tokens have spelled stays when more come, so whether a prefix has a stop string is bisected. Only bytes that are no
-        character by themselves can change what is before them: some tokenizers then give up the whole run of bytes, with a stop string
-        in it. So if a character is broken in the text, prefixes that end before such bytes are asked first.
+        More tokens do not normally change the text of earlier ones, so bisection finds the prefix. The exception is a
+        token whose bytes are not a complete character. Some tokenizers then decode the whole run of bytes to BROKEN,
+        also a stop string in it. So if the text of the prefix contains BROKEN, prefixes that end before such tokens are
+        tried first.
         """
 
         def stopped(n: int) -> bool:
             said = self._text(tokens[:n])
             return any(stop in said for stop in self.strings)
 
-        def first(end: int) -> int:  # in 1..end, of which end is stopped
+        def first(end: int) -> int:  # length of the shortest such prefix; the prefix of `end` tokens must be one
             return bisect_left(range(end), True, lo=1, key=stopped)
 
         if not self.strings or not stopped(len(tokens)):
@@ -58,7 +64,7 @@ class Stops:
         return first(next(filter(stopped, breaks), end))
 
     def _may_end(self, token: int) -> bool:
-        """Whether a token's text has the last character of a stop string in it, or part of one."""
+        """Return whether a token's text contains the last character of a stop string, or an incomplete character."""
         known = self._enders.get(token)
         if known is None:
             text = self._text([token])
@@ -66,4 +72,4 @@ class Stops:
         return known
 
     def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token, as <|im_end|>
+        return self.tokenizer.decode(tokens, skip_special=False)  # a stop string may be a special token

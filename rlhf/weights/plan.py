@@ -1,4 +1,7 @@
-"""Who sends which box to whom. Every rank works out its own part alone, in time that does not grow with the world."""
+"""The plan of a publish: which rank sends which box to which rank.
+
+Each rank computes its own part without communication, in time that does not grow with the world size.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from rlhf.weights.tiles import Box, Tile, intersect, numel, subtract
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A box that one rank holds and another, or the same one, needs."""
+    """The transfer of a box from a rank that holds it to a rank that needs it. Both may be the same rank."""
 
     source: int  # rank
     target: int  # rank
@@ -26,21 +29,22 @@ class Move:
 
 @dataclass(slots=True)
 class Holders:
-    """The ranks that hold the same boxes, all of them and by node, in ascending order."""
+    """The ranks that hold the same boxes, in ascending order: all of them, and those of each node."""
 
     ranks: list[int]
     by_node: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
 class Plan:
-    """Covers every target tile with source tiles, each box from the nearest rank that holds it.
+    """Covers each target tile with source tiles. Each box comes from the nearest rank that holds it.
 
-    sources[r] and targets[r] are the tilings of rank r, nodes[r] the node it runs on. Ranks with the same tiling share one list, as
-    names.tilings() makes them: it is then looked at once.
+    sources[r] and targets[r] are the tilings of rank r. nodes[r] is the node of rank r. Ranks with equal tilings share
+    one list object, as names.tilings() makes them, so each tiling is processed once.
 
-    The same rank comes first, then the same node, then any. Of several that are as near, a rank takes one by its own place, so that the
-    ranks which ask are spread evenly over those that hold. A byte crosses at most once per target rank, and only if that rank does not
-    hold it. Nothing depends on what other ranks take. So a rank knows what it receives, and which few ranks may ask it.
+    A rank takes a box from itself if it holds it, else from a rank of its node, else from any rank. Among several
+    equally near ranks, its own index decides, so that the load is spread evenly over the holders. A box is sent to a
+    target rank at most once, and only if that rank does not hold it. The choice does not depend on other ranks. So each
+    rank can compute what it receives, and which few ranks may receive from it.
     """
 
     def __init__(self, sources: Sequence[Sequence[Tile]], targets: Sequence[Sequence[Tile]], nodes: Sequence[int]):
@@ -48,8 +52,9 @@ class Plan:
         self._node: dict[int, list[int]] = defaultdict(list)  # node -> its ranks
         for rank, node in enumerate(nodes):
             self._node[node].append(rank)
-        self._place = [self._node[node].index(rank) for rank, node in enumerate(nodes)]  # of a rank in its node
-        # Ranks of one place, which have the same part of their engines, follow one another: they ask for the same boxes.
+        self._place = [self._node[node].index(rank) for rank, node in enumerate(nodes)]  # index of a rank in its node
+        # Ranks with the same index in their nodes are neighbours in this order. They hold the same part of their
+        # engines and need the same boxes.
         self._order = sorted(range(self.world), key=lambda rank: (self._place[rank], rank))
         self._turn = sorted(range(self.world), key=lambda turn: self._order[turn])
         alike: dict[int, list[int]] = defaultdict(list)  # id of a tiling -> the ranks that have it
@@ -67,22 +72,22 @@ class Plan:
                 holders.by_node[nodes[rank]].append(rank)
 
     def received(self, rank: int) -> list[Move]:
-        """All that a rank needs, from itself and from others."""
+        """Return all moves to a rank, from itself and from other ranks."""
         return list(self._received(rank, self._tiles.keys()))
 
     def sent(self, rank: int) -> list[Move]:
-        """All that others need from a rank, by target in ascending order; to each in the order of what it receives."""
+        """Return all moves from a rank to other ranks, by ascending target, then in the order of received(target)."""
         held = {name for name, boxes in self._tiles.items() if any(self._tiling[rank] in tiles for tiles in boxes.values())}
         asking = sorted(self._asking(rank) - {rank})
         return [move for other in asking for move in self._received(other, held) if move.source == rank]
 
     @property
     def moves(self) -> list[Move]:
-        """All moves of all ranks: for arithmetic about a whole world."""
+        """All moves of all ranks, for calculations about the whole world."""
         return [move for rank in range(self.world) for move in self.received(rank)]
 
     def volume(self) -> tuple[int, int]:
-        """(elements that stay on their rank, elements that cross ranks)."""
+        """Return (number of elements that stay on their rank, number of elements that are sent between ranks)."""
         local = remote = 0
         for move in self.moves:
             if move.source == move.target:
@@ -92,8 +97,11 @@ class Plan:
         return local, remote
 
     def seconds(self, itemsize: int, within: float, between: float) -> float:
-        """How long the transfers take at least: those of the busiest rank, at the rates (bytes/s, each way) of one rank's links within
-        its node and between nodes, which work at the same time. itemsize is the bytes of an element."""
+        """Return a lower bound on the transfer time in seconds: the time of the busiest rank.
+
+        `within` and `between` are the bytes per second, in each direction, of one rank's links inside its node and to
+        other nodes. Both links work at the same time. itemsize: bytes of an element.
+        """
         sent: dict[tuple[int, bool, bool], int] = defaultdict(int)  # (rank, out, between nodes) -> elements
         for move in self.moves:
             if move.source != move.target:
@@ -103,7 +111,7 @@ class Plan:
         return max((count * itemsize / (between if far else within) for (_, _, far), count in sent.items()), default=0.0)
 
     def _received(self, rank: int, names: Collection[str]) -> Iterator[Move]:
-        """What a rank needs of these tensors."""
+        """Yield the moves to a rank for the tensors of these names."""
         return (move for tile in self.targets[rank] if tile.name in names for move in self._cover(rank, tile))
 
     def _cover(self, rank: int, tile: Tile) -> list[Move]:
@@ -124,7 +132,7 @@ class Plan:
         return moves
 
     def _nearest(self, rank: int, tilings: tuple[int, ...]) -> tuple[int, int]:
-        """(distance, rank) of the holder that a rank takes from."""
+        """Return (distance, rank) of the holder that a rank receives from."""
         holders = self._holders[tilings]
         if self._tiling[rank] in tilings:
             return 0, rank
@@ -134,7 +142,7 @@ class Plan:
         return 2, holders.ranks[self._turn[rank] % len(holders.ranks)]
 
     def _asking(self, rank: int) -> set[int]:
-        """The ranks that may take something from a rank: those of its node, and those whose place leads to it."""
+        """Return the ranks that may receive from a rank: those of its node, and those whose index selects it."""
         asking = set(self._node[self.nodes[rank]])
         for tilings, holders in self._holders.items():
             if self._tiling[rank] in tilings:

@@ -1,9 +1,10 @@
-"""The algebra of weight formats: every format is a tiling of the same canonical tensors, those of a Llama's Hugging Face files.
+"""Boxes and tiles of weights. Every weight format is a tiling of the same canonical tensors.
 
-Each canonical tensor has one view that all layouts share: q, k and v projections are [kv_heads, rows of one
-kv head's group, hidden] (biases without hidden), everything else keeps its own shape. A box is a range per dimension of
-that view; a tile says where a box lives on one rank. Converting, loading, saving and resharding are all: intersect two
-tilings, move the boxes. No torch here: view() only calls methods of the tensor it is given.
+The canonical tensors are those of a Llama's Hugging Face files. All layouts share one view of each. For q, k and v
+projections it is [kv_heads, rows of one kv head's group, hidden] (biases without hidden). All other tensors keep their
+own shape. A box is a range in each dimension of that view. A tile is the location of a box on one rank. To convert,
+load, save or reshard weights, intersect two tilings and copy the boxes. This module does not import torch: view() only
+calls methods of its tensor.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # (size, strides, offse
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """This box of that canonical tensor lives at this place of that local tensor."""
+    """The location of a box of a canonical tensor in a local tensor.
+
+    Rows start : start + rows of the local tensor, viewed with `shape`, contain the box from the offsets `at` on.
+    """
 
     name: str  # the canonical tensor
     box: Box
-    local: str  # the local tensor that holds it
-    start: int  # rows start : start + rows of the local tensor,
+    local: str  # the local tensor
+    start: int
     rows: int
-    shape: tuple[int, ...]  # seen with this shape,
-    at: tuple[int, ...]  # hold the box from these offsets on
+    shape: tuple[int, ...]
+    at: tuple[int, ...]
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -52,13 +56,13 @@ def numel(box: Box) -> int:
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """The box that a and b share, or None."""
+    """Return the intersection of a and b; None if it is empty."""
     common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
     return common if all(low < high for low, high in common) else None
 
 
 def subtract(box: Box, hole: Box) -> list[Box]:
-    """Disjoint boxes that cover box without hole, which lies inside it."""
+    """Return disjoint boxes that cover `box` without `hole`. `hole` must be inside `box`."""
     rest = []
     for dim, ((low, high), (first, last)) in enumerate(zip(box, hole, strict=True)):
         for side in ((low, first), (last, high)):
@@ -68,7 +72,7 @@ def subtract(box: Box, hole: Box) -> list[Box]:
 
 
 def split(box: Box, limit: int) -> list[Box]:
-    """box in pieces of at most limit elements, cut along the outermost dimension that can be cut."""
+    """Split box into pieces of at most `limit` elements, along the outermost dimension that can be split."""
     if numel(box) <= limit:
         return [box]
     dim = next(dim for dim, (low, high) in enumerate(box) if high - low > 1)
@@ -79,7 +83,7 @@ def split(box: Box, limit: int) -> list[Box]:
 
 
 def geometry(tile: Tile, box: Box) -> Geometry:
-    """Where box, a part of tile.box, lies in the local tensor, whose elements are contiguous."""
+    """Return the location of `box`, which must be inside tile.box, in the contiguous local tensor."""
     stride, strides = 1, []
     for size in reversed(tile.shape):
         strides.append(stride)
@@ -92,12 +96,12 @@ def geometry(tile: Tile, box: Box) -> Geometry:
 
 
 def view(tensor: Tensor, tile: Tile, box: Box) -> Tensor:
-    """The part of the local tensor that holds box, a part of tile.box: strided, never a copy."""
+    """Return a strided view of the local tensor for `box`, which must be inside tile.box. It is never a copy."""
     return shaped(tensor, geometry(tile, box))
 
 
 def shaped(tensor: Tensor, place: Geometry) -> Tensor:
-    """The part of a contiguous tensor at some place of it."""
+    """Return a view of a contiguous tensor for a geometry."""
     assert tensor.is_contiguous(), f"a local tensor of shape {tuple(tensor.shape)} is not contiguous"
     size, strides, offset = place
     return tensor.as_strided(size, strides, tensor.storage_offset() + offset)

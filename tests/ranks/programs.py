@@ -49,7 +49,7 @@ def check_engine_without_the_weights(folder: Path, layout: str, mesh: Mesh) -> N
     with pytest.MonkeyPatch.context() as patch, drawing(drawn):
         patch.setattr(KVCache, "wake", spoilt)
         for begin, keys in ((0, []), (2, ["rollout.check=true"])):
-            with pytest.raises(RuntimeError, match="it does not generate with the weights that were trained"):
+            with pytest.raises(RuntimeError, match="the engine does not generate with the trained weights"):
                 start(configure(folder, "grpo", layout, f"out={folder}/spoilt{begin}", "checkpoint.every=0", *keys), mesh)
             assert step == begin
 

@@ -211,7 +211,7 @@ def check_in_flight(folder: Path, mesh: Mesh) -> None:
     other = build(folder, mesh, *IN_FLIGHT)
     other.resume(3, {**state, "engines": mesh.world + 1})
     samples = [sample for step in steps_in_flight(other, 3, 3) for sample in step]
-    assert "begin anew" in other.notes[0]
+    assert "start again" in other.notes[0]
     begun = {group for step in groups_of[:3] for group in step}
     assert begun.isdisjoint(group for group, *_ in samples)
     assert all(version == -1 or version >= 3 for _, _, versions, *_ in samples for version in versions)
