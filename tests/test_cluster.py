@@ -125,7 +125,7 @@ def test_mistakes_of_a_rank(change: dict[str, str], wanted: str):
 
 
 def test_a_host_that_nobody_knows():
-    with pytest.raises(UserError, match=r"MASTER_ADDR=no.such.host.invalid is not known"):
+    with pytest.raises(UserError, match=r"MASTER_ADDR=no.such.host.invalid cannot be resolved on"):
         cluster.ranks_of(cluster.Node(0, 2, "no.such.host.invalid", 1), 1, {})
 
 

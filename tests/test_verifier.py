@@ -233,4 +233,4 @@ def test_every_form_is_explained():
 def test_benchmark():
     command = [sys.executable, "benchmarks/verifier.py", "--answers=100"]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "| fast path | 0 | 0 |" in said
+    assert "| this verifier | 0 | 0 |" in said
