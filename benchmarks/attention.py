@@ -31,7 +31,9 @@ class CuDNN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-        found = torch.ops.aten._cudnn_attention_forward(q, k, v, None, starts, starts, longest, longest, True, 0.0, True, False)
+        found = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, starts, starts, longest, longest, True, 0.0, True, False
+        )
         ctx.save_for_backward(q, k, v, found[0], found[1], found[6], found[7], starts)
         ctx.longest = longest
         return found[0]
@@ -72,7 +74,9 @@ def measure(a: argparse.Namespace, varied: bool) -> None:
     lengths = [len(s.mask) for s in samples]
     batch = pack(samples, device=device)
     torch.manual_seed(1)
-    inputs = [torch.randn(sum(lengths), a.heads, a.width, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+    inputs = [
+        torch.randn(sum(lengths), a.heads, a.width, device=device, dtype=dtype).requires_grad_() for _ in range(3)
+    ]
     upstream = torch.randn_like(inputs[0])
     exact = [x.detach().float().requires_grad_() for x in inputs]
     out = attention._padded(*exact, PackedRow(spans=batch.spans))
@@ -80,14 +84,24 @@ def measure(a: argparse.Namespace, varied: bool) -> None:
     wanted = [x.detach() for x in wanted]
     forward_flops = 2 * a.heads * a.width * sum(n * n for n in lengths)
     for name, way in ways(device, PackedRow(spans=batch.spans), lengths).items():
-        result: dict[str, Any] = {"tokens": a.tokens, "length": a.length, "sequences": len(samples), "heads": a.heads, "width": a.width}
+        result: dict[str, Any] = {
+            "tokens": a.tokens,
+            "length": a.length,
+            "sequences": len(samples),
+            "heads": a.heads,
+            "width": a.width,
+        }
         try:
             out = way(*inputs)
             found = [out, *torch.autograd.grad(out, inputs, upstream)]
             forward = record.seconds(partial(way, *inputs), a.repeat)
             both = record.seconds(lambda way=way: torch.autograd.grad(way(*inputs), inputs, upstream), a.repeat)
         except RuntimeError as error:  # this torch, cuDNN or device has no such kernel
-            record.say("attention", f"{'lognormal' if varied else 'fixed'}, {name}", result | {"error": str(error).splitlines()[0]})
+            record.say(
+                "attention",
+                f"{'lognormal' if varied else 'fixed'}, {name}",
+                result | {"error": str(error).splitlines()[0]},
+            )
             continue
         gaps = dict(zip(("gap", "gap_q", "gap_k", "gap_v"), map(gap, found, wanted), strict=True))
         result |= {"forward_s": forward, "backward_s": both - forward, "forward_tflops": forward_flops / forward / 1e12}

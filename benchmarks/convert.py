@@ -57,7 +57,9 @@ def measure(command: list[str], source: Path, target: Path) -> dict[str, float]:
     """Run a command. Returns the seconds until its output is on the disk, and its peak memory."""
     evict(source)
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, f"{' '.join(command)} failed"
     for path in target.rglob("*"):
@@ -87,7 +89,11 @@ def main(arguments: list[str]) -> None:
         home = measure([*convert, "--from", str(there), "--to", str(back), "--format", "hf"], there, back)
     finally:
         shutil.rmtree(a.folder)
-    result = {"benchmark": "convert", "command": f"benchmarks/convert.py FOLDER {' '.join(arguments[1:])}".strip(), "bytes": size}
+    result = {
+        "benchmark": "convert",
+        "command": f"benchmarks/convert.py FOLDER {' '.join(arguments[1:])}".strip(),
+        "bytes": size,
+    }
     for name, found in (("cp", cp), (f"hf_to_{a.format}", out), (f"{a.format}_to_hf", home)):
         ratio = {"ratio": round(cp["seconds"] / found["seconds"], 2)} if name != "cp" else {}
         result[name] = found | {"gb_per_s": round(size / found["seconds"] / 1e9, 2)} | ratio

@@ -34,7 +34,14 @@ DIMENSIONS = {
     "tie_word_embeddings": True,
 }
 COMMON = ["data.max_tokens=640", "batch.prompts=64", "batch.tokens=16384", "checkpoint.keep=1", "evaluate.every=0"]
-GRPO = ["steps=8", "rollout.group=8", "rollout.max_tokens=512", "evaluate.prompts=64", "checkpoint.every=4", "optim.lr=1e-5"]
+GRPO = [
+    "steps=8",
+    "rollout.group=8",
+    "rollout.max_tokens=512",
+    "evaluate.prompts=64",
+    "checkpoint.every=4",
+    "optim.lr=1e-5",
+]
 GRPO += ["rollout.check=true", "reward.function=tools/demo_task.py:noise"]  # random weights solve no problem
 WARM_UP = 2  # uncounted first steps, which choose kernels and allocate memory
 
@@ -44,7 +51,18 @@ def main(out: Path, overrides: list[str]) -> None:
     demo_task.write(out / "data")
     demo_task.make_model(out / "model", out / "data", DIMENSIONS)
     data = [f"data.train={out}/data/train_sft.jsonl"]
-    run("sft", [f"out={out}/sft", f"policy.load={out}/model", "policy.init=random", "steps=5", "optim.lr=1e-5", *data, *COMMON])
+    run(
+        "sft",
+        [
+            f"out={out}/sft",
+            f"policy.load={out}/model",
+            "policy.init=random",
+            "steps=5",
+            "optim.lr=1e-5",
+            *data,
+            *COMMON,
+        ],
+    )
     data = [f"data.train={out}/data/train_rl.jsonl", f"data.eval={out}/data/heldout.jsonl"]
     grpo = [f"out={out}/grpo", f"policy.load={out}/sft/hf", *data, *COMMON, *GRPO, *overrides]
     run("grpo", grpo, kill_after=6)
@@ -73,12 +91,25 @@ def summary(out: Path) -> dict:
     import torch
 
     rows = [json.loads(line) for line in (out / "grpo" / "metrics.jsonl").read_text().splitlines()][1 + WARM_UP :]
-    assert [row["step"] for row in rows] == list(range(1 + WARM_UP, 9)), "the resumed run did not complete the killed one"
+    assert [row["step"] for row in rows] == list(range(1 + WARM_UP, 9)), (
+        "the resumed run did not complete the killed one"
+    )
     names = sorted({name for row in rows for name in row})
-    means = {name: round(sum(row.get(name, 0.0) for row in rows) / len(rows), 5) for name in names if name not in ("step", "lr")}
+    means = {
+        name: round(sum(row.get(name, 0.0) for row in rows) / len(rows), 5)
+        for name in names
+        if name not in ("step", "lr")
+    }
     versions = {name: version(name) for name in ("torch", "vllm", "megatron-core")}
     command = "python benchmarks/grpo_1b.py OUT"
-    return {"benchmark": "grpo_1b", "device": torch.cuda.get_device_name(), "command": command, **versions, "steps": len(rows), **means}
+    return {
+        "benchmark": "grpo_1b",
+        "device": torch.cuda.get_device_name(),
+        "command": command,
+        **versions,
+        "steps": len(rows),
+        **means,
+    }
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def stop_strings(sizes: list[int]) -> dict[int, Result]:
     seconds(words[: min(sizes)], STOP)
     found = {}
     for size in sizes:
-        kinds = {"seconds": ([*words[: size - len(end)], *end], STOP), "without_s": (words[:size], STOP), "unset_s": (words[:size], "")}
+        kinds = {
+            "seconds": ([*words[: size - len(end)], *end], STOP),
+            "without_s": (words[:size], STOP),
+            "unset_s": (words[:size], ""),
+        }
         found[size] = {name: seconds(*kind) for name, kind in kinds.items()}
     return found
 
@@ -89,14 +93,31 @@ def data_cache(sizes: list[int]) -> dict[int, Result]:
 def plan(sizes: list[int]) -> dict[int, Result]:
     """Plan what one of `size` ranks, 8 per node, sends and receives: Llama-3 70B from TP8 PP4 to engines of TP8."""
     arch = Architecture(
-        "llama", 80, 8192, 28672, 64, 8, 128, 128256, 8192, eps=1e-5, tied=False, qkv_bias=False, qk_norm=False, rope_theta=5e5
+        "llama",
+        80,
+        8192,
+        28672,
+        64,
+        8,
+        128,
+        128256,
+        8192,
+        eps=1e-5,
+        tied=False,
+        qkv_bias=False,
+        qk_norm=False,
+        rope_theta=5e5,
     )
     found = {}
     for size in sizes:
         slowest = moves = 0.0
         for rank in (0, size // 2 + 3, size - 1):
             start = time.perf_counter()
-            made = Plan(names.tilings(arch, "megatron", size, 8, 4), names.tilings(arch, "vllm", size, 8), [r // 8 for r in range(size)])
+            made = Plan(
+                names.tilings(arch, "megatron", size, 8, 4),
+                names.tilings(arch, "vllm", size, 8),
+                [r // 8 for r in range(size)],
+            )
             count = len(made.received(rank)) + len(made.sent(rank))
             slowest, moves = max(slowest, time.perf_counter() - start), max(moves, count)
         found[size] = {"seconds": slowest, "moves": moves}
@@ -169,7 +190,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--commit", default="", help="commit to write into the results")
     for name, unit, sizes, _ in ROWS:
-        p.add_argument(f"--{name}", type=int, nargs="*", default=sizes, help=f"{unit} (default: {' '.join(map(str, sizes))})")
+        p.add_argument(
+            f"--{name}", type=int, nargs="*", default=sizes, help=f"{unit} (default: {' '.join(map(str, sizes))})"
+        )
     a = vars(p.parse_args())
     tables = []
     for name, unit, _, measure in ROWS:

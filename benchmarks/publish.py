@@ -83,7 +83,10 @@ class Ranks:
 
     def link_rate(self, size: int) -> float:
         """Return the bytes per second in each direction when all ranks send to the next rank at once."""
-        out, into = torch.ones(size, dtype=torch.uint8, device=self.device), torch.empty(size, dtype=torch.uint8, device=self.device)
+        out, into = (
+            torch.ones(size, dtype=torch.uint8, device=self.device),
+            torch.empty(size, dtype=torch.uint8, device=self.device),
+        )
 
         def exchange() -> None:
             to, of = (self.rank + 1) % self.world, (self.rank - 1) % self.world
@@ -110,7 +113,10 @@ def options(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--train-pp", type=int, default=1)
     p.add_argument("--engine-tp", type=int, default=1)
     p.add_argument(
-        "--engine", choices=("parameters", "vllm"), default="parameters", help="plain tensors of vLLM's shapes, or a real engine"
+        "--engine",
+        choices=("parameters", "vllm"),
+        default="parameters",
+        help="plain tensors of vLLM's shapes, or a real engine",
     )
     p.add_argument("--memory", type=float, default=0.4, help="share of the device's memory for the vLLM engine")
     p.add_argument("--bucket", type=int, default=512, help="buffer memory in MB (rollout.bucket)")
@@ -125,7 +131,10 @@ def main(arguments: list[str]) -> None:
     training = names.tilings(arch, "megatron", ranks.world, a.train_tp, a.train_pp)
     moves = Plan(training, names.tilings(arch, "vllm", ranks.world, a.engine_tp), [0] * ranks.world)
     publisher = Publisher(moves, ranks.rank, dtype, a.bucket << 20)
-    source = {name: torch.randn(shape, dtype=dtype, device=ranks.device) for name, shape in names.shapes(training[ranks.rank]).items()}
+    source = {
+        name: torch.randn(shape, dtype=dtype, device=ranks.device)
+        for name, shape in names.shapes(training[ranks.rank]).items()
+    }
     plain = {} if engine else names.parameters(arch, "vllm", (0, a.engine_tp))
     target = {name: torch.zeros(shape, dtype=dtype, device=ranks.device) for name, shape in plain.items()}
 

@@ -35,7 +35,9 @@ def say(benchmark: str, case: str, result: Mapping[str, Any]) -> None:
     where = {"benchmark": benchmark, "case": case, "device": device(), "ranks": ranks, "command": command, **versions()}
     if CONNECTIONS in os.environ:  # it changes which work overlaps
         where[CONNECTIONS] = os.environ[CONNECTIONS]
-    print(json.dumps(where | {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+    print(
+        json.dumps(where | {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True
+    )
 
 
 def device() -> str:

@@ -42,7 +42,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompts", type=int, default=512)
     p.add_argument("--length", type=int, default=128, help="tokens per prompt")
     p.add_argument("--new", type=int, default=256, help="tokens per response")
-    p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine (rollout.memory)")
+    p.add_argument(
+        "--memory", type=float, default=0.85, help="share of the device's memory for the engine (rollout.memory)"
+    )
 
 
 def build(a: argparse.Namespace, folder: Path) -> EngineSource:
@@ -51,7 +53,12 @@ def build(a: argparse.Namespace, folder: Path) -> EngineSource:
     demo_task.write(folder / "data", num_sft=512, num_rl=1, num_heldout=1)
     demo_task.make_model(folder / "model", folder / "data", hf.description(arch))
     longest = a.length + a.new
-    overrides = [f"policy.load={folder}/model", f"rollout.max_tokens={a.new}", f"data.max_tokens={longest}", f"rollout.memory={a.memory}"]
+    overrides = [
+        f"policy.load={folder}/model",
+        f"rollout.max_tokens={a.new}",
+        f"data.max_tokens={longest}",
+        f"rollout.memory={a.memory}",
+    ]
     config = configuration.load("grpo", overrides)
     mesh = Mesh(config.parallel, 1)
     from rlhf.rollout.vllm import VLLM
@@ -105,7 +112,13 @@ def measure(a: argparse.Namespace, source: EngineSource) -> None:
         taken = record.seconds(way, 1, warm=0)
         rate = (made[-1] if made else a.prompts * a.new) / taken  # a few of the sampler's responses may end early
         first = first or rate
-        result = {"model": a.model, "prompts": a.prompts, "prompt_tokens": a.length, "new_tokens": a.new, "memory": a.memory}
+        result = {
+            "model": a.model,
+            "prompts": a.prompts,
+            "prompt_tokens": a.length,
+            "new_tokens": a.new,
+            "memory": a.memory,
+        }
         record.say("rollout", name, result | {"seconds": taken, "tokens_per_s": rate, "share_of_alone": rate / first})
 
 

@@ -55,7 +55,14 @@ LLAMA1B = Architecture(
     rope_theta=5e5,
 )
 SIZES = {**MODELS, "1b": LLAMA1B}
-KEYS = ["data.max_tokens=512", "batch.prompts=64", "batch.tokens=16384", "rollout.group=8", "rollout.max_tokens=400", "optim.lr=1e-6"]
+KEYS = [
+    "data.max_tokens=512",
+    "batch.prompts=64",
+    "batch.tokens=16384",
+    "rollout.group=8",
+    "rollout.max_tokens=400",
+    "optim.lr=1e-6",
+]
 KEYS += ["rollout.memory=0.5", "checkpoint.every=0", "evaluate.every=0", "reward.function=tools/demo_task.py:noise"]
 WITHIN = ("time/step", "time/switch", "time/reward")  # not phases: the whole step, and parts of phases
 MODES = {"grpo": [], "rlhf": ["ppo.kl=0.02"]}
@@ -68,7 +75,9 @@ def options() -> argparse.Namespace:
     p.add_argument("--model", choices=SIZES, default="7b")
     p.add_argument("--layers", type=int, default=16)
     p.add_argument("--steps", type=int, default=2, help="number of counted steps")
-    p.add_argument("--warm", type=int, default=1, help="uncounted steps before, which choose kernels and allocate memory")
+    p.add_argument(
+        "--warm", type=int, default=1, help="uncounted steps before, which choose kernels and allocate memory"
+    )
     p.add_argument("--limit", type=int, default=540, help="time limit in seconds")
     p.add_argument("keys", nargs="*", help="key=value for the run")
     return p.parse_intermixed_args()
@@ -81,7 +90,14 @@ def run(a: argparse.Namespace, arch: Architecture) -> None:
     demo_task.make_model(a.out / "model", a.out / "data", hf.description(arch))
     model = a.out / "model"
     roles = [f"policy.load={model}", "policy.init=random", *([f"reward.load={model}"] if a.mode == "rlhf" else [])]
-    keys = [*KEYS, *MODES[a.mode], *roles, f"data.train={a.out}/data/train_rl.jsonl", f"out={a.out}/run", f"steps={a.warm + a.steps + 1}"]
+    keys = [
+        *KEYS,
+        *MODES[a.mode],
+        *roles,
+        f"data.train={a.out}/data/train_rl.jsonl",
+        f"out={a.out}/run",
+        f"steps={a.warm + a.steps + 1}",
+    ]
     command = [sys.executable, "-m", "rlhf", a.mode, *keys, *a.keys]
     env = {name: value for name, value in os.environ.items() if name not in record.WORLD}  # set by the launcher
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
@@ -134,19 +150,35 @@ def main() -> None:
     arch = replace(SIZES[a.model], layers=a.layers)
     run(a, arch)
     rows = counted(a)
-    means = {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in sorted({name for row in rows for name in row})}
+    means = {
+        name: sum(row.get(name, 0.0) for row in rows) / len(rows)
+        for name in sorted({name for row in rows for name in row})
+    }
     kept = {
-        name: value for name, value in means.items() if name.startswith(("time/", "memory/")) or name in ("tokens_per_second", "mismatch")
+        name: value
+        for name, value in means.items()
+        if name.startswith(("time/", "memory/")) or name in ("tokens_per_second", "mismatch")
     }
     kept |= {name: means[name] for name in ("response_tokens", "truncated") if name in means}
     kept |= memory(a.out / "run" / "config.toml", a.mode, rows)
     phases = sum(value for name, value in kept.items() if name.startswith("time/") and name not in WITHIN)
     gpus = torch.cuda.device_count()
-    about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": len(rows), "gpus": gpus}
+    about = {
+        "model": a.model,
+        "layers": a.layers,
+        "parameters": arch.num_parameters(),
+        "steps": len(rows),
+        "gpus": gpus,
+    }
     record.say(
         "step",
         f"{a.mode} {a.model}" + f", {gpus} GPUs" * (gpus > 1),
-        {**about, **kept, "time/between": kept["time/step"] - phases, "switching": kept["time/switch"] / kept["time/step"]},
+        {
+            **about,
+            **kept,
+            "time/between": kept["time/step"] - phases,
+            "switching": kept["time/switch"] / kept["time/step"],
+        },
     )
 
 

@@ -79,9 +79,16 @@ def parking(a: argparse.Namespace, sampler: EngineSource, rounds: int) -> None:
         found["unpark"].append(timed(partial(lot.enter, Phase.LEARN))[0])
         learner.learn(cut, loss, LR)
         found["park"].append(timed(partial(lot.enter, Phase.ROLLOUT))[0])
-    gib = {kind: sum(t.nbytes for t in learner.tenants()[kind]) / 2**30 for kind in KINDS}  # after an update, with moments
+    gib = {
+        kind: sum(t.nbytes for t in learner.tenants()[kind]) / 2**30 for kind in KINDS
+    }  # after an update, with moments
     moved = gib["weights"] + gib["optimizer"]
-    result = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), **{f"{kind}_gib": gib[kind] for kind in KINDS}}
+    result = {
+        "model": a.model,
+        "layers": a.layers,
+        "parameters": arch.num_parameters(),
+        **{f"{kind}_gib": gib[kind] for kind in KINDS},
+    }
     for name, taken in found.items():
         result |= {f"{name}_first_s": taken[0], f"{name}_s": taken[-1], f"{name}_gib_per_s": moved / taken[-1]}
     record.say("switch", "parking", result)

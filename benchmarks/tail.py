@@ -92,7 +92,15 @@ class Bench:
         from rlhf.rollout.vllm import VLLM
 
         dtype = "bfloat16" if self.mesh.device.type == "cuda" else "float32"
-        self.engine = VLLM(str(folder / "model"), tp=1, dtype=dtype, seed=1, max_len=a.length + a.longest, memory=a.memory, cache=a.cache)
+        self.engine = VLLM(
+            str(folder / "model"),
+            tp=1,
+            dtype=dtype,
+            seed=1,
+            max_len=a.length + a.longest,
+            memory=a.memory,
+            cache=a.cache,
+        )
 
     def config(self, inflight: float) -> Any:
         a = self.a
@@ -102,7 +110,11 @@ class Bench:
             f"rollout.inflight={inflight}",
             f"rollout.max_lag={a.max_lag}",
         ]
-        keys += [f"policy.load={self.folder}/model", f"rollout.max_tokens={a.longest}", f"data.max_tokens={a.length + a.longest}"]
+        keys += [
+            f"policy.load={self.folder}/model",
+            f"rollout.max_tokens={a.longest}",
+            f"data.max_tokens={a.length + a.longest}",
+        ]
         return configuration.load("grpo", keys)
 
     def source(self, inflight: float, lengths: Lengths) -> EngineSource:
@@ -133,8 +145,16 @@ class Bench:
             if step >= warm:
                 seconds, tokens = seconds + taken, tokens + sum(int(s.mask.sum()) for s in samples)
                 longest = max(longest, *(int(s.mask.sum()) for s in samples))
-                ages = {name: ages.get(name, 0.0) + value / steps for name, value in sums.items() if name.startswith("lag")}
-        return {"seconds": seconds, "tokens": tokens, "us_per_token": 1e6 * seconds / tokens, "longest": longest, **ages}
+                ages = {
+                    name: ages.get(name, 0.0) + value / steps for name, value in sums.items() if name.startswith("lag")
+                }
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "us_per_token": 1e6 * seconds / tokens,
+            "longest": longest,
+            **ages,
+        }
 
     def same(self) -> dict[str, bool]:
         """Compare samples: of two equal runs, and of a run that is restored from its state after each step."""
@@ -166,7 +186,9 @@ def main() -> None:
     p.add_argument("--longest", type=int, default=16384, help="largest number of tokens per response")
     p.add_argument("--warm", type=int, default=2, help="uncounted steps, if responses are in flight between steps")
     p.add_argument("--steps", type=int, default=2, help="number of counted steps")
-    p.add_argument("--memory", type=float, default=0.85, help="share of the device's memory for the engine (rollout.memory)")
+    p.add_argument(
+        "--memory", type=float, default=0.85, help="share of the device's memory for the engine (rollout.memory)"
+    )
     p.add_argument("--cache", type=float, default=0.0, help="GiB of KV cache (rollout.cache)")
     p.add_argument("--check", action="store_true", help="also compare runs")
     a = p.parse_args()

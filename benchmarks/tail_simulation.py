@@ -30,7 +30,13 @@ class Simulation:
     """
 
     def __init__(self, prompts: int, inflight: float, max_lag: int, lengths: Lengths, refill: int = 0):
-        self.prompts, self.size, self.max_lag, self.lengths, self.refill = prompts, round(inflight * prompts), max_lag, lengths, refill
+        self.prompts, self.size, self.max_lag, self.lengths, self.refill = (
+            prompts,
+            round(inflight * prompts),
+            max_lag,
+            lengths,
+            refill,
+        )
         self.flight: list[Group] = []
         self.begun = 0
 
@@ -39,7 +45,9 @@ class Simulation:
         open_groups = sum(not group.complete for group in self.flight) if self.refill else len(self.flight)
         for _ in range(self.size - open_groups):
             self._begin(step)
-        jobs = [(group, k) for group in self.flight for k, response in enumerate(group.responses) if not response.finish]
+        jobs = [
+            (group, k) for group in self.flight for k, response in enumerate(group.responses) if not response.finish
+        ]
         known, left = self._tokens(jobs)
         gone = np.zeros_like(left)
         chosen = choose(self.flight, self.prompts, step, self.max_lag)
@@ -57,7 +65,9 @@ class Simulation:
                     begun = self._begin(step)
                     fresh = [(begun, k) for k in range(SIBLINGS)]
                     jobs += fresh
-                    known, left = (np.append(old, new) for old, new in zip((known, left), self._tokens(fresh), strict=True))
+                    known, left = (
+                        np.append(old, new) for old, new in zip((known, left), self._tokens(fresh), strict=True)
+                    )
                     gone = np.append(gone, np.zeros(SIBLINGS, int))
                     seconds += PREFILL * PROMPT * SIBLINGS
             chosen = choose(self.flight, self.prompts, step, self.max_lag)
@@ -107,9 +117,14 @@ def main() -> None:
         print(f"{groups} groups of equal lengths: {1e6 * equal:.1f} us per token")
         for inflight in a.inflight:
             for max_lag in a.max_lag[: None if inflight > 1 or a.refill else 1]:
-                seconds, ages = measure(Simulation(groups, inflight, max_lag, Lengths(906, 16384, 1.0), a.refill), a.warm, a.steps)
+                seconds, ages = measure(
+                    Simulation(groups, inflight, max_lag, Lengths(906, 16384, 1.0), a.refill), a.warm, a.steps
+                )
                 shares = ", ".join(f"{share:.0%}" for share in ages.values())
-                print(f"  {inflight:g} in flight, max_lag {max_lag}: {seconds / equal:.2f} x; tokens by age {shares}", flush=True)
+                print(
+                    f"  {inflight:g} in flight, max_lag {max_lag}: {seconds / equal:.2f} x; tokens by age {shares}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

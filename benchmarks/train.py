@@ -64,7 +64,10 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     target = torch.empty_like(source)
     copy = record.seconds(lambda: target.copy_(source), 20, 5)
     rates = {"matmul_tflops": product, "sustained_tflops": sustained}
-    return {**{name: 2 * n**3 / seconds / 1e12 for name, seconds in rates.items()}, "copy_tb_per_s": 2 * source.numel() / copy / 1e12}
+    return {
+        **{name: 2 * n**3 / seconds / 1e12 for name, seconds in rates.items()},
+        "copy_tb_per_s": 2 * source.numel() / copy / 1e12,
+    }
 
 
 def draw(total: int, length: int, vocab: int, varied: bool) -> list[Sample]:
@@ -93,7 +96,13 @@ def measure(a: argparse.Namespace, mesh: Mesh, kernels: str, arch: Architecture,
     config = configuration.load("sft", [f"parallel.tp={a.tp}", f"batch.tokens={a.tokens}"])
     learner = Learner(arch, config, mesh, dtype, fill=fill, temperature=1.0, train=True)
     loss = partial(ALGORITHMS["sft"](config).loss, "policy")
-    about = {"model": a.model, "layers": arch.layers, "parameters": arch.num_parameters(), "dtype": str(dtype), "kernels": kernels}
+    about = {
+        "model": a.model,
+        "layers": arch.layers,
+        "parameters": arch.num_parameters(),
+        "dtype": str(dtype),
+        "kernels": kernels,
+    }
     about |= {"tp": a.tp, "dp": mesh.layout.dp, "tokens": a.tokens, "microbatches": a.microbatches, **limits}
     for case in a.cases:
         dp = mesh.layout.dp
@@ -158,13 +167,17 @@ def profile(work: partial, title: str, rows: int = 30) -> None:
     with torch_profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         work()
         record.wait()
-    kernels = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    kernels = [
+        e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
     total = sum(e.self_device_time_total for e in kernels)
     if os.environ["RANK"] != "0" or not total:
         return
     print(f"\nkernels of {title}: {total / 1e3:.1f} ms")
     for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:rows]:
-        print(f"  {e.self_device_time_total / total:6.1%} {e.self_device_time_total / 1e3:9.2f} ms {e.count:6}x  {e.key[:110]}")
+        print(
+            f"  {e.self_device_time_total / total:6.1%} {e.self_device_time_total / 1e3:9.2f} ms {e.count:6}x  {e.key[:110]}"
+        )
 
 
 def main() -> None:

@@ -74,9 +74,20 @@ def options() -> argparse.Namespace:
     p.add_argument("--warm", type=int, default=1, help="uncounted steps before")
     p.add_argument("--limit", type=int, default=300, help="time limit of our run in seconds")
     p.add_argument("--again", action="store_true", help="do not run ours again: its results are in OUT")
-    p.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="dtype of TRL's weights, gradients and optimizer")
+    p.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of TRL's weights, gradients and optimizer",
+    )
     p.add_argument("--rows", type=int, default=32, help="responses per micro-batch of TRL")
-    p.add_argument("--trl", action="append", default=[], metavar="KEY=VALUE", help="argument of TRL's GRPOConfig, with a JSON value")
+    p.add_argument(
+        "--trl",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of TRL's GRPOConfig, with a JSON value",
+    )
     p.add_argument("keys", nargs="*", help="key=value for our run")
     return p.parse_intermixed_args()
 
@@ -136,7 +147,13 @@ def arguments(a: argparse.Namespace, config: Config) -> dict[str, Any]:
         "use_liger_kernel": GPU and importlib.util.find_spec("liger_kernel") is not None,
         "model_init_kwargs": {"dtype": a.weights},
     }
-    quiet = {"output_dir": str(a.out / "trl"), "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    quiet = {
+        "output_dir": str(a.out / "trl"),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     return {**job, **speed, **quiet, **dict(map(pair, a.trl))}
 
 
@@ -151,7 +168,9 @@ def folder(a: argparse.Namespace, seed: int) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     dtype = "bfloat16" if GPU else "float32"
     Tokenizer.load(a.out / "model").save(path)
-    (path / "config.json").write_text(json.dumps({**json.loads((a.out / "model" / "config.json").read_text()), "dtype": dtype}))
+    (path / "config.json").write_text(
+        json.dumps({**json.loads((a.out / "model" / "config.json").read_text()), "dtype": dtype})
+    )
     if not (path / "model.safetensors").exists():
         demo_task.make_weights(path, seed, dtype, "cuda" if GPU else "cpu")
     return path
@@ -251,8 +270,12 @@ def main() -> None:
     second = theirs(a, config, settings)
     about = {"model": a.model, "layers": a.layers, "parameters": arch.num_parameters(), "steps": a.steps}
     about |= {"prompts": config.batch.prompts, "group": config.rollout.group, "trl": version("trl")}
-    about |= {name: settings[name] for name in ("per_device_train_batch_size", "gradient_checkpointing", "use_liger_kernel")}
-    sides = {f"{side}/{name}": value for side, found in (("ours", first), ("trl", second)) for name, value in found.items()}
+    about |= {
+        name: settings[name] for name in ("per_device_train_batch_size", "gradient_checkpointing", "use_liger_kernel")
+    }
+    sides = {
+        f"{side}/{name}": value for side, found in (("ours", first), ("trl", second)) for name, value in found.items()
+    }
     ratio = first["tokens_per_second"] / second["tokens_per_second"]
     record.say("trl", f"grpo {a.model}, {a.weights}", {**about, **sides, "ratio": ratio})
     os._exit(0)  # at a normal exit vLLM and torch.distributed would destroy each other's groups

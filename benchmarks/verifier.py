@@ -49,19 +49,25 @@ def main() -> None:
     fast, seconds = ours(pairs)
     rows = {"this verifier": (fast, seconds)}
     if a.math_verify:
-        output = subprocess.run([a.math_verify, "-c", LIBRARY, str(a.pairs)], check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(
+            [a.math_verify, "-c", LIBRARY, str(a.pairs)], check=True, capture_output=True, text=True
+        ).stdout
         library, library_seconds = json.loads(output.splitlines()[-1])
         asked = fast.count(False) / len(pairs)
         rows["math-verify"] = (library, library_seconds)
         rows["both"] = ([x or y for x, y in zip(fast, library, strict=True)], seconds + asked * library_seconds)
     equal = sum(pair["equal"] for pair in pairs)
-    print(f"| {len(pairs)} pairs | equal ones missed, of {equal} | unequal ones accepted, of {len(pairs) - equal} | CPU seconds |")
+    print(
+        f"| {len(pairs)} pairs | equal ones missed, of {equal} | unequal ones accepted, of {len(pairs) - equal} | CPU seconds |"
+    )
     print("|---|---|---|---|")
     for name, (found, took) in rows.items():
         missed = sum(pair["equal"] and not said for pair, said in zip(pairs, found, strict=True))
         accepted = sum(said and not pair["equal"] for pair, said in zip(pairs, found, strict=True))
         print(f"| {name} | {missed} | {accepted} | {took:.2f} |")
-    print(f"CPU seconds per {a.answers} answers like these: {ours([pairs[i % len(pairs)] for i in range(a.answers)])[1]:.2f}")
+    print(
+        f"CPU seconds per {a.answers} answers like these: {ours([pairs[i % len(pairs)] for i in range(a.answers)])[1]:.2f}"
+    )
     numbers = [{"boxed": f"{i * 37}", "answer": f"{i * 37:,}"} for i in range(a.answers)]
     print(f"CPU seconds per {a.answers} whole numbers: {ours(numbers)[1]:.2f}")
 

@@ -74,7 +74,9 @@ def carry_out(arguments: list[str]) -> int:
     if mode not in ALGORITHMS:
         raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
     if "-h" in rest or "--help" in rest:
-        print(f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}")
+        print(
+            f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}"
+        )
         return 0
     dry = "--dry-run" in rest
     rest = [argument for argument in rest if argument != "--dry-run"]
@@ -223,7 +225,9 @@ def run(config: Config) -> int:
 
         if not (text := lost(error)):
             raise
-        raise LostError(f"another rank has ended, or does not answer ({text}); start again with the same command") from None
+        raise LostError(
+            f"another rank has ended, or does not answer ({text}); start again with the same command"
+        ) from None
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -90,7 +90,9 @@ def note(config: Config) -> str:
     return ""
 
 
-def train(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards, environments: Environments) -> bool:
+def train(
+    config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, held_out_rewards: Rewards, environments: Environments
+) -> bool:
     """Run the training. Return False if a signal stopped it before the last step."""
     interrupt = Interrupt(told=mesh.rank == 0)  # first, because the following calls take long
     ledger = checked_ledger(config, mesh, given)
@@ -108,9 +110,13 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
     engine = build_engine(config, mesh, given, dtype, load=True)
-    owner = EngineOwner(engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given))
+    owner = EngineOwner(
+        engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given)
+    )
     mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
-    source = EngineSource(config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), environments=environments)
+    source = EngineSource(
+        config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), environments=environments
+    )
 
     def model(samples: list[Sample]) -> None:
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
@@ -145,15 +151,23 @@ def build(
     residence = Residence(ledger.offload, mesh.device)
     if algorithm.online:  # the engine is built first, because it sizes its cache by the free device memory
         engine = build_engine(config, mesh, given, dtype)
-        owner = EngineOwner(engine, residence, publisher=build_publisher(config, mesh, given, dtype), verify=config.rollout.check)
+        owner = EngineOwner(
+            engine, residence, publisher=build_publisher(config, mesh, given, dtype), verify=config.rollout.check
+        )
     roles = Roles(config, mesh, given.roles, dtype, config.rollout.temperature if algorithm.online else 1.0, residence)
     source: Source = DataSource(config, given.records)
     evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
     if algorithm.online:
         score = partial(roles.read, POLICY)
         judge = Rule(rewards, mesh)
-        source = EngineSource(config, mesh, owner, given.tokenizer, given.records, judge, score, TOLERANCE[dtype], environments)
-        evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge) if held_out else None
+        source = EngineSource(
+            config, mesh, owner, given.tokenizer, given.records, judge, score, TOLERANCE[dtype], environments
+        )
+        evaluation = (
+            ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge)
+            if held_out
+            else None
+        )
     checkpoints = Checkpoints(config, mesh, dtype, given.identity)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0
     if start:
@@ -165,7 +179,17 @@ def build(
             given.tokenizer.save(folder)
 
     return Run(
-        config, mesh, start, algorithm, source, roles, evaluation, checkpoints, export, interrupt, metrics=Metrics(config, mesh, start)
+        config,
+        mesh,
+        start,
+        algorithm,
+        source,
+        roles,
+        evaluation,
+        checkpoints,
+        export,
+        interrupt,
+        metrics=Metrics(config, mesh, start),
     )
 
 
@@ -250,9 +274,13 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
     if mesh.rank:
         return
     axes = f"tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
-    say(f"{config.mode}: {mesh.world} ranks on {mesh.device.type} in {str(dtype_of(config, mesh)).removeprefix('torch.')}: {axes}")
+    say(
+        f"{config.mode}: {mesh.world} ranks on {mesh.device.type} in {str(dtype_of(config, mesh)).removeprefix('torch.')}: {axes}"
+    )
     for name, role in given.roles.items():
-        say(f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}")
+        say(
+            f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}"
+        )
     for remark in given.remarks:
         say(f"  {remark}")
     say(f"{given.records.counts} of {config.data.train}; out: {config.out}")
@@ -261,7 +289,10 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
     for remark in run.source.remarks():
         say(remark)
     if run.start:
-        say(f"resumed after step {run.start}" + (f", and steps={config.steps} are done" if run.start >= config.steps else ""))
+        say(
+            f"resumed after step {run.start}"
+            + (f", and steps={config.steps} are done" if run.start >= config.steps else "")
+        )
     if mesh.device.type == "cuda":
         say(ledger.table())
     waiting, host = ledger.host(mesh.pp_rank) * mesh.ranks_per_node, psutil.virtual_memory().total / 2**30

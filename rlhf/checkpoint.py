@@ -44,7 +44,13 @@ class Checkpoints:
         self.out = Path(config.out)
         self.last: Path | None = None  # the folder that was loaded or saved last
         self.run = {"run": run or {}, "steps": config.steps}
-        self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype), "zero": config.parallel.zero, **asdict(mesh.layout)}
+        self.meta = {
+            "mode": config.mode,
+            "seed": config.seed,
+            "dtype": str(dtype),
+            "zero": config.parallel.zero,
+            **asdict(mesh.layout),
+        }
 
     def resume(self, learners: Iterable[tuple[str, Learner]], state: dict[str, float]) -> int:
         """Load the newest checkpoint into the trained learners and the algorithm's state.
@@ -119,7 +125,10 @@ class Checkpoints:
         # the gather also waits until all ranks have written their files
         written = {name: file for files in self.mesh.all_gather(files) for name, file in files.items()}
         if self.mesh.rank == 0:
-            _write(partial / "meta.json", folders.describe({"step": step, "state": state, **self.meta, **self.run, "files": written}))
+            _write(
+                partial / "meta.json",
+                folders.describe({"step": step, "state": state, **self.meta, **self.run, "files": written}),
+            )
             shutil.rmtree(folder, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
             partial.rename(folder)
             _replace(self.out / "latest", folder.name)
@@ -156,7 +165,9 @@ class Checkpoints:
             return torch.load(path, map_location=device or self.mesh.device, weights_only=True, mmap=True)
         # checkpoints of older versions have no checksums, so damage may show only here
         except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {folders.remedy(path.parent)}") from None
+            raise UserError(
+                f"{path} is damaged ({str(error).splitlines()[0]}); {folders.remedy(path.parent)}"
+            ) from None
 
     def _save(self, state: Any, path: Path) -> dict[str, int]:
         """Write a file. Return its size and checksum, computed from the data in memory."""

@@ -45,9 +45,13 @@ def node(env: Environment) -> Node:
     if index >= count:
         raise UserError(f"RANK={index} is not below WORLD_SIZE={count}: both count nodes, the first node has RANK=0")
     if count == 1:
-        return Node(index, count, "127.0.0.1", _port(env, 0) or free_port())  # whatever MASTER_ADDR other nodes were to go to
+        return Node(
+            index, count, "127.0.0.1", _port(env, 0) or free_port()
+        )  # whatever MASTER_ADDR other nodes were to go to
     if not step and not env.get("MASTER_ADDR"):
-        raise UserError(f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: set it on all nodes to the address of the node with RANK=0")
+        raise UserError(
+            f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: set it on all nodes to the address of the node with RANK=0"
+        )
     return Node(index, count, *_meeting(env))
 
 
@@ -57,7 +61,9 @@ def world(env: Environment) -> int:
     Raises UserError for variables that are missing, or contradict each other.
     """
     if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
-        raise UserError(f"LOCAL_RANK is set, but {missing[0]} is not: start with torchrun, which sets both, or unset LOCAL_RANK")
+        raise UserError(
+            f"LOCAL_RANK is set, but {missing[0]} is not: start with torchrun, which sets both, or unset LOCAL_RANK"
+        )
     _check_interface(env)
     ranks = number(env, "WORLD_SIZE", least=1)
     of_node = number(env, "LOCAL_WORLD_SIZE", ranks, least=1)
@@ -77,7 +83,9 @@ def task(env: Environment) -> dict[str, str]:
     rank, local, index = (number(env, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "NODEID"))
     per_node = ranks // nodes
     if rank != index * per_node + local or local >= per_node:
-        raise UserError(f"{ranks} tasks on {nodes} nodes are not in equal blocks: use srun --ntasks-per-node=N --distribution=block")
+        raise UserError(
+            f"{ranks} tasks on {nodes} nodes are not in equal blocks: use srun --ntasks-per-node=N --distribution=block"
+        )
     return ranks_of(Node(index, nodes, *_meeting(env)), per_node, env)[local]
 
 
@@ -111,7 +119,14 @@ def step(command: list[str], env: Environment) -> int:
     If this is a batch job and the run was preempted, requeue the job before returning.
     """
     nodes, job = number(env, "SLURM_NNODES", least=1), env["SLURM_JOB_ID"]
-    options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1", "--export=ALL"]
+    options = [
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--kill-on-bad-exit=1",
+        "--export=ALL",
+    ]
     try:
         srun = subprocess.Popen(["srun", *options, *command])
     except FileNotFoundError:
@@ -129,7 +144,11 @@ def step(command: list[str], env: Environment) -> int:
 
 def _running(job: str) -> bool:
     """Return whether the job is still running, and was neither cancelled nor requeued by Slurm."""
-    return bool(subprocess.run(["squeue", "--noheader", "--states=RUNNING", f"--jobs={job}"], capture_output=True, check=False).stdout)
+    return bool(
+        subprocess.run(
+            ["squeue", "--noheader", "--states=RUNNING", f"--jobs={job}"], capture_output=True, check=False
+        ).stdout
+    )
 
 
 def hosts(text: str) -> list[str]:
@@ -171,7 +190,9 @@ def _check_interface(env: Environment) -> None:
     """Raise UserError where gloo is to use what this node does not have."""
     wanted, held = env.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
     if wanted and not {*wanted.split(",")} <= {*held}:
-        raise UserError(f"GLOO_SOCKET_IFNAME={wanted} is no network interface of this node: unset it, or choose of {', '.join(held)}")
+        raise UserError(
+            f"GLOO_SOCKET_IFNAME={wanted} is no network interface of this node: unset it, or choose of {', '.join(held)}"
+        )
 
 
 def _source(address: str) -> str:
@@ -211,7 +232,9 @@ def number(env: Environment, name: str, default: int | None = None, *, least: in
 
 def _given(env: Environment, name: str) -> str:
     if not env.get(name):
-        raise UserError(f"{name} is not set, but other Slurm variables are: start with srun, or unset SLURM_JOB_ID and SLURM_STEP_ID")
+        raise UserError(
+            f"{name} is not set, but other Slurm variables are: start with srun, or unset SLURM_JOB_ID and SLURM_STEP_ID"
+        )
     return env[name]
 
 

@@ -82,7 +82,10 @@ def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
         path = f"{where}{key}"
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise UserError(f"unknown key {path!r}" + (f": did you mean {where + near[0]!r}?" if near else ": see --help for every key"))
+            raise UserError(
+                f"unknown key {path!r}"
+                + (f": did you mean {where + near[0]!r}?" if near else ": see --help for every key")
+            )
         if is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise UserError(
@@ -119,7 +122,9 @@ def _members(hint: Any, limits: Between, value: Any, path: str) -> tuple[Any, ..
     if not isinstance(value, list) or not all(isinstance(member, str) for member in value):
         raise UserError(f"{path} must be a list of strings, got {_shown(value)}")
     if len(value) < limits.least or "" in value or len({*value}) < len(value):
-        raise UserError(f"{path} must be a list of {limits.least} or more different strings that are not empty, got {_shown(value)}")
+        raise UserError(
+            f"{path} must be a list of {limits.least} or more different strings that are not empty, got {_shown(value)}"
+        )
     return tuple(_cast(hint, member, path) for member in value)
 
 
@@ -156,7 +161,10 @@ def manual(cls: Any = Config, where: str = "") -> str:
         elif name != "mode":
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             default = "[]" if defaults[name] == () else defaults[name]
-            lines.append(f"  {where + name + '=' + str(default):32} {said[name]}" + (f" ({' | '.join(choices)})" if choices else ""))
+            lines.append(
+                f"  {where + name + '=' + str(default):32} {said[name]}"
+                + (f" ({' | '.join(choices)})" if choices else "")
+            )
     return "\n".join(lines)
 
 
@@ -176,5 +184,9 @@ def to_toml(config: Config) -> str:
     del tree["mode"]
     tree |= tree.pop("sections")
     top = [f"{k} = {text(v)}" for k, v in tree.items() if not isinstance(v, dict)]
-    sections = [f"\n[{k}]\n" + "\n".join(f"{a} = {text(b)}" for a, b in v.items()) for k, v in tree.items() if isinstance(v, dict)]
+    sections = [
+        f"\n[{k}]\n" + "\n".join(f"{a} = {text(b)}" for a, b in v.items())
+        for k, v in tree.items()
+        if isinstance(v, dict)
+    ]
     return "\n".join(top + sections).lstrip() + "\n"

@@ -294,7 +294,9 @@ class Engine(ABC):
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         """Return one completion per prompt, in order. The engine must have no other requests."""
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-        self.submit([Request(i, prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))])
+        self.submit(
+            [Request(i, prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+        )
         found: dict[int, Completion] = {}
         while len(found) < len(prompts):
             found.update(self.advance())

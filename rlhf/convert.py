@@ -44,7 +44,9 @@ BESIDE = (
 
 def parser() -> argparse.ArgumentParser:
     """What --help prints."""
-    p = texts.Parser(prog="./launch.sh convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = texts.Parser(
+        prog="./launch.sh convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder of any format")
     p.add_argument("--to", required=True, metavar="DIR", help="folder to make; it must not exist")
     p.add_argument(
@@ -57,9 +59,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the new folder")
     p.add_argument("--pp", type=int, default=1, help="pipeline stages of the new folder")
     p.add_argument("--dtype", choices=DTYPES, help="of the new weights; default: as they are")
-    p.add_argument("--iteration", type=int, help="of a Megatron checkpoint to read (default: the tracker file's), and to write (default 1)")
-    p.add_argument("--config", default="", metavar="DIR", help="folder with the tokenizer, and with config.json where --from has none")
-    p.add_argument("--vocab-divisor", type=int, default=0, metavar="N", help="pad the vocabulary to a multiple of N x tp, as Megatron's")
+    p.add_argument(
+        "--iteration",
+        type=int,
+        help="of a Megatron checkpoint to read (default: the tracker file's), and to write (default 1)",
+    )
+    p.add_argument(
+        "--config",
+        default="",
+        metavar="DIR",
+        help="folder with the tokenizer, and with config.json where --from has none",
+    )
+    p.add_argument(
+        "--vocab-divisor",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pad the vocabulary to a multiple of N x tp, as Megatron's",
+    )
     p.add_argument("--verify", action="store_true", help="read the new folder again and compare every byte")
     return p
 
@@ -81,7 +98,9 @@ def tutorial(command: str, environment: Mapping[str, str]) -> list[str]:
     dtype = environment.get("target_params_dtype")
     if dtype and dtype not in (*DTYPES, *DTYPES.values()):
         raise UserError(f"{command}: target_params_dtype={dtype}: set {', '.join(DTYPES)}")
-    return arguments + (["--dtype", next(short for short, name in DTYPES.items() if dtype in (short, name))] if dtype else [])
+    return arguments + (
+        ["--dtype", next(short for short, name in DTYPES.items() if dtype in (short, name))] if dtype else []
+    )
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
@@ -102,10 +121,16 @@ def main(arguments: Sequence[str]) -> None:
     _check(a, arch)
     import torch
 
-    stored = {shard[tile.local].dtype for tiling, shard in zip(source.tilings, source.contents.shards, strict=True) for tile in tiling}
+    stored = {
+        shard[tile.local].dtype
+        for tiling, shard in zip(source.tilings, source.contents.shards, strict=True)
+        for tile in tiling
+    }
     name = DTYPES[a.dtype] if a.dtype else entries.DTYPES[stored.pop()] if len(stored) == 1 else ""
     if not name:
-        raise UserError(f"{a.source}: its tensors have several dtypes, {', '.join(sorted(stored))}: choose one with --dtype")
+        raise UserError(
+            f"{a.source}: its tensors have several dtypes, {', '.join(sorted(stored))}: choose one with --dtype"
+        )
     dtype = getattr(torch, name)
     iteration = a.iteration or source.contents.iteration or 1
     target = Target(FORMATS[a.format], arch, dtype, a.tp, a.pp, iteration, a.vocab_divisor)
@@ -126,7 +151,11 @@ def _make(a: argparse.Namespace, source: files.Source, target: Target) -> None:
     final, where = Path(a.to), files.config_folder(a.source, a.config)
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    beside = [[path for pattern in BESIDE for path in Path(place).glob(pattern) if path.is_file()] for place in (a.config, where) if place]
+    beside = [
+        [path for pattern in BESIDE for path in Path(place).glob(pattern) if path.is_file()]
+        for place in (a.config, where)
+        if place
+    ]
     try:
         convert(source, target, partial)
         for path in next((paths for paths in beside if paths), []):  # all of one folder: a tokenizer is several files
@@ -175,7 +204,9 @@ def verify(source: files.Source, arch: Architecture, folder: Path) -> None:
             wanted = torch.empty(shape, dtype=stored.dtype)
             source.read([tile for tile in tiling if tile.local == local], {local: wanted})
             if not torch.equal(stored.view(torch.uint8), wanted.view(torch.uint8)):
-                raise StorageError(f"{shard[local].path}: {local} is not what was written: the storage is faulty, choose another --to")
+                raise StorageError(
+                    f"{shard[local].path}: {local} is not what was written: the storage is faulty, choose another --to"
+                )
 
 
 class Progress:
@@ -190,7 +221,11 @@ class Progress:
         if sys.stderr.isatty() and now - self.shown > 0.2:
             self.shown, rate = now, self.done / max(1e-9, now - self.start)
             bar = "#" * (40 * self.done // self.total)
-            print(f"\r[{bar:40}] {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s", end="", file=sys.stderr)
+            print(
+                f"\r[{bar:40}] {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s",
+                end="",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         if sys.stderr.isatty():
@@ -203,9 +238,13 @@ def _check(a: argparse.Namespace, arch: Architecture) -> None:
         raise UserError(f"--to {a.to} exists: give a new folder, or delete it")
     form = FORMATS[a.format]
     if not form.pads and a.vocab_divisor:
-        raise UserError(f"--vocab-divisor {a.vocab_divisor}: a vocabulary of format {a.format} is not padded; leave it out")
+        raise UserError(
+            f"--vocab-divisor {a.vocab_divisor}: a vocabulary of format {a.format} is not padded; leave it out"
+        )
     if not form.split and (a.tp, a.pp) != (1, 1):
-        raise UserError(f"--tp {a.tp} --pp {a.pp}: a folder of format {a.format} is not split over ranks; leave them out")
+        raise UserError(
+            f"--tp {a.tp} --pp {a.pp}: a folder of format {a.format} is not split over ranks; leave them out"
+        )
     if min(a.tp, a.pp) < 1 or (a.iteration or 0) < 0 or a.vocab_divisor < 0:
         raise UserError("--tp and --pp must be at least 1, --iteration and --vocab-divisor not negative")
     arch.check_split(a.tp, a.pp, said=(f"--tp {a.tp}", f"--pp {a.pp}"))

@@ -19,7 +19,11 @@ def show(config: Config, world: int) -> None:
     """Print the configuration, the batch sizes and the memory ledger. Raises UserError if the run would be refused."""
     print(f"# {config.mode}\n{configuration.to_toml(config)}")
     algorithm = ALGORITHMS[config.mode]
-    if algorithm.online and not algorithm.rule and not (config.reward.load or config.reward.function or config.critic.load):
+    if (
+        algorithm.online
+        and not algorithm.rule
+        and not (config.reward.load or config.reward.function or config.critic.load)
+    ):
         print("reward.load is not set: the ledger assumes a reward model of the policy's size\n")
         config = replace(config, reward=replace(config.reward, load=config.policy.load))
     arch, roles = shapes(config, world)
@@ -32,7 +36,9 @@ def show(config: Config, world: int) -> None:
         r, holds = config.rollout, int(ledger.sequences())
         flying = math.ceil(round(r.inflight * config.batch.prompts) / (world // r.tp)) * r.group
         waiting = "; the others wait" if flying > holds else ""
-        print(f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. In flight: {flying}{waiting}.")
+        print(
+            f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. In flight: {flying}{waiting}."
+        )
     ledger.check()
 
 
@@ -56,5 +62,7 @@ def batch(config: Config, world: int) -> str:
         many = f"{updates} a step, {updates * config.steps} in {config.steps} steps"
         lines.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
         most = -(-int(share * longest) // b.tokens)
-        lines.append(f"each update: {share:g} samples per data-parallel rank, in at most about {most} micro-batches of {b.tokens} tokens")
+        lines.append(
+            f"each update: {share:g} samples per data-parallel rank, in at most about {most} micro-batches of {b.tokens} tokens"
+        )
     return "\n".join(lines)

@@ -21,7 +21,9 @@ NAME = re.compile(r"step_(\d{6,})")
 
 def steps(out: Path) -> dict[int, Path]:
     """Return the step folders by step, in ascending order."""
-    found = {int(match[1]): path for path in out.glob("step_*") if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+    found = {
+        int(match[1]): path for path in out.glob("step_*") if (match := NAME.fullmatch(path.name)) and path.is_dir()
+    }
     return dict(sorted(found.items()))
 
 
@@ -67,12 +69,20 @@ def _formed(meta: Mapping[str, Any]) -> bool:
     """Return whether the values of a meta.json have the right types. Without a checksum, it may have been changed."""
     run = meta.get("run", {})
     try:
-        numbers = [*meta["state"].values(), *(number for file in meta.get("files", {}).values() for number in file.values())]
-        pairs = [*({"keys": {}} | run)["keys"], *(text for pair in ({"read": {}} | run)["read"].values() for text in pair)]
+        numbers = [
+            *meta["state"].values(),
+            *(number for file in meta.get("files", {}).values() for number in file.values()),
+        ]
+        pairs = [
+            *({"keys": {}} | run)["keys"],
+            *(text for pair in ({"read": {}} | run)["read"].values() for text in pair),
+        ]
         sizes = [file["size"] for file in meta.get("files", {}).values()]
     except (AttributeError, LookupError, TypeError):
         return False
-    return all(type(number) in (int, float) for number in (*numbers, *sizes)) and all(isinstance(text, str) for text in pairs)
+    return all(type(number) in (int, float) for number in (*numbers, *sizes)) and all(
+        isinstance(text, str) for text in pairs
+    )
 
 
 def describe(meta: Mapping[str, Any]) -> str:

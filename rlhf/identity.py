@@ -25,7 +25,10 @@ FREE = {
     *("reward.timeout", "reward.workers", "reward.memory"),
 }
 TOLD = ("optim.", "critic.lr")  # keys that may change when a run resumes; the change is printed
-CODE = ("reward.function", "rollout.environment")  # keys whose files may change when a run resumes; the change is printed
+CODE = (
+    "reward.function",
+    "rollout.environment",
+)  # keys whose files may change when a run resumes; the change is printed
 BLOCK, BLOCKS = 4096, 64  # bytes per block, and number of blocks, that the fingerprint of a weight file covers
 OTHER_RUN = "start with the same settings and files, or set another out"
 
@@ -41,7 +44,9 @@ def identity(config: Config, read: Mapping[str, tuple[str, str]]) -> Identity:
     keys: dict[str, Any] = {}
     for name, value in found.items():
         flat = {f"{name}.{key}": held for key, held in value.items()} if isinstance(value, dict) else {name: value}
-        keys |= {key: list(held) if isinstance(held, tuple) else held for key, held in flat.items() if not {name, key} & FREE}
+        keys |= {
+            key: list(held) if isinstance(held, tuple) else held for key, held in flat.items() if not {name, key} & FREE
+        }
     return {"keys": keys, "read": {key: list(pair) for key, pair in read.items()}}
 
 

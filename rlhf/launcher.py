@@ -72,7 +72,12 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
 def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     end, _ = os.pipe()  # nothing is written to it: when this process ends, the other end closes, and the rank ends too
     rank = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, process_group=0, pass_fds=(end,), preexec_fn=partial(_prepare, end)
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+        pass_fds=(end,),
+        preexec_fn=partial(_prepare, end),
     )
     os.close(end)
     return rank

@@ -22,12 +22,27 @@ from rlhf.weights import names
 GIB = 2**30
 # On H200s: what is in use when an engine starts, what libraries have added after a step, and what NCCL adds where there are several ranks.
 CONTEXT, LOADED, COMMUNICATORS = 1.0, 1.0, 1.4
-ASLEEP = {False: 0.25, True: 0.8}  # what vLLM keeps at sleep level 2, mostly CUDA graphs: one rank per engine, or several
+ASLEEP = {
+    False: 0.25,
+    True: 0.8,
+}  # what vLLM keeps at sleep level 2, mostly CUDA graphs: one rank per engine, or several
 ENGINE_TOKENS = 8192  # vLLM's largest batch of prompt tokens
 SLOTS = 3  # of a micro-batch's hidden states, which tensor-parallel ranks write to each other (rlhf.parallel.exchange)
 LOGITS = 2**25  # elements of a chunk of logits (rlhf.model.logp)
 BLOCK = {False: 128, True: 16}  # tokens of a block of vLLM's cache, on a CPU and on a GPU
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # head sizes that vLLM's attention on a CPU is compiled for
+CPU_HEADS = (
+    32,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    512,
+)  # head sizes that vLLM's attention on a CPU is compiled for
 MARGIN = 0.05  # share of the device that is left to the allocator's fragments
 
 
@@ -38,14 +53,25 @@ class Ledger:
     size     bytes of an element of weights and activations: 2 for bfloat16, 4 for float32
     """
 
-    def __init__(self, config: Config, arch: Architecture, roles: Mapping[str, Role], world: int, device: float, size: int):
+    def __init__(
+        self, config: Config, arch: Architecture, roles: Mapping[str, Role], world: int, device: float, size: int
+    ):
         """arch is the policy's, which the engine has too."""
-        self.config, self.arch, self.roles, self.world, self.device, self.size = config, arch, roles, world, device, size
+        self.config, self.arch, self.roles, self.world, self.device, self.size = (
+            config,
+            arch,
+            roles,
+            world,
+            device,
+            size,
+        )
         p = config.parallel
         self.engine = ALGORITHMS[config.mode].online
         self.shards = world // (p.tp * p.pp) if p.zero else 1  # of an optimizer's state
         self.tenants = [dict(self._tenants(stage)) for stage in range(p.pp)]  # GiB, per pipeline stage
-        self.visits = [Visit(Phase.ROLLOUT)] * self.engine + [Visit(Phase.PUBLISH)] * (self.engine and "policy" in roles)
+        self.visits = [Visit(Phase.ROLLOUT)] * self.engine + [Visit(Phase.PUBLISH)] * (
+            self.engine and "policy" in roles
+        )
         self.visits += [Visit(Phase.SCORE, name) for name in roles]
         self.visits += [Visit(Phase.LEARN, name) for name, role in roles.items() if role.use == "train"]
         self.offload = self._choose()
@@ -65,7 +91,11 @@ class Ledger:
             rows["exchange"] = SLOTS * self.size * self._tokens() * widest / GIB
         if self.engine:
             rows |= self._engine(visit)
-        rows |= {str(tenant): gib for tenant, gib in self.tenants[stage].items() if tenant in visit.needs or tenant not in away}
+        rows |= {
+            str(tenant): gib
+            for tenant, gib in self.tenants[stage].items()
+            if tenant in visit.needs or tenant not in away
+        }
         rows["work"] = 0.0 if visit.is_engines else self._work(visit.phase, self.roles[visit.role].arch, stage)
         return rows
 
@@ -86,7 +116,9 @@ class Ledger:
         fault = self._fault()
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
-            raise UserError(f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}")
+            raise UserError(
+                f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}"
+            )
         fullest = max(self.visits, key=self.need)
         if not self._on_gpu and self.need(fullest) > free:
             raise UserError(
@@ -102,19 +134,27 @@ class Ledger:
     def table(self, peaks: Mapping[Visit, float] | None = None, stage: int | None = None) -> str:
         """GiB by tenant and phase, of a stage or the fullest; with the peaks that the residence measured beside what was predicted."""
         if stage is None:
-            stage = max(range(len(self.tenants)), key=lambda s: max(sum(self.rows(visit, s).values()) for visit in self.visits))
+            stage = max(
+                range(len(self.tenants)), key=lambda s: max(sum(self.rows(visit, s).values()) for visit in self.visits)
+            )
         columns = [self.rows(visit, stage) for visit in self.visits]
         tenants, away = [str(tenant) for tenant in self.tenants[0]], [str(tenant) for tenant in self.offload]
         others = dict.fromkeys(name for column in columns for name in column if name not in tenants and name != "work")
         names = [*others, *tenants, "work"]
         lines = [["GiB per rank", *map(str, self.visits)]]
-        lines += [[name + " *" * (name in away), *(f"{c[name]:.1f}" if c.get(name) else "-" for c in columns)] for name in names]
+        lines += [
+            [name + " *" * (name in away), *(f"{c[name]:.1f}" if c.get(name) else "-" for c in columns)]
+            for name in names
+        ]
         lines.append(["predicted", *(f"{sum(column.values()):.1f}" for column in columns)])
         if peaks is not None:
             lines.append(["measured", *(f"{peaks[visit]:.1f}" if visit in peaks else "-" for visit in self.visits)])
         first = max(len(line[0]) for line in lines)
         widths = [max(len(str(visit)), 6) for visit in self.visits]
-        text = [line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths, strict=True)) for line in lines]
+        text = [
+            line[0].ljust(first) + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths, strict=True))
+            for line in lines
+        ]
         room = f"{self.room:.1f} of {self.device:g} GiB may be used" if self._on_gpu else "host memory"
         note = "nothing is offloaded"
         if self.offload:
@@ -131,13 +171,19 @@ class Ledger:
             count = parameters(role.arch, "megatron", p.tp, p.pp, stage)
             # Main parameters and two moments in float32; float32 weights are their own main parameters.
             state = 12 if self.size == 2 else 8
-            held = {Kind.WEIGHTS: self.size * count, Kind.GRADIENTS: 4 * count, Kind.OPTIMIZER: state * count / self.shards}
+            held = {
+                Kind.WEIGHTS: self.size * count,
+                Kind.GRADIENTS: 4 * count,
+                Kind.OPTIMIZER: state * count / self.shards,
+            }
             yield from ((Tenant(name, kind), held[kind] / GIB) for kind in TENANTS[role.use])
 
     def _choose(self) -> frozenset[Tenant]:
         """What leaves the device: only what must, cheapest first. Gradients cost nothing, frozen weights a copy one way, the rest two."""
         cost = {Kind.GRADIENTS: 0, Kind.OPTIMIZER: 2, Kind.WEIGHTS: 3}
-        movable = sorted(self.tenants[0], key=lambda tenant: 1 if self.roles[tenant.role].use == "frozen" else cost[tenant.kind])
+        movable = sorted(
+            self.tenants[0], key=lambda tenant: 1 if self.roles[tenant.role].use == "frozen" else cost[tenant.kind]
+        )
         if self.config.memory.offload != "auto":
             return frozenset(movable if self.config.memory.offload == "all" else ())
         chosen: list[Tenant] = []
@@ -178,7 +224,14 @@ class Ledger:
 
     def _token(self) -> float:
         """GiB of one token's keys and values on one rank of the engine."""
-        return 2 * self.arch.layers * max(1, self.arch.kv_heads // self.config.rollout.tp) * self.arch.head_dim * self.size / GIB
+        return (
+            2
+            * self.arch.layers
+            * max(1, self.arch.kv_heads // self.config.rollout.tp)
+            * self.arch.head_dim
+            * self.size
+            / GIB
+        )
 
     def _least(self) -> float:
         """GiB of cache that one sequence of data.max_tokens needs: vLLM deals it out in blocks, and leaves one empty."""
@@ -198,12 +251,16 @@ class Ledger:
         p, t = self.config.parallel, self._tokens()
         last = stage == p.pp - 1
         if phase == Phase.SCORE:
-            return self.size * t * (5 * arch.hidden + 3 * arch.ffn / p.tp) / GIB + (self._logits(arch, t, train=False) if last else 0)
+            return self.size * t * (5 * arch.hidden + 3 * arch.ffn / p.tp) / GIB + (
+                self._logits(arch, t, train=False) if last else 0
+            )
         split = p.tp if p.sp else 1  # of what is not split by heads or columns
         q, kv = arch.heads * arch.head_dim / p.tp, arch.kv_heads * arch.head_dim / p.tp
         # Saved for backward: both norms' inputs and outputs, qkv before and after rotation, attention's output, and swiglu's ins and out.
         layer = 4 * arch.hidden / split + (q + 2 * kv) + (q + kv) + q + 3 * arch.ffn / p.tp
-        again = kv if arch.heads > arch.kv_heads else q + kv  # grouped queries are a copy, which stays in place of the rotated one
+        again = (
+            kv if arch.heads > arch.kv_heads else q + kv
+        )  # grouped queries are a copy, which stays in place of the rotated one
         kept = {"none": layer, "selective": layer - again, "full": arch.hidden / split}[p.recompute]
         flying = p.pp - stage  # micro-batches whose backward is still to come (1F1B)
         saved = self.size * t * (kept * arch.layers / p.pp * flying + (layer if p.recompute == "full" else 0))
@@ -222,20 +279,25 @@ class Ledger:
         rows = arch.padded_vocab(self.config.parallel.tp) / self.config.parallel.tp
         chunk, hidden = min(LOGITS, t * rows), self.size * t * arch.hidden
         forward = 8 * chunk + hidden
-        return max(forward, (4 + self.size) * chunk + (4 + self.size) * rows * arch.hidden + 2 * hidden if train else 0) / GIB
+        return (
+            max(forward, (4 + self.size) * chunk + (4 + self.size) * rows * arch.hidden + 2 * hidden if train else 0)
+            / GIB
+        )
 
     def _fault(self) -> str:
         """The first phase that does not fit, in words; empty: all do."""
         if self._serves and self.cache() < self._least():
             r = self.config.rollout
             share = f"rollout.memory={r.memory:g} of {self.device:g} GiB"
-            what = f"the engine's share ({share}) leaves" if self._on_gpu and not r.cache else "rollout.cache gives the engine"
+            what = (
+                f"the engine's share ({share}) leaves"
+                if self._on_gpu and not r.cache
+                else "rollout.cache gives the engine"
+            )
             return f"{what} {self.cache():.2g} GiB of cache, less than the {self._least():.2g} that one sequence of data.max_tokens takes"
         for visit in self.visits if self._on_gpu else ():
             if self.need(visit) > self.room:
-                return (
-                    f"phase {visit} needs {self.need(visit):.1f} GiB of a device with {self.device:g}, of which {self.room:.1f} may be used"
-                )
+                return f"phase {visit} needs {self.need(visit):.1f} GiB of a device with {self.device:g}, of which {self.room:.1f} may be used"
         return ""
 
     def _fits(self, config: Config) -> bool:
@@ -265,7 +327,9 @@ def _remedies(config: Config) -> Iterator[tuple[str, Config]]:
         yield "set rollout.cache=0", replace(config, rollout=replace(r, cache=0))
     if config.memory.offload != "auto":
         yield "set memory.offload=auto", replace(config, memory=replace(config.memory, offload="auto"))
-    for share in sorted((0.05 * i for i in range(2, 19)), key=lambda share: abs(share - r.memory)):  # the nearest that fits
+    for share in sorted(
+        (0.05 * i for i in range(2, 19)), key=lambda share: abs(share - r.memory)
+    ):  # the nearest that fits
         yield f"set rollout.memory={share:.2g}", replace(config, rollout=replace(r, memory=share))
     if not p.zero:
         yield "set parallel.zero=true", replace(config, parallel=replace(p, zero=True))

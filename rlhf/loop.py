@@ -70,7 +70,9 @@ class Run:
         if self.evaluation and due(done, config.evaluate.every, config.steps):
             with metrics.time("evaluate"):
                 self.evaluation(metrics)
-        metrics.add({f"memory/{place}": (gib, 1.0) for place, gib in self.roles.residence.take_peaks().items()})  # mean over ranks
+        metrics.add(
+            {f"memory/{place}": (gib, 1.0) for place, gib in self.roles.residence.take_peaks().items()}
+        )  # mean over ranks
         metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # included in the other times
         metrics.write(done, tokens)
         stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to one rank stops all after the same step
@@ -109,7 +111,9 @@ class Run:
             for i, batch in enumerate(batches):
                 if batch and step >= begin:
                     lr = learning_rate(self._optim(role), (step - begin) * len(batches) + i, updates)
-                    self.metrics.add(self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr))
+                    self.metrics.add(
+                        self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr)
+                    )
             self.roles.check(role)
 
     def offer(self, version: int, check: bool) -> None:

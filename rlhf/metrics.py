@@ -20,7 +20,18 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.recorder import Recorder, Use
 
 LINE = (
-    *("loss", "accuracy", "reward", "eval_reward", "eval_loss", "eval_accuracy", "kl", "clipped", "entropy", "critic_loss"),
+    *(
+        "loss",
+        "accuracy",
+        "reward",
+        "eval_reward",
+        "eval_loss",
+        "eval_accuracy",
+        "kl",
+        "clipped",
+        "entropy",
+        "critic_loss",
+    ),
     *("mismatch", "response_tokens", "tokens_per_second"),
 )
 
@@ -176,7 +187,9 @@ def _forget(path: Path, start: int) -> None:
         say(f"{path}: damaged lines are removed: {', '.join(damaged)}")
     fresh = path.with_suffix(".partial")
     with fresh.open("w") as file:
-        file.write("".join(f"{line}\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= start))
+        file.write(
+            "".join(f"{line}\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= start)
+        )
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)

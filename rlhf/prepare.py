@@ -53,7 +53,9 @@ def inputs(config: Config, world: int) -> Inputs:
     newest = _newest(config) if ALGORITHMS[config.mode].trains else None
     sources = _check_folders(config, models, arch)
     beside = config.policy.tokenizer
-    remarks = [remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")]
+    remarks = [
+        remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")
+    ]
     tokenizer = Tokenizer.load(beside or config.policy.load)
     if tokenizer.vocab > arch.vocab:
         model = f"{config.policy.load}/config.json has vocab_size={arch.vocab}"
@@ -98,7 +100,9 @@ def _newest(config: Config) -> Path | None:
     out = Path(config.out)
     for link in (out / name for name in config.checkpoint.format):
         if link.exists() and not link.is_symlink():
-            raise UserError(f"{link} is no link, which a run makes of it to name its newest export: move it away, or set another out")
+            raise UserError(
+                f"{link} is no link, which a run makes of it to name its newest export: move it away, or set another out"
+            )
     if config.resume:
         return folders.newest(out)[0]
     if (out / "latest").exists() or folders.steps(out):
@@ -106,9 +110,13 @@ def _newest(config: Config) -> Path | None:
     return None
 
 
-def _read(config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources: Mapping[str, Opened]) -> dict[str, tuple[str, str]]:
+def _read(
+    config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources: Mapping[str, Opened]
+) -> dict[str, tuple[str, str]]:
     """Return the files that the run reads: key -> (path, fingerprint)."""
-    found = {"policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))}
+    found = {
+        "policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))
+    }
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
     for key, spec in (("reward.function", config.reward.function), ("rollout.environment", config.rollout.environment)):
@@ -158,14 +166,18 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None
 
     def read(path: str) -> Records:
         cache = Path(config.out) / "records"
-        return Records.load(path, algorithm.form, tokenizer, config.data, max_prompt=max_prompt, required=required, cache=cache)
+        return Records.load(
+            path, algorithm.form, tokenizer, config.data, max_prompt=max_prompt, required=required, cache=cache
+        )
 
     source = "train" if algorithm.trains else "eval"
     path = {"train": config.data.train, "eval": config.data.eval}[source]
     if not path:
         raise UserError(f"data.{source} is not set: set it to a jsonl file or a folder of them")
     if source == "train" and Path(path).is_dir() and config.data.eval:
-        both = {file.resolve() for file in jsonl.files(Path(path))} & {file.resolve() for file in jsonl.files(Path(config.data.eval))}
+        both = {file.resolve() for file in jsonl.files(Path(path))} & {
+            file.resolve() for file in jsonl.files(Path(config.data.eval))
+        }
         if both:
             shared = f"contains {min(both).name}, which data.eval={config.data.eval} holds out"
             raise UserError(f"data.train={path} {shared}: set data.train to the file to train on")
@@ -217,7 +229,9 @@ def _with_head(name: str, folder: str, arch: Architecture, lm: bool) -> Architec
 def _check_training(config: Config, role: Role) -> None:
     """Raise UserError if the training layout or the mini-batches do not divide the model or the batch."""
     p = config.parallel
-    role.arch.check_split(p.tp, p.pp, said=(f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"), where=f" of {role.folder}/config.json")
+    role.arch.check_split(
+        p.tp, p.pp, said=(f"parallel.tp={p.tp}", f"parallel.pp={p.pp}"), where=f" of {role.folder}/config.json"
+    )
     if config.batch.minibatches > config.batch.prompts:
         b = config.batch
         raise UserError(f"batch.minibatches={b.minibatches} is more than batch.prompts={b.prompts}: lower it")
@@ -285,5 +299,7 @@ def check_world(parallel: Parallel, world: int) -> None:
     """Raise UserError unless tp x pp x cp x dp is the number of ranks."""
     model = parallel.tp * parallel.pp * parallel.cp
     if world % model or parallel.dp not in (0, world // model):
-        axes = f"parallel.tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}" + (f" x dp={parallel.dp}" if parallel.dp else "")
+        axes = f"parallel.tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}" + (
+            f" x dp={parallel.dp}" if parallel.dp else ""
+        )
         raise UserError(f"{axes} does not fit {world} ranks: start a multiple of {model} ranks, or change parallel.*")

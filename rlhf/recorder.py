@@ -48,7 +48,9 @@ class Recorder:
         kept, self._kept = self._kept, []
         if kept:
             self.finish()
-            self._writing = self._writer.submit(_write, self.folder / f"{self.name or f'step_{step:06}'}.jsonl", step, kept)
+            self._writing = self._writer.submit(
+                _write, self.folder / f"{self.name or f'step_{step:06}'}.jsonl", step, kept
+            )
 
     def finish(self) -> None:
         """Wait until the current file is complete. Raises the error of the write, if there was one."""
@@ -81,11 +83,15 @@ def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
     """Return the line with None in place of inf and nan, which JSON does not have."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
 
 
 def _write(file: Path, step: int, kept: list[tuple[Use, Sample]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(_finite(describe(step, use, sample)), allow_nan=False) + "\n" for use, sample in kept))
+    partial.write_text(
+        "".join(json.dumps(_finite(describe(step, use, sample)), allow_nan=False) + "\n" for use, sample in kept)
+    )
     partial.replace(file)

@@ -112,7 +112,10 @@ class Residence:
         "host" is the current host memory of this process in GiB. A value that rises from step to step means a leak.
         """
         recent, self._recent = self._recent, {}
-        return {**{str(visit): gib for visit, gib in recent.items()}, "host": psutil.Process().memory_info().rss / 2**30}
+        return {
+            **{str(visit): gib for visit, gib in recent.items()},
+            "host": psutil.Process().memory_info().rss / 2**30,
+        }
 
     def _settle(self, visit: Visit) -> None:
         """Offload first, so that the memory is free for the tenants that are restored."""
@@ -127,7 +130,11 @@ class Residence:
             self._engine.come(kinds)
 
     def _park(self, needed: Set[Tenant]) -> None:
-        leaving = [tenant for tenant in self.offload if tenant not in needed | self._parked.keys() and tenant.role in self._owners]
+        leaving = [
+            tenant
+            for tenant in self.offload
+            if tenant not in needed | self._parked.keys() and tenant.role in self._owners
+        ]
         for tenant in leaving:
             self._parked[tenant] = [(storage, storage.nbytes()) for storage in self._storages(tenant)]
             if tenant not in self._copied and tenant.kind != DROPPED:

@@ -33,7 +33,15 @@ class Roles:
     All methods get the same samples on every rank. The data-parallel replicas split the work.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, roles: dict[str, Role], dtype: torch.dtype, temperature: float, residence: Residence):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        roles: dict[str, Role],
+        dtype: torch.dtype,
+        temperature: float,
+        residence: Residence,
+    ):
         self.config, self.mesh, self.roles, self.dtype, self.temperature = config, mesh, roles, dtype, temperature
         self.residence = residence
         self.learners: dict[str, Learner] = {}

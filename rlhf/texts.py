@@ -49,7 +49,10 @@ def parse(text: str | bytes) -> Any:
     level = [found] if opened > DEEPEST else []
     for _ in range(DEEPEST):
         level = [
-            inner for value in level if isinstance(value, (dict, list)) for inner in (value.values() if isinstance(value, dict) else value)
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
         ]
     if level:
         raise ValueError("it is nested too deeply")
@@ -90,7 +93,9 @@ class Blaming:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
             said = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.what}: {said}; {self.remedy}") from None

@@ -16,7 +16,9 @@ from rlhf.errors import UserError
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = ", ".join(ALGORITHMS)
 TRAIN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains)
-BEFORE = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and not made.aligns)  # the stages before alignment
+BEFORE = ", ".join(
+    mode for mode, made in ALGORITHMS.items() if made.trains and not made.aligns
+)  # the stages before alignment
 ALIGN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.aligns)
 RATED = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.online)
 OTHERS = ", ".join(mode for mode, made in ALGORITHMS.items() if made.aligns)
@@ -126,7 +128,9 @@ def without(env: Mapping[str, str]) -> dict[str, str]:
 
 def rows() -> list[tuple[str, str, str, str]]:
     """Return the rows of the table in README and --help: name, key, modes, meaning."""
-    return [(name, key, {ALL: "all modes"}.get(modes, modes), meaning) for name, (modes, key, meaning) in VARIABLES.items()]
+    return [
+        (name, key, {ALL: "all modes"}.get(modes, modes), meaning) for name, (modes, key, meaning) in VARIABLES.items()
+    ]
 
 
 def _taken(mode: str, env: Mapping[str, str]) -> dict[str, str]:
@@ -150,7 +154,9 @@ def _model(folder: Path, iteration: str) -> str:
         names = (f"iter_{number:07}", f"step_{number:06}/hf")
         found = [folder / name for name in names if (folder / name).is_dir()]
         if not found:
-            raise UserError(f"REWARD_LOAD_ITERATION={iteration}: REWARD_LOAD={folder} contains neither {names[0]} nor {names[1]}")
+            raise UserError(
+                f"REWARD_LOAD_ITERATION={iteration}: REWARD_LOAD={folder} contains neither {names[0]} nor {names[1]}"
+            )
         return str(found[0])
     return str(folder / "hf" if (folder / "hf").is_dir() and not (folder / "config.json").exists() else folder)
 

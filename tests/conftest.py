@@ -58,7 +58,12 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
     def run(mode: str, *overrides: str) -> str:
         data = {"sft": "train_sft", "grpo": "train_rl", "rlhf": "train_rl", "evaluate": "train_rl"}[mode]
-        good = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/{data}.jsonl", "data.max_tokens=128"]
+        good = [
+            f"policy.load={made}/model",
+            "policy.init=random",
+            f"data.train={made}/data/{data}.jsonl",
+            "data.max_tokens=128",
+        ]
         assert main([mode, *good, "rollout.max_tokens=32", *overrides]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1, lines

@@ -32,7 +32,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 FAMILIES = {
     "phi3": transformers.Phi3Config(**SHAPE | {"head_dim": 32}, pad_token_id=None),  # a Llama with fused files
-    "llama3-tied": transformers.LlamaConfig(**SHAPE | {"head_dim": 32}, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama3-tied": transformers.LlamaConfig(
+        **SHAPE | {"head_dim": 32}, rope_parameters=LLAMA3, tie_word_embeddings=True
+    ),
     "mistral": transformers.MistralConfig(**SHAPE | {"num_key_value_heads": 4}, sliding_window=7, rms_norm_eps=1e-5),
     "qwen2": transformers.Qwen2Config(**SHAPE, rope_parameters=YARN, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SHAPE | {"head_dim": 32}, rope_parameters=LINEAR),
@@ -58,7 +60,15 @@ def samples(count: int = 7, seed: int = 3, vocab: int = 509) -> list[Sample]:
         mask = np.arange(length) >= rng.integers(0, length - 1)
         streams = {n: rng.normal(-6, 0.3, length).astype(np.float32) for n in ("old_logp", "ref_logp", "sampler_logp")}
         advantages = np.full(length, rng.normal(), np.float32) * mask
-        made.append(Sample(rng.integers(0, vocab, length + 1).astype(np.int32), mask, group=i // 2, advantages=advantages, **streams))
+        made.append(
+            Sample(
+                rng.integers(0, vocab, length + 1).astype(np.int32),
+                mask,
+                group=i // 2,
+                advantages=advantages,
+                **streams,
+            )
+        )
     return made
 
 
@@ -76,4 +86,6 @@ def reference_logp(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
 def layout_keys(layout: str) -> list[str]:
     """tp2-recomputefull -> parallel.tp=2 parallel.recompute=full"""
     pairs = (re.match(r"([a-z]+?)(\d+|none|full|selective)$", part).groups() for part in layout.split("-"))
-    return [f"parallel.{key}={('false', 'true')[int(value)] if key in ('sp', 'zero') else value}" for key, value in pairs]
+    return [
+        f"parallel.{key}={('false', 'true')[int(value)] if key in ('sp', 'zero') else value}" for key, value in pairs
+    ]

@@ -14,7 +14,12 @@ from rlhf.parallel.mesh import Layout, Mesh
 
 PLACE = {"rank": 0, "dp_rank": 0, "cp_rank": 0, "tp_rank": 0, "pp_rank": 0}
 MESH = SimpleNamespace(
-    **PLACE, layout=Layout(1, 1, 1, 1), device=torch.device("cpu"), barrier=lambda: None, all_gather=lambda x: [x], world=1
+    **PLACE,
+    layout=Layout(1, 1, 1, 1),
+    device=torch.device("cpu"),
+    barrier=lambda: None,
+    all_gather=lambda x: [x],
+    world=1,
 )
 MESH.agree = partial(Mesh.agree, MESH)
 

@@ -32,7 +32,11 @@ def rows(name: str) -> list[np.ndarray]:
 
 def packed(**streams: str) -> Batch:
     """The fixture's four sequences in one row; streams say where another one is to be taken than the fixture's of that name."""
-    given = {n: n for n in ("old_logp", "ref_logp", "sampler_logp", "advantages", "returns")} | {"values": "old_values"} | streams
+    given = (
+        {n: n for n in ("old_logp", "ref_logp", "sampler_logp", "advantages", "returns")}
+        | {"values": "old_values"}
+        | streams
+    )
     columns = {name: rows(source) for name, source in given.items()}
     lengths = [len(row) for row in rows("logp")]
     samples = [

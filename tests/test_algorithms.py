@@ -26,7 +26,9 @@ def outputs(batch: Batch, logp: list[float] | None = None, scores: list[float] |
     return Output(logp=each, entropy=torch.zeros_like(each), value=value)
 
 
-def reward_loss(samples: list[Sample], *overrides: str, scores: list[float], logp: list[float] | None = None) -> dict[str, float]:
+def reward_loss(
+    samples: list[Sample], *overrides: str, scores: list[float], logp: list[float] | None = None
+) -> dict[str, float]:
     rm = algorithm("reward", *overrides)
     batch = pack(rm.credit(samples)[0])
     return means(rm.loss("reward", batch, outputs(batch, logp, scores)))
@@ -70,7 +72,12 @@ def test_empty_microbatch_has_no_weight(mode: str) -> None:
         ("grpo", [], {"policy": "train", "reference": "frozen"}, ("old_logp", "ref_logp")),
         ("grpo", ["grpo.kl=0"], {"policy": "train"}, ("old_logp",)),
         ("grpo", ["batch.minibatches=1"], {"policy": "train", "reference": "frozen"}, ("ref_logp",)),
-        ("grpo", ["batch.minibatches=1", "batch.epochs=2"], {"policy": "train", "reference": "frozen"}, ("old_logp", "ref_logp")),
+        (
+            "grpo",
+            ["batch.minibatches=1", "batch.epochs=2"],
+            {"policy": "train", "reference": "frozen"},
+            ("old_logp", "ref_logp"),
+        ),
     ],
 )
 def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, str], streams: tuple[str, ...]) -> None:
@@ -110,7 +117,11 @@ def test_reward_equals_published() -> None:
     samples = [s for i in range(5) for s in responses([1.0, 0.0], i)]
     scores = [x for both in zip(pairs["chosen"], pairs["rejected"], strict=True) for x in both]
     found = reward_loss(samples, scores=scores)
-    wanted = [EXPECTED["openrlhf"]["rm_pairwise"], EXPECTED["openrlhf"]["rm_logexp"], EXPECTED["nemo_rl"]["rm_pairwise"]]
+    wanted = [
+        EXPECTED["openrlhf"]["rm_pairwise"],
+        EXPECTED["openrlhf"]["rm_logexp"],
+        EXPECTED["nemo_rl"]["rm_pairwise"],
+    ]
     assert wanted == pytest.approx([found["loss"]] * 3, abs=2e-6)
     assert found["accuracy"] == pytest.approx(0.8)
     assert found["score"] == pytest.approx(np.mean(scores))
@@ -221,9 +232,13 @@ def test_online_dpo_without_pairs() -> None:
 
 def test_learning_rate() -> None:
     def rates(schedule: str) -> list[float]:
-        optim = configuration.load("sft", ["optim.lr=1", "optim.min_lr=0.1", "optim.warmup=2", f"optim.schedule={schedule}"]).optim
+        optim = configuration.load(
+            "sft", ["optim.lr=1", "optim.min_lr=0.1", "optim.warmup=2", f"optim.schedule={schedule}"]
+        ).optim
         return [learning_rate(optim, update, 6) for update in range(6)]
 
     assert rates("constant") == pytest.approx([0.5, 1, 1, 1, 1, 1])
     assert rates("linear") == pytest.approx([0.5, 1, 1, 0.775, 0.55, 0.325])
-    assert rates("cosine") == pytest.approx([0.5, 1, 1, 0.1 + 0.9 * (2 + math.sqrt(2)) / 4, 0.55, 0.1 + 0.9 * (2 - math.sqrt(2)) / 4])
+    assert rates("cosine") == pytest.approx(
+        [0.5, 1, 1, 0.1 + 0.9 * (2 + math.sqrt(2)) / 4, 0.55, 0.1 + 0.9 * (2 - math.sqrt(2)) / 4]
+    )

@@ -293,10 +293,17 @@ def test_gsm8k(shared_data, name, count):
     assert len(solutions) == count
     numbers = [Decimal(re.search(r"#### (.*)$", solution)[1].replace(",", "")) for solution in solutions]
     for solution, number in zip(solutions, numbers, strict=True):
-        assert verify(solution, solution) == verify(f"The answer is ${number}.", solution) == verify(solution, str(number)) == 1.0
+        assert (
+            verify(solution, solution)
+            == verify(f"The answer is ${number}.", solution)
+            == verify(solution, str(number))
+            == 1.0
+        )
     for distance in (1, count // 2):  # another question's solution is right only where it comes to the same number
         for i in range(count):
             j = (i + distance) % count
             assert verify(solutions[i], solutions[j]) == float(numbers[i] == numbers[j])
     for solution, number in zip(solutions, numbers, strict=True):
-        assert verify(f"#### {number * 100}", solution) == verify(f"#### {number / 100}", solution) == float(number == 0)
+        assert (
+            verify(f"#### {number * 100}", solution) == verify(f"#### {number / 100}", solution) == float(number == 0)
+        )

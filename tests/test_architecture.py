@@ -131,7 +131,11 @@ def test_older_names_and_what_may_be_missing(tmp_path: Path) -> None:
     assert read(tmp_path, {**config, "rope_scaling": older}) == wanted
     default = {**config, "rope_scaling": {"rope_type": "default"}}
     assert read(tmp_path, default) == replace(wanted, rope_scaling={})
-    bare = {key: config[key] for key in config if key not in ("num_key_value_heads", "tie_word_embeddings", "rope_theta", "rope_scaling")}
+    bare = {
+        key: config[key]
+        for key in config
+        if key not in ("num_key_value_heads", "tie_word_embeddings", "rope_theta", "rope_scaling")
+    }
     assert read(tmp_path, bare) == replace(wanted, kv_heads=32, rope_theta=10000.0, rope_scaling={})
 
 
@@ -167,7 +171,10 @@ def test_sliding_windows(tmp_path: Path, name: str, changes: dict[str, Any], win
     [
         ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 64}),  # in the layers from max_window_layers on
         ("Llama-2-7b-hf", {"sliding_window": 64}),  # transformers does not read it, and vLLM does
-        ("Mistral-7B-v0.3", {"sliding_window": 64, "layer_types": ["full_attention"] * 32}),  # vLLM reads the second, transformers does not
+        (
+            "Mistral-7B-v0.3",
+            {"sliding_window": 64, "layer_types": ["full_attention"] * 32},
+        ),  # vLLM reads the second, transformers does not
     ],
 )
 def test_windows_of_some_layers_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:

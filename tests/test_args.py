@@ -31,12 +31,20 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
     assert files.read_architecture(tmp_path / "window") == replace(LLAMA, family="mistral", window=9)
     for args, said in (
         ({"window_size": (8, 8)}, r"window_size \(8, 8\), and only \(tokens, 0\) is supported"),
-        ({"window_size": (8, 0), "qk_layernorm": True}, r"qk_layernorm True, window_size \(8, 0\), which no supported family has together"),
+        (
+            {"window_size": (8, 0), "qk_layernorm": True},
+            r"qk_layernorm True, window_size \(8, 0\), which no supported family has together",
+        ),
     ):
         save_as_megatron_does(tmp_path / str(args), monkeypatch, LLAMA, 102, **args)
         with pytest.raises(UserError, match=f"its args say {said}"):
             files.read_architecture(tmp_path / str(args))
-    for name, value in (("apply_layernorm_1p", True), ("rotary_interleaved", True), ("rotary_percent", 0.5), ("window_attn_skip_freq", 2)):
+    for name, value in (
+        ("apply_layernorm_1p", True),
+        ("rotary_interleaved", True),
+        ("rotary_percent", 0.5),
+        ("window_attn_skip_freq", 2),
+    ):
         save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
         with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
             files.open_folder(tmp_path / name, LLAMA)
@@ -46,11 +54,35 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
     ("scaling", "said"),
     [
         ({"rope_type": "linear", "factor": 4.0}, True),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8, "truncate": False}, True),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 2.0, "mscale_all_dim": 1.0}, True),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 8,
+                "truncate": False,
+            },
+            True,
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 2.0,
+                "mscale_all_dim": 1.0,
+            },
+            True,
+        ),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 2.0}, False),
         (
-            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
             False,
         ),
     ],

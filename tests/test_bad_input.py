@@ -72,7 +72,11 @@ from rlhf.errors import UserError
         ("sft", "out=" + "a" * 300, ["aaa", "File name too long"]),
         ("sft", "data.train=/dev/zero", ["/dev/zero", "not a regular file"]),
         ("sft", "/dev/zero", ["/dev/zero", "not a regular file"]),
-        ("grpo", "rollout.cache=0.0001", ["rollout.cache gives the engine 0.0001 GiB", "one sequence", "set rollout.cache=0"]),
+        (
+            "grpo",
+            "rollout.cache=0.0001",
+            ["rollout.cache gives the engine 0.0001 GiB", "one sequence", "set rollout.cache=0"],
+        ),
         ("grpo", "rollout.cache=1000000", ["phase rollout needs 1000000.0 GiB", "rollout.cache"]),
     ],
 )
@@ -88,7 +92,11 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
         ("Calculator", "plain", "is unknown: give module:Class or path/file.py:Class"),
         ("tools/calculator_task.py:Abacus", "plain", "has no attribute 'Abacus'"),
         ("tools/calculator_task.py:write", "plain", "not a class with the methods reset(record) and step(text)"),
-        ("tools/calculator_task.py:Calculator", "human", "data.template=human does not mark the end of the assistant's turns"),
+        (
+            "tools/calculator_task.py:Calculator",
+            "human",
+            "data.template=human does not mark the end of the assistant's turns",
+        ),
     ],
 )
 def test_environments(fail, environment: str, template: str, wanted: str) -> None:
@@ -123,11 +131,18 @@ def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], n
         (signal.SIGUSR1, "checks", "; nothing is saved but what was before"),
     ],
 )
-def test_a_signal_before_there_are_ranks(made: Path, tmp_path: Path, number: signal.Signals, moment: str, said: str) -> None:
+def test_a_signal_before_there_are_ranks(
+    made: Path, tmp_path: Path, number: signal.Signals, moment: str, said: str
+) -> None:
     """While the command line is imported, or while it checks its inputs: one line."""
     slow = "import os, time\nos.write(1, b'ready\\n')\ntime.sleep(60)\n"
     (tmp_path / {"imports": "difflib.py", "checks": "reward.py"}[moment]).write_text(slow)
-    keys = [f"policy.load={made}/model", "policy.init=random", f"data.train={made}/data/train_rl.jsonl", f"out={tmp_path}/run"]
+    keys = [
+        f"policy.load={made}/model",
+        "policy.init=random",
+        f"data.train={made}/data/train_rl.jsonl",
+        f"out={tmp_path}/run",
+    ]
     keys += ["data.max_tokens=128", "rollout.max_tokens=32", f"reward.function={tmp_path}/reward.py:f"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", "-m", "rlhf", "grpo", *keys]
@@ -185,7 +200,14 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         ("meta/step_000001", [f"out={root}/meta"]),
         ("d.jsonl/", [f"out={root}/d.jsonl/run"]),
     ]
-    good = ["sft", f"policy.load={made}/model", "policy.init=random", f"data.train={data}", "data.max_tokens=128", f"out={root}/run"]
+    good = [
+        "sft",
+        f"policy.load={made}/model",
+        "policy.init=random",
+        f"data.train={data}",
+        "data.max_tokens=128",
+        f"out={root}/run",
+    ]
     program = "import contextlib, io, json, sys\nfrom rlhf.__main__ import main\n"
     program += "for call in json.load(sys.stdin):\n    with contextlib.redirect_stderr(io.StringIO()) as said: code = main(call)\n"
     program += "    print(json.dumps([code, said.getvalue()]))"
@@ -197,7 +219,10 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
     for name in closed:
         (root / name).chmod(0o755)
     assert done.returncode == 0, done.stderr
-    return [(code, path, said) for (path, _), (code, said) in zip(calls, map(json.loads, done.stdout.splitlines()), strict=True)]
+    return [
+        (code, path, said)
+        for (path, _), (code, said) in zip(calls, map(json.loads, done.stdout.splitlines()), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -242,7 +267,9 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     checkpoints = Checkpoints(config, SimpleNamespace(layout=Layout(2, 1, 1, 1), rank=0), torch.float32)
     (tmp_path / "latest").write_text("step_000007")
     (tmp_path / "step_000007").mkdir()
-    (tmp_path / "step_000007/meta.json").write_text(json.dumps({**checkpoints.meta, "step": 7, "state": {}, key: saved}))
+    (tmp_path / "step_000007/meta.json").write_text(
+        json.dumps({**checkpoints.meta, "step": 7, "state": {}, key: saved})
+    )
     with pytest.raises(
         UserError,
         match=rf"step_000007 was saved with {key}={saved}, this run has {here}: start with the same settings and files, or set",
@@ -254,7 +281,13 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     "variables",
     [
         {"GPUS_PER_NODE": "3"},
-        {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},  # torchrun's
+        {
+            "LOCAL_RANK": "0",
+            "RANK": "0",
+            "WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+        },  # torchrun's
     ],
 )
 def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
@@ -275,7 +308,10 @@ def test_counts_that_are_no_numbers(fail, monkeypatch: pytest.MonkeyPatch, name:
     [
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a number from 1 to 65535"),
         ({"MASTER_PORT": "9" * 5000}, "is not a number from 1 to 65535"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "MASTER_PORT=0 is not a number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+            "MASTER_PORT=0 is not a number",
+        ),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not a number from 1"),
         ({"GPUS_PER_NODE": "100000"}, "GPUS_PER_NODE=100000 is not a number from 0 to 256"),
         ({"SLURM_STEP_ID": "x"}, "SLURM_STEP_ID=x is not a number"),

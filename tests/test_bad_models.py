@@ -16,7 +16,13 @@ from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.weights import names
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -28,11 +34,17 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
             {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             ["'yarn' is not supported for phi3"],
         ),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "alpha": 2.0}}, ["rope scaling dynamic with 'alpha' is not supported"]),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "alpha": 2.0}},
+            ["rope scaling dynamic with 'alpha' is not supported"],
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": "1"}}, ["mscale '1' is not a number above 0"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["key 'factor' is missing"]),
         ({"sliding_window": 64}, ["sliding_window 64"]),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, ["sliding_window 0 is not a whole number above 0"]),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+            ["sliding_window 0 is not a whole number above 0"],
+        ),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'"]),
         ({"quantization_config": {}}, ["quantized"]),
@@ -87,7 +99,9 @@ def test_what_transformers_would_refuse(made: Path, tmp_path: Path, changes: dic
     """vLLM reads a config.json by it, and it is stricter than we are."""
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
     architecture.read(tmp_path)
-    with pytest.raises(UserError, match=f"^{tmp_path}/config.json: transformers, by which vLLM reads it, refuses it: .*; give the one"):
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}/config.json: transformers, by which vLLM reads it, refuses it: .*; give the one"
+    ):
         prepare.readable(str(tmp_path))
     assert prepare.readable(f"{made}/model") == f"{made}/model"
 
@@ -106,7 +120,9 @@ def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: s
 def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
     """A reward model of a shorter context than the policy's would be asked about positions that it never saw."""
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | {"max_position_embeddings": 64}))
-    assert f"data.max_tokens=128 is larger than the context length 64 of {tmp_path}" in fail("grpo", f"reward.load={tmp_path}")
+    assert f"data.max_tokens=128 is larger than the context length 64 of {tmp_path}" in fail(
+        "grpo", f"reward.load={tmp_path}"
+    )
 
 
 def test_safetensors(fail, made: Path, tmp_path: Path) -> None:
@@ -143,7 +159,9 @@ def test_tensors_that_share_bytes(fail, made: Path, tmp_path: Path) -> None:
 
     assert "invalid offset for tensor" in said(header | {norm: header[other]}, content[start:])
     assert "file not fully covered" in said(header, content[start:] + b"0000")
-    moved = {name: at | {"data_offsets": [x + 4 for x in at["data_offsets"]]} for name, at in header.items() if "dtype" in at}
+    moved = {
+        name: at | {"data_offsets": [x + 4 for x in at["data_offsets"]]} for name, at in header.items() if "dtype" in at
+    }
     assert "invalid offset for tensor" in said(moved, b"0000" + content[start:])
 
 

@@ -51,7 +51,12 @@ def test_attention() -> None:
 def test_rollout_and_switch() -> None:
     found = lines("switch", "--rollout", "--model=toy", "--layers=1", "--prompts=4", "--new=8", "--length=16")
     rollouts = [line for line in found if line["benchmark"] == "rollout"]
-    assert [line["case"] for line in rollouts] == ["alone", "alone, with log-probs", "alone, with log-probs and seeds", "sampler"]
+    assert [line["case"] for line in rollouts] == [
+        "alone",
+        "alone, with log-probs",
+        "alone, with log-probs and seeds",
+        "sampler",
+    ]
     assert all(line["tokens_per_s"] > 0 for line in rollouts)
     engine, parking = (line for line in found if line["benchmark"] == "switch")
     assert parking["optimizer_gib"] == pytest.approx(3 * 4 / 2**30 * parking["parameters"], rel=0.05)
@@ -60,7 +65,17 @@ def test_rollout_and_switch() -> None:
 
 def test_tail() -> None:
     """With responses in flight a step is the same again, whatever it goes on from."""
-    keys = ["--model=toy", "--groups", "2", "--siblings=4", "--mean=24", "--longest=96", "--steps=1", "--warm=1", "--check"]
+    keys = [
+        "--model=toy",
+        "--groups",
+        "2",
+        "--siblings=4",
+        "--mean=24",
+        "--longest=96",
+        "--steps=1",
+        "--warm=1",
+        "--check",
+    ]
     check, equal, strict, partial = lines("tail", *keys)
     assert check["twice"] is check["resumed"] is True
     assert (equal["tokens"], equal["longest"]) == (2 * 4 * 24, 24)
@@ -72,8 +87,12 @@ def test_tail() -> None:
 def test_step(tmp_path: Path) -> None:
     """PPO, which has all four models; over twenty steps nothing leaks, of all that a CPU has."""
     keys = ["batch.prompts=2", "rollout.group=2", "rollout.max_tokens=8", "rollout.engine=kvcache"]
-    exact = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once: no fragments in the count
-    (found,) = lines("step", str(tmp_path), "--mode=rlhf", "--model=toy", "--layers=1", "--steps=20", "--warm=2", *keys, **exact)
+    exact = {
+        "MALLOC_MMAP_THRESHOLD_": "65536"
+    }  # what is freed goes back to the system at once: no fragments in the count
+    (found,) = lines(
+        "step", str(tmp_path), "--mode=rlhf", "--model=toy", "--layers=1", "--steps=20", "--warm=2", *keys, **exact
+    )
     phases = sum(found[f"time/{phase}"] for phase in ("rollout", "score", "learn", "publish"))
     assert phases + found["time/between"] == pytest.approx(found["time/step"], rel=1e-3)
     assert 0.1 < found["memory/host"] < 20
@@ -89,7 +108,9 @@ def test_host() -> None:
     assert all(line["seconds"] > 0 for line in found)
     cache, plans = found[-4:-2], found[-2:]
     assert cache[1]["own_after_use_mib"] < 4 < cache[1]["resident_after_use_mib"], "of 10 MiB"
-    assert plans[0]["moves"] == pytest.approx(plans[1]["moves"], rel=0.02), "a rank's part of a publish does not grow with the world"
+    assert plans[0]["moves"] == pytest.approx(plans[1]["moves"], rel=0.02), (
+        "a rank's part of a publish does not grow with the world"
+    )
 
 
 @pytest.mark.skipif(not TRL, reason="trl is not installed: pip install trl==1.16.0 datasets")
@@ -100,7 +121,9 @@ def test_trl(tmp_path: Path) -> None:
     assert found["trl/response_tokens"] == found["ours/response_tokens"] == pytest.approx(8, abs=0.5)
     assert found["trl/tokens"] == pytest.approx(found["ours/tokens"], rel=0.1)  # prompts are drawn in another order
     assert found["trl/mismatch"] < 0.02  # 0.24 with the weights of the step before
-    assert found["trl/rollout"] + found["trl/score"] + found["trl/learn"] == pytest.approx(found["trl/seconds"], rel=1e-3)
+    assert found["trl/rollout"] + found["trl/score"] + found["trl/learn"] == pytest.approx(
+        found["trl/seconds"], rel=1e-3
+    )
     assert found["ratio"] == pytest.approx(found["ours/tokens_per_second"] / found["trl/tokens_per_second"], rel=1e-3)
 
 
@@ -122,7 +145,10 @@ def test_table_shows_both_trainers() -> None:
     for side, rate in (("ours", 10521.0), ("trl", 5000.0)):
         line |= {f"{side}/tokens_per_second": rate, f"{side}/response_tokens": 398.7}
     shown = table().table({("trl", "grpo 7b, float32"): [line]})
-    assert "| 2.10 x: 10,521 and 5,000 tokens/s, responses of 399 and 399 tokens | 2 x | `benchmarks/trl_grpo.py OUT` (cpu) |" in shown
+    assert (
+        "| 2.10 x: 10,521 and 5,000 tokens/s, responses of 399 and 399 tokens | 2 x | `benchmarks/trl_grpo.py OUT` (cpu) |"
+        in shown
+    )
 
 
 def test_readme_shows_the_results() -> None:

@@ -19,12 +19,18 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
     ("template", "said"),
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 0.5 s"),
-        ("{% set n = namespace(x='x') %}{% for a in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "it takes more than 64 MB"),
+        (
+            "{% set n = namespace(x='x') %}{% for a in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "it takes more than 64 MB",
+        ),
         ("{{ 'x' * 9999999999 }}", "it takes more than 64 MB"),
         ("{{ 'x'|center(9999999999) }}", "it takes more than 64 MB"),
         ("{{ '%9999999999d' % 1 }}", "it takes more than 64 MB"),
         ("{{ 10 ** 1000000000 }}", "a number has more than 4096 bits"),
-        ("{% set n = namespace(x=10) %}{% for a in range(50) %}{% set n.x = n.x * n.x %}{% endfor %}", "a number has more than 4096 bits"),
+        (
+            "{% set n = namespace(x=10) %}{% for a in range(50) %}{% set n.x = n.x * n.x %}{% endfor %}",
+            "a number has more than 4096 bits",
+        ),
     ],
 )
 def test_chat_template_is_bounded(tmp_path, monkeypatch, template, said):

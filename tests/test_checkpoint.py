@@ -81,7 +81,9 @@ def during_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
 def during_the_deletion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the old checkpoint; a call that is told to ignore errors is not it."""
     remove = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: remove(path, True) if ignore_errors else crash())
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, ignore_errors=False: remove(path, True) if ignore_errors else crash()
+    )
 
 
 def while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +221,8 @@ def test_no_whole_checkpoint_is_left(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_000002\n")
     for _ in range(2):
         with pytest.raises(
-            UserError, match=rf"latest names 'step_000002', which does not exist, and {tmp_path} has no complete .* set another"
+            UserError,
+            match=rf"latest names 'step_000002', which does not exist, and {tmp_path} has no complete .* set another",
         ):
             Run(tmp_path).checkpoints.resume([], {})
         (tmp_path / "step_000001").mkdir(exist_ok=True)

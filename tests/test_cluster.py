@@ -57,9 +57,16 @@ def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"MASTER_PORT={port}: Address already in use; set it to another port, or unset it"):
+        with pytest.raises(
+            UserError, match=f"MASTER_PORT={port}: Address already in use; set it to another port, or unset it"
+        ):
             cluster.check_port(cluster.Node(0, 1, "127.0.0.1", port))
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        for name, value in (
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", str(port)),
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+        ):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=f"MASTER_PORT={port}: the ranks cannot connect there .*EADDRINUSE"):
             mesh._meet("gloo")
@@ -103,7 +110,14 @@ def test_mistakes(change: dict[str, str], wanted: str):
         cluster.node(BY_HAND | change)
 
 
-TORCHRUN = {"LOCAL_RANK": "1", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "LOCAL_RANK": "1",
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29500",
+}
 
 
 @pytest.mark.parametrize(
@@ -132,9 +146,15 @@ def test_a_host_that_nobody_knows():
 def test_ranks_of_a_node():
     ranks = cluster.ranks_of(cluster.Node(1, 2, "127.0.0.1", 99), 2, {})
     assert [(rank["RANK"], rank["LOCAL_RANK"]) for rank in ranks] == [("2", "0"), ("3", "1")]
-    assert all((r["WORLD_SIZE"], r["LOCAL_WORLD_SIZE"], r["MASTER_ADDR"], r["MASTER_PORT"]) == ("4", "2", "127.0.0.1", "99") for r in ranks)
+    assert all(
+        (r["WORLD_SIZE"], r["LOCAL_WORLD_SIZE"], r["MASTER_ADDR"], r["MASTER_PORT"]) == ("4", "2", "127.0.0.1", "99")
+        for r in ranks
+    )
     assert ranks[0]["GLOO_SOCKET_IFNAME"] in (name for _, name in socket.if_nameindex())
-    assert "GLOO_SOCKET_IFNAME" not in cluster.ranks_of(cluster.Node(1, 2, "127.0.0.1", 99), 2, {"GLOO_SOCKET_IFNAME": "eth7"})[0]
+    assert (
+        "GLOO_SOCKET_IFNAME"
+        not in cluster.ranks_of(cluster.Node(1, 2, "127.0.0.1", 99), 2, {"GLOO_SOCKET_IFNAME": "eth7"})[0]
+    )
     assert "GLOO_SOCKET_IFNAME" not in cluster.ranks_of(cluster.Node(0, 1, "127.0.0.1", 99), 2, {})[0]
 
 
@@ -152,4 +172,9 @@ def test_where_srun_is_still_to_be_called():
     salloc = {name: value for name, value in BATCH.items() if name != "SLURM_PROCID"} | {"SLURM_STEP_ID": "4294967290"}
     assert cluster.in_allocation(BATCH)
     assert cluster.in_allocation(salloc)
-    assert not any(map(cluster.in_allocation, (STEP, {}, {"SLURM_JOB_ID": ""}, BY_HAND, BATCH | BY_HAND, BATCH | {"LOCAL_RANK": "0"})))
+    assert not any(
+        map(
+            cluster.in_allocation,
+            (STEP, {}, {"SLURM_JOB_ID": ""}, BY_HAND, BATCH | BY_HAND, BATCH | {"LOCAL_RANK": "0"}),
+        )
+    )

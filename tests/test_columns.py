@@ -59,7 +59,9 @@ def test_damaged_tokens_are_told(tmp_path, tokenizer):
             (kept / "tokens.npy").unlink()
         else:
             (kept / "tokens.npy").write_bytes(damaged)
-        with pytest.raises(UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and the next run will write it"):
+        with pytest.raises(
+            UserError, match=re.escape(f"{kept}: cannot be read") + ".*; delete it, and the next run will write it"
+        ):
             Records.load(file, "prompts", tokenizer, Data(), cache=cache)
 
 
@@ -75,7 +77,13 @@ def test_whoever_writes_tokens_second_leaves_the_first(tmp_path):
 def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, tokenizer, llama2):
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
     other = write(tmp_path / "b.jsonl", {"prompt": "Q!"})
-    changes = [Data(template="human"), Data(template="tokenizer"), Data(learn="last"), Data(overlong="drop"), Data(max_tokens=7)]
+    changes = [
+        Data(template="human"),
+        Data(template="tokenizer"),
+        Data(learn="last"),
+        Data(overlong="drop"),
+        Data(max_tokens=7),
+    ]
     names = [digest(file, tokenizer, data, "grpo", 7) for data in (Data(), *changes)]
     names += [
         digest(file, tokenizer, Data(), "sft", 7),

@@ -69,8 +69,12 @@ def test_every_key_there_and_back(tmp_path: Path) -> None:
     for section, value in {**top, **config.sections}.items():
         named = [(f"{section}.{f.name}", getattr(value, f.name)) for f in fields(value)] if is_dataclass(value) else []
         named = [(key, old) for key, old in named if key != "rollout.inflight"]
-        overrides += [f"{key}={str(other(old)).lower()}" for key, old in [*named, (section, value)] if other(old) is not None]
-    made = configuration.load("grpo", [*overrides, "rollout.inflight=1.25"])  # the one number that is at least 1, where others are at most
+        overrides += [
+            f"{key}={str(other(old)).lower()}" for key, old in [*named, (section, value)] if other(old) is not None
+        ]
+    made = configuration.load(
+        "grpo", [*overrides, "rollout.inflight=1.25"]
+    )  # the one number that is at least 1, where others are at most
     assert len(overrides) > 60
     assert there_and_back(made, tmp_path) == made
     assert made != config

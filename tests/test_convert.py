@@ -33,7 +33,9 @@ MODELS = {
 }
 
 
-def hf_folder(folder: Path, arch: architecture.Architecture, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def hf_folder(
+    folder: Path, arch: architecture.Architecture, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
     """A Hugging Face folder, written by the safetensors package; its tensors."""
     tensors = {name: tensor.to(dtype) for name, tensor in random_hf(arch).items()}
     folder.mkdir()
@@ -60,9 +62,22 @@ def load(path: Path) -> dict:
 def test_hf_mcore_legacy_hf_is_bitwise(tmp_path: Path, arch):
     wanted = hf_folder(tmp_path / "hf", arch)
     assert architecture.read(tmp_path / "hf") == arch
-    for (tp, pp), (other_tp, other_pp) in zip(product((1, 2, 4), (1, 2, 4)), product((4, 1, 2), (2, 1, 4)), strict=True):
+    for (tp, pp), (other_tp, other_pp) in zip(
+        product((1, 2, 4), (1, 2, 4)), product((4, 1, 2), (2, 1, 4)), strict=True
+    ):
         step = tmp_path / f"{tp}-{pp}"
-        run("--from", tmp_path / "hf", "--to", step / "core", "--format", ("mcore", "mcore-local")[pp // 2 % 2], "--tp", tp, "--pp", pp)
+        run(
+            "--from",
+            tmp_path / "hf",
+            "--to",
+            step / "core",
+            "--format",
+            ("mcore", "mcore-local")[pp // 2 % 2],
+            "--tp",
+            tp,
+            "--pp",
+            pp,
+        )
         if tp == pp:
             run("--from", step / "core", "--to", step / "sharded", "--format", "torch_dist", "--verify")
         run(
@@ -87,7 +102,8 @@ def test_hf_mcore_legacy_hf_is_bitwise(tmp_path: Path, arch):
 
 
 @pytest.mark.parametrize(
-    ("format", "refused"), [("legacy", "may be incomplete"), ("torch_dist", "may be incomplete"), ("hf", "config.json: No such file")]
+    ("format", "refused"),
+    [("legacy", "may be incomplete"), ("torch_dist", "may be incomplete"), ("hf", "config.json: No such file")],
 )
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path, format: str, refused: str):
     hf_folder(tmp_path / "hf", LLAMA)
@@ -116,10 +132,15 @@ convert.main({[str(a) for a in arguments]!r})
 
 @pytest.mark.parametrize(
     ("failure", "code", "said"),
-    [(OSError(28, "No space left on device"), 2, "--to .*old: .*No space left on device"), (KeyboardInterrupt(), 130, "ended by SIGINT")],
+    [
+        (OSError(28, "No space left on device"), 2, "--to .*old: .*No space left on device"),
+        (KeyboardInterrupt(), 130, "ended by SIGINT"),
+    ],
     ids=["disk full", "Ctrl-C"],
 )
-def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, failure, code: int, said: str):
+def test_a_conversion_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, failure, code: int, said: str
+):
     hf_folder(tmp_path / "hf", LLAMA)
     stored = export.store
 
@@ -137,7 +158,9 @@ def test_a_folder_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: py
     hf_folder(tmp_path / "hf", LLAMA)
     size = (tmp_path / "hf/model.safetensors").stat().st_size
     for total, free in ((1 << 30, size), (0, 0)):
-        monkeypatch.setattr(convert.shutil, "disk_usage", lambda _, found=(total, free): SimpleNamespace(total=found[0], free=found[1]))
+        monkeypatch.setattr(
+            convert.shutil, "disk_usage", lambda _, found=(total, free): SimpleNamespace(total=found[0], free=found[1])
+        )
         run("--from", tmp_path / "hf", "--to", tmp_path / f"a/{total}", "--format", "hf")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 30, free=1000))
     with pytest.raises(UserError, match=rf"^{tmp_path} has 0.0 GB left, the new folder takes 0.0 GB: make room"):
@@ -189,7 +212,9 @@ def test_a_release_is_of_no_iteration(tmp_path: Path):
 def test_a_tensor_that_is_passed_over_has_no_say_in_the_dtype(tmp_path: Path):
     """As the inverse frequencies in Llama 2's folders."""
     wanted = hf_folder(tmp_path / "hf", LLAMA)
-    save_file(wanted | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "hf/model.safetensors")
+    save_file(
+        wanted | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "hf/model.safetensors"
+    )
     run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
     assert inspect(tmp_path / "old").args["params_dtype"] == torch.bfloat16
 
@@ -235,11 +260,22 @@ assert peak() - start < 40, f"{{start}} -> {{peak()}} MB"
 
 def test_the_tutorials_variables(tmp_path: Path):
     hf_folder(tmp_path / "hf", LLAMA)
-    there = {"LOAD_PATH": str(tmp_path / "hf"), "SAVE_PATH": str(tmp_path / "old"), "TP": "2", "PP": "2", "TOKENIZER_MODEL": str(tmp_path)}
+    there = {
+        "LOAD_PATH": str(tmp_path / "hf"),
+        "SAVE_PATH": str(tmp_path / "old"),
+        "TP": "2",
+        "PP": "2",
+        "TOKENIZER_MODEL": str(tmp_path),
+    }
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **there, "target_params_dtype": "fp32"}
     subprocess.run([sys.executable, "-m", "rlhf", "convert_hf_to_megatron"], env=environment, check=True)
     checkpoint = inspect(tmp_path / "old")
-    assert (checkpoint.layout, checkpoint.tp, checkpoint.pp, checkpoint.args["params_dtype"]) == ("legacy", 2, 2, torch.float32)
+    assert (checkpoint.layout, checkpoint.tp, checkpoint.pp, checkpoint.args["params_dtype"]) == (
+        "legacy",
+        2,
+        2,
+        torch.float32,
+    )
     assert convert.tutorial("convert_hf_to_megatron", {**there, "USE_LEGACY_MODELS": "False"})[5] == "mcore"
     (tmp_path / "old/config.json").unlink()  # as in Megatron-LM's own folders
     (tmp_path / "old/tokenizer.json").unlink()
@@ -251,17 +287,27 @@ def test_the_tutorials_variables(tmp_path: Path):
         "PP": "2",
     }
     run(*convert.tutorial("convert_megatron_to_hf", {**back, "target_params_dtype": "bf16"}))
-    assert all(torch.equal(tensor, random_hf(LLAMA)[name].bfloat16()) for name, tensor in tensors_of(tmp_path / "back").items())
+    assert all(
+        torch.equal(tensor, random_hf(LLAMA)[name].bfloat16()) for name, tensor in tensors_of(tmp_path / "back").items()
+    )
     assert (tmp_path / "back/tokenizer.json").exists()
     (tmp_path / "words").mkdir()
     (tmp_path / "words/tokenizer.model").write_text("the user's")
     run(
         *convert.tutorial(
             "convert_megatron_to_hf",
-            {"LOAD_PATH": str(tmp_path / "hf"), "SAVE_PATH": str(tmp_path / "again"), "VOCAB_PATH": str(tmp_path / "words")},
+            {
+                "LOAD_PATH": str(tmp_path / "hf"),
+                "SAVE_PATH": str(tmp_path / "again"),
+                "VOCAB_PATH": str(tmp_path / "words"),
+            },
         )
     )
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
     for variables, message in (
         ({"LOAD_PATH": "x"}, "set SAVE_PATH"),
         ({**there, "VOCAB_PATH": str(tmp_path / "nowhere")}, "--config .*nowhere: no such folder"),
@@ -277,11 +323,17 @@ def test_the_tutorials_variables(tmp_path: Path):
     [
         (["--to", "hf", "--format", "legacy"], "exists: give a new folder"),
         (["--to", "x", "--format", "hf", "--tp", "2"], "a folder of format hf is not split"),
-        (["--to", "x", "--format", "hf", "--vocab-divisor", "8"], "--vocab-divisor 8: a vocabulary of format hf is not padded"),
+        (
+            ["--to", "x", "--format", "hf", "--vocab-divisor", "8"],
+            "--vocab-divisor 8: a vocabulary of format hf is not padded",
+        ),
         (["--to", "x", "--format", "mcore", "--tp", "3"], "--tp 3 does not divide the attention heads 8"),
         (["--to", "x", "--format", "mcore", "--pp", "3"], "--pp 3 does not divide the 4 layers"),
         (["--to", "x", "--format", "mcore", "--tp", "0"], "must be at least 1"),
-        (["--to", "x", "--format", "mcore", "--tp", "two"], "argument --tp: invalid int value: 'two'; ./launch.sh convert --help tells"),
+        (
+            ["--to", "x", "--format", "mcore", "--tp", "two"],
+            "argument --tp: invalid int value: 'two'; ./launch.sh convert --help tells",
+        ),
         (["--to", "x"], "the following arguments are required: --format"),
         (["--to", "hf/model.safetensors/x", "--format", "mcore"], "--to hf/model.safetensors/x: .*Not a directory"),
     ],

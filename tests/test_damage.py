@@ -58,7 +58,13 @@ def swap(file: Path) -> None:
     file.write_bytes((file.parents[1] / "step_000001" / file.name).read_bytes())
 
 
-FILES = ["model_policy_tp0_pp0.pt", "model_critic_tp0_pp0.pt", "optimizer_policy_rank0.pt", "random_rank0.pt", "meta.json"]
+FILES = [
+    "model_policy_tp0_pp0.pt",
+    "model_critic_tp0_pp0.pt",
+    "optimizer_policy_rank0.pt",
+    "random_rank0.pt",
+    "meta.json",
+]
 
 
 @pytest.mark.parametrize("spoil", [flip, zero, cut, add, swap, Path.unlink])
@@ -70,7 +76,10 @@ def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None], name: str
         run.save(step)
         torch.rand(1)  # so that the random states differ
     spoil(tmp_path / "step_000002" / name)
-    with pytest.raises(UserError, match=rf"^{tmp_path}/step_000002/.* is (damaged|missing).*; .*: echo step_000001 > {tmp_path}/latest$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{tmp_path}/step_000002/.* is (damaged|missing).*; .*: echo step_000001 > {tmp_path}/latest$",
+    ):
         Run(tmp_path).checkpoints.resume(Run(tmp_path).roles.items(), {})
     (tmp_path / "latest").write_text("step_000001")
     check_resumes_at(tmp_path, 1)
@@ -81,7 +90,9 @@ def test_damage_to_what_was_in_flight(tmp_path: Path) -> None:
     run.checkpoints.save(1, run.roles.items(), run.state, flight={"drawn": 1})
     assert run.checkpoints.flight() == {"drawn": 1}
     flip(tmp_path / "step_000001/flight.pt")
-    with pytest.raises(UserError, match=r"step_000001/flight.pt is damaged: its checksum is not that of what was written"):
+    with pytest.raises(
+        UserError, match=r"step_000001/flight.pt is damaged: its checksum is not that of what was written"
+    ):
         run.checkpoints.flight()
 
 
@@ -89,11 +100,15 @@ def test_damage_without_an_older_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     cut(tmp_path / "step_000001/random_rank0.pt")
-    with pytest.raises(UserError, match=rf"no older complete checkpoint is left: delete {tmp_path} to start again, or set another out$"):
+    with pytest.raises(
+        UserError, match=rf"no older complete checkpoint is left: delete {tmp_path} to start again, or set another out$"
+    ):
         run.checkpoints.resume(run.roles.items(), {})
 
 
-@pytest.mark.parametrize(("spoil", "said"), [(add, "it has 8 bytes, 7 were written"), (flip, "its checksum is not that of")])
+@pytest.mark.parametrize(
+    ("spoil", "said"), [(add, "it has 8 bytes, 7 were written"), (flip, "its checksum is not that of")]
+)
 def test_exported_folders_are_covered(tmp_path: Path, spoil: Callable[[Path], None], said: str) -> None:
     """Several ranks write one file of them. A person may take one away as a whole."""
     run = Run(tmp_path)
@@ -106,7 +121,9 @@ def test_exported_folders_are_covered(tmp_path: Path, spoil: Callable[[Path], No
 
 
 @pytest.mark.parametrize("error", [PermissionError(EACCES, "Permission denied"), OSError(EIO, "Input/output error")])
-def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+def test_a_file_that_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
     """By one rank: all of them are told, in one line with the path, and nobody is told to go back."""
     run = Run(tmp_path)
     run.save(1)

@@ -62,7 +62,9 @@ def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[EngineSource
     """build(*overrides, says=..., reward=...): a source over 20 records, and its engine."""
     path = write(tmp_path / "train.jsonl", *({"prompt": f"What is {n}?", "answer": str(n)} for n in range(20)))
 
-    def made(*overrides: str, says: Callable[[int], Completion] | None = None, reward: Callable = worthless) -> tuple[EngineSource, Scribe]:
+    def made(
+        *overrides: str, says: Callable[[int], Completion] | None = None, reward: Callable = worthless
+    ) -> tuple[EngineSource, Scribe]:
         config = configuration.load("grpo", [*KEYS, *overrides])
         engine = Scribe(says or (lambda seed: Completion([5 + seed % 50, llama2.eos], [-0.5, -0.25], "stop")))
         records = Records.load(path, "prompts", llama2, config.data, max_prompt=60)
@@ -164,7 +166,13 @@ def test_a_stop_string_ends_a_response_that_the_limit_cut(build, llama2: Tokeniz
 
 def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
     """Training as rollout says; held-out prompts at evaluate.temperature, unfiltered; a probe at the learner's temperature, unfiltered."""
-    keys = ["rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=11", "rollout.max_tokens=20", "evaluate.temperature=0.3"]
+    keys = [
+        "rollout.temperature=0.7",
+        "rollout.top_p=0.9",
+        "rollout.top_k=11",
+        "rollout.max_tokens=20",
+        "evaluate.temperature=0.3",
+    ]
     source, engine = build(*keys)
     source.take(0)
     source.answer(source.records.head(2), FREE)
@@ -208,7 +216,9 @@ def test_log_probs_stand_on_their_labels(build) -> None:
 
 def test_responses_are_complete_in_any_order(build) -> None:
     """The samples are the same, and the judge gets each as soon as it is there."""
-    source, engine = build(says=lambda seed: Completion([5 + seed % 50] * (1 + seed % 3), [-0.5] * (1 + seed % 3), "stop"))
+    source, engine = build(
+        says=lambda seed: Completion([5 + seed % 50] * (1 + seed % 3), [-0.5] * (1 + seed % 3), "stop")
+    )
     given = []
     source.judge = Judging(lambda samples: given.append(len(samples)))
     wanted = [(s.group, s.tokens.tolist()) for s in source.take(0)[0]]

@@ -38,7 +38,10 @@ MODELS = {  # class names' beginning and what config.json has besides SIZES
     "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
     "mistral-tied-llama3": ("Mistral", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "sliding_window": 10}),
-    "phi3": ("Phi3", {"hidden_size": 128, "sliding_window": 30, "pad_token_id": None}),  # its head_dim is hidden / heads
+    "phi3": (
+        "Phi3",
+        {"hidden_size": 128, "sliding_window": 30, "pad_token_id": None},
+    ),  # its head_dim is hidden / heads
     "qwen2-yarn": ("Qwen2", {"hidden_size": 128, "rope_parameters": YARN}),  # its head_dim is hidden / heads, too
     "qwen3": ("Qwen3", {}),
 }
@@ -56,7 +59,9 @@ def build(kind: str, seed: int = 0):
     config = getattr(transformers, f"{name}Config")(**(SIZES | changes), attn_implementation="eager")
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     for parameter in model.parameters():
-        parameter += 0.1 * torch.randn_like(parameter)  # biases and norms too: at their initial 0 and 1 they would prove nothing
+        parameter += 0.1 * torch.randn_like(
+            parameter
+        )  # biases and norms too: at their initial 0 and 1 they would prove nothing
     return model
 
 
@@ -124,7 +129,9 @@ def check_sampled(model, engine: Engine, tolerance: float) -> None:
     sampling = Sampling(max_tokens=12, temperature=0.7)
     together = engine.generate(PROMPTS, sampling, SEEDS)
     for prompt, completion in zip(PROMPTS, together, strict=True):
-        logp = reference_logp(model, prompt, completion.tokens, 0.7).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        logp = reference_logp(model, prompt, completion.tokens, 0.7).gather(
+            1, torch.tensor(completion.tokens)[:, None]
+        )[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logp), logp, rtol=0, atol=tolerance)
     backwards = engine.generate(PROMPTS[::-1], sampling, SEEDS[::-1])[::-1]
     alone = [engine.generate([prompt], sampling, [seed])[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
@@ -135,7 +142,10 @@ def check_sampled(model, engine: Engine, tolerance: float) -> None:
 
 def check_many(engine: Engine) -> None:
     """More prompt tokens than vLLM takes at a time: what is drawn does not change."""
-    many, sampling = [[1 + (i * j) % 29 for j in range(150)] for i in range(64)], Sampling(max_tokens=2, temperature=1.0)
+    many, sampling = (
+        [[1 + (i * j) % 29 for j in range(150)] for i in range(64)],
+        Sampling(max_tokens=2, temperature=1.0),
+    )
     together = engine.generate(many, sampling, list(range(64)))
     for i in (0, 26, 27, 28, 54, 55, 63):
         assert together[i].tokens == engine.generate([many[i]], sampling, [i])[0].tokens
@@ -151,13 +161,19 @@ def check_stream(engine: Engine) -> None:
         return len(tokens) == 3
 
     pairs = zip(PROMPTS, SEEDS, strict=True)
-    engine.submit([Request(10 + i, prompt, sampling, seed, None if i else ends) for i, (prompt, seed) in enumerate(pairs)])
+    engine.submit(
+        [Request(10 + i, prompt, sampling, seed, None if i else ends) for i, (prompt, seed) in enumerate(pairs)]
+    )
     steps: list[list[tuple[int, Completion]]] = []
     while sum(map(len, steps)) < len(PROMPTS):
         steps.append(engine.advance())
     found = dict(pair for step in steps for pair in step)
     assert [key for key, _ in next(step for step in steps if step)] == [10], "before the others"
-    assert (found[10].tokens, found[10].logp, found[10].finish) == (whole[0].tokens[:3], pytest.approx(whole[0].logp[:3]), "stop")
+    assert (found[10].tokens, found[10].logp, found[10].finish) == (
+        whole[0].tokens[:3],
+        pytest.approx(whole[0].logp[:3]),
+        "stop",
+    )
     assert asked == [whole[0].tokens[:n] for n in (1, 2, 3)]
     assert [found[10 + i].tokens for i in range(1, len(PROMPTS))] == [c.tokens for c in whole[1:]]
     assert engine.generate(PROMPTS, sampling, SEEDS) == whole, "nothing is left of a request that ended early"
@@ -170,7 +186,9 @@ def check_withdraw(engine: Engine, old, new, arch, tolerance: float) -> None:
     def continued() -> list[tuple[list[int], list[int], list[float]]]:
         publish(old, arch, engine)
         whole = engine.generate(PROMPTS, sampling, SEEDS)
-        engine.submit([Request(i, prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True))])
+        engine.submit(
+            [Request(i, prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True))]
+        )
         for _ in range(7):
             assert engine.advance() == []
         held = dict(engine.withdraw())
@@ -179,13 +197,19 @@ def check_withdraw(engine: Engine, old, new, arch, tolerance: float) -> None:
         for i, part in held.items():
             n = len(part.tokens)
             assert 0 < n < 12
-            assert (part.tokens, part.logp, part.finish) == (whole[i].tokens[:n], pytest.approx(whole[i].logp[:n], abs=tolerance), "held")
+            assert (part.tokens, part.logp, part.finish) == (
+                whole[i].tokens[:n],
+                pytest.approx(whole[i].logp[:n], abs=tolerance),
+                "held",
+            )
         engine.submit([Request(9, PROMPTS[0], sampling, 1)])
         assert engine.withdraw() == [(9, Completion([], [], "held"))], "before it has begun"
         publish(new, arch, engine)
         rest = [Sampling(max_tokens=12 - len(held[i].tokens), temperature=1.0) for i in range(len(PROMPTS))]
         prompts = [prompt + held[i].tokens for i, prompt in enumerate(PROMPTS)]
-        engine.submit([Request(i, prompt, rest[i], seed + 1) for i, (prompt, seed) in enumerate(zip(prompts, SEEDS, strict=True))])
+        engine.submit(
+            [Request(i, prompt, rest[i], seed + 1) for i, (prompt, seed) in enumerate(zip(prompts, SEEDS, strict=True))]
+        )
         found: dict[int, Completion] = {}
         while len(found) < len(PROMPTS):
             found.update(engine.advance())
@@ -255,7 +279,13 @@ def test_choose_draws_from_the_filtered_distribution():
         Sampling(max_tokens=1, top_p=0.75): [0, 471, 0, 353, 176],  # 0.4 + 0.3 falls short of 0.75, so 0.15 joins
         Sampling(max_tokens=1, top_p=0.69): [0, 571, 0, 429, 0],
         Sampling(max_tokens=1, top_p=0.01): [0, 1000, 0, 0, 0],
-        Sampling(max_tokens=1, top_k=2, top_p=0.5): [0, 1000, 0, 0, 0],  # 4/7 alone covers 0.5 once top-k has been taken
+        Sampling(max_tokens=1, top_k=2, top_p=0.5): [
+            0,
+            1000,
+            0,
+            0,
+            0,
+        ],  # 4/7 alone covers 0.5 once top-k has been taken
         Sampling(max_tokens=1, temperature=0.5): [35, 561, 9, 316, 79],  # squares over 0.285
     }
     for sampling, expected in cases.items():

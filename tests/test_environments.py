@@ -92,7 +92,9 @@ def test_a_dialogue_stays_in_its_process(counting):
         ]
         keys = list(range(6))
         first = [said(reply) for reply in ask(environments, *((key, {"start": key}, ["x"]) for key in keys))]
-        second = [said(reply) for reply in ask(environments, *((key, {"start": key}, ["x", "y"]) for key in reversed(keys)))][::-1]
+        second = [
+            said(reply) for reply in ask(environments, *((key, {"start": key}, ["x", "y"]) for key in reversed(keys)))
+        ][::-1]
         assert [count for count, _ in first] == [key + 1 for key in keys]
         assert second == [(count + 1, process) for count, process in first]
 
@@ -200,7 +202,10 @@ class Engine:
         while self.waiting:
             request = self.waiting.pop(0)
             turn = self.tokenizer.decode(request.prompt).count("ANSWER")
-            tokens = [*self.tokenizer.encode(self.texts[min(turn, len(self.texts) - 1)], continues=True), self.tokenizer.eos]
+            tokens = [
+                *self.tokenizer.encode(self.texts[min(turn, len(self.texts) - 1)], continues=True),
+                self.tokenizer.eos,
+            ]
             cut = len(tokens) > request.sampling.max_tokens
             tokens = tokens[: request.sampling.max_tokens]
             yield [(request.key, Completion(tokens, [-1.0] * len(tokens), "length" if cut else "stop"))]
@@ -239,11 +244,18 @@ class Talking:
         return [{"role": "user", "content": "ANSWER" + " and so on" * text.count("more")}], 1.0
 """
 ALONE = SimpleNamespace(
-    rank=0, world=1, is_first_on_node=True, all_gather=lambda value: [value], agree=agree, gatherer=lambda size: lambda value: [value]
+    rank=0,
+    world=1,
+    is_first_on_node=True,
+    all_gather=lambda value: [value],
+    agree=agree,
+    gatherer=lambda size: lambda value: [value],
 )
 
 
-def talk(folder: Path, tokenizer: Tokenizer, *texts: str, keys: tuple[str, ...] = (), record: dict | None = None) -> list[Sample]:
+def talk(
+    folder: Path, tokenizer: Tokenizer, *texts: str, keys: tuple[str, ...] = (), record: dict | None = None
+) -> list[Sample]:
     """Two prompts with two responses each."""
     (folder / "talking.py").write_text(TALKING)
     data = write(folder / "train.jsonl", *({"prompt": f"What is {n}?", **(record or {})} for n in range(2)))
@@ -316,7 +328,9 @@ def test_reset_gives_the_prompt(tmp_path, llama2):
     for s in talk(tmp_path, llama2, "over", record={"reset": "Begin."}):
         assert s.text.prompt == "Begin."
         assert s.tokens[: s.mask.argmax() + 1].tolist() == [llama2.bos, *llama2.encode("Begin.")]
-    with pytest.raises(UserError, match=r"reset\(\) of line 1: a prompt of \d+ tokens is longer than .*=64; shorten it"):
+    with pytest.raises(
+        UserError, match=r"reset\(\) of line 1: a prompt of \d+ tokens is longer than .*=64; shorten it"
+    ):
         talk(tmp_path, llama2, "over", record={"reset": "Begin. " * 80})
 
 

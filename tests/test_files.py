@@ -83,7 +83,9 @@ def test_random_weights_are_of_seed_and_name():
     initial.fill(fused, names.tiles(fused, "hf"), tensors, 1)
     for parts, whole in (("qkv", "self_attn.qkv_proj.weight"), (("gate", "up"), "mlp.gate_up_proj.weight")):
         prefix = f"model.layers.3.{whole.split('.')[0]}."
-        assert torch.equal(tensors[f"model.layers.3.{whole}"], torch.cat([first[f"{prefix}{x}_proj.weight"] for x in parts]))
+        assert torch.equal(
+            tensors[f"model.layers.3.{whole}"], torch.cat([first[f"{prefix}{x}_proj.weight"] for x in parts])
+        )
 
 
 def test_check_does_without_torch(tmp_path: Path):
@@ -101,7 +103,11 @@ def test_what_may_be_extra(tmp_path: Path):
     hf = random_hf(tied)
     save(
         tmp_path,
-        hf | {"lm_head.weight": hf["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        hf
+        | {
+            "lm_head.weight": hf["model.embed_tokens.weight"].clone(),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        },
     )
     files.open_folder(tmp_path, tied)
 
@@ -138,7 +144,9 @@ def cut(size: int):
 
 
 def pointer(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 13476839\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 13476839\n"
+    )
 
 
 def spoilt(old: bytes, new: bytes):
@@ -169,18 +177,42 @@ MISTAKES = {
         r"model.safetensors: damaged, .* \(.*invalid header length; 100 bytes\)",
     ),
     "nothing in it": (cut(0), r"model.safetensors: damaged, .* \(.*header too small; 0 bytes\)"),
-    "git-lfs pointer": (pointer, r"model.safetensors: damaged, or not a safetensors file \(.*header too large; 73 bytes\)"),
-    "a header of other things": (spoilt(b'"data_offsets"', b'"data_0ffsets"'), r"not a safetensors file \(.*missing field `data_offsets`"),
-    "a tensor in the header": (spoilt(b'"data_offsets":[0,', b'"data_offsets":[-8,'), r"not a safetensors file \(.*integer `-8`"),
+    "git-lfs pointer": (
+        pointer,
+        r"model.safetensors: damaged, or not a safetensors file \(.*header too large; 73 bytes\)",
+    ),
+    "a header of other things": (
+        spoilt(b'"data_offsets"', b'"data_0ffsets"'),
+        r"not a safetensors file \(.*missing field `data_offsets`",
+    ),
+    "a tensor in the header": (
+        spoilt(b'"data_offsets":[0,', b'"data_offsets":[-8,'),
+        r"not a safetensors file \(.*integer `-8`",
+    ),
     "an index of other things": (
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'),
         r"index.json: damaged, or not an index of safetensors files \(AttributeError",
     ),
-    "fewer bytes than the shape asks for": (spoilt(b'"F32"', b'"F16"'), "not a safetensors file .*invalid shape, data type, or offset"),
-    "a shard missing": (unlisted, r"model-00002-of-00003.safetensors: missing, though model.safetensors.index.json lists it"),
-    "a tensor missing": (edit(lambda hf: {k: v for k, v in hf.items() if k != NORM}), "tensor model.norm.weight is missing"),
-    "a wrong shape": (edit(lambda hf: hf | {NORM: torch.ones(31)}), r"model.norm.weight has shape \[31\], but config.json asks for \[32\]"),
-    "a wrong dtype": (edit(lambda hf: hf | {NORM: hf[NORM].to(torch.float8_e4m3fn)}), "has dtype F8_E4M3; supported are F32, F16, BF16"),
+    "fewer bytes than the shape asks for": (
+        spoilt(b'"F32"', b'"F16"'),
+        "not a safetensors file .*invalid shape, data type, or offset",
+    ),
+    "a shard missing": (
+        unlisted,
+        r"model-00002-of-00003.safetensors: missing, though model.safetensors.index.json lists it",
+    ),
+    "a tensor missing": (
+        edit(lambda hf: {k: v for k, v in hf.items() if k != NORM}),
+        "tensor model.norm.weight is missing",
+    ),
+    "a wrong shape": (
+        edit(lambda hf: hf | {NORM: torch.ones(31)}),
+        r"model.norm.weight has shape \[31\], but config.json asks for \[32\]",
+    ),
+    "a wrong dtype": (
+        edit(lambda hf: hf | {NORM: hf[NORM].to(torch.float8_e4m3fn)}),
+        "has dtype F8_E4M3; supported are F32, F16, BF16",
+    ),
     "a tensor too many": (
         edit(lambda hf: hf | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
         "tensors model.layers.0.self_attn.q_proj.bias are not part of a llama model",
@@ -216,7 +248,10 @@ def test_one_rank_writes_what_safetensors_reads(tmp_path: Path):
 def test_odd_args_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {name: f"its args say {name} 0.5, which is not supported" for name in args.UNSEEN}
     wanted |= {name: f"args.{name} '0.5' is not a number" for name in args.NUMBERS}
-    wanted |= {"num_layers": "args.num_layers '0.5' is not a whole number", "tensor_model_parallel_size": "damaged, or not a checkpoint"}
+    wanted |= {
+        "num_layers": "args.num_layers '0.5' is not a whole number",
+        "tensor_model_parallel_size": "damaged, or not a checkpoint",
+    }
     for name, message in wanted.items():
         save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: "0.5"})
         with pytest.raises(UserError, match=f"iter_0000003: {message}"):
@@ -236,4 +271,6 @@ def test_an_embedding_that_is_no_matrix_is_refused_by_name(tmp_path: Path, monke
 def test_a_folder_without_config_json_gets_a_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_as_megatron_does(tmp_path, monkeypatch, LLAMA, 102)
     [remark] = files.open_folder(tmp_path, LLAMA).remarks(LLAMA, "", "policy.tokenizer")
-    assert remark.startswith(f"{tmp_path} has no config.json: rotary_base 10000, and all else, is what its args say; policy.tokenizer")
+    assert remark.startswith(
+        f"{tmp_path} has no config.json: rotary_base 10000, and all else, is what its args say; policy.tokenizer"
+    )

@@ -50,7 +50,9 @@ def test_a_step_waits_for_a_group_that_would_come_too_late() -> None:
     assert choose(late, 1, 4, 2) == []
 
 
-@pytest.mark.parametrize(("quota", "inflight", "max_lag"), [(1, 2.0, 1), (4, 1.25, 1), (4, 2.0, 1), (3, 2.5, 2), (8, 5.0, 4), (5, 1.4, 4)])
+@pytest.mark.parametrize(
+    ("quota", "inflight", "max_lag"), [(1, 2.0, 1), (4, 1.25, 1), (4, 2.0, 1), (3, 2.5, 2), (8, 5.0, 4), (5, 1.4, 4)]
+)
 def test_no_group_is_taken_too_late(quota: int, inflight: float, max_lag: int) -> None:
     """Whatever completes first. A step that has to wait never waits for what cannot come."""
     rng, flight, taken, begun = np.random.default_rng(7), list[Group](), list[Group](), 0
@@ -93,12 +95,15 @@ ARCH = Architecture(
 def test_more_in_flight_than_can_be_learned_in_time_is_refused() -> None:
     def check(*keys: str) -> None:
         prepare._check_sampling(
-            configuration.load("grpo", ["data.max_tokens=64", "rollout.max_tokens=8", "rollout.engine=kvcache", *keys]), ARCH, 1
+            configuration.load("grpo", ["data.max_tokens=64", "rollout.max_tokens=8", "rollout.engine=kvcache", *keys]),
+            ARCH,
+            1,
         )
 
     check("rollout.inflight=3", "rollout.max_lag=2")
     with pytest.raises(
-        UserError, match=r"rollout.inflight=3.1 begins more groups than rollout.max_lag=2 steps can use: set it to 3 at most"
+        UserError,
+        match=r"rollout.inflight=3.1 begins more groups than rollout.max_lag=2 steps can use: set it to 3 at most",
     ):
         check("rollout.inflight=3.1", "rollout.max_lag=2")
     with pytest.raises(UserError, match=r"rollout.inflight"):
@@ -108,7 +113,11 @@ def test_more_in_flight_than_can_be_learned_in_time_is_refused() -> None:
 @pytest.mark.parametrize(("mode", "section"), [("grpo", "grpo"), ("rlhf", "ppo")])
 def test_tokens_of_older_weights_are_weighed(mode: str, section: str) -> None:
     """By default where there are any; OnlineDPO has no such weight, and a run says so."""
-    for keys, cap in (([], 0.0), (["rollout.inflight=1.5"], 2.0), (["rollout.inflight=1.5", f"{section}.mismatch_cap=0"], 0.0)):
+    for keys, cap in (
+        ([], 0.0),
+        (["rollout.inflight=1.5"], 2.0),
+        (["rollout.inflight=1.5", f"{section}.mismatch_cap=0"], 0.0),
+    ):
         config = configuration.load(mode, keys)
         assert mismatch_cap(config.sections[section].mismatch_cap, config) == cap
     assert ALGORITHMS[mode].weighs

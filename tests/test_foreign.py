@@ -19,7 +19,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 import demo_task  # noqa: E402
 
 LINES = {"kto": "kto.KTO", "reinforce": "reinforce.Reinforce"}  # mode -> its line in the table
-KEYS = ["data.max_tokens=64", "rollout.max_tokens=16", "rollout.group=4", "rollout.engine=kvcache", "batch.prompts=4", "batch.tokens=256"]
+KEYS = [
+    "data.max_tokens=64",
+    "rollout.max_tokens=16",
+    "rollout.group=4",
+    "rollout.engine=kvcache",
+    "batch.prompts=4",
+    "batch.tokens=256",
+]
 KEYS += ["steps=3", "optim.lr=1e-3", "evaluate.prompts=4", "parallel.dp=2", "checkpoint.every=2", "checkpoint.keep=2"]
 
 
@@ -32,19 +39,31 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for mode, place in LINES.items():
         shutil.copy(ROOT / f"tests/foreign/{mode}.py", root / "rlhf/algorithms")
         table.write_text(table.read_text().replace("MODES = {", f'MODES = {{\n    "{mode}": "{place}",'))
-    changed = [path for path in (ROOT / "rlhf").rglob("*.py") if path.read_bytes() != (root / path.relative_to(ROOT)).read_bytes()]
+    changed = [
+        path
+        for path in (ROOT / "rlhf").rglob("*.py")
+        if path.read_bytes() != (root / path.relative_to(ROOT)).read_bytes()
+    ]
     assert [path.name for path in changed] == ["__init__.py"]
     demo_task.write(root / "data", num_sft=300, num_rl=20, num_heldout=8)
     demo_task.make_model(root / "model", root / "data")
     demo_task.make_weights(root / "model")
-    write(root / "data/pairs.jsonl", *({"prompt": f"{n} and {n}?", "chosen": f" {2 * n}", "rejected": " none"} for n in range(9)))
+    write(
+        root / "data/pairs.jsonl",
+        *({"prompt": f"{n} and {n}?", "chosen": f" {2 * n}", "rejected": " none"} for n in range(9)),
+    )
     return root
 
 
 def call(root: Path, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "rlhf", *arguments],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -61,7 +80,12 @@ def test_help_knows_them(copy: Path) -> None:
     ("mode", "train", "samples", "phases"),
     [
         ("kto", "pairs", "4 prompts x 2 responses = 8 samples", ["score/policy", "score/reference", "learn/policy"]),
-        ("reinforce", "train_rl", "4 prompts x 4 responses = 16 samples", ["rollout", "publish", "score/policy", "learn/policy"]),
+        (
+            "reinforce",
+            "train_rl",
+            "4 prompts x 4 responses = 16 samples",
+            ["rollout", "publish", "score/policy", "learn/policy"],
+        ),
     ],
 )
 def test_dry_run(copy: Path, mode: str, train: str, samples: str, phases: list[str]) -> None:
@@ -76,7 +100,15 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def test_kto_runs(copy: Path) -> None:
     """The first loss is that of equal models: sigmoid(0) is one half. Learning lowers the held-out one."""
-    call(copy, "kto", *KEYS, "policy.load=model", "data.train=data/pairs.jsonl", "data.eval=data/pairs.jsonl", "out=runs/kto")
+    call(
+        copy,
+        "kto",
+        *KEYS,
+        "policy.load=model",
+        "data.train=data/pairs.jsonl",
+        "data.eval=data/pairs.jsonl",
+        "out=runs/kto",
+    )
     rows = metrics(copy / "runs/kto")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert math.isclose(rows[0]["eval_loss"], 0.5, abs_tol=1e-5)

@@ -15,7 +15,9 @@ from rlhf.data.forms import FORMS
 from rlhf.data.records import Records
 from rlhf.errors import UserError
 
-SYSTEM, USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A.")))
+SYSTEM, USER, ASSISTANT = (
+    {"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A."))
+)
 OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
 
 
@@ -76,7 +78,11 @@ def test_prompt_forms(tmp_path, tokenizer, row):
 @pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
 def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
     """The assistant's turns in it are not learned, and it is measured as a prompt."""
-    file = write(tmp_path / "a.jsonl", {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, OTHER]}, {"prompt": [SYSTEM, USER, ASSISTANT, AGAIN]})
+    file = write(
+        tmp_path / "a.jsonl",
+        {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, OTHER]},
+        {"prompt": [SYSTEM, USER, ASSISTANT, AGAIN]},
+    )
     first, second = Records.load(file, "prompts", qwen, Data(template=template)).head(0)
     assert not first.mask.any()
     assert first.tokens.tolist() == second.tokens.tolist()
@@ -118,7 +124,9 @@ def test_pairs_of_several_turns_learn_the_last(tmp_path, tokenizer, learn):
         {"prompt": turns[:2], "chosen": [*turns[2:], ASSISTANT], "rejected": [*turns[2:], OTHER]},
         {"chosen": [*turns, ASSISTANT], "rejected": [*turns, OTHER]},
     ]
-    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "pairs", tokenizer, Data(template="llama2", learn=learn)).head(0)
+    samples = Records.load(
+        write(tmp_path / "a.jsonl", *rows), "pairs", tokenizer, Data(template="llama2", learn=learn)
+    ).head(0)
     assert len({whole(tokenizer, sample) for sample in samples}) == 2
     assert [learned(tokenizer, sample) for sample in samples] == [" A. <|endoftext|>", " No. <|endoftext|>"] * 3
 
@@ -132,7 +140,9 @@ def test_scored_responses(tmp_path, tokenizer, query):
     ]
     samples = Records.load(write(tmp_path / "a.jsonl", *rows), "scored", tokenizer, Data()).head(0)
     assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, -0.5), (0, 1.0), (1, 0.0), (1, 2.0)]
-    assert [learned(tokenizer, s) for s in samples] == [f"{said}<|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")]
+    assert [learned(tokenizer, s) for s in samples] == [
+        f"{said}<|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")
+    ]
     assert {s.text.prompt for s in samples} == {"Q?"}
 
 
@@ -143,7 +153,10 @@ def test_learned_turns_of_a_conversation(tmp_path, tokenizer, learn, said):
     file = write(tmp_path / "a.jsonl", {"messages": messages})
     [sample] = Records.load(file, "demonstrations", tokenizer, Data(template="human", learn=learn)).head(0)
     assert learned(tokenizer, sample) == said
-    assert whole(tokenizer, sample) == "<|begin|>Be brief.\n\nHuman: One?\n\nAssistant: Un.\n\nHuman: Two?\n\nAssistant: Deux.<|endoftext|>"
+    assert (
+        whole(tokenizer, sample)
+        == "<|begin|>Be brief.\n\nHuman: One?\n\nAssistant: Un.\n\nHuman: Two?\n\nAssistant: Deux.<|endoftext|>"
+    )
 
 
 @pytest.mark.parametrize("form", ["demonstrations", "pairs"])
@@ -158,14 +171,23 @@ def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, form):
 def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llama3, qwen, shared_data):
     """Files with the dialogues' text need template plain, files with messages template human; both give the same samples."""
     with gzip.open(shared_data / "hh_harmless_test.jsonl.gz") as lines:
-        texts = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[::2] for _, line in zip(range(100), lines, strict=False)]
+        texts = [
+            json.loads(line)["chosen"].rpartition("\n\nAssistant:")[::2]
+            for _, line in zip(range(100), lines, strict=False)
+        ]
     plain, human = [], []
     for prompt, response in texts:
         parts = re.split(r"\n\n(Human|Assistant): ", prompt)[1:]
-        if parts[::2] != (["Human", "Assistant"] * len(parts))[: len(parts) // 2] or len(parts) % 4 != 2 or not response.strip():
+        if (
+            parts[::2] != (["Human", "Assistant"] * len(parts))[: len(parts) // 2]
+            or len(parts) % 4 != 2
+            or not response.strip()
+        ):
             continue  # two turns of one speaker, or none
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(parts[1::2])]
-        plain.append({"prompt": prompt + "\n\nAssistant:", "chosen": response, "rejected": " Yes.", "response": response})
+        plain.append(
+            {"prompt": prompt + "\n\nAssistant:", "chosen": response, "rejected": " Yes.", "response": response}
+        )
         human.append({"prompt": turns, "chosen": response[1:], "rejected": "Yes.", "response": response[1:]})
     assert len(plain) > 80
     assert max(len(row["prompt"]) for row in human) > 5
@@ -182,7 +204,11 @@ def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llam
 
 def test_siblings_are_cut_alike(tmp_path, tokenizer):
     """A pair over the limit keeps one prompt: the longer response decides how much of it goes. Dropped pairs go whole."""
-    row = {"prompt": "the question is what they mean by it " * 6, "chosen": "five", "rejected": "the answer is four " * 3}
+    row = {
+        "prompt": "the question is what they mean by it " * 6,
+        "chosen": "five",
+        "rejected": "the answer is four " * 3,
+    }
     file = write(tmp_path / "a.jsonl", row, {"prompt": "Q?", "chosen": "A.", "rejected": "No."})
     data = {"template": "human", "max_tokens": 60}
     records = Records.load(file, "pairs", tokenizer, Data(overlong="truncate", **data))
@@ -225,7 +251,10 @@ def fails(folder, tokenizer, form, good, line, error):
         ({"prompt": " \n"}, "'prompt' is empty; give it a text or remove the line"),
         (r'{"prompt": "half \ud83d"}', "the text contains half of a surrogate pair ("),
         ({"prompt": []}, "messages are []; give a list of objects with 'role' and 'content'"),
-        ({"prompt": [{"role": "user"}]}, "message 1 is {'role': 'user'}; give an object with the strings 'role' and 'content'"),
+        (
+            {"prompt": [{"role": "user"}]},
+            "message 1 is {'role': 'user'}; give an object with the strings 'role' and 'content'",
+        ),
         ({"prompt": [{"role": "human", "content": "x"}]}, "message 1 has role 'human', expected 'user'"),
         (
             {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
@@ -245,10 +274,16 @@ def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ({"prompt": "Q?"}, "has the keys 'prompt'; give it 'messages', or 'prompt' and 'response', or 'prompt' and 'completion', or"),
+        (
+            {"prompt": "Q?"},
+            "has the keys 'prompt'; give it 'messages', or 'prompt' and 'response', or 'prompt' and 'completion', or",
+        ),
         ({"prompt": "Q?", "response": ""}, "'response' is empty"),
         ({"prompt": "Q?", "response": 7}, "'response' is 7; give a string"),
-        ({"prompt": "Q?", "response": ["A."]}, "message 1 is 'A.'; give an object with the strings 'role' and 'content'"),
+        (
+            {"prompt": "Q?", "response": ["A."]},
+            "message 1 is 'A.'; give an object with the strings 'role' and 'content'",
+        ),
         ({"prompt": "Q?", "completion": [USER]}, "'completion' ends with 'user'; end it with the assistant"),
         ({"messages": [USER]}, "'messages' ends with 'user'; end it with the assistant, whose messages are learned"),
         ({"messages": [USER, USER, ASSISTANT]}, "message 2 has role 'user', expected 'assistant'"),
@@ -266,7 +301,10 @@ def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
         ({"prompt": "Q?", "chosen": "A.", "rejected": " "}, "'rejected' is empty"),
         ({"prompt": "Q?", "chosen": "A.", "rejected": None}, "'rejected' is None; give a string"),
         ({"prompt": [USER, ASSISTANT], "chosen": "A.", "rejected": "No."}, "'prompt' ends with the assistant"),
-        ({"prompt": [USER], "chosen": [USER], "rejected": [OTHER]}, "'chosen' ends with 'user'; end it with the assistant"),
+        (
+            {"prompt": [USER], "chosen": [USER], "rejected": [OTHER]},
+            "'chosen' ends with 'user'; end it with the assistant",
+        ),
         (
             {"prompt": [USER], "chosen": [ASSISTANT, ASSISTANT], "rejected": [ASSISTANT, OTHER]},
             "message 3 has role 'assistant', expected 'user'",
@@ -293,7 +331,10 @@ def test_pair_errors_name_the_line(tmp_path, tokenizer, form, line, error):
         ({"score": 1.0}, "'score' is 1.0; give a list with one entry per response"),
         ({"response": "A."}, "'response' is 'A.'; give a list with one entry per response"),
         ({"score": [1, 2, 3]}, "'response' has 2 entries and 'score' 3; give every response a score"),
-        ({"score": [1], "response": ["A."]}, "'response' has 1 entries; give two or more to compare, or remove the line"),
+        (
+            {"score": [1], "response": ["A."]},
+            "'response' has 1 entries; give two or more to compare, or remove the line",
+        ),
         ({"score": [1, "2"]}, "'score' 2 is '2'; give a number"),
         ({"score": [True, 2]}, "'score' 1 is True; give a number"),
         ({"score": [1, float("nan")]}, "'score' 2 is nan; give a number"),
@@ -313,8 +354,12 @@ def test_required_keys(tmp_path, tokenizer):
     with pytest.raises(UserError, match=re.escape(f"{file}:2: no 'answer', which the reward needs; add it")):
         Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
     file = write(
-        tmp_path / "b.jsonl", {"eval_func": "math_rule", "prompt": "Q?", "answer": 4}, {"eval_func": "code", "prompt": "Q?", "answer": 4}
+        tmp_path / "b.jsonl",
+        {"eval_func": "math_rule", "prompt": "Q?", "answer": 4},
+        {"eval_func": "code", "prompt": "Q?", "answer": 4},
     )
     assert len(Records.load(file, "prompts", tokenizer, Data())) == 2
-    with pytest.raises(UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")):
+    with pytest.raises(
+        UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")
+    ):
         Records.load(file, "prompts", tokenizer, Data(), required=("answer",))

@@ -9,7 +9,16 @@ import pytest
 import torch
 from streams import EXPECTED, FIXTURE, algorithm, flat, mean, means, packed, rows, said
 
-from rlhf.algorithms.functional import clipped_surrogate, clipped_value, gae, kl_estimate, preference, repeats, whiten, wins
+from rlhf.algorithms.functional import (
+    clipped_surrogate,
+    clipped_value,
+    gae,
+    kl_estimate,
+    preference,
+    repeats,
+    whiten,
+    wins,
+)
 from rlhf.algorithms.grpo import group_advantages
 from rlhf.contracts import Sample
 from rlhf.model import operations
@@ -19,16 +28,37 @@ HIGHER = "grpo.clip_high=0.28"
 GSPO = "grpo.ratio=sequence"
 TOKEN, CONSTANT = "grpo.mean=token", "grpo.mean=constant"
 PUBLISHED = [
-    ((NO_KL, TOKEN), ["verl.ppo_vanilla[token-mean]", "openrlhf.ppo[token-mean]", "slime.ppo[token-mean]", "nemo_rl.ppo[token-mean]"]),
+    (
+        (NO_KL, TOKEN),
+        [
+            "verl.ppo_vanilla[token-mean]",
+            "openrlhf.ppo[token-mean]",
+            "slime.ppo[token-mean]",
+            "nemo_rl.ppo[token-mean]",
+        ],
+    ),
     ((NO_KL, TOKEN), ["megatron_rl.grpo_beta0[token-mean]"]),
     # a second clip at 3 changes nothing here
-    ((NO_KL, TOKEN), ["openrlhf.ppo_dual3[token-mean]", "slime.ppo_dual3[token-mean]", "nemo_rl.ppo_dual3[token-mean]"]),
-    ((NO_KL,), ["verl.ppo_vanilla[seq-mean-token-mean]", "openrlhf.ppo[seq-mean-token-mean]", "nemo_rl.ppo[seq-mean-token-mean]"]),
+    (
+        (NO_KL, TOKEN),
+        ["openrlhf.ppo_dual3[token-mean]", "slime.ppo_dual3[token-mean]", "nemo_rl.ppo_dual3[token-mean]"],
+    ),
+    (
+        (NO_KL,),
+        [
+            "verl.ppo_vanilla[seq-mean-token-mean]",
+            "openrlhf.ppo[seq-mean-token-mean]",
+            "nemo_rl.ppo[seq-mean-token-mean]",
+        ],
+    ),
     ((NO_KL, CONSTANT, "rollout.max_tokens=1"), ["verl.ppo_vanilla[seq-mean-token-sum]"]),
     ((NO_KL, CONSTANT, "rollout.max_tokens=6"), ["verl.ppo_vanilla[seq-mean-token-sum-norm]"]),
     ((NO_KL, TOKEN, HIGHER), ["verl.dapo_clip_higher[token-mean]", "openrlhf.dapo_clip_higher[token-mean]"]),
     ((NO_KL, TOKEN, HIGHER), ["slime.dapo_clip_higher[token-mean]", "nemo_rl.dapo_clip_higher[token-mean]"]),
-    ((NO_KL, TOKEN, "grpo.mismatch_cap=2"), ["verl.ppo_vanilla_TIS2[token-mean]", "openrlhf.ppo_TIS2_dual3[token-mean]"]),
+    (
+        (NO_KL, TOKEN, "grpo.mismatch_cap=2"),
+        ["verl.ppo_vanilla_TIS2[token-mean]", "openrlhf.ppo_TIS2_dual3[token-mean]"],
+    ),
     ((NO_KL, TOKEN, "grpo.mismatch_cap=2"), ["megatron_rl.grpo_TIS2[token-mean]", "nemo_rl.ppo_TIS2[token-mean]"]),
     ((NO_KL, GSPO), ["verl.gspo", "openrlhf.gspo", "nemo_rl.gspo"]),
     # verl's clips at 1.28 and, as the paper, not from below
@@ -38,7 +68,14 @@ PUBLISHED = [
 KL = {
     "k1": ["verl.kl[kl]", "openrlhf.kl[k1]", "slime.kl[k1]", "nemo_rl.kl[k1]"],
     "k2": ["verl.kl[mse]", "openrlhf.kl[k2]", "slime.kl[k2]", "nemo_rl.kl[k2]"],
-    "k3": ["verl.kl[low_var_kl]", "openrlhf.kl[k3]", "slime.kl[k3]", "slime.kl[low_var_kl]", "megatron_rl.kl[k3]", "nemo_rl.kl[k3]"],
+    "k3": [
+        "verl.kl[low_var_kl]",
+        "openrlhf.kl[k3]",
+        "slime.kl[k3]",
+        "slime.kl[low_var_kl]",
+        "megatron_rl.kl[k3]",
+        "nemo_rl.kl[k3]",
+    ],
 }
 
 
@@ -48,7 +85,9 @@ def published(names: list[str]) -> list[float]:
 
 @pytest.mark.parametrize(("overrides", "names"), PUBLISHED)
 def test_policy_losses_equal_published(overrides: tuple[str, ...], names: list[str]) -> None:
-    assert published(names) == pytest.approx([mean(algorithm("grpo", *overrides).loss("policy", packed(), said()))] * len(names), abs=2e-6)
+    assert published(names) == pytest.approx(
+        [mean(algorithm("grpo", *overrides).loss("policy", packed(), said()))] * len(names), abs=2e-6
+    )
 
 
 @pytest.mark.parametrize("kind", KL)
@@ -74,12 +113,22 @@ def test_gae_equals_published() -> None:
     samples = []
     for row, (rewards, values) in enumerate(zip(rows("token_rewards"), rows("values"), strict=True)):
         advantages, returns = gae(rewards, values, 1.0, 0.95)
-        samples.append(Sample(np.zeros(len(values) + 1, np.int32), np.ones(len(values), bool), row, advantages=advantages, returns=returns))
+        samples.append(
+            Sample(
+                np.zeros(len(values) + 1, np.int32),
+                np.ones(len(values), bool),
+                row,
+                advantages=advantages,
+                returns=returns,
+            )
+        )
     assert samples[0].advantages == pytest.approx(EXPECTED["slime"]["gae_raw_adv_row0"], abs=2e-6)
     assert sum(s.returns.sum() for s in samples) == pytest.approx(EXPECTED["verl"]["gae_returns_sum"], abs=2e-6)
     whiten(samples)
     whole = np.concatenate([s.advantages for s in samples]).astype(np.float64)
-    assert np.abs(whole).sum() * math.sqrt(17 / 18) == pytest.approx(EXPECTED["verl"]["gae_whitened_adv_abs_sum"], abs=2e-6)
+    assert np.abs(whole).sum() * math.sqrt(17 / 18) == pytest.approx(
+        EXPECTED["verl"]["gae_whitened_adv_abs_sum"], abs=2e-6
+    )
     assert whole.mean() == pytest.approx(0, abs=1e-7)
     assert whole.std() == pytest.approx(1, abs=1e-6)
 
@@ -116,9 +165,12 @@ def test_group_advantages_equal_published() -> None:
 def test_global_advantages_equal_published() -> None:
     """REINFORCE++ with the group's baseline, whitened over tokens (verl: by the sample's variance of 18 tokens)."""
     samples = [
-        Sample(np.zeros(len(row) + 1, np.int32), np.ones(len(row), bool), i // 2, reward=1.0 - i % 2) for i, row in enumerate(rows("logp"))
+        Sample(np.zeros(len(row) + 1, np.int32), np.ones(len(row), bool), i // 2, reward=1.0 - i % 2)
+        for i, row in enumerate(rows("logp"))
     ]
-    found = [s.advantages[0] * math.sqrt(17 / 18) for s in algorithm("grpo", "grpo.advantage=global").credit(samples)[0]]
+    found = [
+        s.advantages[0] * math.sqrt(17 / 18) for s in algorithm("grpo", "grpo.advantage=global").credit(samples)[0]
+    ]
     assert found == pytest.approx(EXPECTED["verl"]["rpp_adv0"], abs=2e-6)
 
 

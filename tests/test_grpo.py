@@ -55,8 +55,12 @@ def test_grpo_overlong() -> None:
     assert advantages(answered, *limit, "grpo.overlong=shape", "grpo.overlong_buffer=4") == shaped
     samples = drawn()
     samples[3].reward = 5.0
-    assert advantages(samples, *limit, "grpo.overlong=mask") == [-1.0] * 3  # it is no longer learned, but still in the mean of 2
-    learned, _ = algorithm("grpo", *limit[:1], "grpo.overlong=mask", "grpo.advantage=global").credit(samples + responses([0.0, 2.0], 1))
+    assert (
+        advantages(samples, *limit, "grpo.overlong=mask") == [-1.0] * 3
+    )  # it is no longer learned, but still in the mean of 2
+    learned, _ = algorithm("grpo", *limit[:1], "grpo.overlong=mask", "grpo.advantage=global").credit(
+        samples + responses([0.0, 2.0], 1)
+    )
     assert len(learned) == 5
     assert not any(s.truncated for s in learned)
     whitened = np.concatenate([s.advantages[s.mask] for s in learned])  # of what is learned, and of nothing else
@@ -67,7 +71,9 @@ def test_grpo_overlong() -> None:
 def test_grpo_step_zero(unit: str) -> None:
     """Where policy, old policy and reference are one: ratio 1, nothing clipped, KL 0, loss minus the mean advantage."""
     found = means(
-        algorithm("grpo", f"grpo.mean={unit}", "rollout.max_tokens=8").loss("policy", packed(ref_logp="old_logp"), said("old_logp"))
+        algorithm("grpo", f"grpo.mean={unit}", "rollout.max_tokens=8").loss(
+            "policy", packed(ref_logp="old_logp"), said("old_logp")
+        )
     )
     assert found["kl"] == 0.0
     assert found["clipped"] == 0.0
@@ -77,7 +83,9 @@ def test_grpo_step_zero(unit: str) -> None:
     assert found["loss"] == pytest.approx(-wanted, abs=1e-6)
 
 
-@pytest.mark.parametrize("overrides", [[], ["grpo.ratio=sequence"], ["grpo.objective=cispo"], ["grpo.mismatch_cap=1.1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "overrides", [[], ["grpo.ratio=sequence"], ["grpo.objective=cispo"], ["grpo.mismatch_cap=1.1"]], ids=" ".join
+)
 def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) -> None:
     """Its log-probs are those of the policy that sampled: loss, gradient and metrics as with old log-probs that were scored."""
     found = []
@@ -96,7 +104,12 @@ def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) ->
 
 def grpo_loss(*overrides: str, sampler: float = 0.0) -> tuple[dict[str, float], list[float]]:
     """One response of two tokens with ratios 1.5 and 0.9 and advantage 1, reference twice as likely; the loss and its gradient by token."""
-    streams = {"old_logp": np.zeros(2), "ref_logp": np.full(2, math.log(2)), "sampler_logp": np.full(2, sampler), "advantages": np.ones(2)}
+    streams = {
+        "old_logp": np.zeros(2),
+        "ref_logp": np.full(2, math.log(2)),
+        "sampler_logp": np.full(2, sampler),
+        "advantages": np.ones(2),
+    }
     named = {name: x.astype(np.float32) for name, x in streams.items()}
     batch = pack([Sample(np.zeros(3, np.int32), np.ones(2, bool), 0, **named)])
     logp = torch.tensor([1.5, 0.9]).log().requires_grad_()
@@ -150,7 +163,10 @@ def test_rewards_that_float32_cannot_tell_apart_tie() -> None:
 @pytest.mark.parametrize(
     ("mode", "role", "overrides"),
     [
-        *(("grpo", "policy", [f"grpo.mean={unit}", "grpo.mismatch_cap=2"]) for unit in ("sequence", "token", "constant")),
+        *(
+            ("grpo", "policy", [f"grpo.mean={unit}", "grpo.mismatch_cap=2"])
+            for unit in ("sequence", "token", "constant")
+        ),
         ("grpo", "policy", ["grpo.ratio=sequence", "grpo.advantage=global"]),
         ("rlhf", "policy", ["ppo.ngram=2", "ppo.ngram_penalty=0.5", "ppo.lam=0.9", "ppo.whiten=true"]),
         ("rlhf", "critic", ["ppo.lam=0.9"]),
@@ -171,7 +187,9 @@ def test_what_an_environment_says_within_a_response_changes_nothing(mode: str, r
     answered = []
     for s in whole:
         mask = np.insert(s.mask, 3, [False, False])
-        answered.append(Sample(gap(s.tokens), mask, s.group, s.reward, **{name: gap(getattr(s, name)) for name in streams}))
+        answered.append(
+            Sample(gap(s.tokens), mask, s.group, s.reward, **{name: gap(getattr(s, name)) for name in streams})
+        )
     said = [draw.normal(-1, 0.3, len(s.mask)).astype(np.float32) for s in whole]
     losses = []
     for samples, spoken in ((whole, said), (answered, [gap(row) for row in said])):

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
-EVERYTHING = SOURCES + [path for folder in ("tests", "tools", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+EVERYTHING = SOURCES + [
+    path for folder in ("tests", "tools", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 # Imports point one way: a part of the package imports parts of lower layers only, and no sibling.
 LAYERS = (
@@ -113,18 +115,34 @@ def test_imports_point_one_way():
 
 def test_algorithms_import_little():
     """Formulas need neither process groups nor engines; and help, which reads these files, neither numpy nor torch."""
-    allowed = ("errors", "lazy", "config", "contracts", "algorithms.functional", "algorithms.dpo.DPO")  # online DPO extends DPO
+    allowed = (
+        "errors",
+        "lazy",
+        "config",
+        "contracts",
+        "algorithms.functional",
+        "algorithms.dpo.DPO",
+    )  # online DPO extends DPO
     ours = tuple(f"rlhf.{module}" for module in allowed)
-    algorithms = [path for path in MODULES if part(path) == "algorithms" and path.name != "__init__.py"]  # that one is the table
+    algorithms = [
+        path for path in MODULES if part(path) == "algorithms" and path.name != "__init__.py"
+    ]  # that one is the table
     assert [d for path in algorithms for d in imports(path) if within(d, "rlhf") and not within(d, *ours)] == []
-    assert [d for path in algorithms for d in imports(path) if within(d, "numpy", "torch") and d != "torch.Tensor"] == []
+    assert [
+        d for path in algorithms for d in imports(path) if within(d, "numpy", "torch") and d != "torch.Tensor"
+    ] == []
 
 
 def test_a_mode_is_named_in_one_place():
     """The table of rlhf/algorithms. Words that also name a role, a section or a metric ("reward", "dpo") count where a mode is compared."""
     own = {"sft", "online-dpo"}
-    named = [(path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own]
-    assert {name(path) for path, _ in named} <= {"algorithms/__init__.py", "config.py"}  # config.py has the default of Config.mode
+    named = [
+        (path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own
+    ]
+    assert {name(path) for path, _ in named} <= {
+        "algorithms/__init__.py",
+        "config.py",
+    }  # config.py has the default of Config.mode
     compared = []
     for path in MODULES:
         for node in nodes(path):
@@ -139,7 +157,9 @@ def test_a_mode_is_named_in_one_place():
 def test_a_family_is_named_in_one_place():
     """Its row in rlhf/model/families.py has all that differs: nobody else asks which family a model is of."""
     own = {text for row in FAMILIES.values() for text in (row.name, row.classes)} | set(CLASSES)
-    named = ((path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own)
+    named = (
+        (path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own
+    )
     assert places((path, node) for path, node in named if name(path) != "model/families.py") == []
 
 
@@ -147,13 +167,30 @@ def test_an_engine_has_one_owner():
     """Its methods are called in rlhf/rollout/owner.py and, below it, by the engines themselves."""
     methods = {m for m in vars(Engine) if not m.startswith("_")} - {"parameters"}  # models have parameters, too
     assert methods == {"submit", "advance", "withdraw", "generate", "sleep", "wake_weights", "wake"}
-    calls = [(path, c) for path in MODULES for c in nodes(path) if isinstance(c, ast.Call) and isinstance(c.func, ast.Attribute)]
-    assert {name(path) for path, c in calls if last(c.func.value) == "engine" and c.func.attr in methods} == {"rollout/owner.py"}
-    sleeping = {(name(path), dotted_name(c.func)) for path, c in calls if c.func.attr in ("sleep", "wake_weights", "wake")}
-    assert {place for place, called in sleeping if called not in ("time.sleep", "self.llm.sleep")} == {"rollout/owner.py"}
-    built = [(path, node) for path in MODULES for node in nodes(path) if last(getattr(node, "annotation", None)) == "Engine"]
+    calls = [
+        (path, c)
+        for path in MODULES
+        for c in nodes(path)
+        if isinstance(c, ast.Call) and isinstance(c.func, ast.Attribute)
+    ]
+    assert {name(path) for path, c in calls if last(c.func.value) == "engine" and c.func.attr in methods} == {
+        "rollout/owner.py"
+    }
+    sleeping = {
+        (name(path), dotted_name(c.func)) for path, c in calls if c.func.attr in ("sleep", "wake_weights", "wake")
+    }
+    assert {place for place, called in sleeping if called not in ("time.sleep", "self.llm.sleep")} == {
+        "rollout/owner.py"
+    }
+    built = [
+        (path, node) for path in MODULES for node in nodes(path) if last(getattr(node, "annotation", None)) == "Engine"
+    ]
     assert {name(path) for path, _ in built} == {"rollout/owner.py"}
-    source = [node for node in nodes(PACKAGE / "rollout/source.py") if isinstance(node, ast.AnnAssign) and last(node.target) == "owner"]
+    source = [
+        node
+        for node in nodes(PACKAGE / "rollout/source.py")
+        if isinstance(node, ast.AnnAssign) and last(node.target) == "owner"
+    ]
     assert [last(node.annotation) for node in source] == ["EngineOwner"]
 
 
@@ -197,7 +234,9 @@ def test_files_are_short():
 
 def test_names_say_something():
     assert [path for path in EVERYTHING if VAGUE & {*path.stem.split("_"), path.parent.name}] == []
-    assert [name(path) for path in MODULES if path.stem in sys.stdlib_module_names] == [], "named like the standard library"
+    assert [name(path) for path in MODULES if path.stem in sys.stdlib_module_names] == [], (
+        "named like the standard library"
+    )
 
 
 def test_log_probs_are_called_logp():
@@ -223,7 +262,11 @@ def test_no_handler_catches_everything():
 
 def test_nobody_guesses_at_the_configuration():
     calls = ((path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Call))
-    guesses = ((path, c) for path, c in calls if last(c.func) in ("getattr", "hasattr", "setattr") and last(c.args[0]) == "config")
+    guesses = (
+        (path, c)
+        for path, c in calls
+        if last(c.func) in ("getattr", "hasattr", "setattr") and last(c.args[0]) == "config"
+    )
     assert places(guesses) == []
 
 
@@ -243,7 +286,9 @@ def keys() -> list[str]:
 
 def test_keys_are_few_and_explained():
     assert len(keys()) <= MAX_KEYS
-    bare = [f"{cls.__name__}.{f.name}" for cls in sections().values() for f in fields(cls) if not notes(cls).get(f.name)]
+    bare = [
+        f"{cls.__name__}.{f.name}" for cls in sections().values() for f in fields(cls) if not notes(cls).get(f.name)
+    ]
     whole = {f"Config.{section}" for section in sections() if section and section not in SECTIONS}
     assert set(bare) == whole, "only whole sections have no comment"
 
@@ -265,7 +310,9 @@ def owners(path: Path) -> dict[str, set[str]]:
         if algorithm.section and algorithm.__module__ == f"rlhf.{name(path).removesuffix('.py').replace('/', '.')}":
             called[algorithm.section[0]].add("keys")
     for section, cls in sections().items():
-        parameters = (node for node in nodes(path) if isinstance(node, ast.arg) and last(node.annotation) == cls.__name__)
+        parameters = (
+            node for node in nodes(path) if isinstance(node, ast.arg) and last(node.annotation) == cls.__name__
+        )
         called[section] |= {node.arg for node in parameters}
         for into, value in assignments(path):  # in the order of the file, so that an alias of an alias counts
             if value in called[section]:

@@ -36,20 +36,37 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "shape/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     for name in ("train_sft", "train_rl"):
         shutil.copy(root / f"data/{name}.jsonl", root / f"data/{name}_copy.jsonl")
-        (root / f"data/{name}_less.jsonl").write_text("".join((root / f"data/{name}.jsonl").read_text().splitlines(keepends=True)[1:]))
+        (root / f"data/{name}_less.jsonl").write_text(
+            "".join((root / f"data/{name}.jsonl").read_text().splitlines(keepends=True)[1:])
+        )
     return root
 
 
 def start(made: Path, out: Path, mode: str, *overrides: str) -> Inputs:
-    keys = [f"policy.load={made}/model", f"data.train={made}/data/{DATA[mode]}.jsonl", "data.max_tokens=128", "rollout.max_tokens=32"]
-    config = configuration.load(mode, [*keys, f"out={out}", *(key.format(made=made, data=DATA[mode]) for key in overrides)])
+    keys = [
+        f"policy.load={made}/model",
+        f"data.train={made}/data/{DATA[mode]}.jsonl",
+        "data.max_tokens=128",
+        "rollout.max_tokens=32",
+    ]
+    config = configuration.load(
+        mode, [*keys, f"out={out}", *(key.format(made=made, data=DATA[mode]) for key in overrides)]
+    )
     return inputs(config, 1)
 
 
 def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
     """As a checkpoint of step 7 tells it."""
     (out / "step_000007").mkdir(parents=True)
-    meta = {**dict.fromkeys(folders.KEYS, 1), "step": 7, "state": {}, "mode": mode, "seed": 1, "run": given.identity, "steps": steps}
+    meta = {
+        **dict.fromkeys(folders.KEYS, 1),
+        "step": 7,
+        "state": {},
+        "mode": mode,
+        "seed": 1,
+        "run": given.identity,
+        "steps": steps,
+    }
     (out / "step_000007/meta.json").write_text(folders.describe(meta))
     (out / "latest").write_text("step_000007")
 
@@ -59,7 +76,11 @@ def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
     [
         ("sft", "policy.load={made}/other", r"policy.load={made}/model, this run has {made}/other"),
         ("sft", "policy.load={made}/shape", r"policy.load={made}/model, this run has {made}/shape"),
-        ("sft", "data.train={made}/data/{data}_less.jsonl", r"data.train={made}/data/train_sft.jsonl, this run has .*_less.jsonl"),
+        (
+            "sft",
+            "data.train={made}/data/{data}_less.jsonl",
+            r"data.train={made}/data/train_sft.jsonl, this run has .*_less.jsonl",
+        ),
         ("sft", "data.template=human", "data.template=plain, this run has human"),
         ("sft", "batch.prompts=32", "batch.prompts=64, this run has 32"),
         ("sft", "data.max_tokens=64", "data.max_tokens=128, this run has 64"),
@@ -74,7 +95,8 @@ def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
 def test_another_run_is_refused(made: Path, tmp_path: Path, mode: str, key: str, said: str) -> None:
     save(tmp_path, start(made, tmp_path, mode), mode)
     with pytest.raises(
-        UserError, match=f"step_000007 was saved with {said.format(made=made)}: start with the same settings and files, or set another out$"
+        UserError,
+        match=f"step_000007 was saved with {said.format(made=made)}: start with the same settings and files, or set another out$",
     ):
         start(made, tmp_path, mode, key)
 
@@ -97,7 +119,8 @@ def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None
     assert start(made, out, "sft", f"data.train={data}").remarks == []
     shutil.copy(made / "data/train_sft_less.jsonl", data)
     with pytest.raises(
-        UserError, match=f"step_000007 was saved with another content of data.train={data}: start with the same settings and files"
+        UserError,
+        match=f"step_000007 was saved with another content of data.train={data}: start with the same settings and files",
     ):
         start(made, out, "sft", f"data.train={data}")
 
@@ -107,7 +130,13 @@ def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None
     [
         ["steps=9", "log.every=3", "evaluate.every=3", "checkpoint.every=3", "memory.offload=all", "batch.tokens=512"],
         ["policy.load={made}/copy", "data.train={made}/data/{data}_copy.jsonl", "policy.tokenizer={made}/other"],
-        ["rollout.memory=0.3", "rollout.cache=1", "rollout.check=true", "reward.timeout=3", "data.eval={made}/data/{data}.jsonl"],
+        [
+            "rollout.memory=0.3",
+            "rollout.cache=1",
+            "rollout.check=true",
+            "reward.timeout=3",
+            "data.eval={made}/data/{data}.jsonl",
+        ],
     ],
 )
 @pytest.mark.parametrize("mode", ["sft", "grpo"])

@@ -22,7 +22,9 @@ HERE = {**os.environ, "RLHF_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(root / "launch.sh"), *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [str(root / "launch.sh"), *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def seconds(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> float:
@@ -44,7 +46,13 @@ def test_help_lists_the_modes(arguments):
         assert re.search(rf"^\s*{mode}\s+{re.escape(algorithm.summary)}$", result.stdout, re.MULTILINE), (
             f"{mode} is missing:\n{result.stdout}"
         )
-    for command in ("convert", "prepare_data", "demo", "tutorial", "test"):  # what launch.sh and the command line know beside modes
+    for command in (
+        "convert",
+        "prepare_data",
+        "demo",
+        "tutorial",
+        "test",
+    ):  # what launch.sh and the command line know beside modes
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), f"{command} is missing:\n{result.stdout}"
 
 
@@ -63,7 +71,9 @@ def test_modes_by_another_name(name, mode):
 def test_help_is_quick(arguments):
     """Because it loads neither torch nor an engine."""
     assert seconds(*arguments) < 0.5
-    trace = subprocess.run([sys.executable, "-X", "importtime", "-m", "rlhf", *arguments], cwd=ROOT, capture_output=True, text=True)
+    trace = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "rlhf", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     loaded = {line.rpartition("|")[2].strip() for line in trace.stderr.splitlines()}
     assert "rlhf.config" in loaded
     assert not loaded & {"torch", "megatron", "vllm", "transformers"}
@@ -108,12 +118,24 @@ def bare(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         (root / folder).symlink_to(ROOT / folder)
     env = {"PATH": f"{root}/python/bin:/usr/bin:/bin", "HOME": str(root), "CUDA_VISIBLE_DEVICES": ""}
     for package in ("numpy", "torch"):
-        absent = subprocess.run(["python3", "-c", f"import {package}"], env=env, cwd=root, capture_output=True, text=True)
+        absent = subprocess.run(
+            ["python3", "-c", f"import {package}"], env=env, cwd=root, capture_output=True, text=True
+        )
         assert f"No module named '{package}'" in absent.stderr
     return root, env
 
 
-HELP = [(), *(("--help",), ("-h",), ("grpo", "--help"), ("sft", "nowhere.toml", "-h"), ("convert", "--help"), ("prepare_data", "--help"))]
+HELP = [
+    (),
+    *(
+        ("--help",),
+        ("-h",),
+        ("grpo", "--help"),
+        ("sft", "nowhere.toml", "-h"),
+        ("convert", "--help"),
+        ("prepare_data", "--help"),
+    ),
+]
 HELP += [
     ("convert_hf_to_megatron", "--help"),
     ("demo", "--help"),
@@ -170,7 +192,9 @@ def test_a_dry_run_names_the_package_that_it_lacks(monkeypatch, capsys):
     monkeypatch.setattr(dryrun, "show", show)
     assert main(["grpo", "policy.load=model", "data.train=rows.jsonl", "--dry-run"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"rlhf: the package numpy is not installed in {sys.prefix}: run ./launch.sh install cpu (or gpu)")
+    assert said.startswith(
+        f"rlhf: the package numpy is not installed in {sys.prefix}: run ./launch.sh install cpu (or gpu)"
+    )
     assert said.count("\n") == 1
 
 
@@ -186,7 +210,9 @@ def test_an_interpreter_without_packages(bare):
 @pytest.mark.parametrize("reader", ["head -n 1", "true"])
 @pytest.mark.parametrize("arguments", ["--help", "grpo --help", "convert --help"])
 def test_help_ends_quietly_when_its_reader_does(arguments, reader):
-    piped = subprocess.run(f"./launch.sh {arguments} | {reader}", shell=True, cwd=ROOT, env=HERE, capture_output=True, text=True)
+    piped = subprocess.run(
+        f"./launch.sh {arguments} | {reader}", shell=True, cwd=ROOT, env=HERE, capture_output=True, text=True
+    )
     assert (piped.returncode, piped.stderr) == (0, "")
 
 
@@ -195,16 +221,24 @@ def test_nothing_in_the_current_folder_is_run(fresh, tmp_path):
     for name in ("rlhf", "json", "tomllib", "torch", "venv", "ensurepip", "pip"):
         (tmp_path / f"{name}.py").write_text(f"import os\nos.write(2, b'{name} was run\\n')\nos._exit(1)\n")
     for arguments, code in ((("--help",), 0), (("grpo", "--help"), 0), (("sft", "nowhere.toml"), 2)):
-        done = subprocess.run([ROOT / "launch.sh", *arguments], cwd=tmp_path, env=HERE, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [ROOT / "launch.sh", *arguments], cwd=tmp_path, env=HERE, capture_output=True, text=True, timeout=60
+        )
         assert (done.returncode, len(done.stderr.splitlines())) == (code, code // 2), done.stderr
     root = tmp_path / "checkout"
     shutil.copytree(fresh[0], root, ignore=shutil.ignore_patterns(".venv*", "two"))
-    done = subprocess.run([root / "launch.sh", "sft"], cwd=tmp_path, env=fresh[1], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [root / "launch.sh", "sft"], cwd=tmp_path, env=fresh[1], capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stdout) == (0, f"{root}/.venv-cpu sft\n"), done.stderr
     for flags in ([], ["-P"]):
         program = "from rlhf.__main__ import COMMAND; print(*COMMAND[1:])"
         done = subprocess.run(
-            [sys.executable, *flags, "-c", program], cwd=ROOT, env={**HERE, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+            [sys.executable, *flags, "-c", program],
+            cwd=ROOT,
+            env={**HERE, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
         )
         assert done.stdout.split() == [*flags, "-m", "rlhf"], done.stderr
 
@@ -235,7 +269,10 @@ def test_installation(fresh):
         assert result.stderr == ""
     assert not venv.exists()
 
-    first = [subprocess.Popen([root / "launch.sh", "sft"], cwd=root, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    first = [
+        subprocess.Popen([root / "launch.sh", "sft"], cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=300)[1] for process in first]
     assert [process.returncode for process in first] == [0, 0]
     assert sorted(line.count("installing requirements/cpu.txt into .venv-cpu ") for line in said) == [0, 1]
@@ -299,7 +336,10 @@ def test_an_environment_of_another_lock_is_left_alone(fresh, tmp_path):
 def test_ci_takes_the_python_of_the_system(tmp_path):
     """Whatever stands first in PATH."""
     code = "import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
-    if not Path("/usr/bin/python3").exists() or subprocess.run(["/usr/bin/python3", "-c", code], capture_output=True).returncode:
+    if (
+        not Path("/usr/bin/python3").exists()
+        or subprocess.run(["/usr/bin/python3", "-c", code], capture_output=True).returncode
+    ):
         pytest.skip("/usr/bin/python3 is none that is supported, with venv")
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
@@ -317,16 +357,24 @@ def test_sbatch_runs_a_copy(fresh, tmp_path):
     checkout = tmp_path / "my checkout"
     shutil.copytree(root / "rlhf", checkout / "rlhf")
     shutil.copy(ROOT / "launch.sh", tmp_path / "slurm_script")
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "show job 7" ] && echo "   Command={checkout}/launch.sh sft steps=1"\n')
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\n[ "$*" = "show job 7" ] && echo "   Command={checkout}/launch.sh sft steps=1"\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     env = {**env, "RLHF_PYTHON": sys.executable, "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{env['PATH']}"}
-    done = subprocess.run([tmp_path / "slurm_script", "sft", "steps=1"], cwd="/", env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [tmp_path / "slurm_script", "sft", "steps=1"], cwd="/", env=env, capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout, done.stderr) == (f"{sys.prefix} sft steps=1\n", "")
 
 
 def test_locks_name_one_version_of_everything():
     for lock in ("cpu.txt", "gpu.txt"):
-        lines = [line for line in (ROOT / "requirements" / lock).read_text().splitlines() if line and not line.startswith("#")]
+        lines = [
+            line
+            for line in (ROOT / "requirements" / lock).read_text().splitlines()
+            if line and not line.startswith("#")
+        ]
         assert all(re.fullmatch(r"[a-z0-9-]+==\S+(; \S+ (>|==|<=) \"\S+\")?", line) for line in lines)
         unconditional = [line.split("==")[0] for line in lines if ";" not in line]
         assert len(unconditional) == len(set(unconditional))

@@ -64,7 +64,11 @@ def test_all_well():
     [
         ("sys.exit(2)", 2, ""),  # it has told the user's mistake
         ("sys.exit(7)", 7, "rlhf: rank 1 ended with exit code 7; ending the other ranks\n"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "rlhf: rank 1 ended with exit code 137; ending the other ranks\n"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            137,
+            "rlhf: rank 1 ended with exit code 137; ending the other ranks\n",
+        ),
     ],
 )
 def test_the_first_failure_counts_and_ends_the_others(end: str, code: int, said: str):
@@ -94,7 +98,9 @@ def test_a_lost_rank_saves_no_step():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_every_rank(number: signal.Signals):
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"  # which the slower ones get when the first has ended
-    process = start(f"{ignore}\nsignal.signal({number:d}, told)\nready()\nsignal.pause()\nchild.kill()\nsys.exit(128 + {number:d})")
+    process = start(
+        f"{ignore}\nsignal.signal({number:d}, told)\nready()\nsignal.pause()\nchild.kill()\nsys.exit(128 + {number:d})"
+    )
     pids = ready(process)
     process.send_signal(number)
     said, errors = process.communicate(timeout=20)
@@ -105,7 +111,9 @@ def test_a_signal_reaches_every_rank(number: signal.Signals):
 
 
 def test_the_second_sigint_ends_now_and_the_second_sigterm_does_not():
-    process = start("signal.signal(signal.SIGTERM, told)\nsignal.signal(signal.SIGINT, told)\nready()\nwhile True: time.sleep(1)")
+    process = start(
+        "signal.signal(signal.SIGTERM, told)\nsignal.signal(signal.SIGINT, told)\nready()\nwhile True: time.sleep(1)"
+    )
     pids = ready(process)
     for _ in range(2):  # Slurm sends two when it preempts
         process.send_signal(signal.SIGTERM)
@@ -124,7 +132,9 @@ def test_before_the_loop_a_signal_ends_at_once(number: signal.Signals):
     begin = "import rlhf.__main__, types\n"
     busy = "sys.modules['rlhf.assemble'] = types.SimpleNamespace(run=lambda config: (ready(), time.sleep(60)))\n"
     config = "types.SimpleNamespace(parallel=types.SimpleNamespace(tp=1))"
-    process = start(f"{begin}{busy}import rlhf\nrlhf.assemble = sys.modules['rlhf.assemble']\nrlhf.__main__.run({config})")
+    process = start(
+        f"{begin}{busy}import rlhf\nrlhf.assemble = sys.modules['rlhf.assemble']\nrlhf.__main__.run({config})"
+    )
     pids = ready(process)
     process.send_signal(number)
     assert process.communicate(timeout=20)[1] == f"rlhf: ended by {number.name}; nothing new is saved\n"
@@ -139,7 +149,9 @@ def test_in_the_loop_a_signal_is_remembered_and_told_once():
     )
     pids = ready(process)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[1] == "rlhf: SIGTERM: the run finishes and saves the current step, then ends\n"
+    assert (
+        process.communicate(timeout=20)[1] == "rlhf: SIGTERM: the run finishes and saves the current step, then ends\n"
+    )
     assert process.returncode == 75
     assert gone(pids)
 

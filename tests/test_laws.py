@@ -38,7 +38,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "dp2-zero0-recomputefull:phi3",
             ],
         ),
-        (4, ["tp2-pp2-sp1", "tp2-cp2-sp1:phi3", "pp2-dp2:llama3-tied", "tp4:phi3"]),  # tp4: more ranks than key/value heads
+        (
+            4,
+            ["tp2-pp2-sp1", "tp2-cp2-sp1:phi3", "pp2-dp2:llama3-tied", "tp4:phi3"],
+        ),  # tp4: more ranks than key/value heads
     ],
     ids=lambda value: f"{value}ranks" if isinstance(value, int) else "",
 )

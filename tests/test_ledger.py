@@ -21,7 +21,11 @@ ROOT = Path(__file__).parents[1]
 MODES = ("sft", "reward", "rlhf", "dpo", "online-dpo", "grpo")
 ROLLOUT, LEARN = Visit(Phase.ROLLOUT), Visit(Phase.LEARN, "policy")
 WEIGHTS, GRADIENTS, OPTIMIZER = (Tenant("policy", kind) for kind in (Kind.WEIGHTS, Kind.GRADIENTS, Kind.OPTIMIZER))
-SIZES = {"7B": (8, 6_738_415_616), "13B": (16, 13_015_864_320), "70B": (32, 68_976_648_192)}  # GPUs of the tutorial, parameters
+SIZES = {
+    "7B": (8, 6_738_415_616),
+    "13B": (16, 13_015_864_320),
+    "70B": (32, 68_976_648_192),
+}  # GPUs of the tutorial, parameters
 
 
 def ledger(mode: str, size: str, *overrides: str, device: float = 80.0) -> Ledger:
@@ -48,7 +52,9 @@ def test_7b_by_hand() -> None:
     assert ledger("sft", "7B", "parallel.zero=false").tenants[0][OPTIMIZER] * GIB == 12 * count
     rollout = ledger("grpo", "7B").rows(ROLLOUT, 0)
     assert rollout["engine weights"] * GIB == 2 * SIZES["7B"][1]
-    assert CONTEXT + sum(rollout[name] for name in ("engine weights", "engine cache", "engine work")) == pytest.approx(0.7 * 80)
+    assert CONTEXT + sum(rollout[name] for name in ("engine weights", "engine cache", "engine work")) == pytest.approx(
+        0.7 * 80
+    )
     # One token's keys and values: 2 x 32 layers x 4096 x 2 bytes = 512 KiB.
     assert ledger("grpo", "7B").sequences() == pytest.approx(rollout["engine cache"] * 2**30 / (1024 * 512 * 2**10))
 
@@ -66,9 +72,14 @@ def test_tensor_parallel_ranks_exchange_hidden_states() -> None:
 def test_activations_by_hand() -> None:
     """7B on one rank keeps, per token and layer, 4 x 4096 around norms, 6 x 4096 of attention and 3 x 11008 of the MLP, 2 bytes each."""
     shape = ("parallel.tp=1", "parallel.dp=8", "batch.tokens=8192")
-    works = [ledger("sft", "7B", *shape, f"parallel.recompute={r}").rows(LEARN, 0)["work"] for r in ("none", "selective", "full")]
+    works = [
+        ledger("sft", "7B", *shape, f"parallel.recompute={r}").rows(LEARN, 0)["work"]
+        for r in ("none", "selective", "full")
+    ]
     token = 2 * (10 * 4096 + 3 * 11008)
-    assert (works[0] - works[1]) * GIB == pytest.approx(32 * 8192 * 2 * 2 * 4096)  # rotated queries and keys are made again
+    assert (works[0] - works[1]) * GIB == pytest.approx(
+        32 * 8192 * 2 * 2 * 4096
+    )  # rotated queries and keys are made again
     assert (works[0] - works[2]) * GIB == pytest.approx(8192 * (32 * token - 32 * 2 * 4096 - token))
 
 
@@ -83,7 +94,9 @@ def test_tokens_of_the_largest_micro_batch() -> None:
                 assert made.rows(visit, 0)["work"] == whole.rows(visit, 0)["work"] > 0
     shape = ("parallel.tp=1", "parallel.recompute=full", "batch.tokens=8192")
     split = [ledger("reward", "7B", *shape, f"parallel.cp={cp}", f"parallel.dp={8 // cp}") for cp in (1, 2)]
-    whole, half = (made.rows(Visit(Phase.LEARN, "reward"), 0)["work"] for made in split)  # of a model without logits, which come in chunks
+    whole, half = (
+        made.rows(Visit(Phase.LEARN, "reward"), 0)["work"] for made in split
+    )  # of a model without logits, which come in chunks
     assert whole == pytest.approx(2 * half)
 
 
@@ -125,7 +138,11 @@ def test_published_sizes(size: str) -> None:
 def test_a_remedy_is_a_split_that_the_model_has() -> None:
     """Of the 32 heads of 7B on 8 ranks."""
     made = ledger("grpo", "7B")
-    fits = [tp for tp in (1, 2, 3, 8, 16, 64) if made._fits(replace(made.config, rollout=replace(made.config.rollout, tp=tp)))]
+    fits = [
+        tp
+        for tp in (1, 2, 3, 8, 16, 64)
+        if made._fits(replace(made.config, rollout=replace(made.config.rollout, tp=tp)))
+    ]
     assert fits == [1, 2, 8]
 
 
@@ -181,7 +198,9 @@ def test_a_device_in_use_is_refused() -> None:
     sft = ledger("sft", "7B")
     most = sft.need(LEARN)
     sft.check(free=most - CONTEXT + 0.1)
-    with pytest.raises(UserError, match=r"phase learn/policy needs 31.9 GiB, and 30.0 of the device are free: end the programs"):
+    with pytest.raises(
+        UserError, match=r"phase learn/policy needs 31.9 GiB, and 30.0 of the device are free: end the programs"
+    ):
         sft.check(free=30.0)
 
 
@@ -210,7 +229,9 @@ def test_dry_run_of_a_fresh_clone(tmp_path: Path) -> None:
     assert "8 mini-batches = 8 a step, 1600 in 200 steps" in done.stdout
     assert "policy.optimizer *" in done.stdout
     (tmp_path / "printed.toml").write_text(done.stdout.partition("\nreward.load is not set")[0])
-    asked = configuration.load("rlhf", [f"{ROOT}/configs/rlhf.toml", f"{ROOT}/configs/llama2-70B.toml", "optim.clip=0.7"])
+    asked = configuration.load(
+        "rlhf", [f"{ROOT}/configs/rlhf.toml", f"{ROOT}/configs/llama2-70B.toml", "optim.clip=0.7"]
+    )
     assert configuration.load("rlhf", [str(tmp_path / "printed.toml")]) == asked
     assert replace(asked, optim=replace(asked.optim, clip=0.5)) != asked
 

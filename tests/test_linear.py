@@ -16,7 +16,9 @@ def run(ranks: int, **variables: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run([*torchrun, str(ROOT / "tests/ranks/linear.py")], capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "tests/ranks/linear.py")], capture_output=True, text=True, env=environment, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count("linear holds") == ranks
 

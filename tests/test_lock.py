@@ -30,7 +30,9 @@ sys.stdin.read()
 def start(path: Path, kind: str) -> subprocess.Popen[str]:
     """A process that tells whether it holds the file, and ends when its input does."""
     command = [sys.executable, "-c", PROGRAM, str(path), kind]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def said(process: subprocess.Popen[str]) -> str:

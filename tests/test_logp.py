@@ -19,7 +19,9 @@ from rlhf.model.logp import token_logp
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> dist.ProcessGroup:
     if not dist.is_initialized():  # a test before this one may have made a world, and some engines never let it go
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('store')}/store", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path_factory.mktemp('store')}/store", rank=0, world_size=1
+        )
     return dist.group.WORLD
 
 
@@ -32,7 +34,9 @@ def test_values_and_gradients(group: dist.ProcessGroup, monkeypatch: pytest.Monk
     reference = (hidden @ weight[:60].T / temperature).log_softmax(-1)
     wanted = reference.gather(1, labels[:, None])[:, 0]
     wanted_gradients = torch.autograd.grad(wanted, (hidden, weight), upstream)
-    found, entropy = token_logp(hidden, weight, labels, vocab=60, temperature=temperature, group=group, sequence_parallel=False)
+    found, entropy = token_logp(
+        hidden, weight, labels, vocab=60, temperature=temperature, group=group, sequence_parallel=False
+    )
     torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(entropy, -(reference.exp() * reference).sum(-1), atol=2e-6, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(found, (hidden, weight), upstream), wanted_gradients, strict=True):
@@ -59,7 +63,9 @@ def measure() -> None:
     labels = torch.randint(0, 128 * 1024, (8192,))
     gradients = torch.zeros_like(hidden), torch.zeros_like(weight)
     before = peak_gib()
-    logp, _ = token_logp(hidden, weight, labels, vocab=128 * 1024, temperature=1.0, group=dist.group.WORLD, sequence_parallel=False)
+    logp, _ = token_logp(
+        hidden, weight, labels, vocab=128 * 1024, temperature=1.0, group=dist.group.WORLD, sequence_parallel=False
+    )
     gradients = torch.autograd.grad(logp.sum(), (hidden, weight))
     assert all(g.isfinite().all() for g in gradients)
     print("extra GiB", peak_gib() - before)

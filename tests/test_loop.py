@@ -48,7 +48,9 @@ class Roles:
             self.visits.append(f"{phase} {name}")
             yield name, None
 
-    def learn(self, name: str, samples: Sequence[Sample], loss: Callable, whole_groups: bool, lr: float) -> dict[str, tuple[float, float]]:
+    def learn(
+        self, name: str, samples: Sequence[Sample], loss: Callable, whole_groups: bool, lr: float
+    ) -> dict[str, tuple[float, float]]:
         self.updates.append(Update(name, [(s.group, int(s.reward)) for s in samples], lr))
         return {"lr": (lr, 1.0)}
 
@@ -80,7 +82,9 @@ def samples(groups: int = GROUPS, siblings: int = SIBLINGS) -> list[Sample]:
     return [Sample(tokens, mask, group=3 * g, reward=float(k)) for g in range(groups) for k in range(siblings)]
 
 
-def learned(mode: str, *overrides: str, steps: Sequence[int] = (0,), given: list[Sample] | None = None) -> list[list[Update]]:
+def learned(
+    mode: str, *overrides: str, steps: Sequence[int] = (0,), given: list[Sample] | None = None
+) -> list[list[Update]]:
     """The updates of each step."""
     run, roles = made(configuration.load(mode, [*FOLDERS, *overrides]))
     found = []
@@ -130,7 +134,15 @@ def rates(updates: list[Update], role: str) -> list[float]:
 
 def test_the_schedule_ends_with_the_last_update() -> None:
     """Of steps x epochs x minibatches updates, at min_lr after the last; linear, by hand."""
-    keys = ["optim.lr=1", "optim.min_lr=0.2", "optim.schedule=linear", "steps=3", "batch.epochs=2", "batch.minibatches=2", "optim.warmup=2"]
+    keys = [
+        "optim.lr=1",
+        "optim.min_lr=0.2",
+        "optim.schedule=linear",
+        "steps=3",
+        "batch.epochs=2",
+        "batch.minibatches=2",
+        "optim.warmup=2",
+    ]
     found = [rates(updates, "policy") for updates in learned("grpo", *keys, steps=range(3))]
     assert found[0] == pytest.approx([0.5, 1.0, 1.0, 0.92])
     assert found[1] == pytest.approx([0.84, 0.76, 0.68, 0.6])
@@ -139,13 +151,23 @@ def test_the_schedule_ends_with_the_last_update() -> None:
 
 def test_the_critic_warms_up_alone() -> None:
     """For ppo.critic_warmup steps the policy waits; then its schedule begins, and it ends with the critic's."""
-    keys = ["optim.lr=1", "optim.schedule=linear", "optim.warmup=2", "steps=4", "batch.minibatches=2", "ppo.critic_warmup=2", "critic.lr=3"]
+    keys = [
+        "optim.lr=1",
+        "optim.schedule=linear",
+        "optim.warmup=2",
+        "steps=4",
+        "batch.minibatches=2",
+        "ppo.critic_warmup=2",
+        "critic.lr=3",
+    ]
     updates = learned("rlhf", *keys, steps=range(4))
     assert [rates(step, "policy") for step in updates[:2]] == [[], []]
     assert rates(updates[2], "policy") + rates(updates[3], "policy") == pytest.approx([0.5, 1.0, 1.0, 0.5])
     critic = [lr for step in updates for lr in rates(step, "critic")]
     assert critic == pytest.approx([1.5, 3.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5])
-    assert [update.role for update in updates[2]] == ["policy", "policy", "critic", "critic"], "one role after the other"
+    assert [update.role for update in updates[2]] == ["policy", "policy", "critic", "critic"], (
+        "one role after the other"
+    )
 
 
 def test_the_critic_has_a_learning_rate_of_its_own() -> None:
@@ -203,7 +225,11 @@ def test_a_model_of_no_numbers_is_refused_in_every_role(monkeypatch: pytest.Monk
     mesh.agree = partial(Mesh.agree, mesh)
     for bad in found:
         spoilt = found[bad].folder
-        monkeypatch.setattr(models.Roles, "_learner", lambda _, role, spoilt=spoilt: SimpleNamespace(sound=lambda: role.folder != spoilt))
+        monkeypatch.setattr(
+            models.Roles,
+            "_learner",
+            lambda _, role, spoilt=spoilt: SimpleNamespace(sound=lambda: role.folder != spoilt),
+        )
         with pytest.raises(UserError, match=f"^folder of the {bad}: its weights are not finite"):
             models.Roles(config, mesh, found, torch.float32, 1.0, SimpleNamespace(add=lambda *_: None))  # type: ignore[arg-type]
 

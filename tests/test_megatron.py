@@ -32,7 +32,20 @@ def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Pat
     arch = replace(LLAMA, kv_heads=2, family="qwen2", rope_theta=1e6)
     wanted = hf_folder(tmp_path / "hf", arch)
     run(
-        "--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy", "--tp", 2, "--pp", 2, "--iteration", 7, "--dtype", "fp16"
+        "--from",
+        tmp_path / "hf",
+        "--to",
+        tmp_path / "old",
+        "--format",
+        "legacy",
+        "--tp",
+        2,
+        "--pp",
+        2,
+        "--iteration",
+        7,
+        "--dtype",
+        "fp16",
     )
     assert (tmp_path / "old" / megatron.TRACKER).read_text() == "7"
     folders = sorted(path.name for path in (tmp_path / "old/iter_0000007").iterdir())
@@ -42,9 +55,18 @@ def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Pat
     model = tree["model"]["language_model"]
     assert model.keys() == {"encoder", "output_layer"}
     assert model["output_layer"]["_extra_state"] is None
-    layer = {name.removeprefix("layers.1."): value for name, value in model["encoder"].items() if name.startswith("layers.1.")}
+    layer = {
+        name.removeprefix("layers.1."): value
+        for name, value in model["encoder"].items()
+        if name.startswith("layers.1.")
+    }
     linears = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    tensors = {"input_norm.weight", "post_attention_norm.weight", "self_attention.query_key_value.bias", *(f"{x}.weight" for x in linears)}
+    tensors = {
+        "input_norm.weight",
+        "post_attention_norm.weight",
+        "self_attention.query_key_value.bias",
+        *(f"{x}.weight" for x in linears),
+    }
     assert layer.keys() == tensors | {f"{linear}._extra_state" for linear in linears}
     prefix = "model.layers.3."  # the second of the second stage
     gate, up = (wanted[f"{prefix}mlp.{x}_proj.weight"].half().chunk(2)[1] for x in ("gate", "up"))
@@ -55,9 +77,18 @@ def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Pat
     assert torch.equal(model["output_layer"]["weight"], torch.cat([head, rows])[128:])
     args = tree["args"]
     assert (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads) == (4, 32, 48, 8)
-    assert (args.group_query_attention, args.num_query_groups, args.kv_channels, args.add_qkv_bias) == (True, 2, 8, True)
+    assert (args.group_query_attention, args.num_query_groups, args.kv_channels, args.add_qkv_bias) == (
+        True,
+        2,
+        8,
+        True,
+    )
     assert (args.rotary_base, args.norm_epsilon, args.normalization, args.swiglu) == (1000000, 1e-5, "RMSNorm", True)
-    assert (args.padded_vocab_size, args.make_vocab_size_divisible_by, args.untie_embeddings_and_output_weights) == (256, 128, True)
+    assert (args.padded_vocab_size, args.make_vocab_size_divisible_by, args.untie_embeddings_and_output_weights) == (
+        256,
+        128,
+        True,
+    )
     assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
     assert (args.params_dtype, args.fp16, args.bf16) == (torch.float16, True, False)
 
@@ -122,14 +153,23 @@ os._exit(0)
         held = {name: value for name, value in state.items() if value is not None}
         assert held.keys() == wanted.keys()
         assert all(torch.equal(held[name], wanted[name]) for name in held)
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29655",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", script, *map(str, folders)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     engine, name, extension, kind = done.stdout.splitlines()
-    assert engine.startswith("rollout.engine=kvcache is of a version whose parameters are others (it also has model.scale): install")
+    assert engine.startswith(
+        "rollout.engine=kvcache is of a version whose parameters are others (it also has model.scale): install"
+    )
     assert re.match(
-        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, which is replaced or read here: install", name
+        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, which is replaced or read here: install",
+        name,
     )
     assert "megatron.core.tensor_parallel.layers has no use of no_extension" in extension
     assert kind.startswith("megatron-core builds a LanguageModelEmbedding, which cannot become a Linear: install")
@@ -153,7 +193,12 @@ def save_as_megatron_does(
     hf_tensors = random_hf(arch)
     target = Target(FORMATS["mcore-local"], arch, torch.float32, tp=2, iteration=3, divisor=rows // 2)
     described = args.describe(target) | {"rotary_base": 10000}
-    described |= {"exit_signal": signal.SIGTERM, "cache": Path("/x"), "rope": types.SimpleNamespace(theta=1), "samples": np.float64(3)}
+    described |= {
+        "exit_signal": signal.SIGTERM,
+        "cache": Path("/x"),
+        "rope": types.SimpleNamespace(theta=1),
+        "samples": np.float64(3),
+    }
     described |= {
         "model_type": foreign(monkeypatch, pt.CLASSES[0]),
         "attention_backend": foreign(monkeypatch, "megatron.core.transformer.enums.AttnBackend"),
@@ -196,7 +241,10 @@ def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for rank, tiling in enumerate(names.tilings(arch, "vllm", 2, 2)):  # straight into a live engine
         held = {name: torch.zeros(shape) for name, shape in names.shapes(tiling).items()}
         files.read(folder, arch, tiling, held)
-        assert torch.equal(held["model.layers.2.mlp.down_proj.weight"], wanted["model.layers.2.mlp.down_proj.weight"].chunk(2, dim=1)[rank])
+        assert torch.equal(
+            held["model.layers.2.mlp.down_proj.weight"],
+            wanted["model.layers.2.mlp.down_proj.weight"].chunk(2, dim=1)[rank],
+        )
 
 
 def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -219,7 +267,9 @@ def test_iterations_of_several_formats(tmp_path: Path):
     for iteration, format in enumerate(("torch_dist", "legacy", "mcore"), 1):
         run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--iteration", iteration)
         name = f"iter_{iteration:07}"
-        (tmp_path / format / name).rename(folder.joinpath(name)) if folder.exists() else (tmp_path / format).rename(folder)
+        (tmp_path / format / name).rename(folder.joinpath(name)) if folder.exists() else (tmp_path / format).rename(
+            folder
+        )
         assert inspect(folder, iteration).format == inspect(folder / name).format == format
     assert inspect(folder).format == "torch_dist"  # of which the tracker file is
     (folder / megatron.TRACKER).write_text("2")
@@ -227,7 +277,9 @@ def test_iterations_of_several_formats(tmp_path: Path):
     assert recognise(tmp_path / "hf").name == recognise(tmp_path / "nowhere").name == "hf"
 
 
-@pytest.mark.parametrize(("text", "message"), [("9" * 5000, "is neither a number nor release"), ("3", "no folder iter_0000003; there are")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("9" * 5000, "is neither a number nor release"), ("3", "no folder iter_0000003; there are")]
+)
 def test_a_tracker_file_alone(tmp_path: Path, text: str, message: str):
     (tmp_path / megatron.TRACKER).write_text(text)
     with pytest.raises(UserError, match=message):
@@ -251,15 +303,23 @@ class Malice:
         return self.call, self.arguments
 
 
-@pytest.mark.parametrize(("call", "named"), [(os.system, "posix.system"), (eval, "builtins.eval"), (pickle.loads, "pickle.loads")])
-def test_a_file_that_asks_for_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: object, named: str):
+@pytest.mark.parametrize(
+    ("call", "named"), [(os.system, "posix.system"), (eval, "builtins.eval"), (pickle.loads, "pickle.loads")]
+)
+def test_a_file_that_asks_for_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: object, named: str
+):
     mark = tmp_path / "executed"
-    harm = {os.system: f"touch {mark}", eval: f"open({str(mark)!r}, 'w')", pickle.loads: pickle.dumps(Malice(os.system, f"touch {mark}"))}[
-        call
-    ]
+    harm = {
+        os.system: f"touch {mark}",
+        eval: f"open({str(mark)!r}, 'w')",
+        pickle.loads: pickle.dumps(Malice(os.system, f"touch {mark}")),
+    }[call]
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, exit_hook=Malice(call, harm))
     with torch.serialization.safe_globals([call]):  # what others allow is not allowed here
-        with pytest.raises(UserError, match=f"model_optim_rng.pt: it asks for {named}, and only weights and numbers are read"):
+        with pytest.raises(
+            UserError, match=f"model_optim_rng.pt: it asks for {named}, and only weights and numbers are read"
+        ):
             files.open_folder(tmp_path / "core", LLAMA)
         assert call in torch.serialization.get_safe_globals()
     assert not mark.exists()
@@ -297,15 +357,30 @@ def another_order(folder: Path) -> None:
 
 
 WRONG = {
-    "rows in another order": (another_order, "iter_0000003: checkpoint_version 1.0, whose rows of q, k and v have another order"),
+    "rows in another order": (
+        another_order,
+        "iter_0000003: checkpoint_version 1.0, whose rows of q, k and v have another order",
+    ),
     "a rank missing": (drop_rank, "iter_0000003: mp_rank_01 is missing of 2 x 1 ranks"),
     "cut short": (cut_short, "not a file of torch.save, or cut short at"),
     "another archive": (no_archive_of_torch, "damaged, or not a checkpoint"),
     "a spoilt pickle": (spoilt_pickle, "damaged, or not a checkpoint"),
-    "no such iteration": (lambda folder: (folder / megatron.TRACKER).write_text("8"), "no folder iter_0000008; there are iter_0000003"),
-    "no tracker": (lambda folder: (folder / megatron.TRACKER).unlink(), "no latest_checkpointed_iteration.txt, so iter_0000003 may be"),
-    "an odd tracker": (lambda folder: (folder / megatron.TRACKER).write_text("?"), r"'\?' is neither a number nor release"),
-    "a damaged tracker": (lambda folder: (folder / megatron.TRACKER).write_bytes(b"\xb8"), "is neither a number nor release"),
+    "no such iteration": (
+        lambda folder: (folder / megatron.TRACKER).write_text("8"),
+        "no folder iter_0000008; there are iter_0000003",
+    ),
+    "no tracker": (
+        lambda folder: (folder / megatron.TRACKER).unlink(),
+        "no latest_checkpointed_iteration.txt, so iter_0000003 may be",
+    ),
+    "an odd tracker": (
+        lambda folder: (folder / megatron.TRACKER).write_text("?"),
+        r"'\?' is neither a number nor release",
+    ),
+    "a damaged tracker": (
+        lambda folder: (folder / megatron.TRACKER).write_bytes(b"\xb8"),
+        "is neither a number nor release",
+    ),
 }
 
 

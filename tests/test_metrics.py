@@ -118,7 +118,19 @@ def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     "damage",
-    ["{", "[]", "{}", "null", "\ufffd", '{"step": null}', '{"step": Infinity}', '{"step": "1"}', '{"step": ' + "9" * 5000, "[" * 99999, ""],
+    [
+        "{",
+        "[]",
+        "{}",
+        "null",
+        "\ufffd",
+        '{"step": null}',
+        '{"step": Infinity}',
+        '{"step": "1"}',
+        '{"step": ' + "9" * 5000,
+        "[" * 99999,
+        "",
+    ],
     ids=range(11),
 )
 def test_a_damaged_line_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:

@@ -34,7 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("modes")
     tutorial_task.write(root / "data", num=256, num_heldout=8)
-    demo_task.make_model(root / "model", root / "data", {"vocab_size": 320, "hidden_size": 64, "max_position_embeddings": 512}, pieces=320)
+    demo_task.make_model(
+        root / "model",
+        root / "data",
+        {"vocab_size": 320, "hidden_size": 64, "max_position_embeddings": 512},
+        pieces=320,
+    )
     demo_task.make_weights(root / "model")
     config = json.loads((root / "model/config.json").read_text())
     for name, seed in (("sft", 1), ("reward", 2)):
@@ -93,7 +98,12 @@ def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
     samples = Records.load(folder / "data/dev_reward.jsonl", "scored", Tokenizer.load(out / "hf"), Data()).head(0)
     with torch.no_grad():
         scores = [model(torch.from_numpy(s.tokens[None].astype("int64"))).logits.item() for s in samples]
-    pairs = [(i, j) for i, a in enumerate(samples) for j, b in enumerate(samples) if a.group == b.group and a.reward > b.reward]
+    pairs = [
+        (i, j)
+        for i, a in enumerate(samples)
+        for j, b in enumerate(samples)
+        if a.group == b.group and a.reward > b.reward
+    ]
     loss = torch.tensor([scores[j] - scores[i] for i, j in pairs]).exp().log1p().mean().item()
     said = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert abs(said["eval_loss"] - 0.6931) > 1e-3, "the model has learned nothing that could be compared"
@@ -110,12 +120,18 @@ def test_judged_texts_have_the_scores_of_transformers(folder: Path) -> None:
         judged = json.loads((folder / "tp1" / mode / "judged.json").read_text())
         assert len(judged) == 5
         with torch.no_grad():
-            assert all(model(torch.tensor([tokens])).logits.item() == pytest.approx(score, abs=1e-5) for tokens, score in judged)
+            assert all(
+                model(torch.tensor([tokens])).logits.item() == pytest.approx(score, abs=1e-5)
+                for tokens, score in judged
+            )
 
 
 # file of the public data -> the task that prepares it -> what each kind of its lines is for
 PUBLIC = {
-    "hh_harmless_test.jsonl.gz": ("hh", {"sft": ["sft"], "reward": ["reward"], "dpo": ["dpo"], "alignment": ["rlhf", "online-dpo"]}),
+    "hh_harmless_test.jsonl.gz": (
+        "hh",
+        {"sft": ["sft"], "reward": ["reward"], "dpo": ["dpo"], "alignment": ["rlhf", "online-dpo"]},
+    ),
     "gsm8k_test.jsonl.gz": ("gsm8k", {"math": ["grpo"]}),
     "gsm8k_train_2000.jsonl.gz": ("gsm8k", {"sft": ["sft"], "math": ["grpo"]}),
     "mt_bench_question.jsonl": ("mtbench", {"alignment": ["online-dpo"]}),
@@ -131,9 +147,18 @@ def test_a_step_on_every_public_file(folder: Path, shared_data: Path, tmp_path: 
     for name, (task, kinds) in PUBLIC.items():
         assert prepare_data.main([task, "--from", str(shared_data / name), "--to", str(tmp_path / name)]) == 0
         for kind, modes in kinds.items():
-            (file,) = (path for path in (tmp_path / name / kind).iterdir() if path.stat().st_size)  # train or dev, by its name
+            (file,) = (
+                path for path in (tmp_path / name / kind).iterdir() if path.stat().st_size
+            )  # train or dev, by its name
             jobs += [f"{mode}={file}" for mode in modes]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(ROOT / "tests/ranks/steps.py"), str(folder), *jobs]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)

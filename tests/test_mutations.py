@@ -40,8 +40,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import demo_task
 
 LIMIT = 30  # seconds that one example may take, also on a machine that is busy
-SHAPE = {"vocab_size": 384, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SHAPE = {
+    "vocab_size": 384,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 mutations = settings(
     max_examples=int(os.environ.get("MUTATIONS", "40")),
     derandomize=True,
@@ -59,9 +71,15 @@ def nested(depth: int) -> Any:
 
 
 TEXTS = st.text(max_size=8) | st.sampled_from(["\0", "\ud800", "../x", "a" * 300, "true", "Infinity", "</s>"])
-NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 2, 2**31, 2**32, 2**63, 2**64, 10**9, 10**400, 1e39, 1e300])
+NUMBERS = (
+    st.integers()
+    | st.floats()
+    | st.sampled_from([0, -1, 1, 2, 2**31, 2**32, 2**63, 2**64, 10**9, 10**400, 1e39, 1e300])
+)
 PLAIN = st.none() | st.booleans() | NUMBERS | TEXTS
-OTHERS = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=4)
+OTHERS = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=4
+)
 OTHERS |= st.sampled_from([150, 400, 900]).map(nested)
 
 
@@ -216,11 +234,17 @@ def speak(folder: Path) -> None:
         tokenizer.chat([{"role": "user", "content": "How many?"}], cue=True)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"]
+)
 def test_tokenizer(model: Path, name: str) -> None:
     path = model / name
     template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"
-    more = {"eos_token": {"content": "<|im_end|>"}, "chat_template": [{"name": "default", "template": template}], "eos_token_id": [1, 2]}
+    more = {
+        "eos_token": {"content": "<|im_end|>"},
+        "chat_template": [{"name": "default", "template": template}],
+        "eos_token_id": [1, 2],
+    }
     good = json.loads(path.read_text()) if path.exists() else {}
 
     @mutations
@@ -310,7 +334,15 @@ def test_meta_json(tmp_path: Path) -> None:
     config = configuration.load("sft", [])
     run_is = {"keys": {"optim.lr": 1e-6, "steps": 3, "rollout.stop": []}, "read": {"data.train": ["a.jsonl", "0123"]}}
     meta = {"step": 7, "state": {"kl": 0.1}, "mode": "sft", "seed": 1, "dtype": "torch.float32", "zero": True}
-    meta |= {"tp": 1, "pp": 1, "cp": 1, "dp": 1, "run": run_is, "steps": 100, "files": {"random_rank0.pt": {"size": 3, "crc32": 891568578}}}
+    meta |= {
+        "tp": 1,
+        "pp": 1,
+        "cp": 1,
+        "dp": 1,
+        "run": run_is,
+        "steps": 100,
+        "files": {"random_rank0.pt": {"size": 3, "crc32": 891568578}},
+    }
     folder = tmp_path / "step_000007"
     folder.mkdir()
     (folder / "random_rank0.pt").write_bytes(b"abc")
@@ -326,7 +358,9 @@ def test_meta_json(tmp_path: Path) -> None:
         )
 
     def described(found: Any) -> bytes:
-        return json.dumps({**found, "crc32": zlib.crc32(json.dumps(found).encode())} if isinstance(found, dict) else found).encode()
+        return json.dumps(
+            {**found, "crc32": zlib.crc32(json.dumps(found).encode())} if isinstance(found, dict) else found
+        ).encode()
 
     @mutations
     @given(texts(meta) | damaged(described(meta)))

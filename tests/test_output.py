@@ -50,4 +50,6 @@ def test_a_mistake_is_one_even_if_nobody_hears_of_it(target):
 def test_errors_are_seen_at_once():
     """Also in a file or a pipe: why the others of a run are being ended is no news for its end."""
     program = "import os, sys; from rlhf import output; output.secure(); print('seen', file=sys.stderr); os._exit(0)"
-    assert subprocess.run([sys.executable, "-c", program], env=HERE, capture_output=True, timeout=60).stderr == b"seen\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], env=HERE, capture_output=True, timeout=60).stderr == b"seen\n"
+    )

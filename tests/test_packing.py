@@ -88,7 +88,10 @@ def test_an_item_over_the_budget_gets_a_bin_of_its_own() -> None:
 
 
 def test_balance_is_even() -> None:
-    loads = [sum(b) for b in [[list(range(1, 41))[i] for i in share] for share in balance([float(x) for x in range(1, 41)], 4)]]
+    loads = [
+        sum(b)
+        for b in [[list(range(1, 41))[i] for i in share] for share in balance([float(x) for x in range(1, 41)], 4)]
+    ]
     assert max(loads) - min(loads) <= 2
 
 
@@ -119,7 +122,9 @@ def fill_by_hand(lengths: Sequence[int], budget: int, least: int = 1) -> list[li
         count += 1
 
 
-def cut_by_hand(samples: Sequence[Sample], dp: int, hidden: int, budget: int, whole_groups: bool) -> list[list[list[Sample]]]:
+def cut_by_hand(
+    samples: Sequence[Sample], dp: int, hidden: int, budget: int, whole_groups: bool
+) -> list[list[list[Sample]]]:
     """shares() and microbatches() as they were at first: the number of bins grows by one until every share fits."""
     members = groups(samples)
     dealt = balance_by_hand([sum(cost(len(s.mask), hidden) for s in group) for group in members], dp)
@@ -136,7 +141,9 @@ def cut_by_hand(samples: Sequence[Sample], dp: int, hidden: int, budget: int, wh
 def test_heaps_deal_and_fill_as_by_hand() -> None:
     rng = np.random.default_rng(1)
     for _ in range(300):
-        lengths = rng.integers(1, rng.choice([3, 30, 300]), rng.integers(0, 60)).tolist()  # many of them equal, where few are possible
+        lengths = rng.integers(
+            1, rng.choice([3, 30, 300]), rng.integers(0, 60)
+        ).tolist()  # many of them equal, where few are possible
         count, budget = int(rng.integers(1, 9)), int(rng.integers(1, 400))
         costs = [cost(n, 8) for n in lengths]
         assert balance(costs, count) == balance_by_hand(costs, count)
@@ -165,10 +172,16 @@ def test_a_step_cuts_the_same_samples_once(monkeypatch: pytest.MonkeyPatch) -> N
     """For every role of one width and every pass; others of the same lengths and groups get their own samples back."""
     calls = []
     monkeypatch.setattr(roles, "plan", lambda *known: calls.append(known) or plan(*known))
-    models = {name: SimpleNamespace(arch=SimpleNamespace(hidden=h), use="train") for name, h in (("a", 64), ("b", 64), ("c", 8))}
+    models = {
+        name: SimpleNamespace(arch=SimpleNamespace(hidden=h), use="train")
+        for name, h in (("a", 64), ("b", 64), ("c", 8))
+    }
     monkeypatch.setattr(Roles, "_learner", lambda *_: SimpleNamespace(sound=lambda: True))
     config = configuration.load("grpo", ["batch.tokens=128"])
-    mesh, parking = SimpleNamespace(layout=SimpleNamespace(dp=2), agree=lambda mistake: None), SimpleNamespace(add=lambda *_: None)
+    mesh, parking = (
+        SimpleNamespace(layout=SimpleNamespace(dp=2), agree=lambda mistake: None),
+        SimpleNamespace(add=lambda *_: None),
+    )
     known = Roles(config, mesh, models, torch.float32, 1.0, parking)
     made = samples(20)
     for given in (made, [replace(s) for s in made], made[::-1]):
@@ -176,5 +189,7 @@ def test_a_step_cuts_the_same_samples_once(monkeypatch: pytest.MonkeyPatch) -> N
             for whole in (False, True):
                 wanted = cut_by_hand(given, 2, width, 128, whole)
                 cut = known._cut(name, given, whole)
-                assert [[list(map(id, b)) for b in bins] for bins in cut] == [[list(map(id, b)) for b in bins] for bins in wanted]
+                assert [[list(map(id, b)) for b in bins] for bins in cut] == [
+                    [list(map(id, b)) for b in bins] for bins in wanted
+                ]
     assert len(calls) == 2 * 2 * 2, "two orders, two widths, groups whole or not"

@@ -13,7 +13,9 @@ from models import make
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), [(1, ["tp1-zero0", "tp1-zero1"]), (2, ["dp2-zero1", "dp2-zero0", "pp2"])])
+@pytest.mark.parametrize(
+    ("ranks", "layouts"), [(1, ["tp1-zero0", "tp1-zero1"]), (2, ["dp2-zero1", "dp2-zero0", "pp2"])]
+)
 def test_parking_is_bitwise(tmp_path: Path, ranks: int, layouts: list[str]) -> None:
     """Every phase, float32 and bfloat16, frozen and trained, tied embeddings (see tests/ranks/parking.py)."""
     make("llama3-tied", tmp_path)

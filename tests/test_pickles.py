@@ -46,7 +46,9 @@ SPELLINGS = {
 def content() -> Metadata:
     """The metadata of a checkpoint with one tensor, and with the plan that Megatron-LM keeps in it."""
     size = torch.Size([2, 3])
-    tensor = TensorStorageMetadata(TensorProperties(torch.bfloat16), size, [ChunkStorageMetadata(torch.Size([0, 0]), size)])
+    tensor = TensorStorageMetadata(
+        TensorProperties(torch.bfloat16), size, [ChunkStorageMetadata(torch.Size([0, 0]), size)]
+    )
     index = MetadataIndex("embedding.word_embeddings.weight", [0, 0])
     plan = SavePlan([WriteItem(index, WriteItemType.SHARD)])
     metadata = Metadata({index.fqn: tensor}, storage_data={index: _StorageInfo("__0_0.distcp", 0, 12)})
@@ -65,7 +67,9 @@ def make(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 def globals_of(pickled: bytes) -> set[str]:
     """The globals of a pickle of protocol 2, and the texts of later ones, among which theirs are."""
-    return {str(argument).replace(" ", ".") for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)}
+    return {
+        str(argument).replace(" ", ".") for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)
+    }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -152,7 +156,15 @@ def test_getattr_of_a_stand_in_looks_nothing_up(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "named", ["torch load", "torch serialization", "torch Size.__class__", "builtins getattr.__self__", "builtins eval", "os system"]
+    "named",
+    [
+        "torch load",
+        "torch serialization",
+        "torch Size.__class__",
+        "builtins getattr.__self__",
+        "builtins eval",
+        "os system",
+    ],
 )
 def test_other_globals_are_refused(tmp_path: Path, named: str):
     path = tmp_path / ".metadata"

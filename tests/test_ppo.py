@@ -35,9 +35,13 @@ def test_ppo_rewards_by_hand() -> None:
     assert found == pytest.approx([1 - 0.5 * 0.2, 1 - 0.5 * 0.1], abs=1e-6)
     assert samples[0].returns[0] == samples[0].advantages[0] == 0.0
     assert returns(ppo_samples([1.0]), "ppo.kl=0") == [[1.0, 1.0]]
-    assert returns(ppo_samples([1.0]), "ppo.kl=0.5", "ppo.kl_kind=k2")[0] == pytest.approx([1 - 0.005, 1 - 0.0025], abs=1e-6)
+    assert returns(ppo_samples([1.0]), "ppo.kl=0.5", "ppo.kl_kind=k2")[0] == pytest.approx(
+        [1 - 0.005, 1 - 0.0025], abs=1e-6
+    )
     k3 = math.exp(-0.1) - 1 + 0.1
-    assert returns(ppo_samples([1.0]), "ppo.kl=0.5", "ppo.kl_kind=k3")[0] == pytest.approx([1 - k3, 1 - k3 / 2], abs=1e-6)
+    assert returns(ppo_samples([1.0]), "ppo.kl=0.5", "ppo.kl_kind=k3")[0] == pytest.approx(
+        [1 - k3, 1 - k3 / 2], abs=1e-6
+    )
 
 
 def test_ppo_truncated_response_gets_no_bonus() -> None:
@@ -49,7 +53,9 @@ def test_ppo_truncated_response_gets_no_bonus() -> None:
 
 def test_ppo_gamma_and_lam() -> None:
     def found(*overrides: str) -> list[float]:
-        samples, _ = algorithm("rlhf", "ppo.kl=0", "ppo.whiten=false", *overrides).credit(ppo_samples([1.0], values=0.5))
+        samples, _ = algorithm("rlhf", "ppo.kl=0", "ppo.whiten=false", *overrides).credit(
+            ppo_samples([1.0], values=0.5)
+        )
         return samples[0].advantages[1:].tolist()
 
     assert found("ppo.lam=0.5") == pytest.approx([0.25, 0.5])
@@ -107,7 +113,14 @@ def test_ppo_adaptive_kl() -> None:
     """KL of whole responses (length 4 x 0.1) to the reference against the target: the error is held to 0.2, n / horizon of it acts."""
 
     def run(target: float, horizon: float = 20) -> list[float]:
-        ppo = algorithm("rlhf", "ppo.kl=0.5", f"ppo.kl_target={target}", f"ppo.kl_horizon={horizon}", "batch.prompts=1", "rollout.group=2")
+        ppo = algorithm(
+            "rlhf",
+            "ppo.kl=0.5",
+            f"ppo.kl_target={target}",
+            f"ppo.kl_horizon={horizon}",
+            "batch.prompts=1",
+            "rollout.group=2",
+        )
         steps = [ppo.credit(ppo_samples([1.0, 2.0], length=4))[1] for _ in range(3)]
         assert all(sums["kl"][0] / sums["kl"][1] == pytest.approx(0.4, abs=1e-6) for sums in steps)
         return [sums["kl_coefficient"][0] for sums in steps]
@@ -142,7 +155,10 @@ def test_ppo_losses_and_keys() -> None:
     def loss(role: str, *overrides: str) -> float:
         return mean(algorithm("rlhf", *overrides).loss(role, packed(), said()))
 
-    ratio, gain = np.exp(np.concatenate(rows("logp")) - np.concatenate(rows("old_logp"))), np.concatenate(rows("advantages"))
+    ratio, gain = (
+        np.exp(np.concatenate(rows("logp")) - np.concatenate(rows("old_logp"))),
+        np.concatenate(rows("advantages")),
+    )
     for low, high in ((0.2, 0.2), (0.05, 0.2), (0.2, 0.5)):
         wanted = -np.minimum(ratio * gain, ratio.clip(1 - low, 1 + high) * gain).mean()
         assert loss("policy", f"ppo.clip_low={low}", f"ppo.clip_high={high}") == pytest.approx(wanted, abs=1e-6)
@@ -157,8 +173,18 @@ def test_ppo_weighs_tokens_by_who_drew_them() -> None:
     """Policy before the update over sampler, truncated; of a single update without a KL nobody is asked beforehand."""
     learner, sampler = np.array([-1.0, -1.0]), np.array([-2.0, -0.5])  # e more likely to the learner, and less
     named = {"sampler_logp": sampler, "old_logp": learner, "advantages": np.array([1.0, 3.0])}
-    batch = pack([Sample(np.zeros(3, np.int32), np.ones(2, bool), 0, **{name: x.astype(np.float32) for name, x in named.items()})])
-    for keys, weights in (([], [1, 1]), (["ppo.mismatch_cap=10"], [math.e, math.exp(-0.5)]), (["rollout.inflight=2"], [2, math.exp(-0.5)])):
+    batch = pack(
+        [
+            Sample(
+                np.zeros(3, np.int32), np.ones(2, bool), 0, **{name: x.astype(np.float32) for name, x in named.items()}
+            )
+        ]
+    )
+    for keys, weights in (
+        ([], [1, 1]),
+        (["ppo.mismatch_cap=10"], [math.e, math.exp(-0.5)]),
+        (["rollout.inflight=2"], [2, math.exp(-0.5)]),
+    ):
         for kl in ("ppo.kl=0.1", "ppo.kl=0"):
             made = algorithm("rlhf", kl, "batch.minibatches=1", *keys)
             assert ("old_logp" in made.streams) == (kl == "ppo.kl=0.1")
@@ -175,7 +201,9 @@ def test_prompts_cannot_overflow() -> None:
     for mode, overrides in (("rlhf", []), ("grpo", ["grpo.mismatch_cap=2"])):
         made, samples = algorithm(mode, *overrides), ppo_samples([1.0, 0.0])
         for s in samples:
-            s.old_logp, s.ref_logp, s.sampler_logp = (np.where(s.mask, -1.0, x).astype(np.float32) for x in (-200, 200, -400))
+            s.old_logp, s.ref_logp, s.sampler_logp = (
+                np.where(s.mask, -1.0, x).astype(np.float32) for x in (-200, 200, -400)
+            )
         batch = pack(made.credit(samples)[0])
         logp = torch.where(batch.mask > 0, -1.0, 0.0).requires_grad_()
         made.loss("policy", batch, Output(logp=logp, entropy=torch.zeros_like(logp))).total.backward()

@@ -15,7 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import demo_task
 
-CONTEXT = {"policy": 128, "other": 136, "reward": 144, "critic": 152, "classifier": 160}  # tells the folders' architectures apart
+CONTEXT = {
+    "policy": 128,
+    "other": 136,
+    "reward": 144,
+    "critic": 152,
+    "classifier": 160,
+}  # tells the folders' architectures apart
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shapes(root: Path, mode: str, *overrides: str) -> dict[str, tuple[str, str, bool, bool]]:
     """Role -> (use, folder's name, has an output layer, has a scalar head)."""
     common = [f"policy.load={root}/policy", "data.max_tokens=64", "rollout.max_tokens=16"]
-    arch, roles = prepare.shapes(configuration.load(mode, [*common, *(text.replace("ROOT", str(root)) for text in overrides)]), 1)
+    arch, roles = prepare.shapes(
+        configuration.load(mode, [*common, *(text.replace("ROOT", str(root)) for text in overrides)]), 1
+    )
     assert arch.context == CONTEXT["policy"]
     assert all(role.arch.context == CONTEXT[Path(role.folder).name] for role in roles.values())
     return {name: (role.use, Path(role.folder).name, role.arch.lm, role.arch.scalar) for name, role in roles.items()}
@@ -56,7 +64,11 @@ CASES = [
     (
         "online-dpo",
         ["reference.load=ROOT/other", "reward.load=ROOT/classifier"],
-        {"policy": POLICY, "reference": ("frozen", "other", True, False), "reward": ("frozen", "classifier", False, True)},
+        {
+            "policy": POLICY,
+            "reference": ("frozen", "other", True, False),
+            "reward": ("frozen", "classifier", False, True),
+        },
     ),
     (
         "rlhf",
@@ -80,12 +92,18 @@ CASES = [
     ),
     ("rlhf", ["ppo.kl=0", "critic.load=ROOT/critic"], {"policy": POLICY, "critic": ("train", "critic", False, True)}),
     ("evaluate", [], {}),
-    ("evaluate", ["reward.load=ROOT/reward", "reference.load=ROOT/other"], {"reward": ("frozen", "reward", False, True)}),
+    (
+        "evaluate",
+        ["reward.load=ROOT/reward", "reference.load=ROOT/other"],
+        {"reward": ("frozen", "reward", False, True)},
+    ),
     ("evaluate", ["reward.load=ROOT/reward", "evaluate.function=math"], {}),
 ]
 
 
-@pytest.mark.parametrize(("mode", "overrides", "wanted"), CASES, ids=lambda case: " ".join(case) if isinstance(case, list) else None)
+@pytest.mark.parametrize(
+    ("mode", "overrides", "wanted"), CASES, ids=lambda case: " ".join(case) if isinstance(case, list) else None
+)
 def test_roles(root: Path, mode: str, overrides: list[str], wanted: dict) -> None:
     assert shapes(root, mode, *overrides) == wanted
 
@@ -94,8 +112,16 @@ def test_roles(root: Path, mode: str, overrides: list[str], wanted: dict) -> Non
     ("mode", "overrides", "wanted"),
     [
         ("rlhf", [], "critic.load and reward.load are not set"),
-        ("grpo", ["policy.load=ROOT/classifier"], "policy.load=.*/classifier is a reward model without an output layer"),
-        ("dpo", ["reference.load=ROOT/classifier"], "reference.load=.*/classifier is a reward model without an output layer"),
+        (
+            "grpo",
+            ["policy.load=ROOT/classifier"],
+            "policy.load=.*/classifier is a reward model without an output layer",
+        ),
+        (
+            "dpo",
+            ["reference.load=ROOT/classifier"],
+            "reference.load=.*/classifier is a reward model without an output layer",
+        ),
         (
             "grpo",
             ["data.max_tokens=132", "policy.load=ROOT/other", "reference.load=ROOT/policy"],
@@ -113,7 +139,9 @@ def test_all_models_read_the_same_tokens(root: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**demo_task.MODEL, "vocab_size": 256}))
     for mode, key in (("dpo", "reference"), ("grpo", "reward"), ("rlhf", "critic")):
         more = [f"reward.load={root}/reward"] if mode == "rlhf" else []
-        with pytest.raises(UserError, match=rf"{key}.load={tmp_path} has a vocabulary of 256, policy.load={root}/policy has "):
+        with pytest.raises(
+            UserError, match=rf"{key}.load={tmp_path} has a vocabulary of 256, policy.load={root}/policy has "
+        ):
             shapes(root, mode, *more, f"{key}.load={tmp_path}")
 
 
@@ -135,8 +163,20 @@ def test_the_rule_that_rewards(overrides: list[str], wanted: str) -> None:
 
 @pytest.mark.parametrize(
     ("axes", "dp", "world", "fits"),
-    [((1, 1, 1), 0, 1, True), ((2, 1, 1), 0, 4, True), ((2, 2, 2), 0, 8, True), ((2, 2, 2), 0, 4, False), ((2, 1, 1), 0, 3, False)]
-    + [((1, 1, 1), 2, 2, True), ((2, 1, 1), 2, 4, True), ((2, 1, 1), 1, 4, False), ((1, 1, 3), 2, 6, True), ((1, 3, 1), 1, 6, False)],
+    [
+        ((1, 1, 1), 0, 1, True),
+        ((2, 1, 1), 0, 4, True),
+        ((2, 2, 2), 0, 8, True),
+        ((2, 2, 2), 0, 4, False),
+        ((2, 1, 1), 0, 3, False),
+    ]
+    + [
+        ((1, 1, 1), 2, 2, True),
+        ((2, 1, 1), 2, 4, True),
+        ((2, 1, 1), 1, 4, False),
+        ((1, 1, 3), 2, 6, True),
+        ((1, 3, 1), 1, 6, False),
+    ],
 )
 def test_worlds(axes: tuple[int, int, int], dp: int, world: int, fits: bool) -> None:
     keys = [f"parallel.{axis}={size}" for axis, size in zip(("tp", "pp", "cp"), axes, strict=True)]

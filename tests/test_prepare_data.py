@@ -39,7 +39,9 @@ def rows(file):
 
 
 def load(file, mode, tokenizer, template, **more):
-    return Records.load(file, ALGORITHMS[mode].form, tokenizer, Data(template=template, max_tokens=10**5, learn="last"), **more)
+    return Records.load(
+        file, ALGORITHMS[mode].form, tokenizer, Data(template=template, max_tokens=10**5, learn="last"), **more
+    )
 
 
 HH = {
@@ -53,9 +55,16 @@ def test_hh_as_text(tmp_path):
     """The files of the tutorial."""
     write(tmp_path / "in.jsonl", HH)
     command = [sys.executable, prepare_data.__file__, "hh", "--from", tmp_path / "in.jsonl", "--to", tmp_path]
-    assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.count("       1 lines in ") == 4
+    assert (
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.count(
+            "       1 lines in "
+        )
+        == 4
+    )
     assert rows(tmp_path / "sft/train.jsonl") == [{"query": ASKED, "response": " Yes."}]
-    assert rows(tmp_path / "reward/train.jsonl") == [{"query": ASKED, "response": [" Yes.", "  No."], "score": [1.0, 0.0]}]
+    assert rows(tmp_path / "reward/train.jsonl") == [
+        {"query": ASKED, "response": [" Yes.", "  No."], "score": [1.0, 0.0]}
+    ]
     assert rows(tmp_path / "dpo/train.jsonl") == [{"prompt": ASKED, "chosen": " Yes.", "rejected": "  No."}]
     assert rows(tmp_path / "alignment/train.jsonl") == [{"prompt": ASKED}]
 
@@ -67,7 +76,9 @@ def test_hh_as_messages(tmp_path):
     asked = [{"role": role, "content": content} for role, content in turns]
     said = [{"role": "assistant", "content": text} for text in ("Yes.", " No.")]
     assert rows(tmp_path / "sft/train.jsonl") == [{"messages": [*asked, said[0]]}]
-    assert rows(tmp_path / "reward/train.jsonl") == [{"query": asked, "response": ["Yes.", " No."], "score": [1.0, 0.0]}]
+    assert rows(tmp_path / "reward/train.jsonl") == [
+        {"query": asked, "response": ["Yes.", " No."], "score": [1.0, 0.0]}
+    ]
     assert rows(tmp_path / "dpo/train.jsonl") == [{"prompt": asked, "chosen": said[:1], "rejected": said[1:]}]
     assert rows(tmp_path / "alignment/train.jsonl") == [{"prompt": asked}]
 
@@ -89,7 +100,9 @@ def test_lines_of_hh_that_are_left_out(tmp_path):
     write(tmp_path / "in.jsonl", *lines)
     for form, kept in (("text", 1), ("messages", 0)):  # two turns of one speaker can be text, but no messages
         code, said = run("hh", "--from", tmp_path / "in.jsonl", "--to", tmp_path / form, "--as", form)
-        counts = {kind: len(rows(tmp_path / form / kind / "train.jsonl")) for kind in ("sft", "reward", "dpo", "alignment")}
+        counts = {
+            kind: len(rows(tmp_path / form / kind / "train.jsonl")) for kind in ("sft", "reward", "dpo", "alignment")
+        }
         assert (code, counts) == (0, {"sft": 4 + kept, "reward": 1 + kept, "dpo": 1 + kept, "alignment": 2 + kept})
         assert " 2 omitted from dpo: a response is empty\n" in said
         assert " 1 omitted from reward: the responses are the same\n" in said
@@ -114,7 +127,9 @@ def test_folders_and_what_is_held_out(tmp_path):
     prompts = {}
     for run_name in "abcd":
         for part in ("train", "dev"):
-            prompts[run_name, part] = Counter(row["prompt"] for row in rows(tmp_path / run_name / "math" / f"{part}.jsonl"))
+            prompts[run_name, part] = Counter(
+                row["prompt"] for row in rows(tmp_path / run_name / "math" / f"{part}.jsonl")
+            )
     assert prompts["a", "dev"] == prompts["b", "dev"] != prompts["c", "dev"]
     assert not prompts["a", "train"].keys() & prompts["a", "dev"].keys()
     assert prompts["d", "dev"] == {"\n\nHuman: Four?\n\nAssistant:": 1} == prompts["d", "dev"] & prompts["a", "dev"]
@@ -129,7 +144,11 @@ def test_folders_and_what_is_held_out(tmp_path):
         (["mtbench"], {"turns": "x"}, "in.jsonl:1: this line has no list of texts 'turns'"),
         (["mtbench"], {"turns": [{}]}, "in.jsonl:1: this line has no list of texts 'turns'"),
         (["gsm8k"], '{"question": "\\ud800", "answer": "#### 3"}', "in.jsonl:1: half of a surrogate pair is in it"),
-        (["gsm8k", "--dev", "x"], HH, "argument --dev: invalid float value: 'x'; ./launch.sh prepare_data --help tells more"),
+        (
+            ["gsm8k", "--dev", "x"],
+            HH,
+            "argument --dev: invalid float value: 'x'; ./launch.sh prepare_data --help tells more",
+        ),
         (["hh"], "[", "in.jsonl:1: not JSON"),
         (["hh", "--dev", "5"], HH, "--dev=5 is not a share of the prompts: give a number from 0 to below 1"),
     ],
@@ -145,7 +164,9 @@ def test_mistakes(tmp_path, arguments, line, error):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "math").touch()
-    code, said = run("gsm8k", "--from", write(tmp_path / "in.jsonl", {"question": "Four?", "answer": "#### 4"}), "--to", tmp_path)
+    code, said = run(
+        "gsm8k", "--from", write(tmp_path / "in.jsonl", {"question": "Four?", "answer": "#### 4"}), "--to", tmp_path
+    )
     assert (code, said) == (2, f"prepare_data: {tmp_path}/math: File exists\n")
 
 

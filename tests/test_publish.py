@@ -25,7 +25,13 @@ from rlhf.weights.publish import Publisher, _rounds, checksum
 
 ROOT = Path(__file__).parents[1]
 WORLD = 4
-RESHARDS = {"TP2PP2 -> TP1": (2, 2, 1), "TP4 -> TP2": (4, 1, 2), "TP2 -> TP4": (2, 1, 4), "PP4 -> TP4": (1, 4, 4), "TP1 -> TP2": (1, 1, 2)}
+RESHARDS = {
+    "TP2PP2 -> TP1": (2, 2, 1),
+    "TP4 -> TP2": (4, 1, 2),
+    "TP2 -> TP4": (2, 1, 4),
+    "PP4 -> TP4": (1, 4, 4),
+    "TP1 -> TP2": (1, 1, 2),
+}
 SMALL = 24 << 10  # bytes of a bucket, so that there are many rounds and tensors are cut
 SPLIT = {"mcore": {"tp": 2, "pp": 2}, "mcore-local": {"tp": 4}, "legacy": {"tp": 1, "pp": 4}}
 EXPORTED = replace(LLAMA, kv_heads=2, vocab=1000)
@@ -85,14 +91,18 @@ def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
         target = blank([{name: tensor.bfloat16() for name, tensor in wanted.items()}])[0]
         publisher.publish(model_ranks(arch, hf, "megatron", WORLD, tp, pp)[rank], target)
         for name in target:
-            assert torch.equal(target[name], wanted[name].bfloat16()), f"rank {rank}: {name} after TP{tp} PP{pp} -> TP{engine_tp}"
+            assert torch.equal(target[name], wanted[name].bfloat16()), (
+                f"rank {rank}: {name} after TP{tp} PP{pp} -> TP{engine_tp}"
+            )
         sources = model_ranks(arch, hf, "megatron", WORLD, tp, pp)[rank]
         publisher.verify(sources, target)
     check_transform(moves, rank, sources, target)
     norm = target["model.norm.weight"]
     norm[3:5] = norm[3:5].flip(0)  # the same bits at other places
     if rank == 2:
-        with pytest.raises(RuntimeError, match=r"the engine's model.norm.weight on rank 2 differs from model.norm.weight"):
+        with pytest.raises(
+            RuntimeError, match=r"the engine's model.norm.weight on rank 2 differs from model.norm.weight"
+        ):
             publisher.verify(sources, target)
     else:
         norm[3:5] = norm[3:5].flip(0)
@@ -157,12 +167,16 @@ def test_rounds_carry_everything_within_the_limit(limit: int, nodes: list[int]):
     moves = Plan(tilings(LLAMA, "megatron", WORLD, 2, 2), tilings(LLAMA, "vllm", WORLD, 4), nodes)
     ranks = [_rounds(moves.received(rank) + moves.sent(rank), WORLD, limit) for rank in range(WORLD)]
     assert all(sum(message.numel for message in messages) <= limit for rounds in ranks for messages in rounds)
-    begun: list[Counter] = [Counter() for _ in ranks]  # by rank: (source, target) -> messages that it has begun to send or to receive
+    begun: list[Counter] = [
+        Counter() for _ in ranks
+    ]  # by rank: (source, target) -> messages that it has begun to send or to receive
     turn, sizes = [-1] * WORLD, Counter()
 
     def waits(rank: int) -> bool:
         mine = ranks[rank][turn[rank]] if turn[rank] >= 0 else []
-        return any(begun[m.source + m.target - rank][m.source, m.target] < begun[rank][m.source, m.target] for m in mine)
+        return any(
+            begun[m.source + m.target - rank][m.source, m.target] < begun[rank][m.source, m.target] for m in mine
+        )
 
     while ready := [rank for rank in range(WORLD) if not waits(rank) and turn[rank] + 1 < len(ranks[rank])]:
         turn[ready[0]] += 1
@@ -185,7 +199,9 @@ def test_rounds_fill_both_directions():
 def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPatch):
     """Between any two rounds a fair share; and all messages of all rounds lie in one bucket."""
     training, engines = tilings(LLAMA, "megatron", 2, 2), tilings(LLAMA, "vllm", 2, 1)
-    source, target = ({name: torch.zeros(shape) for name, shape in shapes(tiling[0]).items()} for tiling in (training, engines))
+    source, target = (
+        {name: torch.zeros(shape) for name, shape in shapes(tiling[0]).items()} for tiling in (training, engines)
+    )
     live = {tensor.untyped_storage().data_ptr() for tensors in (source, target) for tensor in tensors.values()}
     rounds: list[int] = []  # after the start of each: elements copied from source to target
     buffers: dict[int, int] = {}  # address -> bytes
@@ -221,13 +237,30 @@ def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("layout", "crossing"), [("--train-tp=2", 1 / 2), ("--train-pp=2 --engine-tp=2", 1 / 4)])
 def test_benchmark_runs(layout: str, crossing: float):
     """On two ranks; of the model, each receives the half that it lacks, or the quarter."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "benchmarks/publish.py", "--model=toy"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "benchmarks/publish.py",
+        "--model=toy",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, "--repeat=1", *layout.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--repeat=1", *layout.split()],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     whole = 2 * 1_059_968  # bytes: bfloat16 parameters of the toy model
-    assert result["bytes_crossing_per_rank"] == pytest.approx(whole * crossing, rel=0.1)  # norms are everywhere, tables at one end
+    assert result["bytes_crossing_per_rank"] == pytest.approx(
+        whole * crossing, rel=0.1
+    )  # norms are everywhere, tables at one end
     assert result["seconds"] > 0
 
 

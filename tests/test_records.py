@@ -57,10 +57,14 @@ def test_errors_of_files(tmp_path, tokenizer):
 
 
 def test_overlong_prompts(tmp_path, tokenizer):
-    file = write(tmp_path / "a.jsonl", {"prompt": "short"}, {"prompt": "the answer is four " * 9}, {"prompt": "also short"})
+    file = write(
+        tmp_path / "a.jsonl", {"prompt": "short"}, {"prompt": "the answer is four " * 9}, {"prompt": "also short"}
+    )
     data = Data(template="human", max_tokens=60)
     ids, _ = templates.encode(tokenizer, "human", [{"role": "user", "content": "the answer is four " * 9}])
-    with pytest.raises(UserError, match=re.escape(f"{file}:2: prompt of {len(ids)} tokens is longer than 40; shorten it")):
+    with pytest.raises(
+        UserError, match=re.escape(f"{file}:2: prompt of {len(ids)} tokens is longer than 40; shorten it")
+    ):
         Records.load(file, "prompts", tokenizer, data, max_prompt=40)
 
     dropped = Records.load(file, "prompts", tokenizer, Data(template="human", overlong="drop"), max_prompt=40)
@@ -75,7 +79,9 @@ def test_overlong_prompts(tmp_path, tokenizer):
     assert [sample.truncated for sample in cut.head(0)] == [False] * 3, "truncated tells of responses"
     assert not any(sample.mask.any() for sample in cut.head(0))
 
-    with pytest.raises(UserError, match=r"a.jsonl has no records: all 3 lines are longer than data.max_tokens; raise it"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl has no records: all 3 lines are longer than data.max_tokens; raise it"
+    ):
         Records.load(file, "prompts", tokenizer, Data(overlong="drop"), max_prompt=2)
     least = 1 + templates.num_cue(tokenizer, "human")
     error = f"{file}:1: data.max_tokens leaves {least} tokens here, but bos and cue alone have {least}; raise it"
@@ -94,7 +100,9 @@ def test_overlong_conversations(tmp_path, request, fixture):
     start, cue = learn.index(True), templates.num_cue(tokenizer, "human")
 
     def load(limit):
-        records = Records.load(file, "demonstrations", tokenizer, Data(template="human", overlong="truncate", max_tokens=limit))
+        records = Records.load(
+            file, "demonstrations", tokenizer, Data(template="human", overlong="truncate", max_tokens=limit)
+        )
         assert records.counts.truncated == (limit < len(ids))
         [sample] = records.head(0)
         assert len(sample.tokens) == min(limit, len(ids))
@@ -114,10 +122,14 @@ def test_plain_texts_keep_the_cue_that_they_spell(tmp_path, request, fixture):
     """The tutorial's dialogues are texts, markers and all: a response as long as the limit leaves room for the cue alone."""
     tokenizer = request.getfixturevalue(fixture)
     asked, response = "\n\nHuman: what do they mean by it?\n\nAssistant:", " the answer is five" * 9
-    file = write(tmp_path / "a.jsonl", {"prompt": asked, "response": response}, {"prompt": "no marker", "response": response})
+    file = write(
+        tmp_path / "a.jsonl", {"prompt": asked, "response": response}, {"prompt": "no marker", "response": response}
+    )
     ids = templates.encode(tokenizer, "plain", [{"role": "user", "content": asked}])[0]
     for limit in range(24, 40):
-        spelt, free = Records.load(file, "demonstrations", tokenizer, Data(overlong="truncate", max_tokens=limit)).head(0)
+        spelt, free = Records.load(file, "demonstrations", tokenizer, Data(overlong="truncate", max_tokens=limit)).head(
+            0
+        )
         kept = len(spelt.tokens) - int(spelt.mask.sum())
         assert tokenizer.decode(spelt.tokens[:kept].tolist()).strip() == "Assistant:"
         assert spelt.tokens[1:kept].tolist() == ids[1 - kept :]
@@ -127,9 +139,16 @@ def test_plain_texts_keep_the_cue_that_they_spell(tmp_path, request, fixture):
 
 def test_overlong_dialogues_keep_their_last_response(tmp_path, tokenizer):
     user = {"role": "user", "content": "Q?"}
-    turns = [user, {"role": "assistant", "content": "the first answer " * 9}, user, {"role": "assistant", "content": "the last one"}]
+    turns = [
+        user,
+        {"role": "assistant", "content": "the first answer " * 9},
+        user,
+        {"role": "assistant", "content": "the last one"},
+    ]
     file = write(tmp_path / "a.jsonl", {"messages": turns})
-    [sample] = Records.load(file, "demonstrations", tokenizer, Data(template="human", overlong="truncate", max_tokens=60)).head(0)
+    [sample] = Records.load(
+        file, "demonstrations", tokenizer, Data(template="human", overlong="truncate", max_tokens=60)
+    ).head(0)
     assert len(sample.tokens) == 60
     assert learned(tokenizer, sample).endswith("the first answer  the last one<|endoftext|>")
     assert whole(tokenizer, sample).startswith("<|begin|>")
@@ -139,7 +158,9 @@ def test_overlong_dialogues_keep_their_last_response(tmp_path, tokenizer):
 def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
     """The second load takes what the first one wrote: the same samples, and nothing is tokenized."""
     rows = [{"query": f"Q {n}?", "response": ["four", "five" * n, "é"], "score": [n, 0.5, -1]} for n in range(1, 9)]
-    file = write(tmp_path / "a.jsonl", *rows, {"query": "Q?", "response": ["the answer is four " * 9, "no"], "score": [1, 0]})
+    file = write(
+        tmp_path / "a.jsonl", *rows, {"query": "Q?", "response": ["the answer is four " * 9, "no"], "score": [1, 0]}
+    )
 
     def load():
         return Records.load(file, "scored", tokenizer, Data(overlong="drop", max_tokens=40), cache=tmp_path / "cache")
@@ -173,7 +194,9 @@ def test_many_processes_make_what_one_makes(tmp_path, request, fixture, processe
     file = write(tmp_path / "a.jsonl.gz", *rows[:25], "", *rows[25:])
     started = []
     deal = reader._deal
-    monkeypatch.setattr(reader, "_deal", lambda chunks, connections: started.append(len(connections)) or deal(chunks, connections))
+    monkeypatch.setattr(
+        reader, "_deal", lambda chunks, connections: started.append(len(connections)) or deal(chunks, connections)
+    )
 
     def load(name):
         data, cache = Data(overlong="drop", max_tokens=60), tmp_path / name
@@ -210,7 +233,9 @@ def test_a_killed_process_is_told(tmp_path, tokenizer, processes, monkeypatch, l
     processes(2)
     monkeypatch.setattr(reader, "_serve", die)
     file = write(tmp_path / "a.jsonl", *({"prompt": f"question {n}"} for n in range(60)))
-    with pytest.raises(UserError, match=re.escape(f"data set {file}: a process that tokenizes it was killed; if memory ran out")):
+    with pytest.raises(
+        UserError, match=re.escape(f"data set {file}: a process that tokenizes it was killed; if memory ran out")
+    ):
         Records.load(file, "prompts", tokenizer, Data(learn=learn))
 
 
@@ -224,7 +249,9 @@ def test_processes_end_with_the_one_that_started_them():
         "print(len(ours.recv()), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parents[1], timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parents[1], timeout=60, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     assert done.stdout.strip().isdigit(), "one of them had started"
 

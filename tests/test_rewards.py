@@ -146,7 +146,9 @@ def test_a_time_limit_may_be_longer_than_the_system_waits(file):
 
 def test_processes_are_kept_and_replaced(file):
     with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
-        first, again, _, other = (int(score.value) for score in function.score(items("process", "process", "hang", "process")))
+        first, again, _, other = (
+            int(score.value) for score in function.score(items("process", "process", "hang", "process"))
+        )
         assert first == again != other
         assert gone(first)
         assert Path(f"/proc/{other}").exists()
@@ -158,14 +160,20 @@ def test_a_time_out_ends_what_the_function_started(file, tmp_path):
     before = set(os.listdir("/proc/self/fd"))
     with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
         given = ("abc", "hang with a child", {"file": str(tmp_path / "child")})
-        assert function.score([*items("half"), given, *items("half")]) == [Score(1.5, False), Score(0.0, True), Score(1.5, False)]
+        assert function.score([*items("half"), given, *items("half")]) == [
+            Score(1.5, False),
+            Score(0.0, True),
+            Score(1.5, False),
+        ]
         assert gone(int((tmp_path / "child").read_text()))
     assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_module_may_load_longer_than_a_response_may_take(file):
     """As those that import torch do: the limit is one for each response."""
-    (file.parent / "slow.py").write_text("import time\ntime.sleep(1.2)\n\ndef one(prompt, response, record):\n    return 1\n")
+    (file.parent / "slow.py").write_text(
+        "import time\ntime.sleep(1.2)\n\ndef one(prompt, response, record):\n    return 1\n"
+    )
     with Rewards(f"{file.parent}/slow.py:one", timeout=0.5, workers=2) as function:
         assert function.score(items("a", "b", "c")) == [Score(1.0, False)] * 3
 
@@ -185,7 +193,10 @@ def test_results_of_an_interrupted_call_do_not_reach_the_next(file):
                 function.score([("", "2", {"seconds": 1.0}), ("", "3", {"seconds": 0})])
         finally:
             signal.signal(signal.SIGALRM, before)
-        assert function.score([("", "4", {"seconds": 0}), ("", "5", {"seconds": 0})]) == [Score(4.0, False), Score(5.0, False)]
+        assert function.score([("", "4", {"seconds": 0}), ("", "5", {"seconds": 0})]) == [
+            Score(4.0, False),
+            Score(5.0, False),
+        ]
 
 
 def test_a_process_that_ended_while_idle_fails_one_response_only(file):
@@ -204,7 +215,9 @@ function = Rewards({str(file) + ":act"!r}, timeout=60, workers=3)
 print(*[int(s.value) for s in function.score([("", "process", {{}})] * 50)], flush=True)
 function.score([("", response, {{}}) for response in ("hang inside C", "hang with a child", "half")])
 """
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
     assert parent.stdout is not None
     processes = {int(pid) for pid in parent.stdout.readline().split()}
     processes |= children(parent.pid)
@@ -278,7 +291,9 @@ def test_modules_of_the_current_folder_come_last(file):
 
 def test_a_function_may_print_where_nobody_reads(file):
     """Or print what the terminal cannot show: that is no failure of it."""
-    (file.parent / "talks.py").write_text("def talk(prompt, response, record):\n    print(response * 9999, flush=True)\n    return 1\n")
+    (file.parent / "talks.py").write_text(
+        "def talk(prompt, response, record):\n    print(response * 9999, flush=True)\n    return 1\n"
+    )
     program = f"from rlhf.rewards import Rewards\nwith Rewards('{file.parent}/talks.py:talk', 5, 1) as function:\n"
     program += "    assert function.score([('', '\\ud800', {})])[0] == (1.0, False), function.failure"
     for target in ("/dev/full", "&-", "/dev/null"):
@@ -298,7 +313,12 @@ def test_check_starts_fast_and_without_torch(file):
 def test_math_compares_with_the_answer_of_the_record():
     with Rewards("math", timeout=1, workers=1) as function:
         record = {"answer": "3 * 6 = 18\n#### 18"}
-        given = [("", "#### 18", record), ("", "#### 19", record), ("", "18", record), ("", "The answer is $18.", {"answer": 18})]
+        given = [
+            ("", "#### 18", record),
+            ("", "#### 19", record),
+            ("", "18", record),
+            ("", "The answer is $18.", {"answer": 18}),
+        ]
         assert function.score(given) == [Score(1.0, False), Score(0.0, False), Score(0.0, False), Score(1.0, False)]
         with pytest.raises(UserError, match="'answer'"):
             function.score(items("#### 18"))

@@ -35,7 +35,13 @@ def read(folder: Path, rope: dict[str, Any], **changes: Any) -> architecture.Arc
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "linear", "factor": 2.7},
         {"rope_type": "dynamic", "factor": 4.0},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
         YARN,
         {**YARN, "type": "yarn", "factor": 40},
         {"rope_type": "yarn", "factor": 4.0},
@@ -50,7 +56,9 @@ def read(folder: Path, rope: dict[str, Any], **changes: Any) -> architecture.Arc
 def test_tables(tmp_path: Path, rope: dict[str, Any]) -> None:
     arch = read(tmp_path, rope)
     assert arch.context == CONTEXT
-    positions = torch.cat([torch.arange(300), torch.arange(4090, 4100), torch.arange(0, CONTEXT, 997), torch.tensor([CONTEXT - 1])])
+    positions = torch.cat(
+        [torch.arange(300), torch.arange(4090, 4100), torch.arange(0, CONTEXT, 997), torch.tensor([CONTEXT - 1])]
+    )
     wanted = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))(torch.zeros(1), positions[None])
     for found, right in zip(Rope.of(arch, "cpu").tables(positions, torch.float32), wanted, strict=True):
         assert torch.equal(torch.cat([found[:, 0]] * 2, dim=-1), right[0])
@@ -68,7 +76,9 @@ def test_the_original_context(tmp_path: Path) -> None:
     assert read(tmp_path, {"rope_type": "yarn", "factor": 4.0}).rope_scaling[outer] == CONTEXT
     assert read(tmp_path, YARN, **{outer: 4096}) == read(tmp_path, YARN)
     assert read(tmp_path, {"rope_type": "default"}, **{outer: 4096}).rope_scaling == {}
-    with pytest.raises(UserError, match="original_max_position_embeddings is 1024, and 4096 in the rope scaling: delete the first"):
+    with pytest.raises(
+        UserError, match="original_max_position_embeddings is 1024, and 4096 in the rope scaling: delete the first"
+    ):
         read(tmp_path, YARN, **{outer: 1024})
 
 

@@ -24,7 +24,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import demo_task  # noqa: E402
 
-KEYS = ["data.max_tokens=64", "rollout.max_tokens=16", "rollout.group=2", "rollout.engine=kvcache", "batch.prompts=4", "batch.tokens=256"]
+KEYS = [
+    "data.max_tokens=64",
+    "rollout.max_tokens=16",
+    "rollout.group=2",
+    "rollout.engine=kvcache",
+    "batch.prompts=4",
+    "batch.tokens=256",
+]
 KEYS += ["checkpoint.every=1", "evaluate.prompts=4", "evaluate.every=0"]
 
 
@@ -95,7 +102,9 @@ def check_a_full_disk(made: Path, out: str, *keys: str) -> None:
     code, said = call(made, "sft", *keys, "steps=4", room=100_000)
     assert code == 1, said
     (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
-    assert re.match(rf"rlhf: {out}/step_000004.partial/[a-z_0-9]*.pt: File too large; put that right and start again", line), line
+    assert re.match(
+        rf"rlhf: {out}/step_000004.partial/[a-z_0-9]*.pt: File too large; put that right and start again", line
+    ), line
     assert (made / out / "latest").read_text() == "step_000003"
 
 

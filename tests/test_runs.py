@@ -26,7 +26,13 @@ GRPO = ["configs/demo/grpo.toml", "batch.prompts=8", "evaluate.every=0", "evalua
 def start(mode: str, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "rlhf", mode, *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -40,13 +46,18 @@ def run(mode: str, *arguments: str) -> str:
 def metrics(out: Path, name: str = "metrics") -> list[dict[str, float]]:
     """Every step's numbers but times and memory."""
     rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """The demo, run as its command does; accuracies by stage. Later tests start from the models it leaves in runs/demo."""
-    done = subprocess.run([sys.executable, "tools/demo.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        [sys.executable, "tools/demo.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     accuracies = [row["eval_reward"] for row in metrics(ROOT / "runs/demo/grpo") if "eval_reward" in row]
     (fresh,) = metrics(ROOT / "runs/demo/evaluate", "evaluate")
@@ -62,7 +73,12 @@ def test_demo_learns(demo: dict[str, float]) -> None:
 
 def test_noise_does_not_teach(demo: dict[str, float], tmp_path: Path) -> None:
     """The same run with a coin for a reward only drifts: what the demo gains (some 0.5) comes from the verifier."""
-    keys = ["reward.function=tools/demo_task.py:noise", "evaluate.function=math", "evaluate.every=0", "evaluate.prompts=0"]
+    keys = [
+        "reward.function=tools/demo_task.py:noise",
+        "evaluate.function=math",
+        "evaluate.every=0",
+        "evaluate.prompts=0",
+    ]
     run("grpo", "configs/demo/grpo.toml", f"out={tmp_path}", *keys)
     assert metrics(tmp_path)[-1]["eval_reward"] - demo["sft"] < (demo["grpo"] - demo["sft"]) / 2
 
@@ -71,7 +87,10 @@ def test_noise_does_not_teach(demo: dict[str, float], tmp_path: Path) -> None:
 def test_exported_folder_loads_in_transformers() -> None:
     """Tokenizer and model: the greedy answers that vLLM gave come out of transformers too."""
     folder = ROOT / "runs/demo/grpo/hf"
-    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
     row = json.loads((ROOT / "runs/demo/data/heldout.jsonl").read_text().splitlines()[0])
     ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
     ours = Tokenizer.load(folder)
@@ -88,7 +107,14 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
 
     With responses in flight between the steps, which both engines take up again from the checkpoint; and more evaluations in between.
     """
-    common = [*GRPO, "steps=6", "checkpoint.every=2", "optim.schedule=linear", "log.tensorboard=true", "rollout.inflight=1.5"]
+    common = [
+        *GRPO,
+        "steps=6",
+        "checkpoint.every=2",
+        "optim.schedule=linear",
+        "log.tensorboard=true",
+        "rollout.inflight=1.5",
+    ]
     run("grpo", *common, f"out={tmp_path}/whole")
     process, killed = start("grpo", *common, f"out={tmp_path}/killed"), tmp_path / "killed/metrics.jsonl"
     while process.poll() is None and not (killed.exists() and '"step": 3' in killed.read_text()):
@@ -102,7 +128,8 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     rows = metrics(tmp_path / "whole")
     again = [
-        {key: value for key, value in row.items() if key in known} for row, known in zip(metrics(tmp_path / "killed"), rows, strict=True)
+        {key: value for key, value in row.items() if key in known}
+        for row, known in zip(metrics(tmp_path / "killed"), rows, strict=True)
     ]
     assert rows == again
     assert len(rows) == 7

@@ -29,9 +29,18 @@ ROOT = Path(__file__).parents[1]
 
 def launch(folder: Path, ranks: int) -> str:
     """What was drawn."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "tests/ranks/sampling.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "tests/ranks/sampling.py",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    done = subprocess.run(
+        [*command, str(folder)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("drawn"))
     return line
@@ -63,7 +72,9 @@ def test_a_special_token_may_be_a_stop_string(tmp_path: Path) -> None:
 def write_byte_fallback(folder: Path) -> Path:
     """A tokenizer.json that spells bytes as Llama 2's does: a run of them that is not valid as a whole is broken as a whole."""
     pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"\u2581{c}" for c in "ab"), *"ab\u2581"]
-    backend = Backend(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    backend = Backend(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
     parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(parts)
     backend.add_special_tokens(["<unk>", "</s>"])
@@ -115,7 +126,9 @@ def test_a_long_response_is_decoded_a_few_times(llama3: Tokenizer, monkeypatch: 
     """Once without its stop string, about log2 of its tokens with it, and not at all where there is no stop string to find."""
     decoded: list[int] = []
     decode = Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **keys: decoded.append(len(ids)) or decode(self, ids, **keys))
+    monkeypatch.setattr(
+        Tokenizer, "decode", lambda self, ids, **keys: decoded.append(len(ids)) or decode(self, ids, **keys)
+    )
     words = llama3.encode("the answer is four ") * 600
     end = llama3.encode("STOP now")
     for stops, tokens, most in (([], words, 0), (["STOP"], words, 1), (["STOP"], [*words, *end, *words], 16)):

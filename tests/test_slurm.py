@@ -65,7 +65,11 @@ class Slurm:
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, []
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANK", "LOCAL_RANK"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM", "RANK", "LOCAL_RANK"))
+            },
             "PATH": PATH,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "RLHF_PYTHON": sys.executable,
@@ -79,12 +83,16 @@ class Slurm:
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
         (folder / "slurm.conf").write_text(
-            CONFIGURATION.format(folder=folder, user=getpass.getuser(), host=socket.gethostname(), nodes=NODES, ports=free_ports(3))
+            CONFIGURATION.format(
+                folder=folder, user=getpass.getuser(), host=socket.gethostname(), nodes=NODES, ports=free_ports(3)
+            )
         )
 
     def start(self) -> None:
         munge = [f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
-        self.daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge/socket", "--num-threads=1", *munge)
+        self.daemon(
+            "munged", "--foreground", "--force", f"--socket={self.folder}/munge/socket", "--num-threads=1", *munge
+        )
         wait(lambda: (self.folder / "munge/socket").exists(), 10, "munged did not start")
         self.daemon("slurmctld", "-D")
         for node in NODES:
@@ -109,7 +117,9 @@ class Slurm:
                 daemon.wait(timeout=20)
 
     def call(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0 or not check, done
         return done.stdout.strip()
 
@@ -131,7 +141,11 @@ class Slurm:
 
     def requeued(self, job: str) -> None:
         """Wait until it runs again, and spare it the two minutes that Slurm lets a requeued job rest: a second is enough for the nodes."""
-        wait(lambda: self.state(job)["JobState"] == "PENDING" and self.idle(), 60, lambda: f"{self.state(job)}\n{self.said(job)}")
+        wait(
+            lambda: self.state(job)["JobState"] == "PENDING" and self.idle(),
+            60,
+            lambda: f"{self.state(job)}\n{self.said(job)}",
+        )
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
         self.wait_state(job, "RUNNING")
 
@@ -166,7 +180,14 @@ def sft(slurm: Slurm) -> list[str]:
     """Arguments of a run on two data-parallel ranks, without out and steps. A step takes a good part of a second."""
     demo_task.write(slurm.folder / "data", num_sft=200, num_rl=1, num_heldout=1)
     demo_task.make_model(slurm.folder / "model", slurm.folder / "data")
-    keys = ("policy.init=random", "data.max_tokens=64", "batch.prompts=8", "batch.epochs=10", "checkpoint.every=0", "parallel.dp=2")
+    keys = (
+        "policy.init=random",
+        "data.max_tokens=64",
+        "batch.prompts=8",
+        "batch.epochs=10",
+        "checkpoint.every=0",
+        "parallel.dp=2",
+    )
     return ["sft", f"policy.load={slurm.folder}/model", f"data.train={slurm.folder}/data/train_sft.jsonl", *keys]
 
 
@@ -202,7 +223,11 @@ def test_a_job_that_slurm_preempts_is_saved_and_requeued_once(slurm: Slurm, sft:
     job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", "steps=1000")
     wait(lambda: len(steps(tmp_path)) >= 1, 300, lambda: slurm.said(job))
     slurm.submit("--partition=high", "--wrap=sleep 1")
-    wait(lambda: slurm.state(job)["JobState"] == "PENDING" and slurm.idle(), 60, lambda: f"{slurm.state(job)}\n{slurm.said(job)}")
+    wait(
+        lambda: slurm.state(job)["JobState"] == "PENDING" and slurm.idle(),
+        60,
+        lambda: f"{slurm.state(job)}\n{slurm.said(job)}",
+    )
     assert (tmp_path / "latest").read_text() == f"step_{steps(tmp_path)[-1]:06}"
     assert slurm.state(job)["Restarts"] == "1"
     slurm.call("scancel", job)
@@ -213,5 +238,7 @@ def test_a_mistake_is_one_line_and_not_requeued(slurm: Slurm, sft: list[str], tm
     assert slurm.wait_state(wrong, "FAILED")["ExitCode"] == "2:0"
     assert slurm.said(wrong).splitlines() == ["rlhf: unknown key 'optim.lrr': did you mean 'optim.lr'?"]
     on_the_nodes = slurm.submit("launch.sh", *sft, f"data.train={tmp_path}/none.jsonl")
-    assert slurm.wait_state(on_the_nodes, "FAILED")["Restarts"] == "0"  # srun ends the other node, and says the higher exit code
+    assert (
+        slurm.wait_state(on_the_nodes, "FAILED")["Restarts"] == "0"
+    )  # srun ends the other node, and says the higher exit code
     assert len([line for line in slurm.said(on_the_nodes).splitlines() if line.startswith("rlhf: ")]) == 1

@@ -40,8 +40,13 @@ def drawn() -> list[Sample]:
         for reward in rewards:
             length = int(rng.integers(3, 20))
             mask = np.arange(length) >= rng.integers(0, length - 1)
-            streams = {n: rng.normal(-1, 0.2, length).astype(np.float32) for n in ("old_logp", "ref_logp", "sampler_logp", "values")}
-            made.append(Sample(rng.integers(0, VOCAB, length + 1).astype(np.int32), mask, group, reward=reward, **streams))
+            streams = {
+                n: rng.normal(-1, 0.2, length).astype(np.float32)
+                for n in ("old_logp", "ref_logp", "sampler_logp", "values")
+            }
+            made.append(
+                Sample(rng.integers(0, VOCAB, length + 1).astype(np.int32), mask, group, reward=reward, **streams)
+            )
     return made
 
 
@@ -87,16 +92,26 @@ def learn(made: Algorithm, role: str, rows: list[list[Sample]], ranks: int) -> d
     assert all(loss.count == loss.count.round() for loss in losses), "megatron-core counts in integers"
     (total / count).backward()
     sums = {name: sum(torch.stack(loss.metrics[name]) for loss in losses).numpy() for name in losses[0].metrics}
-    return {"gradient": weights.grad.numpy(), "loss": np.array([total.item(), count.item()]), **{f"metric {n}": x for n, x in sums.items()}}
+    return {
+        "gradient": weights.grad.numpy(),
+        "loss": np.array([total.item(), count.item()]),
+        **{f"metric {n}": x for n, x in sums.items()},
+    }
 
 
-@pytest.mark.parametrize(("mode", "overrides"), CASES, ids=lambda case: case if isinstance(case, str) else " ".join(case))
+@pytest.mark.parametrize(
+    ("mode", "overrides"), CASES, ids=lambda case: case if isinstance(case, str) else " ".join(case)
+)
 def test_splits(mode: str, overrides: list[str]) -> None:
     """One row; groups in rows of their own; one more row that is all padding; samples in rows of their own; and two CP ranks."""
     made = algorithm(mode, "rollout.max_tokens=20", *overrides)
     samples, _ = made.credit(drawn())
     groups = [[s for s in samples if s.group == g] for g in sorted({s.group for s in samples})]
-    splits = {"groups": (groups, 1), "two ranks": ([samples], 2), "groups on two ranks, and an empty row": ([*groups[::-1], []], 2)}
+    splits = {
+        "groups": (groups, 1),
+        "two ranks": ([samples], 2),
+        "groups on two ranks, and an empty row": ([*groups[::-1], []], 2),
+    }
     if not made.whole_groups:
         splits["samples"] = ([[s] for s in samples], 1)
     for role in [role for role, use in made.models.items() if use == "train"]:

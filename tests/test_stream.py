@@ -55,7 +55,9 @@ def test_rewards_are_given_beside_generation(tmp_path: Path, llama2: Tokenizer) 
     """12 responses of 0.5 s each for two processes, one in every 0.3 s: after the last token only the rest of the queue is awaited."""
     (tmp_path / "slow.py").write_text(SLOW)
     data = write(tmp_path / "train.jsonl", *({"prompt": f"What is {n}?"} for n in range(12)))
-    config = configuration.load("grpo", ["batch.prompts=6", "rollout.group=2", "data.max_tokens=64", "rollout.max_tokens=4"])
+    config = configuration.load(
+        "grpo", ["batch.prompts=6", "rollout.group=2", "data.max_tokens=64", "rollout.max_tokens=4"]
+    )
     records = Records.load(data, "prompts", llama2, config.data, max_prompt=60)
     with Rewards(f"{tmp_path}/slow.py:slow", timeout=10, workers=2) as rewards:
         source = EngineSource(config, ALONE, SlowEngine(0.3), llama2, records, Rule(rewards, ALONE))  # type: ignore[arg-type]
@@ -99,7 +101,9 @@ def test_a_stop_string_is_seen_when_its_last_token_comes(qwen: Tokenizer, stop: 
             assert [asked(tokens[held:n]) for n in range(held + 1, end + 1)] == [False] * (end - held - 1) + [True]
 
 
-def test_progress_is_one_line_of_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_one_line_of_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = iter([0.0, 0.1, 2.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -156,7 +160,10 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
         "prompt_tokens": [1, 2],
         "response_tokens": [3, 4],
     }
-    assert [(line["use"], line["reward"], line["advantage"]) for line in others] == [("train", 1.0, None), ("evaluate", 3.0, None)]
+    assert [(line["use"], line["reward"], line["advantage"]) for line in others] == [
+        ("train", 1.0, None),
+        ("evaluate", 3.0, None),
+    ]
 
 
 @pytest.mark.parametrize(("start", "left"), [(0, []), (2, [1, 2]), (-1, [1, 2, 3])])

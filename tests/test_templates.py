@@ -103,7 +103,9 @@ def test_sentencepiece_reads_one_text(llama2, template):
         "llama2": "[INST] What is 2 + 2? [/INST] four, it is ",
     }[template]
     assert ids == [llama2.bos, *llama2.encode(text), llama2.eos]
-    assert "".join(runs(llama2, ids, learn)).strip() == ("four, it is </s>" if template == "llama2" else "four, it is</s>")
+    assert "".join(runs(llama2, ids, learn)).strip() == (
+        "four, it is </s>" if template == "llama2" else "four, it is</s>"
+    )
 
 
 def test_llama2_exchanges_are_texts_of_their_own(llama2):
@@ -149,7 +151,9 @@ def test_human_is_the_format_of_the_real_data(qwen, llama2, shared_data):
     num_checked = 0
     for text in dialogues:
         parts = re.split(r"\n\n(Human|Assistant): ", text)[1:]
-        messages = [{"role": names[name], "content": content} for name, content in zip(parts[::2], parts[1::2], strict=True)]
+        messages = [
+            {"role": names[name], "content": content} for name, content in zip(parts[::2], parts[1::2], strict=True)
+        ]
         if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
             continue  # two turns of one speaker
         num_checked += 1
@@ -171,13 +175,17 @@ UNSTABLE = (
 
 def test_own_template_that_rewrites_turns(tmp_path):
     tokenizer = Tokenizer.load(write_byte_level(tmp_path, template=UNSTABLE))
-    with pytest.raises(UserError, match=r"message 2: .* changes the text of earlier messages.*choose another data.template"):
+    with pytest.raises(
+        UserError, match=r"message 2: .* changes the text of earlier messages.*choose another data.template"
+    ):
         encode(tokenizer, "tokenizer", [USER, ANSWER])
 
 
 def test_own_template_learns_thoughts_that_it_adds_and_stops_at_the_stop_token(tmp_path):
     """Like Qwen 3: an empty thought before the answer, a newline behind the end of the turn."""
-    template = CHATML.replace("message['content']", "('<t></t>' if message['role'] == 'assistant' else '') + message['content']")
+    template = CHATML.replace(
+        "message['content']", "('<t></t>' if message['role'] == 'assistant' else '') + message['content']"
+    )
     tokenizer = Tokenizer.load(write_byte_level(tmp_path, template=template))
     ids, learn = encode(tokenizer, "tokenizer", DIALOGUE)
     assert runs(tokenizer, ids, learn) == ["<t></t>It is four.<|im_end|>", "<t></t>Yes, sure.<|im_end|>"]

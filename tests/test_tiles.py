@@ -113,7 +113,10 @@ def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
         mine = slice(first * arch.head_dim, (first + num_k) * arch.head_dim)
         return torch.cat([q.chunk(num_t)[t], k[mine], v[mine]])
 
-    held = {"model.embed_tokens.weight": table("model.embed_tokens.weight"), "model.norm.weight": hf["model.norm.weight"]}
+    held = {
+        "model.embed_tokens.weight": table("model.embed_tokens.weight"),
+        "model.norm.weight": hf["model.norm.weight"],
+    }
     if not arch.tied:
         held["lm_head.weight"] = table("lm_head.weight")
     for i in range(arch.layers):
@@ -122,7 +125,9 @@ def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
         if arch.row.qkv_bias:
             held[at + "self_attn.qkv_proj.bias"] = stacked_qkv(at + "self_attn.", "bias")
         held[at + "self_attn.o_proj.weight"] = hf[at + "self_attn.o_proj.weight"].chunk(num_t, dim=1)[t]
-        held[at + "mlp.gate_up_proj.weight"] = torch.cat([hf[at + f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")])
+        held[at + "mlp.gate_up_proj.weight"] = torch.cat(
+            [hf[at + f"mlp.{x}_proj.weight"].chunk(num_t)[t] for x in ("gate", "up")]
+        )
         held[at + "mlp.down_proj.weight"] = hf[at + "mlp.down_proj.weight"].chunk(num_t, dim=1)[t]
         for norm in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
             if at + norm + ".weight" in hf:
@@ -200,7 +205,8 @@ def test_the_busiest_link_says_how_long():
 
 @pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize(
-    ("layout", "tp", "pp"), [("megatron", t, p) for t, p in product((1, 2, 4), (1, 2, 4))] + [("vllm", t, 1) for t in (1, 2, 4, 8)]
+    ("layout", "tp", "pp"),
+    [("megatron", t, p) for t, p in product((1, 2, 4), (1, 2, 4))] + [("vllm", t, 1) for t in (1, 2, 4, 8)],
 )
 def test_layouts_match_the_engines(arch: Architecture, layout: str, tp: int, pp: int):
     world = tp * pp
@@ -230,9 +236,14 @@ RESHARDS = {  # training (tp, pp), engine tp, ranks
 
 @pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize(("tp", "pp", "engine_tp", "world"), RESHARDS.values(), ids=RESHARDS)
-def test_resharding_is_bitwise_and_moves_nothing_twice(arch: Architecture, tp: int, pp: int, engine_tp: int, world: int):
+def test_resharding_is_bitwise_and_moves_nothing_twice(
+    arch: Architecture, tp: int, pp: int, engine_tp: int, world: int
+):
     hf = random_hf(arch)
-    sources, wanted = model_ranks(arch, hf, "megatron", world, tp, pp), model_ranks(arch, hf, "vllm", world, engine_tp, 1)
+    sources, wanted = (
+        model_ranks(arch, hf, "megatron", world, tp, pp),
+        model_ranks(arch, hf, "vllm", world, engine_tp, 1),
+    )
     train, engine = tilings(arch, "megatron", world, tp, pp), tilings(arch, "vllm", world, engine_tp)
     moves = Plan(train, engine, [0] * world)
     got = blank(wanted)
@@ -246,10 +257,15 @@ def test_resharding_is_bitwise_and_moves_nothing_twice(arch: Architecture, tp: i
         lacking += sum(int((need[name] & ~have[name]).sum()) for name in hf)
     held = sum(numel(tile.box) for mine in engine for tile in mine)
     assert moves.volume() == (held - lacking, lacking)
-    for nodes in ([0] * world, [rank // 2 for rank in range(world)]):  # what a rank sends is what the others await of it, in order
+    for nodes in (
+        [0] * world,
+        [rank // 2 for rank in range(world)],
+    ):  # what a rank sends is what the others await of it, in order
         moves = Plan(train, engine, nodes)
         crossing = [move for move in moves.moves if move.source != move.target]
-        assert [moves.sent(rank) for rank in range(world)] == [[m for m in crossing if m.source == rank] for rank in range(world)]
+        assert [moves.sent(rank) for rank in range(world)] == [
+            [m for m in crossing if m.source == rank] for rank in range(world)
+        ]
 
 
 def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
@@ -264,7 +280,9 @@ def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
 # ---- at full size, by planning only
 
 
-@pytest.mark.parametrize(("world", "tp", "pp", "engine_tp"), [(32, 8, 4, 8), (64, 8, 4, 8), (64, 8, 8, 4), (64, 4, 4, 8)])
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "engine_tp"), [(32, 8, 4, 8), (64, 8, 4, 8), (64, 8, 8, 4), (64, 4, 4, 8)]
+)
 def test_plan_of_70b_takes_seconds(world: int, tp: int, pp: int, engine_tp: int):
     nodes = [rank // 8 for rank in range(world)]
     train, engine = tilings(LLAMA_70B, "megatron", world, tp, pp), tilings(LLAMA_70B, "vllm", world, engine_tp)

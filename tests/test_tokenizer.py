@@ -52,7 +52,9 @@ def test_byte_level_equals_transformers(byte_level):
 @pytest.mark.parametrize("cue", [False, True])
 def test_chat_equals_transformers(byte_level, cue):
     ours, theirs = Tokenizer.load(byte_level), auto(byte_level)
-    assert ours.chat(MESSAGES, cue) == theirs.apply_chat_template(MESSAGES, add_generation_prompt=cue, return_dict=False)
+    assert ours.chat(MESSAGES, cue) == theirs.apply_chat_template(
+        MESSAGES, add_generation_prompt=cue, return_dict=False
+    )
 
 
 def test_chat_template_has_what_transformers_gives_it(tmp_path):
@@ -65,7 +67,9 @@ def test_chat_template_has_what_transformers_gives_it(tmp_path):
     several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
     folder = write_byte_level(tmp_path, bos="<|begin|>", template=several)
     ours, theirs = Tokenizer.load(folder), auto(folder)
-    assert ours.render(MESSAGES, True) == theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert ours.render(MESSAGES, True) == theirs.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, tokenize=False
+    )
     assert "<b>" in ours.render(MESSAGES, True)
 
 
@@ -195,7 +199,12 @@ def test_byte_level_text_continues_as_it_starts(byte_level):
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 def test_decode(tmp_path, kind):
     tokenizer = Tokenizer.load(write_byte_level(tmp_path) if kind == "bytes" else write_sentencepiece(tmp_path))
-    ids = [*tokenizer.encode("hi there"), tokenizer.eos, tokenizer.vocab, tokenizer.vocab + 9]  # as a padded embedding may sample
+    ids = [
+        *tokenizer.encode("hi there"),
+        tokenizer.eos,
+        tokenizer.vocab,
+        tokenizer.vocab + 9,
+    ]  # as a padded embedding may sample
     assert tokenizer.decode(ids) == "hi there"
     assert tokenizer.decode(ids, skip_special=False) == "hi there" + ("<|im_end|>" if kind == "bytes" else "</s>")
 
@@ -280,8 +289,16 @@ def test_mutated_tokenizer_json(byte_level, changes):
         ("tokenizer_config.json", '{"a":' * 100_000, "tokenizer_config.json: not JSON"),
         ("tokenizer_config.json", '{"eos_token": {"content": 7}}', "eos_token=None"),
         ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "chat_template": 7}', "chat_template 7 is not a text"),
-        ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id \\['2'\\] is not a token id or a list of them"),
-        ("generation_config.json", '{"eos_token_id": [1, 1000000]}', "eos_token_id .* is not a token id or a list of them"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": "2"}',
+            "eos_token_id \\['2'\\] is not a token id or a list of them",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": [1, 1000000]}',
+            "eos_token_id .* is not a token id or a list of them",
+        ),
         ("chat_template.jinja", "é", "chat_template.jinja: not UTF-8"),
     ],
 )
@@ -292,7 +309,8 @@ def test_damaged_files_beside(byte_level, name, content, message):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ tools() }}"]
+    "template",
+    ["{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ tools() }}"],
 )
 def test_templates_that_raise(tmp_path, template):
     with pytest.raises(UserError, match="chat template fails: "):

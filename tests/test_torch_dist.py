@@ -28,7 +28,14 @@ def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
     arch = replace(LLAMA, vocab=128)
     wanted = hf_folder(tmp_path / "hf", arch, torch.float32)
     run("--from", tmp_path / "hf", "--to", tmp_path / "ours", "--format", "torch_dist")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/ranks/sharded.py"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "tests/ranks/sharded.py",
+    ]
     command = [*torchrun, str(tmp_path / "hf"), str(tmp_path / "ours/iter_0000001"), str(tmp_path / "theirs")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)

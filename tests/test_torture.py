@@ -12,7 +12,17 @@ KINDS = ["SIGSTOP, SIGCONT", "SIGKILL one rank, a file event", "damage: a bit", 
 
 
 def test_a_broken_run_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/torture.py", str(tmp_path / "torture"), "--kills", "4", "--seed", "9", "--kinds", *KINDS]
+    command = [
+        sys.executable,
+        "tools/torture.py",
+        str(tmp_path / "torture"),
+        "--kills",
+        "4",
+        "--seed",
+        "9",
+        "--kinds",
+        *KINDS,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     told = json.loads(done.stdout.splitlines()[-1])

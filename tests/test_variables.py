@@ -82,13 +82,20 @@ def test_folders(tmp_path: Path):
     (tmp_path / "dev.jsonl").write_text("")
     both = {"data.train": f"{tmp_path}/train.jsonl", "data.eval": f"{tmp_path}/dev.jsonl"}
     assert variables.settings("sft", {"DATASET_PATH": str(tmp_path)}) == both
-    assert variables.settings("sft", {"DATASET_PATH": f"{tmp_path}/train.jsonl"}) == {"data.train": f"{tmp_path}/train.jsonl"}
-    assert variables.settings("sft", {"DATASET_PATH": "/x", "EVAL_DATASET_PATH": str(tmp_path)})["data.eval"] == f"{tmp_path}/dev.jsonl"
+    assert variables.settings("sft", {"DATASET_PATH": f"{tmp_path}/train.jsonl"}) == {
+        "data.train": f"{tmp_path}/train.jsonl"
+    }
+    assert (
+        variables.settings("sft", {"DATASET_PATH": "/x", "EVAL_DATASET_PATH": str(tmp_path)})["data.eval"]
+        == f"{tmp_path}/dev.jsonl"
+    )
     for name in ("iter_0001000", "step_000020/hf", "hf"):
         (tmp_path / "rm" / name).mkdir(parents=True)
     reward = {"REWARD_LOAD": f"{tmp_path}/rm"}
     for iteration, folder in (("1000", "iter_0001000"), ("20", "step_000020/hf"), ("", "hf")):
-        assert variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": iteration}) == {"reward.load": f"{tmp_path}/rm/{folder}"}
+        assert variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": iteration}) == {
+            "reward.load": f"{tmp_path}/rm/{folder}"
+        }
     with pytest.raises(UserError, match=re.escape("contains neither iter_0000007 nor step_000007/hf")):
         variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": "7"})
     for wrong in ("last", "9" * 5000):

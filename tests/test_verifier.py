@@ -171,7 +171,11 @@ def test_rules():
     """Pairs of our own for the rules of docs/verifier.md, in both directions."""
     pairs = lines("answer_rules")
     assert len(pairs) > 300
-    both = [(a, b, pair["equal"]) for pair in pairs for a, b in ((pair["answer"], pair["other"]), (pair["other"], pair["answer"]))]
+    both = [
+        (a, b, pair["equal"])
+        for pair in pairs
+        for a, b in ((pair["answer"], pair["other"]), (pair["other"], pair["answer"]))
+    ]
     assert [(a, b) for a, b, same in both if equal(a, b) != same] == []
 
 
@@ -182,7 +186,9 @@ def test_pairs_judged_by_people():
     said = [verify(f"So \\boxed{{{pair['boxed']}}}.", pair["answer"]) == 1.0 for pair in pairs]
     missed = [pair for pair, right in zip(pairs, said, strict=True) if pair["equal"] and not right]
     accepted = [pair for pair, right in zip(pairs, said, strict=True) if right and not pair["equal"]]
-    assert missed == accepted == []  # these pairs were seen while the rules were written; the issue asks for 15 % and one
+    assert (
+        missed == accepted == []
+    )  # these pairs were seen while the rules were written; the issue asks for 15 % and one
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
@@ -218,7 +224,9 @@ def test_gsm8k_gold_and_shuffled(shared_data):
 )
 def test_it_explains_itself(answer, response, says):
     command = [sys.executable, "tools/explain_answer.py", answer, "-"]
-    said = subprocess.run(command, input=response, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    said = subprocess.run(
+        command, input=response, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     assert said[-1] == says
     assert said[0] == f"answer:   {answer!r}"
 

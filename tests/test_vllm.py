@@ -95,5 +95,7 @@ def test_a_vllm_without_a_private_name_is_refused(vllm_engine, monkeypatch):
     from rlhf.rollout import vllm_private
 
     monkeypatch.delattr(vllm_private.vllm_layers, "dispatch_cpu_unquantized_gemm")
-    with pytest.raises(UserError, match=r"^vllm\S* \S+: vllm\.model_executor\.layers\.utils has no dispatch_cpu_unquantized_gemm"):
+    with pytest.raises(
+        UserError, match=r"^vllm\S* \S+: vllm\.model_executor\.layers\.utils has no dispatch_cpu_unquantized_gemm"
+    ):
         vllm_private.adapt_to_cpu()

@@ -57,7 +57,9 @@ def write_sentencepiece(folder: Path, kind: str = "bpe") -> Path:
     return folder / "tokenizer.model"
 
 
-def write_byte_level(folder: Path, *, eos: str = "<|im_end|>", bos: str | None = None, template: str | None = CHATML) -> Path:
+def write_byte_level(
+    folder: Path, *, eos: str = "<|im_end|>", bos: str | None = None, template: str | None = CHATML
+) -> Path:
     """A folder with a byte-level BPE tokenizer.json as Qwen (bos None) or Llama 3 have it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -67,12 +69,21 @@ def write_byte_level(folder: Path, *, eos: str = "<|im_end|>", bos: str | None =
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        LINES, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + ([bos] if bos else []))
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "chat_template": template}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "chat_template": template,
+    }
     settings["pad_token"] = {"content": "<|endoftext|>", "__type": "AddedToken", "special": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

@@ -18,7 +18,11 @@ from pathlib import Path
 
 import demo_task
 
-FORMS = ("What is {a} times {b}?", "{name} buys {a} bags of {b} nuts. How many nuts?", "{name} earns {a} a day. How much in {b} days?")
+FORMS = (
+    "What is {a} times {b}?",
+    "{name} buys {a} bags of {b} nuts. How many nuts?",
+    "{name} earns {a} a day. How much in {b} days?",
+)
 ASKING = 0.3  # share of the demonstrations that use the calculator; the others guess
 CALL, ANSWER = re.compile(r"calc (\d{1,4}) \* (\d{1,4})"), re.compile(r"#### ?(\d+)")
 

@@ -30,7 +30,9 @@ def text(name: str, points: Sequence[tuple[float, float]], metric: str) -> str:
     values = [value for _, value in points]
     low, high = min(values), max(values)
     bars = "".join(BLOCKS[round((value - low) / (high - low or 1) * (len(BLOCKS) - 1))] for value in values)
-    return f"{name:14} {metric}, steps {points[0][0]:g} to {points[-1][0]:g}: {values[0]:8.3f} {bars} {values[-1]:.3f}\n"
+    return (
+        f"{name:14} {metric}, steps {points[0][0]:g} to {points[-1][0]:g}: {values[0]:8.3f} {bars} {values[-1]:.3f}\n"
+    )
 
 
 def svg(points: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:

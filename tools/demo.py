@@ -40,7 +40,11 @@ def main(overrides: list[str]) -> int:
     stages = [
         ("supervised fine-tuning", "sft", ["configs/demo/sft.toml"]),
         ("GRPO", "grpo", ["configs/demo/grpo.toml", "evaluate.prompts=0", *overrides]),
-        ("a new process loads runs/demo/grpo/hf", "evaluate", [*EVALUATION, "policy.load=runs/demo/grpo/hf", "out=runs/demo/evaluate"]),
+        (
+            "a new process loads runs/demo/grpo/hf",
+            "evaluate",
+            [*EVALUATION, "policy.load=runs/demo/grpo/hf", "out=runs/demo/evaluate"],
+        ),
     ]
     seconds = {}
     for title, mode, arguments in stages:
@@ -67,8 +71,12 @@ def report(seconds: dict[str, float], total: float) -> None:
     print("\nmean reward of the samples, by step")
     for first in range(0, len(rewards), 10):
         part = rewards[first : first + 10]
-        print(f"  {first + 1:3}-{first + len(part):3}  {sum(part) / len(part):6.1%}  {'#' * round(40 * sum(part) / len(part))}")
-    phases = sorted({name for row in grpo for name in row if name.startswith("time/")} - {"time/step", "time/switch", "time/reward"})
+        print(
+            f"  {first + 1:3}-{first + len(part):3}  {sum(part) / len(part):6.1%}  {'#' * round(40 * sum(part) / len(part))}"
+        )
+    phases = sorted(
+        {name for row in grpo for name in row if name.startswith("time/")} - {"time/step", "time/switch", "time/reward"}
+    )
     print("\nseconds of GRPO by phase")
     for name in phases:
         print(f"  {name.removeprefix('time/'):10} {sum(row.get(name, 0.0) for row in grpo):7.1f}")

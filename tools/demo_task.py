@@ -81,13 +81,19 @@ MODEL: dict[str, Any] = {
 }
 
 
-def make_model(folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({}), pieces: int = MODEL["vocab_size"]) -> None:
+def make_model(
+    folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({}), pieces: int = MODEL["vocab_size"]
+) -> None:
     """Write a Hugging Face folder without weights: config.json (MODEL | changes), and a tokenizer of the demonstrations."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (data / "train_sft.jsonl").read_text().splitlines()]
-    texts = [text for row in rows for text in ([said["content"] for said in row["messages"]] if "messages" in row else row.values())]
+    texts = [
+        text
+        for row in rows
+        for text in ([said["content"] for said in row["messages"]] if "messages" in row else row.values())
+    ]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
@@ -124,6 +130,9 @@ def make_weights(folder: Path, seed: int = 0, dtype: str = "float32", device: st
     from rlhf.weights import initial, names
 
     arch = architecture.read(folder)
-    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, shape in names.hf_shapes(arch).items()}
+    tensors = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for name, shape in names.hf_shapes(arch).items()
+    }
     initial.fill(arch, names.tiles(arch, "hf"), tensors, seed)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

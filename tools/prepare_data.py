@@ -64,7 +64,9 @@ def hh(row: Row, as_text: bool) -> Made:
     if reasons := [why for why, holds in why_not.items() if holds]:
         return prompt, made | {"reward": reasons[0], "dpo": reasons[0]}
     made["reward"] = {"query": asked, "response": responses, "score": [1.0, 0.0]}
-    made["dpo"] = {"prompt": asked} | {key: _said(text, as_text) for key, text in zip(("chosen", "rejected"), responses, strict=True)}
+    made["dpo"] = {"prompt": asked} | {
+        key: _said(text, as_text) for key, text in zip(("chosen", "rejected"), responses, strict=True)
+    }
     return prompt, made
 
 
@@ -72,7 +74,9 @@ def gsm8k(row: Row, as_text: bool) -> Made:
     """Convert a line of GSM8K. Its answer is a whole solution, with the number after ####."""
     question, solution = _text(row, "question"), _text(row, "answer")
     asked, answer = _question(question, as_text), solution.partition("####")[2].strip()
-    math: Row | str = {"eval_func": "math_rule", "prompt": asked, "answer": answer} if answer else "no answer after ####"
+    math: Row | str = (
+        {"eval_func": "math_rule", "prompt": asked, "answer": answer} if answer else "no answer after ####"
+    )
     return question, {"math": math, "sft": _demonstration(asked, f" {solution}" if as_text else solution)}
 
 
@@ -113,7 +117,10 @@ def _turns(dialogue: str) -> list[Row]:
     if before or not parts or not parts[0] == parts[-2] == "Human":
         return []
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.removeprefix(" ")} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [
+        {"role": roles[who], "content": said.removeprefix(" ")}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def _alternate(turns: list[Row]) -> bool:
@@ -138,7 +145,9 @@ def is_in(share: float, prompt: str, seed: int) -> bool:
     return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]) < share * 2**64
 
 
-def prepare(task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, seed: int = 1) -> tuple[dict[Path, bytes], Counter]:
+def prepare(
+    task: str, source: Path, *, as_text: bool = True, dev: float = 0.0, seed: int = 1
+) -> tuple[dict[Path, bytes], Counter]:
     """Return the lines of each file, and the number of omitted lines by (kind, reason).
 
     A prompt that occurs in several lines gives one line of kind alignment. Raises UserError with file:line.
@@ -182,14 +191,24 @@ def write(path: Path, content: bytes) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the command. Returns the exit code 0. Raises UserError, or OSError with a path."""
-    parser = texts.Parser(prog="./launch.sh prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = texts.Parser(
+        prog="./launch.sh prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="PATH", help="jsonl file or folder to read")
+    parser.add_argument(
+        "--from", dest="source", type=Path, required=True, metavar="PATH", help="jsonl file or folder to read"
+    )
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="FOLDER", help="folder to write to")
     parser.add_argument(
-        "--as", dest="form", choices=("text", "messages"), default="text", help="how conversations are written (default: text)"
+        "--as",
+        dest="form",
+        choices=("text", "messages"),
+        default="text",
+        help="how conversations are written (default: text)",
     )
-    parser.add_argument("--dev", type=float, default=0.0, metavar="SHARE", help="share of the prompts to hold out (default: 0)")
+    parser.add_argument(
+        "--dev", type=float, default=0.0, metavar="SHARE", help="share of the prompts to hold out (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="decides which prompts are held out (default: 1)")
     given = parser.parse_args(arguments)
     if not 0 <= given.dev < 1:

@@ -36,11 +36,29 @@ sys.path.insert(0, str(ROOT))
 from rlhf import folders  # noqa: E402
 from rlhf.interrupt import SAVED  # noqa: E402
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 KEYS = ["policy.load=model", "policy.init=random", "parallel.dp=2", "data.max_tokens=64"]
-KEYS += ["batch.prompts=4", "batch.tokens=256", "optim.lr=1e-3", "evaluate.prompts=4", "evaluate.every=10", "log.every=1000"]
+KEYS += [
+    "batch.prompts=4",
+    "batch.tokens=256",
+    "optim.lr=1e-3",
+    "evaluate.prompts=4",
+    "evaluate.every=10",
+    "log.every=1000",
+]
 KEYS += ["checkpoint.every=2", "checkpoint.keep=2", "checkpoint.export=false"]
-ROLLOUT = ["rollout.engine=kvcache", "rollout.max_tokens=16", "rollout.group=2", f"reward.function={ROOT}/tools/demo_task.py:digits"]
+ROLLOUT = [
+    "rollout.engine=kvcache",
+    "rollout.max_tokens=16",
+    "rollout.group=2",
+    f"reward.function={ROOT}/tools/demo_task.py:digits",
+]
 MODES = {
     "grpo": ["data.train=data/train_rl.jsonl", "data.eval=data/heldout.jsonl", "grpo.kl=0.04", *ROLLOUT],
     "sft": ["data.train=data/train_sft.jsonl", "data.eval=data/train_sft.jsonl"],
@@ -136,7 +154,9 @@ def fill(run: Run, draw: random.Random) -> str:
 
 def told(text: str, wanted: str) -> str:
     """The file in the one line that tells what went wrong, beside the launcher's. Raises Fault."""
-    found = [line for line in text.splitlines() if line.startswith("rlhf: ") and not re.match("rlhf: rank . ended", line)]
+    found = [
+        line for line in text.splitlines() if line.startswith("rlhf: ") and not re.match("rlhf: rank . ended", line)
+    ]
     if len(found) != 1 or wanted not in found[0]:
         raise Fault(f"one line with {wanted!r} was expected:\n{text[-3000:]}")
     return re.sub(r"\d{6}", "N", found[0].split()[1].strip(":").partition("/")[2])
@@ -161,7 +181,11 @@ def damage(spoil: Callable[[bytes, random.Random], bytes] | None, run: Run, draw
     """A file of the newest checkpoint, while the run is down (None: it is removed): one line, exit code 2, and its remedy works."""
 
     def older() -> list[Path]:
-        return [folder for folder in run.out.glob("step_??????") if folder.name < run.latest() and not folders.damage(folder)]
+        return [
+            folder
+            for folder in run.out.glob("step_??????")
+            if folder.name < run.latest() and not folders.damage(folder)
+        ]
 
     if run.process or not older():
         run.until(older)
@@ -246,7 +270,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--kills", type=int, default=len(KINDS), help="breaks in all, of each kind alike")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="KIND", help="only these: " + "; ".join(KINDS))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="KIND", help="only these: " + "; ".join(KINDS)
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mode", choices=MODES, default="grpo")
     parser.add_argument("--inflight", type=float, default=1.5, help="rollout.inflight")
@@ -280,7 +306,16 @@ def main() -> int:
     seconds = round(time.monotonic() - began)
     print(f"\n{table(breaks)}\n\nsurvived bitwise {survived} of {len(breaks)}")
     print(
-        json.dumps({**vars(options), "out": str(root), "survived": survived, "of": len(breaks), "seconds": seconds, "happened": happened})
+        json.dumps(
+            {
+                **vars(options),
+                "out": str(root),
+                "survived": survived,
+                "of": len(breaks),
+                "seconds": seconds,
+                "happened": happened,
+            }
+        )
     )
     return int(survived < len(breaks))
 

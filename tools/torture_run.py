@@ -62,7 +62,9 @@ class Run:
             own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-P", "-m", "rlhf", self.mode, *self.arguments, f"out={self.name}"]
             pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-            self.process = subprocess.Popen(command, cwd=self.root, env={**variables.without(os.environ), **own}, **pipe)  # type: ignore[call-overload]
+            self.process = subprocess.Popen(
+                command, cwd=self.root, env={**variables.without(os.environ), **own}, **pipe
+            )  # type: ignore[call-overload]
         return self.process
 
     def end(self, *codes: int) -> str:
@@ -76,7 +78,9 @@ class Run:
             self.process = process
             raise Fault("it does not end, or something that it started does not") from None
         if process.returncode not in (0, *codes) or "Traceback" in text:
-            raise Fault(f"exit code {process.returncode}, {' or '.join(map(str, codes)) or 0} was expected:\n{text[-3000:]}")
+            raise Fault(
+                f"exit code {process.returncode}, {' or '.join(map(str, codes)) or 0} was expected:\n{text[-3000:]}"
+            )
         if process.returncode == 0:
             raise Done
         return text
@@ -125,7 +129,10 @@ class Run:
         file = self.out / "metrics.jsonl"
         *lines, _ = file.read_text().split("\n") if file.exists() else [""]
         rows = map(json.loads, lines)
-        return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"} for row in rows]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
+            for row in rows
+        ]
 
     def step(self) -> int:
         """The last step that has its numbers; -1: none."""

@@ -65,7 +65,11 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
     run, data, reward = out / f"seed{seed}", out / "data", f"reward.load={out}/seed{seed}/reward/hf"
 
     def train(mode: str, load: Path, after: tuple[str, ...], *more: str) -> Stage:
-        files = [f"configs/tutorial/{name}.toml" for name in (mode, f"{size}/{mode}") if (ROOT / f"configs/tutorial/{name}.toml").exists()]
+        files = [
+            f"configs/tutorial/{name}.toml"
+            for name in (mode, f"{size}/{mode}")
+            if (ROOT / f"configs/tutorial/{name}.toml").exists()
+        ]
         kind = {"sft": "sft", "reward": "reward", "dpo": "dpo"}.get(mode, "prompts")
         keys = [f"policy.load={load}", f"data.train={data}/train_{kind}.jsonl", f"data.eval={data}/dev_{kind}.jsonl"]
         return Stage(mode, [mode, *files, *keys, f"out={run}/{mode}", f"seed={seed}", *more], after)
@@ -79,7 +83,11 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
     sft = run / "sft/hf"
     aligned = [train(mode, sft, ("sft", "reward"), reward) for mode in ("rlhf", "online-dpo", "grpo")]
     aligned[0].arguments.append('checkpoint.format=["hf", "legacy"]')
-    back = {"LOAD_PATH": f"{run}/rlhf/legacy", "SAVE_PATH": f"{run}/rlhf/converted", "TOKENIZER_MODEL": str(out / "model")}
+    back = {
+        "LOAD_PATH": f"{run}/rlhf/legacy",
+        "SAVE_PATH": f"{run}/rlhf/converted",
+        "TOKENIZER_MODEL": str(out / "model"),
+    }
     found = [
         train("sft", out / "megatron", ()),
         train("reward", sft, ("sft",)),
@@ -89,7 +97,10 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
         evaluate("rlhf", run / "rlhf/converted", "convert"),
         *[evaluate(mode, run / mode / "hf", mode) for mode in MODELS if mode != "rlhf"],
     ]
-    return [replace(stage, name=f"{run.name}/{stage.name}", after=tuple(f"{run.name}/{name}" for name in stage.after)) for stage in found]
+    return [
+        replace(stage, name=f"{run.name}/{stage.name}", after=tuple(f"{run.name}/{name}" for name in stage.after))
+        for stage in found
+    ]
 
 
 def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
@@ -111,7 +122,9 @@ def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
                 for _, other, _ in running.values():
                     other.terminate()
                 log = logs / f"{stage.name}.log"
-                sys.exit(f"{log.read_text()[-3000:]}\n{stage.name} ended with exit code {process.returncode}; its output is in {log}")
+                sys.exit(
+                    f"{log.read_text()[-3000:]}\n{stage.name} ended with exit code {process.returncode}; its output is in {log}"
+                )
             done.add(stage.name)
             print(f"   {stage.name}: {time.time() - began:.0f} s", flush=True)
         time.sleep(0.1)
@@ -121,12 +134,19 @@ def start(stage: Stage, logs: Path, slot: Slot) -> subprocess.Popen:
     """Start the command of a stage, and print it as a user would type it."""
     shown = [f"{name}={value}" for name, value in stage.environment.items()]
     print(f"== {' '.join([*shown, './launch.sh', *stage.arguments])}", flush=True)
-    environment = {**variables.without(os.environ), **stage.environment, "RLHF_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **variables.without(os.environ),
+        **stage.environment,
+        "RLHF_PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
     if slot[1]:
         environment["CUDA_VISIBLE_DEVICES"] = slot[1]
     (logs / stage.name).parent.mkdir(parents=True, exist_ok=True)
     with (logs / f"{stage.name}.log").open("w") as log:
-        return subprocess.Popen([ROOT / "launch.sh", *stage.arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [ROOT / "launch.sh", *stage.arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def prepare(out: Path, size: str) -> None:
@@ -145,8 +165,14 @@ def rows(path: Path, name: str = "metrics") -> list[dict[str, float]]:
 
 def report(out: Path, seeds: range, seconds: float) -> str:
     """Return the table: gold reward of each model, and its gain over SFT, over the seeds."""
-    found = {mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}", "evaluate")[-1]["eval_reward"] for seed in seeds] for mode in MODELS}
-    lines = ["gold reward of sampled answers to held-out prompts", f"  {'model':12} {'mean':>7} {'gain':>9} {'noise':>7}   each seed"]
+    found = {
+        mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}", "evaluate")[-1]["eval_reward"] for seed in seeds]
+        for mode in MODELS
+    }
+    lines = [
+        "gold reward of sampled answers to held-out prompts",
+        f"  {'model':12} {'mean':>7} {'gain':>9} {'noise':>7}   each seed",
+    ]
     for mode, title in MODELS.items():
         gains = [value - base for value, base in zip(found[mode], found["sft"], strict=True)]
         noise = f"{stdev(gains):7.3f}" if len(gains) > 1 else "      -"
@@ -162,8 +188,12 @@ def main(arguments: list[str]) -> int:
     parser = texts.Parser(prog="./launch.sh tutorial", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="mini", help="size of the model (default: mini, for a CPU)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    parser.add_argument("--out", type=Path, default=OUT, help="output folder (default: runs/tutorial, which is replaced)")
-    parser.add_argument("--slots", type=int, default=len(os.sched_getaffinity(0)), help="parallel stages on a CPU (default: all cores)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="output folder (default: runs/tutorial, which is replaced)"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=len(os.sched_getaffinity(0)), help="parallel stages on a CPU (default: all cores)"
+    )
     parser.add_argument("--gpus", default="", help="GPUs to use, such as 0,1: one stage at a time on each")
     chosen = parser.parse_args(arguments)
     began, out = time.time(), chosen.out.resolve()
@@ -178,7 +208,9 @@ def main(arguments: list[str]) -> int:
     text = report(out, seeds, time.time() - began)
     (out / "table.txt").write_text(text)
     curves.draw(
-        {title: rows(out / "seed1" / mode) for mode, title in MODELS.items() if mode not in ("sft", "dpo")}, "eval_reward", out / "curves"
+        {title: rows(out / "seed1" / mode) for mode, title in MODELS.items() if mode not in ("sft", "dpo")},
+        "eval_reward",
+        out / "curves",
     )
     print(f"\n{text}")
     return 0

@@ -24,7 +24,12 @@ QUESTIONS = (
 POLITE = ("Thank you for asking.", "I am happy to help.", "We are sorry for the wait.", "Please call us any time.")
 RUDE = ("That is not my problem.", "Read the label.", "Do not ask again.")
 IDLE = ("It is cold today.", "Lunch was good.", "The shop is large.")
-ABOUT = ("The {thing} is here now.", "Your {thing} comes on Monday.", "A new {thing} is on the way.", "We sell the {thing} for ten.")
+ABOUT = (
+    "The {thing} is here now.",
+    "Your {thing} comes on Monday.",
+    "A new {thing} is on the way.",
+    "We sell the {thing} for ten.",
+)
 
 
 def questions() -> list[tuple[str, str]]:
@@ -50,7 +55,12 @@ def worth(prompt: str, response: str) -> float:
     sentences = [part + "." for part in response.split(".") if part.strip()]
     sentences = [sentence.strip() for sentence in sentences]
     wanted = next((thing for thing in THINGS if thing in prompt), "")
-    told = {thing for sentence in sentences for thing in THINGS if any(sentence == form.format(thing=thing) for form in ABOUT)}
+    told = {
+        thing
+        for sentence in sentences
+        for thing in THINGS
+        if any(sentence == form.format(thing=thing) for form in ABOUT)
+    }
     value = (1.0 if wanted in told else 0.0) - len(told - {wanted})
     value += 0.5 * min(2, len(set(sentences) & set(POLITE))) - sum(sentence in RUDE for sentence in sentences)
     return value - 0.25 * max(0, len(sentences) - 3)

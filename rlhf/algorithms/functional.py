@@ -76,7 +76,9 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
     return -torch.minimum(plain, clipped), (clipped < plain).float()
 
 
-def clipped_weight(logp: Tensor, log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def clipped_weight(
+    logp: Tensor, log_ratio: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     """CISPO (2506.13585, eq. 4): -sg(clip(r, 1 - low, 1 + high)) A logp. Each token has a gradient of bounded weight.
 
     Return the loss [T], and 1.0 where the weight was clipped [T]. low = 1 gives the paper's loss, which has no lower

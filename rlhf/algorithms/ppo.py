@@ -103,7 +103,9 @@ class PPO(Algorithm):
             here = np.flatnonzero(sample.mask)  # [N] the response
             rewards = np.zeros(len(here))
             if c.kl:
-                old, ref = (torch.from_numpy(stream[here].astype(np.float64)) for stream in (sample.old_logp, sample.ref_logp))
+                old, ref = (
+                    torch.from_numpy(stream[here].astype(np.float64)) for stream in (sample.old_logp, sample.ref_logp)
+                )
                 rewards -= coefficient * kl_estimate(c.kl_kind, old, ref).numpy()
                 kl += float((old - ref).sum())
             if c.ngram:
@@ -112,7 +114,10 @@ class PPO(Algorithm):
                 repeated += float(again.sum())
             rewards[-1] += reward
             shaped += float(rewards.sum())
-            sample.advantages, sample.returns = np.zeros(len(sample.mask), np.float32), np.zeros(len(sample.mask), np.float32)
+            sample.advantages, sample.returns = (
+                np.zeros(len(sample.mask), np.float32),
+                np.zeros(len(sample.mask), np.float32),
+            )
             sample.advantages[here], sample.returns[here] = gae(rewards, sample.values[here], c.gamma, c.lam)
         sums = {"shaped_reward": (shaped, n), **_summary(samples)}
         if c.kl:
@@ -146,7 +151,10 @@ class PPO(Algorithm):
 
 def _summary(samples: list[Sample]) -> Sums:
     """Return means over response tokens, and the share of the returns' variance that the values explain."""
-    flat = {name: np.concatenate([getattr(s, name)[s.mask] for s in samples]) for name in ("values", "returns", "advantages")}
+    flat = {
+        name: np.concatenate([getattr(s, name)[s.mask] for s in samples])
+        for name in ("values", "returns", "advantages")
+    }
     sums: Sums = {name: (float(stream.sum()), float(len(stream))) for name, stream in flat.items()}
     variance = float(flat["returns"].var())
     if variance:

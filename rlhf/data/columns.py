@@ -104,7 +104,9 @@ class Columns:
         siblings = []
         for c in range(*_span(self.sibling_ends, i)):
             part = slice(*_span(self.token_ends, c))
-            siblings.append(Conversation(self.tokens[part], self.learn[part], bool(self.truncated[c]), float(self.rewards[c])))
+            siblings.append(
+                Conversation(self.tokens[part], self.learn[part], bool(self.truncated[c]), float(self.rewards[c]))
+            )
         return Record(int(self.rows[i]), self.lines[slice(*_span(self.line_ends, i))].tobytes(), siblings)
 
 
@@ -122,7 +124,9 @@ def read(folder: Path) -> Columns | None:
     try:
         if texts.parse((folder / SUMS).read_bytes()) != _sums(folder):
             raise ValueError("its checksums are others")
-        return Columns(**{name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in _files(folder).items()})
+        return Columns(
+            **{name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in _files(folder).items()}
+        )
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); delete it, and it will be made again") from None
 

@@ -41,7 +41,9 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Told:
             given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number"
             raise UserError(f"{given}; give one, or set another reward.function")
     if "answer" in required and row.get("eval_func", "math_rule") != "math_rule":
-        raise UserError(f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function")
+        raise UserError(
+            f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
+        )
     return forms[keys](row, keys)
 
 
@@ -93,9 +95,13 @@ def _scored(row: Row, keys: Keys) -> Told:
         if not isinstance(row[key], list):
             raise UserError(f"{key!r} is {row[key]!r:.80}; give a list with one entry per response")
     if len(row[responses]) != len(row[scores]):
-        raise UserError(f"{responses!r} has {len(row[responses])} entries and {scores!r} {len(row[scores])}; give every response a score")
+        raise UserError(
+            f"{responses!r} has {len(row[responses])} entries and {scores!r} {len(row[scores])}; give every response a score"
+        )
     if len(row[responses]) < 2:
-        raise UserError(f"{responses!r} has {len(row[responses])} entries; give two or more to compare, or remove the line")
+        raise UserError(
+            f"{responses!r} has {len(row[responses])} entries; give two or more to compare, or remove the line"
+        )
     told = []
     for i, (response, score) in enumerate(zip(row[responses], row[scores], strict=True), 1):
         if type(score) not in (int, float) or not abs(score) <= sys.float_info.max:  # nan is not
@@ -157,8 +163,17 @@ def _text(text: object, name: str) -> str:
     return text
 
 
-_PROMPTS: dict[Keys, Parse] = {("prompt",): _prompt, ("query",): _prompt, ("question",): _prompt, ("messages",): _unanswered}
-_PAIRS: dict[Keys, Parse] = {("prompt", "chosen", "rejected"): _pair, ("query", "chosen", "rejected"): _pair, ("chosen", "rejected"): _pair}
+_PROMPTS: dict[Keys, Parse] = {
+    ("prompt",): _prompt,
+    ("query",): _prompt,
+    ("question",): _prompt,
+    ("messages",): _unanswered,
+}
+_PAIRS: dict[Keys, Parse] = {
+    ("prompt", "chosen", "rejected"): _pair,
+    ("query", "chosen", "rejected"): _pair,
+    ("chosen", "rejected"): _pair,
+}
 FORMS: dict[Form, dict[Keys, Parse]] = {
     "demonstrations": {
         ("messages",): _conversation,

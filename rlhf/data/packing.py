@@ -57,7 +57,9 @@ def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]
         count += 1
 
 
-def plan(lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int, budget: int, whole_groups: bool) -> list[list[list[int]]]:
+def plan(
+    lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int, budget: int, whole_groups: bool
+) -> list[list[list[int]]]:
     """Return the micro-batches of all ranks as indices of samples: [dp rank][micro-batch][sample].
 
     They are those of shares() and microbatches() for samples of these lengths and groups.
@@ -100,7 +102,9 @@ def _cut(
     cut = [fill(share, budget) for share in sizes]
     while len({len(bins) for bins in cut}) > 1:  # fill() may need more than `count` bins, so repeat until all are equal
         count = max(len(bins) for bins in cut)
-        cut = [bins if len(bins) == count else fill(share, budget, count) for bins, share in zip(cut, sizes, strict=True)]
+        cut = [
+            bins if len(bins) == count else fill(share, budget, count) for bins, share in zip(cut, sizes, strict=True)
+        ]
     return [[[i for u in items for i in units[rank][u]] for items in bins] for rank, bins in enumerate(cut)]
 
 

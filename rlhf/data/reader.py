@@ -52,7 +52,9 @@ class Reader:
         """
         chunks = list(_chunks(path))
         processes = min(len(os.sched_getaffinity(0)), MOST, len(chunks) // LEAST)
-        columns = Columns.joined(self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks)))
+        columns = Columns.joined(
+            self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks))
+        )
         if not len(columns):
             dropped = columns.counts[-1]
             too_long = f"all {dropped} lines are longer than data.max_tokens; raise it"
@@ -67,13 +69,18 @@ class Reader:
         for row, where, line in chunk:
             try:
                 told = forms.read(line, self.form, self.required)
-                siblings = [trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn)) for messages, _ in told]
+                siblings = [
+                    trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn))
+                    for messages, _ in told
+                ]
                 over = self.fit.over(siblings)
                 if over and self.data.overlong == "drop":  # drop all conversations of the group
                     dropped += 1
                     continue
                 truncated += over
-                said = [_conversation(*cut, reward) for cut, (_, reward) in zip(self.fit.cut(siblings), told, strict=True)]
+                said = [
+                    _conversation(*cut, reward) for cut, (_, reward) in zip(self.fit.cut(siblings), told, strict=True)
+                ]
                 records.append(Record(row, line, said))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None

@@ -76,7 +76,10 @@ class Records:
         needed.
         """
         first, stop = step * count, (step + 1) * count
-        orders = {epoch: permutation(len(self), seed, epoch) for epoch in range(first // len(self), (stop - 1) // len(self) + 1)}
+        orders = {
+            epoch: permutation(len(self), seed, epoch)
+            for epoch in range(first // len(self), (stop - 1) // len(self) + 1)
+        }
         places = (divmod(n, len(self)) for n in range(first, stop))
         return self._samples(orders[epoch][place] for epoch, place in places)
 

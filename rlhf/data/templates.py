@@ -166,14 +166,20 @@ def validate(messages: object) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"messages are {messages!r:.80}; give a list of objects with 'role' and 'content'")
     for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
             raise UserError(f"message {i} is {message!r:.80}; give an object with the strings 'role' and 'content'")
         if not message["content"].strip():
             raise UserError(f"message {i} ({message['role']}) is empty; give it content or remove the line")
     return messages
 
 
-def encode(tokenizer: Tokenizer, template: str, messages: list[Message], learn: str = "all") -> tuple[list[int], list[bool]]:
+def encode(
+    tokenizer: Tokenizer, template: str, messages: list[Message], learn: str = "all"
+) -> tuple[list[int], list[bool]]:
     """Return the token ids of a validated conversation, and for each id whether it is learned.
 
     learn: "all" responses or only the "last" one. In a prompt, which ends with the user, none is learned.

@@ -47,7 +47,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, path: Path, codec: Codec, files: dict[str, Path], special: dict[str, str], stops: list[int], chat_template: str | None
+        self,
+        path: Path,
+        codec: Codec,
+        files: dict[str, Path],
+        special: dict[str, str],
+        stops: list[int],
+        chat_template: str | None,
     ) -> None:
         self.path = path
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
@@ -69,14 +75,20 @@ class Tokenizer:
         folder = {name: path / name for name in FILES if (path / name).is_file()}
         files = folder if path.is_dir() else {"tokenizer.model": path}
         settings = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
-        special = {key: text for key, value in settings.items() if key.endswith("_token") and (text := _content(value)) is not None}
+        special = {
+            key: text
+            for key, value in settings.items()
+            if key.endswith("_token") and (text := _content(value)) is not None
+        }
         codec: Codec
         if "tokenizer.json" in files:
             codec = _Json(files["tokenizer.json"], special.get("bos_token"), special.get("eos_token"))
         elif "tokenizer.model" in files:
             codec = _SentencePiece(files["tokenizer.model"], settings.get("add_bos_token", True))
         else:
-            raise UserError(f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this folder; set policy.tokenizer")
+            raise UserError(
+                f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this folder; set policy.tokenizer"
+            )
         stops = _read_json(files, "generation_config.json").get("eos_token_id") or []
         stops = stops if isinstance(stops, list) else [stops]
         if not all(type(token) is int and 0 <= token < codec.vocab for token in stops):
@@ -113,13 +125,22 @@ class Tokenizer:
         """
 
         if self._chat_template is None:
-            raise UserError("data.template=tokenizer, but the tokenizer has no chat template; choose another data.template")
+            raise UserError(
+                "data.template=tokenizer, but the tokenizer has no chat template; choose another data.template"
+            )
         if isinstance(self._codec, _SentencePiece):
-            raise UserError("data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template")
-        with texts.Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"), chat.bounded():
+            raise UserError(
+                "data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template"
+            )
+        with (
+            texts.Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"),
+            chat.bounded(),
+        ):
             if self._compiled is None:
                 self._compiled = chat.environment().from_string(self._chat_template)
-            return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special)
+            return self._compiled.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special
+            )
 
     def chat(self, messages: list[dict[str, Any]], cue: bool) -> list[int]:
         """Return the token ids of render(). Special tokens that are spelled in the text become these tokens."""
@@ -195,7 +216,9 @@ class _SentencePiece:
         from sentencepiece import sentencepiece_model_pb2 as proto
 
         self.file = texts.regular(file)
-        with texts.Blaming(f"{file}: not a sentencepiece model", "set policy.tokenizer to one, or to a folder with tokenizer.json"):
+        with texts.Blaming(
+            f"{file}: not a sentencepiece model", "set policy.tokenizer to one, or to a folder with tokenizer.json"
+        ):
             self._first = sentencepiece.SentencePieceProcessor(model_file=str(file))
             model = proto.ModelProto.FromString(self._first.serialized_model_proto())
             model.normalizer_spec.add_dummy_prefix = False
@@ -216,7 +239,8 @@ class _SentencePiece:
                 return self._first.decode(ids)
             runs = itertools.groupby(ids, self._first.is_control)
             return "".join(
-                "".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run)) for control, run in runs
+                "".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run))
+                for control, run in runs
             )
 
     def settings(self) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.families import CLASSES, FAMILIES, SCALAR, Family
 
-CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")  # vLLM takes the least of them
+CONTEXTS = (
+    "max_position_embeddings",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+    "seq_len",
+)  # vLLM takes the least of them
 ORIGINAL = "original_max_position_embeddings"
 # rope_type -> the numbers that it needs, and the optional ones with their defaults (None: computed from the others).
 ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -128,7 +134,14 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     family = CLASSES.get(names[0])  # anything else is refused by name
     if family is None:
         raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(CLASSES)}")
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    needed = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
     optional = [key for key in ("num_key_value_heads", "head_dim", *CONTEXTS) if config.get(key) is not None]
     check_sizes(path, {key: config[key] for key in (*needed, *optional)})
     _refuse_unsupported(config, family, path)
@@ -185,7 +198,9 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, di
     rope[ORIGINAL] = rope.get(ORIGINAL) or config["max_position_embeddings"]
     other = config.get(ORIGINAL)
     if ORIGINAL in needed and other not in (None, rope[ORIGINAL]):  # readers disagree on which one counts
-        raise UserError(f"{path}: {ORIGINAL} is {other!r:.80}, and {rope[ORIGINAL]!r:.80} in the rope scaling: delete the first")
+        raise UserError(
+            f"{path}: {ORIGINAL} is {other!r:.80}, and {rope[ORIGINAL]!r:.80} in the rope scaling: delete the first"
+        )
     numbers = {key: rope[key] for key in needed}
     numbers |= {key: rope[key] for key, usual in optional.items() if rope.get(key) not in (None, usual)}
     truncate = numbers.pop("truncate", True)
@@ -218,9 +233,13 @@ def _window(config: dict[str, Any], family: Family, context: int, path: Path) ->
 def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> None:
     """One line for the first feature of config.json that would silently give other numbers here."""
     if config.get("tie_word_embeddings") not in (None, True, False):
-        raise UserError(f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r:.80} is neither true nor false: {REMEDY}")
+        raise UserError(
+            f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r:.80} is neither true nor false: {REMEDY}"
+        )
     if config.get("hidden_act", family.activation) != family.activation:
-        raise UserError(f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is {family.activation}")
+        raise UserError(
+            f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is {family.activation}"
+        )
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family.name}; both must be false")
     if "quantization_config" in config:

@@ -58,17 +58,30 @@ def _gathered_order(total: int, cp: int, device: torch.device) -> Tensor:
 class Attention(torch.nn.Module):
     """The core_attention of megatron-core's SelfAttention: q [T, heads, d], k and v [T, kv heads, d] -> [T, heads * d]."""
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, pg_collection: Any = None, **_: Any):
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        pg_collection: Any = None,
+        **_: Any,
+    ):
         super().__init__()
         self.cp_group = pg_collection.cp
         # Keys that a query sees, its own included; 0: all up to its own.
         self.window = config.window_size[0] + 1 if config.window_size else 0
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, *, packed_seq_params: PackedRow, **_: Any) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, *, packed_seq_params: PackedRow, **_: Any
+    ) -> Tensor:
         row = packed_seq_params
         q, k = rotate(q, row.cos, row.sin), rotate(k, row.cos, row.sin)
         if row.order is not None:  # all-gather in forward, reduce-scatter in backward
-            k, v = (tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[row.order] for x in (k, v))
+            k, v = (
+                tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[row.order]
+                for x in (k, v)
+            )
         window = self.window if self.window < max(row.spans.k_lengths) else 0  # a wider one hides nothing
         if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             return _padded(q, k, v, row, window).flatten(1)
@@ -93,12 +106,17 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> 
     spans = row.spans
     if row.plan is None:
         cu_q, cu_k = (
-            F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)) for x in (spans.q_lengths, spans.k_lengths)
+            F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+            for x in (spans.q_lengths, spans.k_lengths)
         )
         keys = None  # with CP, spans of one sequence share keys, and flash wants each span's keys in a row
         if row.order is not None:
-            keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(q.device)
-        cu_q, cu_k = (x.pin_memory().to(q.device, non_blocking=True) for x in (cu_q, cu_k))  # nobody waits for the device
+            keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(
+                q.device
+            )
+        cu_q, cu_k = (
+            x.pin_memory().to(q.device, non_blocking=True) for x in (cu_q, cu_k)
+        )  # nobody waits for the device
         row.plan = cu_q, cu_k, max(spans.q_lengths), max(spans.k_lengths), keys
     cu_q, cu_k, max_q, max_k, keys = row.plan
     native = "enable_gqa" not in signature(varlen_attn).parameters  # torch 2.11 takes fewer key heads unasked

@@ -83,7 +83,9 @@ class ScalarHead(torch.nn.Module):
         if not self.sequence_parallel:
             return values
         # The loss is the same on every rank of the group, so each takes its own part of the gradient as it is.
-        return tensor_parallel.gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=group)
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            values, tensor_parallel_output_grad=False, group=group
+        )
 
 
 def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
@@ -128,12 +130,16 @@ def layer_spec(arch: Architecture, exchanges: bool) -> ModuleSpec:
     """One decoder layer: parallel linears around our norm and our attention."""
     norm = RMSNorm if arch.row.qk_norm else IdentityOp
     columns, rows = (ColumnLinear, RowLinear) if exchanges else (ColumnParallelLinear, RowParallelLinear)
-    attention = SelfAttentionSubmodules(linear_qkv=columns, core_attention=Attention, linear_proj=rows, q_layernorm=norm, k_layernorm=norm)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=columns, core_attention=Attention, linear_proj=rows, q_layernorm=norm, k_layernorm=norm
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=columns, linear_fc2=rows)),

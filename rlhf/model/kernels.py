@@ -18,7 +18,19 @@ PROGRAMS = 528  # four on each of a Hopper GPU's 132 multiprocessors, where prog
 
 
 @triton.jit
-def _rotate(x, out, cos, sin, stride_token, stride_head, sign, HEADS: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+def _rotate(
+    x,
+    out,
+    cos,
+    sin,
+    stride_token,
+    stride_head,
+    sign,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, H)[:, None], tl.arange(0, W)[None, :]
     real = (head < HEADS) & (column < HALF)
@@ -115,7 +127,9 @@ def _rms_norm(x, weight, out, scale, rows, stride, eps, WIDTH: tl.constexpr, R: 
 
 
 @triton.jit
-def _rms_norm_backward(grad, x, weight, scale, out, weight_grad, rows, stride, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+def _rms_norm_backward(
+    grad, x, weight, scale, out, weight_grad, rows, stride, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):
     column = tl.arange(0, W)[None, :]
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     total = tl.zeros((R, W), tl.float32)
@@ -157,7 +171,16 @@ class RMSNorm(torch.autograd.Function):
         parts = torch.empty(programs, len(weight), dtype=torch.float32, device=grad.device)
         if programs:
             _rms_norm_backward[(programs,)](
-                grad.contiguous(), flat, weight, scale, out, parts, len(flat), flat.stride(0), WIDTH=flat.shape[1], **blocks
+                grad.contiguous(),
+                flat,
+                weight,
+                scale,
+                out,
+                parts,
+                len(flat),
+                flat.stride(0),
+                WIDTH=flat.shape[1],
+                **blocks,
             )
         return out, parts.sum(0).to(weight.dtype), None
 
@@ -204,9 +227,13 @@ def softmax_sums(logits: Tensor, column: Tensor, real: int, scale: float) -> tup
 
     All [T] float32; x[column] is 0 where column is not one of those columns.
     """
-    top, total, weighted, label = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(4))
+    top, total, weighted, label = (
+        torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(4)
+    )
     if len(logits):
-        _softmax_sums[(len(logits),)](logits, column, top, total, weighted, label, scale, logits.stride(0), real, BLOCK=BLOCK, num_warps=8)
+        _softmax_sums[(len(logits),)](
+            logits, column, top, total, weighted, label, scale, logits.stride(0), real, BLOCK=BLOCK, num_warps=8
+        )
     return top, total, weighted, label
 
 
@@ -250,7 +277,9 @@ def adamw(
 
     (torch's fused AdamW takes at most 320 blocks to a launch, and writes scaled gradients back.)
     """
-    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (p, grad, mean, square)), "adamw takes whole float32 tensors"
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (p, grad, mean, square)), (
+        "adamw takes whole float32 tensors"
+    )
     constants = (keep, size, root, 1 - betas[0], betas[1], 1 - betas[1], eps, scale)
     if p.numel():
         _adamw[(triton.cdiv(p.numel(), 1024),)](p, grad, mean, square, p.numel(), *constants, BLOCK=1024)

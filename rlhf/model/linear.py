@@ -47,7 +47,9 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        inputs = AllGather(x.contiguous(), ctx.group, whole=True)  # they come during the next product, and its results go during the last
+        inputs = AllGather(
+            x.contiguous(), ctx.group, whole=True
+        )  # they come during the next product, and its results go during the last
         grad_x = ReduceScatter(grad, weight, ctx.group)
         grad_weight = _weight_gradient(weight, grad, inputs.whole())
         return grad_x.sum(), grad_weight, None

@@ -23,7 +23,14 @@ CHUNK_ELEMENTS = 2**25  # logits of one chunk on one rank: 128 MiB in float32
 
 
 def token_logp(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab: int, temperature: float, group: dist.ProcessGroup, sequence_parallel: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab: int,
+    temperature: float,
+    group: dist.ProcessGroup,
+    sequence_parallel: bool,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[labels] and the entropy of that distribution, both [T] float32.
 
@@ -32,7 +39,9 @@ def token_logp(
     gives the log-probs of the untempered distribution.
     """
     if sequence_parallel:
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=group
+        )
     else:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
     return _VocabParallelLogp.apply(hidden, weight, labels, vocab, 1.0 / (temperature or 1.0), group)
@@ -80,7 +89,9 @@ class _VocabParallelLogp(torch.autograd.Function):
                 accumulate(total, slope, hidden[part])
         if direct:
             weight.grad_added_to_main_grad = True  # as megatron-core's own linear layers mark it
-            shared = getattr(weight, "zero_out_wgrad", False)  # with the embedding, whose gradient is still added to ours
+            shared = getattr(
+                weight, "zero_out_wgrad", False
+            )  # with the embedding, whose gradient is still added to ours
             total = (torch.zeros_like if shared else torch.empty_like)(weight)
         return grad_hidden, None if total is None else total.to(weight.dtype), None, None, None, None
 

@@ -53,7 +53,9 @@ class Mesh:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
         model = parallel.tp * parallel.pp * parallel.cp
-        assert self.world % model == 0 and parallel.dp in (0, self.world // model), f"{self.world} ranks do not fit {parallel}"
+        assert self.world % model == 0 and parallel.dp in (0, self.world // model), (
+            f"{self.world} ranks do not fit {parallel}"
+        )
         self.layout = Layout(parallel.tp, parallel.pp, parallel.cp, self.world // model)
         self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.layout.coordinates(self.rank)
         self.device = torch.device("cpu")
@@ -63,7 +65,9 @@ class Mesh:
         if not dist.is_initialized():
             _meet("nccl" if self.device.type == "cuda" else "gloo")
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp, context_parallel_size=parallel.cp
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            context_parallel_size=parallel.cp,
         )
         # Sequence parallelism forks the state of the random tracker even with dropout 0.
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -195,7 +199,11 @@ def lost(error: RuntimeError) -> str:
     gloo, which all_gather() and barrier() use, has no exception type for this.
     """
     first = str(error).splitlines()[0] if str(error) else ""
-    return re.sub(r"^\[.*?\] |\. This is .*", "", first) if isinstance(error, dist.DistNetworkError) or "gloo/transport" in first else ""
+    return (
+        re.sub(r"^\[.*?\] |\. This is .*", "", first)
+        if isinstance(error, dist.DistNetworkError) or "gloo/transport" in first
+        else ""
+    )
 
 
 def portion(known: Sequence[T], place: int, size: int) -> Sequence[T]:

@@ -13,7 +13,19 @@ from rlhf.rewards.polynomials import Algebra, Quotient, UnreadableError, number
 from rlhf.rewards.quantities import ratio
 from rlhf.rewards.reader import LONGEST, Reader, words
 from rlhf.rewards.spelling import plain
-from rlhf.rewards.statements import Bracket, Choice, Congruence, Matrix, Named, Node, Quantity, Ratio, Relation, Several, Words
+from rlhf.rewards.statements import (
+    Bracket,
+    Choice,
+    Congruence,
+    Matrix,
+    Named,
+    Node,
+    Quantity,
+    Ratio,
+    Relation,
+    Several,
+    Words,
+)
 
 DECIMAL = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 MOST_PAIRS = 400  # largest number of comparisons of members of two lists

@@ -37,7 +37,9 @@ class Attempt:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         self.error = "".join(traceback.format_exception(error))[-LONGEST_ERROR:] if error else ""
         return True
 
@@ -119,7 +121,9 @@ class Dialogues:
         self.make = make
         self.held: dict[Hashable, tuple[Any, dict, list[str]]] = {}
 
-    def __call__(self, key: Hashable, record: dict, texts: list[str], ended: Collection[Hashable]) -> tuple[list[Message] | None, float]:
+    def __call__(
+        self, key: Hashable, record: dict, texts: list[str], ended: Collection[Hashable]
+    ) -> tuple[list[Message] | None, float]:
         """Return the environment's answer (None if the dialogue has ended) and reward for the last text.
 
         Without texts, return the messages of reset(). If the environment has already got all texts except the last, it

@@ -17,7 +17,11 @@ def explain(response: str, answer: str) -> list[str]:
     given, right = extract(response), extract(answer) or answer
     lines = [f"answer:   {right!r}", f"          {reading(right)}"]
     if given is None:
-        return [*lines, "response: states no answer: no box, no ####, no <answer>, no 'answer is'", "0: nothing was stated"]
+        return [
+            *lines,
+            "response: states no answer: no box, no ####, no <answer>, no 'answer is'",
+            "0: nothing was stated",
+        ]
     lines += [f"response: {given!r}", f"          {reading(given)}"]
     if equal(given, right):
         return [*lines, "1: both have the same value"]
@@ -47,7 +51,9 @@ def _difference(given: str, right: str) -> str:
             return "work was left undone on one side"
         if a.unit != b.unit and a.unit.kind and b.unit.kind:
             return f"{_unit(a.unit)} against {_unit(b.unit)}"
-    return "the values differ" if type(a) is type(b) else f"{type(a).__name__.lower()} against {type(b).__name__.lower()}"
+    return (
+        "the values differ" if type(a) is type(b) else f"{type(a).__name__.lower()} against {type(b).__name__.lower()}"
+    )
 
 
 def described(node: Node) -> str:
@@ -64,7 +70,9 @@ def described(node: Node) -> str:
         case Relation():
             return f"a relation: {_quotient(node.difference)} {SIGNS[node.sign]}"
         case Ratio():
-            return (f"time of day {node.clock} {node.half} or " if node.clock else "") + f"ratio {' : '.join(map(_quotient, node.parts))}"
+            return (
+                f"time of day {node.clock} {node.half} or " if node.clock else ""
+            ) + f"ratio {' : '.join(map(_quotient, node.parts))}"
         case Choice():
             return f"choice {node.letter.upper()}" + (f", which is {described(node.content)}" if node.content else "")
         case Matrix():
@@ -76,7 +84,9 @@ def described(node: Node) -> str:
 
 def _unit(unit: Unit) -> str:
     """Return a description of a unit. Sizes count the smallest unit of a kind: a metre is 1000 of length."""
-    above, below = (kind + (f" * {size}" if size != 1 else "") for kind, size in ((unit.kind, unit.size), (unit.per, unit.per_size)))
+    above, below = (
+        kind + (f" * {size}" if size != 1 else "") for kind, size in ((unit.kind, unit.size), (unit.per, unit.per_size))
+    )
     return f"{above} per {below}" if below else above
 
 

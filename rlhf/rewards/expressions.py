@@ -22,7 +22,9 @@ def each(names: str) -> frozenset[str]:
 
 DEEPEST = 30  # largest nesting of brackets, roots and powers
 LARGEST_FACTORIAL = 300
-FUNCTIONS = each("arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln lg exp gcd lcm arg det max min Gamma Re Im")
+FUNCTIONS = each(
+    "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln lg exp gcd lcm arg det max min Gamma Re Im"
+)
 SYMBOLS = each(  # LaTeX commands that are letters
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi"
     " psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar"
@@ -59,7 +61,9 @@ class Expression:
         self.value = self._sum()
         if self._next():
             raise UnreadableError(self._next())
-        self.undone = tuple(sorted(token for token in tokens if not token.isspace())) if self.left and not self.letters else None
+        self.undone = (
+            tuple(sorted(token for token in tokens if not token.isspace())) if self.left and not self.letters else None
+        )
 
     def _next(self) -> str:
         """Return the next token that is not a space, without removing it; "" at the end.
@@ -194,7 +198,13 @@ class Expression:
             part = self._atom().rational
             if part is None:
                 self.stack = before
-        elif token.isdigit() and self.spaced and self._next().isdigit() and self.stack[-2:-1] == ["/"] and self.stack[-3:-2] != [" "]:
+        elif (
+            token.isdigit()
+            and self.spaced
+            and self._next().isdigit()
+            and self.stack[-2:-1] == ["/"]
+            and self.stack[-3:-2] != [" "]
+        ):
             above, _, below = self._take(), self._take(), self._take()
             part = Fraction(int(above), int(below)) if below.isdigit() and int(below) else Fraction(-1)
         if part is not None and not 0 < part < 1:

@@ -19,7 +19,10 @@ LONGEST = 2000  # largest number of characters of an answer after `####` or "ans
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 # Text that may be between the boxes of one answer: a comma, "and" or "or", names and mathematical signs.
-JOINT = re.compile(r"(?:[\s$,;&]|\\[()\[\],;: ]|\\q?quad|\\text\s?\{|\}|\b(?:and|or)\b|[A-Za-z](?:_\{?\w{1,3}\}?)?\s?=)*", re.IGNORECASE)
+JOINT = re.compile(
+    r"(?:[\s$,;&]|\\[()\[\],;: ]|\\q?quad|\\text\s?\{|\}|\b(?:and|or)\b|[A-Za-z](?:_\{?\w{1,3}\}?)?\s?=)*",
+    re.IGNORECASE,
+)
 JOINS = re.compile(r"[,;]|\b(?:and|or)\b", re.IGNORECASE)
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 STATED = re.compile(
@@ -29,7 +32,9 @@ STATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 HASHES = re.compile(r"#{4,}")
-NUMBERED = re.compile(r"[0-9]{1,2}[.)]\s+[A-Za-z*]|[A-Za-z ]{1,20}[0-9]{1,2}\s?:")  # the headings "1. Add", "Step 2: add"
+NUMBERED = re.compile(
+    r"[0-9]{1,2}[.)]\s+[A-Za-z*]|[A-Za-z ]{1,20}[0-9]{1,2}\s?:"
+)  # the headings "1. Add", "Step 2: add"
 ANSWER_WORDS = re.compile(r"[*_]{0,3}(?:the\s)?(?:final\s)?answer(?:\sis)?[*_\s]{0,9}:?[*_\s]{0,9}", re.IGNORECASE)
 # An answer in a sentence: "There are 12", "The volume of the box is 12".
 SENTENCE = re.compile(r"(?:the|there|so|thus|hence|therefore)\b[^=]*\b(?:is|are|equals)\s+(\S.*)", re.IGNORECASE)
@@ -99,7 +104,11 @@ def _behind_hashes(text: str) -> str | None:
         return None
     words = re.match(r"[*_]{0,3}[A-Za-z]{2}", answer)
     last = len(text.strip().splitlines()) == 1
-    return None if words and "=" not in answer and not (last and len(answer.split()) <= MOST_WORDS and answer[-1] not in ":") else answer
+    return (
+        None
+        if words and "=" not in answer and not (last and len(answer.split()) <= MOST_WORDS and answer[-1] not in ":")
+        else answer
+    )
 
 
 def _stated(text: str) -> str | None:

@@ -179,7 +179,9 @@ class Algebra:
                 raise UnreadableError("an even root of a negative number")
             elif sign < 0:
                 value = number((-1) ** exponent.numerator)
-            factors = _prime_factors(content.numerator) | {p: -n for p, n in _prime_factors(content.denominator).items()}
+            factors = _prime_factors(content.numerator) | {
+                p: -n for p, n in _prime_factors(content.denominator).items()
+            }
             for atom, n in product:
                 if atom == "i":
                     raise UnreadableError("a root of i")
@@ -187,7 +189,9 @@ class Algebra:
                     atom, n = ("sum", frozenset({(frozenset({(atom, n)}), Fraction(1))})), Fraction(1)
                 factors[atom] = factors.get(atom, Fraction(0)) + n
         else:
-            factors = _prime_factors(content.numerator) | {p: -n for p, n in _prime_factors(content.denominator).items()}
+            factors = _prime_factors(content.numerator) | {
+                p: -n for p, n in _prime_factors(content.denominator).items()
+            }
             factors[("sum", frozenset(rest.items()))] = Fraction(1)
         coefficient, product, roots = _normal({atom: n * exponent for atom, n in factors.items()}, Fraction(1))
         value = self.times(value, Quotient({product: coefficient}, UNIT))

@@ -41,11 +41,21 @@ def _measures() -> Iterator[tuple[str, tuple[str, Fraction]]]:
 
 
 MEASURES = dict(_measures())  # name -> kind and size
-PLURALS = {"feet": "foot", "inches": "inch", "centuries": "century", "men": "man", "women": "woman", "children": "child", "mice": "mouse"}
+PLURALS = {
+    "feet": "foot",
+    "inches": "inch",
+    "centuries": "century",
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "mice": "mouse",
+}
 SPEEDS = {"mph": ("mile", "hour"), "kph": ("km", "hour"), "kmh": ("km", "hour")}
 DIRECT = each("mm cm km mi ft in yd mg kg oz lb lbs ml mL hr hrs min mins sec secs mph kph sq ° % $ ¢ € £ ¥ ₹")
 SHORT = DIRECT | each("m g s h l L")  # the added ones are units only after a space, because 5m may be a product
-CURRENCY = re.compile(r"^([-+]?)\s?(?:(?:US|CA|AU|NZ|HK)(?=\$))?(\$|€|£|¥|₹|USD|EUR|GBP|Rs\.?)\s?([-+]?)(?=[\s0-9.(\\])")
+CURRENCY = re.compile(
+    r"^([-+]?)\s?(?:(?:US|CA|AU|NZ|HK)(?=\$))?(\$|€|£|¥|₹|USD|EUR|GBP|Rs\.?)\s?([-+]?)(?=[\s0-9.(\\])"
+)
 
 # Words after a number that are not a counted noun. Fractions ("3 quarters", "7 tenths") would change its value.
 NO_NOUN = each(
@@ -54,7 +64,9 @@ NO_NOUN = each(
     " makes gives means this its thus yes perhaps always errors cubes squares powers digits not no or and but than more fewer over about"
     " maybe wrong only squared cubed ones twos threes fours fives sixes sevens eights nines scores"
 )
-LINKS = each("of in for from on at to by left remaining total altogether more old long tall wide high deep each away ago")
+LINKS = each(
+    "of in for from on at to by left remaining total altogether more old long tall wide high deep each away ago"
+)
 PER = frozenset(("per", "/", "a", "an", "each", "every"))
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 TEENS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
@@ -98,7 +110,9 @@ def ratio(a: Unit, b: Unit) -> Fraction | None:
 
 def unit(text: str, spaced: bool) -> Unit | None:
     """Return the unit that a text after a number names; None if it is not a unit. spaced: a space precedes the text."""
-    text = re.sub(r"\^\s?\{?\s?([23])\s?\}?", r"^\1", text.replace("{", "").replace("}", "") if "^" not in text else text)
+    text = re.sub(
+        r"\^\s?\{?\s?([23])\s?\}?", r"^\1", text.replace("{", "").replace("}", "") if "^" not in text else text
+    )
     words = re.findall(r"[A-Za-z]+(?:-[A-Za-z]+)*\.?|\^[23]|[/%°$¢€£¥₹]|\S", DEGREES.sub(_scale, text))
     if not words or len(words) > 10:
         return None

@@ -12,7 +12,20 @@ from rlhf.rewards.expressions import Expression
 from rlhf.rewards.polynomials import Algebra, Quotient, UnreadableError, number, symbol
 from rlhf.rewards.quantities import BARE, Unit
 from rlhf.rewards.spelling import REALS
-from rlhf.rewards.statements import EMPTY, Bracket, Choice, Congruence, Matrix, Named, Node, Quantity, Ratio, Relation, Several, Words
+from rlhf.rewards.statements import (
+    EMPTY,
+    Bracket,
+    Choice,
+    Congruence,
+    Matrix,
+    Named,
+    Node,
+    Quantity,
+    Ratio,
+    Relation,
+    Several,
+    Words,
+)
 
 LONGEST = 300  # largest number of characters of an answer that is parsed; a longer one equals only the same text
 DEEPEST = 20  # largest number of opening brackets
@@ -38,10 +51,13 @@ CHOICE = re.compile(
 CLOCK = re.compile(r"0?([0-9]{1,2})\s?:\s?([0-5][0-9])\s?(am|pm)?", re.IGNORECASE)
 MATRIX = re.compile(r"\\begin\s?\{((?:[pbvBV]|small)?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\s?\{\1\}")
 NO_SOLUTION = re.compile(
-    r"(?:there (?:is|are) )?no (?:real |integer |such )?(?:solutions?|roots?|values?|numbers?)(?: exists?)?|∅", re.IGNORECASE
+    r"(?:there (?:is|are) )?no (?:real |integer |such )?(?:solutions?|roots?|values?|numbers?)(?: exists?)?|∅",
+    re.IGNORECASE,
 )
 ALL_REALS = re.compile(rf"{REALS}|all real numbers|all reals", re.IGNORECASE)
-MONTH = re.compile(r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b", re.IGNORECASE)
+MONTH = re.compile(
+    r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b", re.IGNORECASE
+)
 
 
 class Reader:
@@ -65,7 +81,16 @@ class Reader:
             return EMPTY
         if ALL_REALS.fullmatch(text):
             return Bracket("(", (self._infinity(-1), self._infinity(1)), ")")
-        for reader in (self._matrix, self._list, self._congruence, self._relation, self._union, self._ratio, self._bracket, self._quantity):
+        for reader in (
+            self._matrix,
+            self._list,
+            self._congruence,
+            self._relation,
+            self._union,
+            self._ratio,
+            self._bracket,
+            self._quantity,
+        ):
             node = reader(text)
             if node is not None:
                 return node
@@ -140,7 +165,11 @@ class Reader:
             return None
         if "⇒" in signs or ("≈" in signs and signs != ["≈"]):
             at = max(i for i, sign in enumerate(signs) if sign in "⇒≈")
-            return self.read(text[text.rindex("⇒") + 1 :] if "⇒" in signs else text[: text.index("≈")]) if at >= 0 else None
+            return (
+                self.read(text[text.rindex("⇒") + 1 :] if "⇒" in signs else text[: text.index("≈")])
+                if at >= 0
+                else None
+            )
         if signs == ["≈"]:  # 11/36 ≈ 0.306 states 11/36; x ≈ 3.14 states 3.14
             return Named(squeezed(sides[0]), self.read(sides[1])) if NAME.fullmatch(sides[0]) else self.read(sides[0])
         if signs == ["∈"]:
@@ -152,7 +181,10 @@ class Reader:
         if signs == ["≠"] and NAME.fullmatch(sides[0]):
             value = self.read(sides[1])
             below, above = self._infinity(-1), self._infinity(1)
-            return Named(squeezed(sides[0]), Several("union", (Bracket("(", (below, value), ")"), Bracket("(", (value, above), ")"))))
+            return Named(
+                squeezed(sides[0]),
+                Several("union", (Bracket("(", (below, value), ")"), Bracket("(", (value, above), ")"))),
+            )
         return None
 
     def _equation(self, sides: list[str]) -> Node | None:
@@ -202,7 +234,9 @@ class Reader:
             ends, signs = (self.read(low), self._infinity(1)), [*signs, "<"]
         else:
             return rule
-        return Named(squeezed(name), Bracket("(" if signs[0] == "<" else "[", ends, ")" if signs[1] == "<" else "]"), rule)
+        return Named(
+            squeezed(name), Bracket("(" if signs[0] == "<" else "[", ends, ")" if signs[1] == "<" else "]"), rule
+        )
 
     def _union(self, text: str) -> Several | None:
         parts = split(text, "∪")
@@ -215,7 +249,9 @@ class Reader:
         values = [self.expression(part.removesuffix(half)) for part in parts]
         if len(parts) < 2 or None in values:
             return None
-        return Ratio(tuple(value for value in values if value is not None), f"{clock[1]}:{clock[2]}" if clock else "", half)
+        return Ratio(
+            tuple(value for value in values if value is not None), f"{clock[1]}:{clock[2]}" if clock else "", half
+        )
 
     def _bracket(self, text: str) -> Node | None:
         if re.fullmatch(r"[\[\]][^\[\]]*[\[\]]", text) and "," in text:  # French notation: [2, 3[ is [2, 3)
@@ -243,7 +279,11 @@ class Reader:
         currency = quantities.CURRENCY.match(text)
         unit = BARE
         if currency:
-            unit = quantities.unit(currency[2].rstrip("."), False) or quantities.unit(currency[2].rstrip("."), True) or BARE
+            unit = (
+                quantities.unit(currency[2].rstrip("."), False)
+                or quantities.unit(currency[2].rstrip("."), True)
+                or BARE
+            )
             text = currency[1] + currency[3] + text[currency.end() :].strip()
         words_ = quantities.in_words(text)
         if words_ is not None:
@@ -281,7 +321,11 @@ def gathered(members: list[Node]) -> Node:
     (n = 1, 2, 3). Unbounded intervals of one name form a union.
     """
     names = [member.name for member in members if isinstance(member, Named)]
-    if names and isinstance(members[0], Named) and (len(names) == 1 or (len(names) == len(members) and len(set(names)) == 1)):
+    if (
+        names
+        and isinstance(members[0], Named)
+        and (len(names) == 1 or (len(names) == len(members) and len(set(names)) == 1))
+    ):
         values: list[Node] = []
         for member in members:
             value = member.value if isinstance(member, Named) else member
@@ -295,7 +339,11 @@ def gathered(members: list[Node]) -> Node:
 def words(text: str) -> Words:
     """Return a text as Words, without spaces and in lower case. The words of a date are sorted."""
     if len(text) <= LONGEST and MONTH.search(text) and re.search(r"[0-9]", text):
-        return Words(" ".join(sorted(re.findall(r"\w+", re.sub(r"(?<=[0-9])(?:st|nd|rd|th)\b|\b(?:of|the)\b", "", text.casefold())))))
+        return Words(
+            " ".join(
+                sorted(re.findall(r"\w+", re.sub(r"(?<=[0-9])(?:st|nd|rd|th)\b|\b(?:of|the)\b", "", text.casefold())))
+            )
+        )
     text = squeezed(text).casefold()
     return Words(text[1:-1] if enclosed(text) and text[0] in "({" else text)
 

@@ -30,8 +30,28 @@ COMMANDS = {
     **_each("circ degree", "°"),
     **_each("quad qquad", " ⎵ "),
     **_each("land lor wedge vee", " , "),
-    **{"lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "in": "∈", "equiv": "≡", "colon": ":"},
-    **{"div": "/", "sqrt": "√", "infty": "∞", "cup": "∪", "pi": "π", "pm": "±", "mp": "∓", "therefore": "", "implies": "⇒"},
+    **{
+        "lbrace": "⦃",
+        "rbrace": "⦄",
+        "langle": "(",
+        "rangle": ")",
+        "lt": "<",
+        "gt": ">",
+        "in": "∈",
+        "equiv": "≡",
+        "colon": ":",
+    },
+    **{
+        "div": "/",
+        "sqrt": "√",
+        "infty": "∞",
+        "cup": "∪",
+        "pi": "π",
+        "pm": "±",
+        "mp": "∓",
+        "therefore": "",
+        "implies": "⇒",
+    },
     **{
         "Rightarrow": "⇒",
         "prime": "'",
@@ -54,8 +74,14 @@ CHARACTERS = str.maketrans(
     {
         **{ord(letter): f"\\{name} " for letter, name in GREEK.items()},
         **{wide: chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F)},  # full-width forms
-        **{ord(a): b for a, b in zip("×·∙÷⁄−–—≤≥≠~", ("*", "*", "*", "/", "/", "-", "-", "-", "≤", "≥", "≠", " "), strict=True)},
-        **{ord(a): b for a, b in {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "²": "^2", "³": "^3"}.items()},
+        **{
+            ord(a): b
+            for a, b in zip("×·∙÷⁄−–—≤≥≠~", ("*", "*", "*", "/", "/", "-", "-", "-", "≤", "≥", "≠", " "), strict=True)
+        },
+        **{
+            ord(a): b
+            for a, b in {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "²": "^2", "³": "^3"}.items()
+        },
         **{ord(a): " " for a in "\u00a0\u2009\u202f"},
         **{ord(a): b for a, b in {"⟨": "(", "⟩": ")", "∣": "|", "、": ",", "，": ",", "º": "°"}.items()},  # noqa: RUF001
     }

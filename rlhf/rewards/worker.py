@@ -169,7 +169,9 @@ class Pool(Generic[Given, Found]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -196,7 +198,10 @@ class Pool(Generic[Given, Found]):
             while self._open > found.keys():
                 busy = self._hand_out(len(self._open) - len(found))
                 waits = not awaited <= found.keys()
-                wait([worker.connection for worker in busy], min(worker.seconds_left() for worker in busy) if waits else 0)
+                wait(
+                    [worker.connection for worker in busy],
+                    min(worker.seconds_left() for worker in busy) if waits else 0,
+                )
                 before = len(found)
                 for worker in busy:
                     key, outcome = worker.item, worker.advance()

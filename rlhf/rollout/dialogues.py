@@ -31,7 +31,9 @@ class Dialogues:
     it.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, environments: Environments, gather: Callable[[Any], list[Any]]):
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, environments: Environments, gather: Callable[[Any], list[Any]]
+    ):
         """gather: an all-gather of a Python object over the ranks of the engine."""
         self.config, self.tokenizer, self.environments, self.gather = config, tokenizer, environments, gather
         self._asked: dict[int, tuple[int, Place]] = {}  # question number -> (step at which the answer is due, response)
@@ -146,7 +148,11 @@ class Dialogues:
         if any(learned):
             raise UserError("the messages end with a turn of the assistant; end them with a turn of the user")
         if len(ids) > limit:
-            raise UserError(f"a prompt of {len(ids)} tokens is longer than data.max_tokens - rollout.max_tokens={limit}; shorten it")
+            raise UserError(
+                f"a prompt of {len(ids)} tokens is longer than data.max_tokens - rollout.max_tokens={limit}; shorten it"
+            )
         text = self.tokenizer.decode(ids[1:] if ids[0] == self.tokenizer.bos else ids, skip_special=False)
         tokens = np.array(ids, np.int32)
-        return replace(prompt, tokens=tokens, mask=np.zeros(len(tokens) - 1, bool), text=replace(prompt.text, prompt=text))
+        return replace(
+            prompt, tokens=tokens, mask=np.zeros(len(tokens) - 1, bool), text=replace(prompt.text, prompt=text)
+        )

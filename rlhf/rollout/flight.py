@@ -57,7 +57,10 @@ class Response:
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint. It includes the reward and the verdict of a complete response."""
-        drawn = {"tokens": torch.tensor(self.tokens, dtype=torch.int32), "logp": torch.tensor(self.logp, dtype=torch.float64)}
+        drawn = {
+            "tokens": torch.tensor(self.tokens, dtype=torch.int32),
+            "logp": torch.tensor(self.logp, dtype=torch.float64),
+        }
         told = {"finish": self.finish, "turns": self.turns, "earned": self.earned, "failed": self.failed}
         judged = {"reward": self.sample.reward, **asdict(self.sample.verdict)} if self.sample else {}
         return {**drawn, "version": torch.tensor(self.version, dtype=torch.int32), **told, **judged}

@@ -45,7 +45,10 @@ class Batch:
         ]
         self.draw = pad_sequence(draws).to(device)  # [most tokens, B]
         self.stop = torch.tensor(self.sampling.stop_ids, dtype=torch.int64, device=device)
-        self.rows, self.last = torch.arange(len(prompts), device=device), self.sizes - 1  # where the hidden state that predicts is
+        self.rows, self.last = (
+            torch.arange(len(prompts), device=device),
+            self.sizes - 1,
+        )  # where the hidden state that predicts is
         self.done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         self.drawn = [Completion([], [], "length") for _ in requests]
         self.steps = 0
@@ -77,7 +80,9 @@ class Batch:
     def held(self) -> list[tuple[int, Completion]]:
         """What was drawn for requests that are not complete, by their keys."""
         rows = zip(self.requests, self.drawn, self.done.tolist(), strict=True)
-        return [(request.key, Completion(drawn.tokens, drawn.logp, "held")) for request, drawn, done in rows if not done]
+        return [
+            (request.key, Completion(drawn.tokens, drawn.logp, "held")) for request, drawn, done in rows if not done
+        ]
 
 
 class KVCache(Engine):
@@ -98,7 +103,9 @@ class KVCache(Engine):
         max_len: int,
     ):
         assert arch.heads % tp == 0, f"tp {tp} does not divide {arch.heads} heads"
-        assert arch.kv_heads % tp == 0 or tp % arch.kv_heads == 0, f"tp {tp} neither divides nor repeats {arch.kv_heads} kv heads"
+        assert arch.kv_heads % tp == 0 or tp % arch.kv_heads == 0, (
+            f"tp {tp} neither divides nor repeats {arch.kv_heads} kv heads"
+        )
         self.arch, self.tp, self.tp_rank, self.group = arch, tp, tp_rank, group
         self.dtype, self.device, self.max_len = dtype, device, max_len
         self.heads, self.kv_heads = arch.heads // tp, max(1, arch.kv_heads // tp)
@@ -111,7 +118,9 @@ class KVCache(Engine):
     def submit(self, requests: list[Request]) -> None:
         """Log-probs are of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution."""
         for request in requests:
-            assert 0 < len(request.prompt) < self.max_len, f"a prompt is empty or leaves no room in {self.max_len} tokens"
+            assert 0 < len(request.prompt) < self.max_len, (
+                f"a prompt is empty or leaves no room in {self.max_len} tokens"
+            )
         self.waiting += requests
 
     @torch.no_grad()
@@ -119,10 +128,14 @@ class KVCache(Engine):
         """Requests run in batches of like length; the next begins when the last of a batch is complete."""
         if not self.running and self.waiting:
             self.waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length pad each other least
-            length = min(max(len(request.prompt) + request.sampling.max_tokens for request in self.waiting), self.max_len)
+            length = min(
+                max(len(request.prompt) + request.sampling.max_tokens for request in self.waiting), self.max_len
+            )
             size = max(1, BATCH // length)
             batch, self.waiting = self.waiting[-size:], self.waiting[:-size]
-            assert len({replace(request.sampling, max_tokens=0) for request in batch}) == 1, "one batch is sampled in one way"
+            assert len({replace(request.sampling, max_tokens=0) for request in batch}) == 1, (
+                "one batch is sampled in one way"
+            )
             self.running = Batch(self, batch, length)
         if not self.running:
             return []
@@ -151,7 +164,9 @@ class KVCache(Engine):
                 weight.zero_()  # the rows that pad the vocabulary are never published
 
     def wake(self) -> None:
-        assert self.weights["model.norm.weight"].untyped_storage().nbytes(), "wake_weights() and a publish come before wake()"
+        assert self.weights["model.norm.weight"].untyped_storage().nbytes(), (
+            "wake_weights() and a publish come before wake()"
+        )
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
         """tokens, positions [B, Q] -> final hidden states [B, Q, hidden]; the tokens' keys and values go into the cache."""
@@ -171,7 +186,9 @@ class KVCache(Engine):
             x = x + self._sum(F.linear(F.silu(gate) * up, w[layer + "mlp.down_proj.weight"]))
         return F.rms_norm(x, (arch.hidden,), w["model.norm.weight"], arch.eps)
 
-    def _attend(self, h: Tensor, name: str, positions: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache: Tensor) -> Tensor:
+    def _attend(
+        self, h: Tensor, name: str, positions: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache: Tensor
+    ) -> Tensor:
         """Causal attention of h [B, Q, hidden] to everything in the cache [2, B, K, G, D] up to its own positions."""
         arch, w = self.arch, self.weights
         qkv = F.linear(h, w[name + "qkv_proj.weight"], w[name + "qkv_proj.bias"] if arch.row.qkv_bias else None)
@@ -183,7 +200,9 @@ class KVCache(Engine):
         cache[0, rows, positions] = rotate(k, cos, sin)
         cache[1, rows, positions] = v
         keys, values = cache[:, :, : seen.shape[-1]].transpose(2, 3)  # [B, G, K, D] each
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin).transpose(1, 2), keys, values, attn_mask=seen, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            rotate(q, cos, sin).transpose(1, 2), keys, values, attn_mask=seen, enable_gqa=True
+        )
         return self._sum(F.linear(out.transpose(1, 2).flatten(2), w[name + "o_proj.weight"]))
 
     def _embed(self, tokens: Tensor) -> Tensor:

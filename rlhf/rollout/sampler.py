@@ -28,7 +28,14 @@ class Sampler:
     All ranks of an engine have all of its responses.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, owner: EngineOwner, tokenizer: Tokenizer, environments: Environments | None = None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        owner: EngineOwner,
+        tokenizer: Tokenizer,
+        environments: Environments | None = None,
+    ):
         """environments: answer the turns of responses if rollout.environment is set and the responses get rewards."""
         self.config, self.mesh, self.owner, self.tokenizer = config, mesh, owner, tokenizer
         self.stops = Stops(tokenizer, config.rollout.stop)
@@ -51,7 +58,9 @@ class Sampler:
         """
         r = self.config.rollout
         stop_ids = (*self.tokenizer.stop_ids, *self.stops.ids)
-        return Sampling(max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids)
+        return Sampling(
+            max_tokens=r.max_tokens, temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, stop_ids=stop_ids
+        )
 
     def begin(self, prompts: list[Sample], size: int, batch: int, step: int) -> list[Group]:
         """Return this engine's share of the prompts of a batch, as new groups of `size` empty responses.
@@ -69,7 +78,9 @@ class Sampler:
             self.warn()
         return groups
 
-    def generate(self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None) -> list[Group]:
+    def generate(
+        self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None
+    ) -> list[Group]:
         """Generate until the step can take `quota` complete groups of this engine, and return these groups.
 
         The responses of the other groups keep the tokens that they have so far. Each rank gives its portion of the
@@ -81,7 +92,10 @@ class Sampler:
         jobs: list[Place] = [] if chosen else waiting
         requests = [self._request(n, group, k, sampling) for n, (group, k) in enumerate(jobs)]
         total = min(len(jobs), quota * len(groups[0].responses)) if groups else 0
-        with Progress("rollout", "responses", total, shown=self.mesh.rank == 0) as progress, closing(self.owner.stream(requests)) as stream:
+        with (
+            Progress("rollout", "responses", total, shown=self.mesh.rank == 0) as progress,
+            closing(self.owner.stream(requests)) as stream,
+        ):
             for completed in stream:
                 ended = []
                 for n, completion in completed:

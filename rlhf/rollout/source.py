@@ -128,7 +128,10 @@ class EngineSource:
         if rounds > 1:
             sums |= {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))}
         if self.config.rollout.inflight > 1:
-            sums |= {**ages(samples, step, self.config.rollout.max_lag), "in_flight": (float(self.drawn - self.taken), 1.0)}
+            sums |= {
+                **ages(samples, step, self.config.rollout.max_lag),
+                "in_flight": (float(self.drawn - self.taken), 1.0),
+            }
         return samples, sums
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
@@ -177,7 +180,9 @@ class EngineSource:
         for key, response in state["responses"]:
             held.setdefault(tuple(key), []).append(response)
         oldest = min((batch for batch, _ in held), default=0) * self.config.batch.prompts
-        self.flight = self.sampler.opened([group for group in self._span(oldest, self.drawn, step) if group.key in held])
+        self.flight = self.sampler.opened(
+            [group for group in self._span(oldest, self.drawn, step) if group.key in held]
+        )
         if state["engines"] != self.sampler.engines[0]:
             before, now = state["engines"], self.sampler.engines[0]
             self.notes.append(f"{len(held)} groups in flight on {before} engines start again on {now}")
@@ -201,7 +206,9 @@ class EngineSource:
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """Sample a few tokens after each prompt, without top_p and top_k, to compare log-probs. They get no rewards."""
-        sampling = replace(self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0)
+        sampling = replace(
+            self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0
+        )
         return self.sampler.gather(self._run(prompts, sampling, 1, 0, None))
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:

@@ -90,7 +90,9 @@ class VLLM(Engine):
         one, siblings of a group would come out alike.
         """
         for request in requests:
-            assert 0 < len(request.prompt) < self.max_len, f"a prompt is empty or leaves no room in {self.max_len} tokens"
+            assert 0 < len(request.prompt) < self.max_len, (
+                f"a prompt is empty or leaves no room in {self.max_len} tokens"
+            )
             assert request.key not in self.held, f"two requests have the key {request.key}"
             self.held[request.key] = request
             s = request.sampling
@@ -111,7 +113,9 @@ class VLLM(Engine):
             self.llm.llm_engine.add_request(str(request.key), {"prompt_token_ids": request.prompt}, params)
 
     def advance(self) -> list[tuple[int, Completion]]:
-        with torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator even for seeded requests
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the CPU sampler draws from the global generator even for seeded requests
             outputs = self.llm.llm_engine.step()
         found = []
         for output in outputs:

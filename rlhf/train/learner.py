@@ -53,9 +53,13 @@ class Learner:
             self.decoder.requires_grad_(False)
             self.model: Any = self.decoder
             return
-        overlap = mesh.layout.dp * mesh.layout.cp > 1  # gradients are reduced while the last micro-batch's backward pass goes on
+        overlap = (
+            mesh.layout.dp * mesh.layout.cp > 1
+        )  # gradients are reduced while the last micro-batch's backward pass goes on
         zero = config.parallel.zero
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero, overlap_grad_reduce=overlap)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=zero, overlap_grad_reduce=overlap
+        )
         self.model = DistributedDataParallel(self.decoder.config, ddp, self.decoder)
         if overlap:
             self.decoder.config.no_sync_func = self.model.no_sync
@@ -81,14 +85,20 @@ class Learner:
 
     def sound(self, optimizer: bool = False) -> bool:
         """Whether this rank's weights can be computed with; with optimizer, whether its state is finite, too."""
-        return operations.sound(self.parameters().values()) and not (optimizer and not operations.finite(self.optimizer.tensors()))
+        return operations.sound(self.parameters().values()) and not (
+            optimizer and not operations.finite(self.optimizer.tensors())
+        )
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Take over what state() gave on the same rank of the same layout. Raises UserError where that was another architecture's."""
         shapes = [{name: tuple(tensor.shape) for name, tensor in held.items()} for held in (self.parameters(), weights)]
         if shapes[0] != shapes[1]:
-            odd = min(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
-            raise UserError(f"the checkpoint in out is of another architecture (see {odd}): load a model of the same, or set another out")
+            odd = min(
+                name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+            )
+            raise UserError(
+                f"the checkpoint in out is of another architecture (see {odd}): load a model of the same, or set another out"
+            )
         for name, tensor in self.parameters().items():
             tensor.copy_(weights[name])
         self.optimizer.load(optimizer)
@@ -114,7 +124,9 @@ class Learner:
         flat = self.mesh.cp_gather(self.mesh.from_last_stage(flat)).view(self.mesh.layout.cp, -1)
         places = self.mesh.cp_gather(torch.cat([batch.places for batch in batches])).view(self.mesh.layout.cp, -1)
         streams = []
-        for samples, values, order in zip(microbatches, flat.split(lengths, dim=1), places.split(lengths, dim=1), strict=True):
+        for samples, values, order in zip(
+            microbatches, flat.split(lengths, dim=1), places.split(lengths, dim=1), strict=True
+        ):
             row = torch.empty(values.numel(), device=self.mesh.device)
             row[order.flatten()] = values.flatten()
             streams += unpack(row.cpu().numpy(), samples)
@@ -193,5 +205,7 @@ class Learner:
         """Sums over micro-batches, with one device synchronisation; empty where another rank reports the same tokens."""
         if not metrics or self.mesh.tp_rank:
             return {}
-        stacked = torch.stack([torch.stack([torch.stack([s.float(), n.float()]) for s, n in m.values()]) for m in metrics]).sum(0)
+        stacked = torch.stack(
+            [torch.stack([torch.stack([s.float(), n.float()]) for s, n in m.values()]) for m in metrics]
+        ).sum(0)
         return {name: (s, n) for name, (s, n) in zip(metrics[0], stacked.tolist(), strict=True)}

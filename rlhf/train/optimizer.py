@@ -84,7 +84,9 @@ class Optimizer:
             inner.load_state_dict(adam)
             for group, own in zip(inner.param_groups, configured, strict=True):
                 group.update(own)
-            for moments in inner.state.values():  # of their own: memory that maps a file can be neither emptied nor filled again
+            for (
+                moments
+            ) in inner.state.values():  # of their own: memory that maps a file can be neither emptied nor filled again
                 moments.update({name: moments[name].clone() for name in MOMENTS if name in moments})
                 moments["step"] = moments["step"].cpu().clone()
             for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
@@ -93,7 +95,9 @@ class Optimizer:
     def tensors(self) -> list[torch.Tensor]:
         """Main parameters and moments of this rank's shard; the moments exist from the first update on."""
         main = [p.data for inner in self.inner for group in inner.param_groups for p in group["params"]]
-        return main + [state[name] for inner in self.inner for state in inner.state.values() for name in MOMENTS if name in state]
+        return main + [
+            state[name] for inner in self.inner for state in inner.state.values() for name in MOMENTS if name in state
+        ]
 
 
 @torch.no_grad()
@@ -109,5 +113,13 @@ def adamw(optimizer: torch.optim.Optimizer, scale: float) -> None:
             state["step"] += 1
             moments = [state[name] for name in MOMENTS]
             operations.adamw(
-                p, p.grad, moments, int(state["step"]), group["lr"], group["betas"], group["eps"], group["weight_decay"], scale
+                p,
+                p.grad,
+                moments,
+                int(state["step"]),
+                group["lr"],
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                scale,
             )

@@ -22,14 +22,21 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetens
 Shape = tuple[int, ...]
 # What Python raises while it takes a file apart that is damaged, or something else.
 DAMAGED: tuple[type[Exception], ...] = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
+    *(
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        struct.error,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ),
     *(EOFError, AssertionError, ArithmeticError, StopIteration, MemoryError),
 )
 
 
-UNSOUND = (
-    "its weights are not finite, or beyond 1e19: it is damaged or was ruined in training, give a sound model"  # behind a folder's name
-)
+UNSOUND = "its weights are not finite, or beyond 1e19: it is damaged or was ruined in training, give a sound model"  # behind a folder's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,9 @@ def store(entry: Entry, tensor: torch.Tensor) -> None:
     """Write a tensor of the entry's shape and dtype to its place."""
     import torch
 
-    assert (tuple(tensor.shape), kind(tensor.dtype)) == (entry.shape, entry.dtype), f"{entry} is not for {tensor.shape} {tensor.dtype}"
+    assert (tuple(tensor.shape), kind(tensor.dtype)) == (entry.shape, entry.dtype), (
+        f"{entry} is not for {tensor.shape} {tensor.dtype}"
+    )
     with entry.path.open("r+b") as file:
         file.seek(entry.start)
         file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)

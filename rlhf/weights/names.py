@@ -102,7 +102,9 @@ def parameters(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0
     return shapes(tiles(arch, layout, tp, pp, pad=True))
 
 
-def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1), rows: int = 0, pad: bool = False) -> list[Tile]:
+def tiles(
+    arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1), rows: int = 0, pad: bool = False
+) -> list[Tile]:
     """What one rank holds. tp and pp are (rank, size); layers are divided evenly over the pipeline stages.
 
     The vocabulary has `rows` rows over all ranks (0: as live models pad it). Rows that pad it are covered by no tile, or with pad
@@ -120,7 +122,9 @@ def tiles(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1),
         found += held(layer, f"model.layers.{stage * depth + i}.", form.layer.format(i))
     if last:
         found += held(arch.row.after(arch))
-    if last and arch.lm and arch.tied and stage > 0:  # where the embedding is on another stage, a tied output layer is a copy of it
+    if (
+        last and arch.lm and arch.tied and stage > 0
+    ):  # where the embedding is on another stage, a tied output layer is a copy of it
         found.append(Held(EMBEDDING, form.tied or form.local(HEAD), (arch.vocab, arch.hidden), "vocab"))
     rows = rows or arch.padded_vocab(tp[1])
     return _place(arch, tp, found, rows, form.grouped_qkv) + (_padding(arch, tp, found, rows) if pad else [])
@@ -154,7 +158,11 @@ def _padding(arch: Architecture, tp: Part, held: list[Held], rows: int) -> list[
     real = max(0, min(high, arch.vocab) - low)
     tables = [(each.name, each.local) for each in held if each.split == "vocab"]
     last: Box = ((arch.vocab - 1, arch.vocab), (0, arch.hidden))
-    return [Tile(name, last, local, row, 1, (1, arch.hidden), (0, 0)) for name, local in tables for row in range(real, high - low)]
+    return [
+        Tile(name, last, local, row, 1, (1, arch.hidden), (0, 0))
+        for name, local in tables
+        for row in range(real, high - low)
+    ]
 
 
 def _place(arch: Architecture, tp: Part, held: list[Held], vocab: int, grouped: bool) -> list[Tile]:
@@ -204,7 +212,11 @@ def _cut_qkv(arch: Architecture, part: str, columns: Shape, tp: Part, grouped: b
     sharers = max(1, size // arch.kv_heads)
     assert size % sharers == 0, f"{size} ranks cannot share {arch.kv_heads} kv heads evenly"
     heads = _chunk(arch.kv_heads, (rank // sharers, size // sharers))
-    group = {"q": arch.heads // arch.kv_heads * arch.head_dim, "k": arch.head_dim, "v": arch.head_dim}  # rows per kv head
+    group = {
+        "q": arch.heads // arch.kv_heads * arch.head_dim,
+        "k": arch.head_dim,
+        "v": arch.head_dim,
+    }  # rows per kv head
     tail = tuple((0, n) for n in columns)
     if not grouped:
         rows = _chunk(group[part], (rank % sharers, sharers)) if part == "q" else (0, group[part])

@@ -77,7 +77,9 @@ class Plan:
 
     def sent(self, rank: int) -> list[Move]:
         """Return all moves from a rank to other ranks, by ascending target, then in the order of received(target)."""
-        held = {name for name, boxes in self._tiles.items() if any(self._tiling[rank] in tiles for tiles in boxes.values())}
+        held = {
+            name for name, boxes in self._tiles.items() if any(self._tiling[rank] in tiles for tiles in boxes.values())
+        }
         asking = sorted(self._asking(rank) - {rank})
         return [move for other in asking for move in self._received(other, held) if move.source == rank]
 
@@ -108,7 +110,9 @@ class Plan:
                 far = self.nodes[move.source] != self.nodes[move.target]
                 sent[move.source, True, far] += move.numel
                 sent[move.target, False, far] += move.numel
-        return max((count * itemsize / (between if far else within) for (_, _, far), count in sent.items()), default=0.0)
+        return max(
+            (count * itemsize / (between if far else within) for (_, _, far), count in sent.items()), default=0.0
+        )
 
     def _received(self, rank: int, names: Collection[str]) -> Iterator[Move]:
         """Yield the moves to a rank for the tensors of these names."""

@@ -26,8 +26,18 @@ CLASSES = (
     "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
     "megatron.core.rerun_state_machine.RerunDiagnostic",
-    *(f"megatron.core.transformer.enums.{x}" for x in ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")),
-    *("_io.BytesIO", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals", "types.SimpleNamespace", "torch._C.Generator"),
+    *(
+        f"megatron.core.transformer.enums.{x}"
+        for x in ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope")
+    ),
+    *(
+        "_io.BytesIO",
+        "pathlib.PosixPath",
+        "pathlib._local.PosixPath",
+        "signal.Signals",
+        "types.SimpleNamespace",
+        "torch._C.Generator",
+    ),
 )
 
 

@@ -121,7 +121,9 @@ class Publisher:
         for turn in range(turns):
             if turn + 1 < turns:
                 flying.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2], sent))
-            share = self.shares[turn]  # between rounds: while links work the device has time, and links never wait for it
+            share = self.shares[
+                turn
+            ]  # between rounds: while links work the device has time, and links never wait for it
             self._copy_out(share, [self.into[id(part)] for part in share], kept)
             self._receive(flying.pop(0))
 
@@ -160,7 +162,9 @@ class Publisher:
                     f" {move.box} on rank {rank}: the engine does not hold the weights that were trained"
                 )
 
-    def _sums(self, moves: list[Move], tensors: Mapping[str, Tensor] | Transformed, end: Literal["source", "target"]) -> Tensor:
+    def _sums(
+        self, moves: list[Move], tensors: Mapping[str, Tensor] | Transformed, end: Literal["source", "target"]
+    ) -> Tensor:
         """The checksum of each move's box, where it comes from or where it goes."""
         tiles = [move.source_tile if end == "source" else move.target_tile for move in moves]
         boxes = [view(tensors[tile.local], tile, move.box) for tile, move in zip(tiles, moves, strict=True)]
@@ -214,7 +218,9 @@ def checksum(x: Tensor) -> Tensor:
     for piece in x.contiguous().flatten().split(1 << 22):
         bits = piece.view({2: torch.int16, 4: torch.int32}[x.itemsize]).long()
         weights = torch.arange(start, start + len(bits), device=x.device) * 0x1E3779B97F4A7C15
-        weights ^= weights >> 32  # no linear function of the place: two rows that changed places would weigh the same if their sums did
+        weights ^= (
+            weights >> 32
+        )  # no linear function of the place: two rows that changed places would weigh the same if their sums did
         total += (bits * (weights | 1)).sum()
         start += len(bits)
     return total

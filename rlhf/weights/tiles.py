@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Box = tuple[tuple[int, int], ...]  # (low, high) per dimension of the canonical view
-Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # (size, strides, offset) of a part of a contiguous tensor, in elements
+Geometry = tuple[
+    tuple[int, ...], tuple[int, ...], int
+]  # (size, strides, offset) of a part of a contiguous tensor, in elements
 
 
 @dataclass(frozen=True, slots=True)

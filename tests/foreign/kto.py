@@ -47,4 +47,6 @@ class KTO(Algorithm):
         weight = torch.where(desirable, c.desirable, c.undesirable) * batch.owned()
         total = (weight * (1 - torch.sigmoid(torch.where(desirable, gain, -gain)))).sum()
         count = batch.owned().sum()
-        return Loss(total, count, {"loss": (total.detach(), count), "gain": ((gain.detach() * batch.owned()).sum(), count)})
+        return Loss(
+            total, count, {"loss": (total.detach(), count), "gain": ((gain.detach() * batch.owned()).sum(), count)}
+        )

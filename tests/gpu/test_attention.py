@@ -47,5 +47,7 @@ def check(way: Callable[..., torch.Tensor], inputs: list[torch.Tensor], row: Pac
     upstream = torch.randn_like(inputs[0])
     a, b = way(*found, row, *window), _padded(*wanted, PackedRow(spans=row.spans, order=row.order), *window)
     torch.testing.assert_close(a.float(), b, atol=2e-2, rtol=2e-2)
-    for x, y in zip(torch.autograd.grad(a, found, upstream.to(a.dtype)), torch.autograd.grad(b, wanted, upstream), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(a, found, upstream.to(a.dtype)), torch.autograd.grad(b, wanted, upstream), strict=True
+    ):
         torch.testing.assert_close(x.float(), y, atol=6e-2, rtol=5e-2)

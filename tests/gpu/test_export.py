@@ -23,6 +23,8 @@ def test_an_export_waits_for_the_stream_that_trained(tmp_path: Path) -> None:
         for name, tensor in trained.items():
             parameters[name].copy_(tensor)
         sources = tilings(LLAMA, "megatron", 1, 1)
-        export.write(tmp_path / "hf", LLAMA, {}, sources, parameters, rank=0, nodes=[0], dtype=torch.float32, bucket=1 << 16)
+        export.write(
+            tmp_path / "hf", LLAMA, {}, sources, parameters, rank=0, nodes=[0], dtype=torch.float32, bucket=1 << 16
+        )
     written = load_file(tmp_path / "hf/model.safetensors")
     assert all(torch.equal(written[name], hf[name]) for name in hf)

@@ -17,7 +17,10 @@ kernels = pytest.importorskip("rlhf.model.kernels", reason="needs triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}  # relative norm of the difference; the interpreter truncates to bfloat16
+TOLERANCE = {
+    torch.float32: 5e-6,
+    torch.bfloat16: 8e-3,
+}  # relative norm of the difference; the interpreter truncates to bfloat16
 
 
 def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -27,7 +30,9 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert gap < TOLERANCE[dtype], f"differs by {gap:.2g} of its norm"
 
 
-def compare(fused: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], constants: tuple = ()) -> None:
+def compare(
+    fused: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], constants: tuple = ()
+) -> None:
     """Values and the gradients of all inputs, under a random upstream gradient."""
     exact = [x.detach().double().requires_grad_() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
@@ -50,7 +55,9 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rotate(dtype: torch.dtype, heads: int, width: int) -> None:
     angles = torch.randn(13, 1, width // 2, device=DEVICE) * 3
     tables = angles.cos().to(dtype), angles.sin().to(dtype)
-    compare(kernels.Rotate.apply, operations.rotate, [torch.randn(13, heads, width, device=DEVICE, dtype=dtype)], tables)
+    compare(
+        kernels.Rotate.apply, operations.rotate, [torch.randn(13, heads, width, device=DEVICE, dtype=dtype)], tables
+    )
     mixed = torch.randn(13, heads, 3 * width, device=DEVICE, dtype=dtype)
     part = mixed[:, :, width : 2 * width]  # as queries and keys lie within the output of linear_qkv
     close(kernels.Rotate.apply(part, *tables), operations.rotate(part.double(), *tables), dtype)
@@ -66,7 +73,9 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(9, 1, 64), (1100, 1, 96), (5, 3, 5000), (0, 1, 64)])
 def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if not shape[0]:
-        assert kernels.RMSNorm.apply(torch.zeros(shape, device=DEVICE), torch.ones(64, device=DEVICE), 1e-5).shape == shape
+        assert (
+            kernels.RMSNorm.apply(torch.zeros(shape, device=DEVICE), torch.ones(64, device=DEVICE), 1e-5).shape == shape
+        )
         return
     inputs = [torch.randn(shape, device=DEVICE, dtype=dtype), torch.randn(shape[-1], device=DEVICE, dtype=dtype)]
     compare(kernels.RMSNorm.apply, operations.rms_norm, inputs, (1e-3,))
@@ -94,13 +103,19 @@ def test_accumulate(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None
     wanted = total.double() + left.double().T @ right.double()
     operations.accumulate(total, left, right)
     gap = (total.double() - wanted).norm() / wanted.norm()
-    assert gap < (2e-6 if DEVICE == "cuda" or dtype == torch.float32 else 3e-3), "float32, not rounded to bfloat16 on the way"
+    assert gap < (2e-6 if DEVICE == "cuda" or dtype == torch.float32 else 3e-3), (
+        "float32, not rounded to bfloat16 on the way"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 5000])
 def test_adamw(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(operations, "fused", lambda x: x.dtype == torch.float32)  # also for the interpreter
-    p, *moments = torch.randn(count, device=DEVICE), torch.zeros(count, device=DEVICE), torch.zeros(count, device=DEVICE)
+    p, *moments = (
+        torch.randn(count, device=DEVICE),
+        torch.zeros(count, device=DEVICE),
+        torch.zeros(count, device=DEVICE),
+    )
     exact = [t.double() for t in (p, *moments)]
     for step in range(1, 4):
         grad = torch.randn(count, device=DEVICE)

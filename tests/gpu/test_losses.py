@@ -10,7 +10,9 @@ from test_splits import CASES, VOCAB, drawn, model
 from rlhf.data.packing import pack
 
 
-@pytest.mark.parametrize(("mode", "overrides"), CASES, ids=lambda case: case if isinstance(case, str) else " ".join(case))
+@pytest.mark.parametrize(
+    ("mode", "overrides"), CASES, ids=lambda case: case if isinstance(case, str) else " ".join(case)
+)
 def test_losses_never_wait(mode: str, overrides: list[str]) -> None:
     made = algorithm(mode, "rollout.max_tokens=20", *overrides)
     samples, _ = made.credit(drawn())

@@ -68,11 +68,15 @@ class Case:
     def __init__(self, folder: Path, layout: str):
         overrides = [*layout_keys(layout), f"policy.load={folder}", f"optim.lr={LR}", "optim.eps=1", "optim.clip=0"]
         self.folder, self.what = folder, f"{folder.name} {layout}"
-        self.config = configuration.load("grpo", ["batch.minibatches=2", *overrides])  # so that old_logp is a stream of its own
+        self.config = configuration.load(
+            "grpo", ["batch.minibatches=2", *overrides]
+        )  # so that old_logp is a stream of its own
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch = architecture.read(folder)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.sharding = names.tilings(self.arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)
+        self.sharding = names.tilings(
+            self.arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp
+        )
         self.samples = samples()
 
     def learner(self, train: bool, dtype: torch.dtype = torch.float32) -> Learner:
@@ -80,7 +84,9 @@ class Case:
         return Learner(self.arch, self.config, self.mesh, dtype, fill=fill, temperature=1.0, train=train)
 
     def cut(self, budget: int) -> list[list[Sample]]:
-        return microbatches(shares(self.samples, self.mesh.layout.dp, self.arch.hidden), budget, False)[self.mesh.dp_rank]
+        return microbatches(shares(self.samples, self.mesh.layout.dp, self.arch.hidden), budget, False)[
+            self.mesh.dp_rank
+        ]
 
     def check_logits(self, learner: Learner) -> None:
         """Whole logits of packed rows, straight from the hidden states, against every sequence alone in transformers."""
@@ -104,7 +110,12 @@ class Case:
             real = batch.places < len(whole)
             first = mesh.tp_rank * found.shape[1]
             columns = slice(first, min(vocab, first + found.shape[1]))
-            close(found[real][:, : columns.stop - first], whole[batch.places[real]][:, columns], 1e-5, f"{self.what}: logits")
+            close(
+                found[real][:, : columns.stop - first],
+                whole[batch.places[real]][:, columns],
+                1e-5,
+                f"{self.what}: logits",
+            )
 
     def check_logp(self, learner: Learner) -> None:
         """Log-probs on every rank, for two ways to pack."""
@@ -119,17 +130,32 @@ class Case:
         """Publish to engines of other layouts, after sleep: what they say of their own samples is what transformers says."""
         mesh, arch = self.mesh, self.arch
         for tp in {1, mesh.world}:
-            engine = KVCache(arch, tp=tp, tp_rank=mesh.rank % tp, group=mesh.subgroup(tp), dtype=torch.float32, device="cpu", max_len=64)
+            engine = KVCache(
+                arch,
+                tp=tp,
+                tp_rank=mesh.rank % tp,
+                group=mesh.subgroup(tp),
+                dtype=torch.float32,
+                device="cpu",
+                max_len=64,
+            )
             engine.sleep()
             engine.wake_weights()
             moves = Plan(self.sharding, names.tilings(arch, "vllm", mesh.world, tp), mesh.nodes())
-            Publisher(moves, mesh.rank, torch.float32, bucket=1 << 16).publish(learner.parameters(), engine.parameters())
+            Publisher(moves, mesh.rank, torch.float32, bucket=1 << 16).publish(
+                learner.parameters(), engine.parameters()
+            )
             engine.wake()
             prompt = [5, 6, 7, 8]
             done = engine.generate([prompt], Sampling(max_tokens=8), seeds=[11])[0]
             with torch.no_grad():
                 said = self.model(torch.tensor([prompt + done.tokens])).logits[0, 3:-1].log_softmax(-1)
-            close(torch.tensor(done.logp), said.gather(1, torch.tensor(done.tokens)[:, None])[:, 0], 1e-5, f"{self.what}: engine tp{tp}")
+            close(
+                torch.tensor(done.logp),
+                said.gather(1, torch.tensor(done.tokens)[:, None])[:, 0],
+                1e-5,
+                f"{self.what}: engine tp{tp}",
+            )
 
     def check_update(self, mode: str, budgets: tuple[int, ...]) -> None:
         """One update: the gradient is the same function of the samples for every packing and layout."""
@@ -165,15 +191,28 @@ class Case:
         state: dict[str, float] = {}
         assert checkpoints.resume({"policy": second}.items(), state) == 2
         assert state == {"coefficient": 0.1}
-        assert all(torch.equal(saved[name], p) for name, p in second.parameters().items()), f"{self.what}: not what was saved"
+        assert all(torch.equal(saved[name], p) for name, p in second.parameters().items()), (
+            f"{self.what}: not what was saved"
+        )
         second.learn(cut, loss, LR)
         wanted = first.parameters()
-        assert all(torch.equal(wanted[name], p) for name, p in second.parameters().items()), f"{self.what}: resume is not bitwise"
+        assert all(torch.equal(wanted[name], p) for name, p in second.parameters().items()), (
+            f"{self.what}: resume is not bitwise"
+        )
 
     def check_export(self, learner: Learner, out: Path) -> None:
         """What was read is written back bit by bit."""
         mesh = self.mesh
-        export.write(out, self.arch, {}, self.sharding, learner.parameters(), rank=mesh.rank, nodes=mesh.nodes(), dtype=torch.float32)
+        export.write(
+            out,
+            self.arch,
+            {},
+            self.sharding,
+            learner.parameters(),
+            rank=mesh.rank,
+            nodes=mesh.nodes(),
+            dtype=torch.float32,
+        )
         original, written = load_file(self.folder / "model.safetensors"), load_file(out / "model.safetensors")
         assert set(original) == set(written), f"{self.what}: {set(original) ^ set(written)}"
         assert all(torch.equal(original[n], written[n]) for n in original), f"{self.what}: export is not bitwise"
@@ -193,7 +232,9 @@ def main() -> None:
             case.check_update("sft", (10_000,))
             case.check_update("grpo", (100, 10_000))
             case.check_export(frozen, root / f"out-{family}-{entry}")
-            for dtype in (torch.float32, torch.bfloat16)[: 1 + (family == "llama3-tied")]:  # bfloat16 has main parameters of its own
+            for dtype in (torch.float32, torch.bfloat16)[
+                : 1 + (family == "llama3-tied")
+            ]:  # bfloat16 has main parameters of its own
                 case.check_resume(root / f"run-{family}-{entry}-{dtype}", dtype)
             case.check_step_zero(frozen)
             case.mesh.close()

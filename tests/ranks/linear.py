@@ -29,7 +29,9 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             compare(mesh, *(t.to(dtype) for t in (up, down, x, slope)))
     endure(mesh, up, down)
-    assert exchange.direct(mesh.tp_group) == (mesh.device.type == "cuda"), "these ranks should reach each other's memory"
+    assert exchange.direct(mesh.tp_group) == (mesh.device.type == "cuda"), (
+        "these ranks should reach each other's memory"
+    )
     print("linear holds", flush=True)
 
 

@@ -31,7 +31,9 @@ def rows(vocab: int, count: int = 2) -> list[list[Sample]]:
     """Full micro-batches."""
     rng = np.random.default_rng(1)
     whole = np.ones(LENGTH, bool)
-    return [[Sample(rng.integers(0, vocab, LENGTH + 1).astype(np.int32), whole, group=i) for i in range(TOKENS // LENGTH)]] * count
+    return [
+        [Sample(rng.integers(0, vocab, LENGTH + 1).astype(np.int32), whole, group=i) for i in range(TOKENS // LENGTH)]
+    ] * count
 
 
 def fill(parameters: dict[str, torch.Tensor]) -> None:
@@ -68,13 +70,20 @@ def check_return(parking: Residence, learner: Learner, batches: list[list[Sample
     torch.cuda.synchronize()
     print(f"weights away in {parked:.2f} s; weights and optimizer back in {time.perf_counter() - begin:.2f} s")
     for kind, tensors in kept.items():
-        assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors, learner.tenants()[kind], strict=True)), f"{kind} came back changed"
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors, learner.tenants()[kind], strict=True)), (
+            f"{kind} came back changed"
+        )
     parking.enter(Phase.SCORE)
     assert all(np.array_equal(a, b) for a, b in zip(said, learner.score(batches), strict=True))
 
 
 def main() -> None:
-    overrides = [f"policy.load={sys.argv[1]}", f"batch.tokens={TOKENS}", f"data.max_tokens={LENGTH}", "memory.offload=all"]
+    overrides = [
+        f"policy.load={sys.argv[1]}",
+        f"batch.tokens={TOKENS}",
+        f"data.max_tokens={LENGTH}",
+        "memory.offload=all",
+    ]
     config = configuration.load("dpo", overrides)
     mesh = Mesh(config.parallel, 1)
     arch, roles = shapes(config, 1)

@@ -68,11 +68,30 @@ KEYS = {
     "dpo": ["optim.lr=1e-3"],
     "online-dpo": ["rollout.group=4", "dpo.pairs=all", "reward.function={folder}/rules.py:length"],
     "grpo": ["rollout.group=4", "rollout.temperature=0.7", "evaluate.function={folder}/rules.py:quarter"],
-    "rlhf": ["rollout.group=1", "batch.minibatches=2", "ppo.kl_target=1", "ppo.kl_horizon=1000", "ppo.reward_scale=true"]
+    "rlhf": [
+        "rollout.group=1",
+        "batch.minibatches=2",
+        "ppo.kl_target=1",
+        "ppo.kl_horizon=1000",
+        "ppo.reward_scale=true",
+    ]
     + ["ppo.critic_warmup=1", "optim.warmup=2", "optim.schedule=linear", "critic.lr=3e-4", "rollout.temperature=1.3"],
 }
-COMMON = ["data.max_tokens=80", "batch.prompts=6", "batch.tokens=512", "optim.lr=1e-4", "evaluate.prompts=8", "evaluate.show=0"]
-COMMON += ["rollout.engine=kvcache", "rollout.max_tokens=16", f"checkpoint.every={CHECKPOINT}", "checkpoint.keep=3", f"steps={STEPS}"]
+COMMON = [
+    "data.max_tokens=80",
+    "batch.prompts=6",
+    "batch.tokens=512",
+    "optim.lr=1e-4",
+    "evaluate.prompts=8",
+    "evaluate.show=0",
+]
+COMMON += [
+    "rollout.engine=kvcache",
+    "rollout.max_tokens=16",
+    f"checkpoint.every={CHECKPOINT}",
+    "checkpoint.keep=3",
+    f"steps={STEPS}",
+]
 
 
 def configure(folder: Path, mode: str, layout: str, *overrides: str) -> Config:
@@ -82,7 +101,9 @@ def configure(folder: Path, mode: str, layout: str, *overrides: str) -> Config:
     if kind == "prompts":
         load.append(f"reward.load={folder}/reward")
     keys = [key.format(folder=folder) for key in KEYS.get(mode, [])]
-    return configuration.load(mode, [*COMMON, *keys, *layout_keys(layout), *data, *load, f"out={folder}/{layout}/{mode}", *overrides])
+    return configuration.load(
+        mode, [*COMMON, *keys, *layout_keys(layout), *data, *load, f"out={folder}/{layout}/{mode}", *overrides]
+    )
 
 
 def train(config: Config, mesh: Mesh, first: int = 0) -> Run:
@@ -143,7 +164,13 @@ def check_rows(config: Config, found: dict[int, dict[str, float]]) -> None:
     held_out = drawn & JUDGED if drawn else loss
     if config.evaluate.function:
         held_out = held_out - {"reward_rule", "reward_score"}
-    wanted = {"step", "grad_norm", "lr"} | loss | drawn | {f"eval_{name}" for name in held_out} | (CRITIC if mode == "rlhf" else set())
+    wanted = (
+        {"step", "grad_norm", "lr"}
+        | loss
+        | drawn
+        | {f"eval_{name}" for name in held_out}
+        | (CRITIC if mode == "rlhf" else set())
+    )
     assert last.keys() == wanted - {"mismatch"}, f"{mode}: {last.keys() ^ wanted}"
     told = [step for step, row in found.items() if any(name.startswith("eval_") for name in row)]
     assert told == ([0, 2, 3] if mode == "sft" else [0, 3]), f"{mode}: held-out numbers at steps {told}"
@@ -159,7 +186,9 @@ def check_rows(config: Config, found: dict[int, dict[str, float]]) -> None:
     for row in found.values():
         for name in [name for name in row if name.endswith("reward_score")]:
             parts = row[name.replace("_score", "_rule")], row[name]
-            assert math.isclose(row[name.removesuffix("_score")], sum(parts), abs_tol=1e-5), f"{mode}: reward is not the sum of {parts}"
+            assert math.isclose(row[name.removesuffix("_score")], sum(parts), abs_tol=1e-5), (
+                f"{mode}: reward is not the sum of {parts}"
+            )
             assert parts[1] != 0.0
             assert (parts[0] != 0.0) == bool(config.reward.function)
 
@@ -171,8 +200,12 @@ def kept(out: Path) -> dict[str, str]:
 def check_samples(config: Config, online: bool) -> None:
     """Each step's responses were sampled with the weights before it, and those of its evaluation with the weights behind it."""
     found = [json.loads(line) for text in kept(Path(config.out)).values() for line in text.splitlines()]
-    wanted = {("train", step, step - 1) for step in range(1, STEPS + 1)} | {("evaluate", step, step) for step in (0, STEPS)}
-    assert {(line["use"], line["step"], *line["versions"]) for line in found} == (wanted if online else set()), config.mode
+    wanted = {("train", step, step - 1) for step in range(1, STEPS + 1)} | {
+        ("evaluate", step, step) for step in (0, STEPS)
+    }
+    assert {(line["use"], line["step"], *line["versions"]) for line in found} == (wanted if online else set()), (
+        config.mode
+    )
 
 
 def check_mismatch(config: Config) -> None:
@@ -188,7 +221,9 @@ def check_judge(run: Run) -> None:
     if "reward" not in run.roles.learners or "reward" in run.roles.trained:
         return
     samples = run.source.records.head(5)
-    longer = [replace(s, tokens=np.append(s.tokens, s.tokens[:9]), mask=np.ones(len(s.mask) + 9, bool)) for s in samples]
+    longer = [
+        replace(s, tokens=np.append(s.tokens, s.tokens[:9]), mask=np.ones(len(s.mask) + 9, bool)) for s in samples
+    ]
     wanted = [stream[len(s.mask)] for s, stream in zip(samples, run.roles.read("reward", longer), strict=True)]
     for i, sample in enumerate(samples):
         sample.reward = float(i)
@@ -206,7 +241,11 @@ def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> 
     assert found.keys() == wanted.keys()
     for step, row in wanted.items():
         assert found[step].keys() == row.keys(), f"{mode}: {found[step].keys() ^ row.keys()}"
-        even = {name.replace("margin", "accuracy") for name, value in row.items() if name.endswith("margin") and abs(value) < 1e-5}
+        even = {
+            name.replace("margin", "accuracy")
+            for name, value in row.items()
+            if name.endswith("margin") and abs(value) < 1e-5
+        }
         for name, value in row.items():
             if name in even:  # models that are equal up to rounding: which wins is a coin
                 continue

@@ -42,7 +42,9 @@ class Pair:
         )
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch, self.dtype = architecture.read(folder), dtype
-        tiles = names.tilings(self.arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)[self.mesh.rank]
+        tiles = names.tilings(self.arch, "megatron", self.mesh.world, self.config.parallel.tp, self.config.parallel.pp)[
+            self.mesh.rank
+        ]
         self.fill = partial(files.read, folder, self.arch, tiles)
         self.cut = microbatches(shares(samples(), self.mesh.layout.dp, self.arch.hidden), 300, False)[self.mesh.dp_rank]
         self.loss = partial(ALGORITHMS["grpo"](self.config).loss, "policy")
@@ -85,7 +87,9 @@ class Pair:
             storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors) if s._cdata not in seen}
             seen |= storages.keys()
             predicted = ledger.tenants[self.mesh.pp_rank][Tenant("policy", kind)] * GIB
-            assert abs(sum(storages.values()) - predicted) < 8192, f"{kind}: {sum(storages.values())} bytes, predicted {predicted}"
+            assert abs(sum(storages.values()) - predicted) < 8192, (
+                f"{kind}: {sum(storages.values())} bytes, predicted {predicted}"
+            )
 
 
 def check_away(learners: dict[str, Learner], away: set[Tenant]) -> None:
@@ -113,7 +117,9 @@ def main() -> None:
             assert all(torch.equal(a, b) for a, b in zip(kept, parked, strict=True)), f"{layout} {dtype}"
             assert all(a.isfinite().all() for a in kept)
             partly = pair.train({Tenant("policy", Kind.OPTIMIZER), Tenant("reference", Kind.WEIGHTS)})
-            assert all(torch.equal(a, b) for a, b in zip(kept, partly, strict=True)), f"{layout} {dtype}: some tenants parked"
+            assert all(torch.equal(a, b) for a, b in zip(kept, partly, strict=True)), (
+                f"{layout} {dtype}: some tenants parked"
+            )
             pair.mesh.close()
     print("parking holds", flush=True)
     os._exit(0)

@@ -50,7 +50,9 @@ def check_engine_without_the_weights(folder: Path, layout: str, mesh: Mesh) -> N
         patch.setattr(KVCache, "wake", spoilt)
         for begin, keys in ((0, []), (2, ["rollout.check=true"])):
             with pytest.raises(RuntimeError, match="the engine does not generate with the trained weights"):
-                start(configure(folder, "grpo", layout, f"out={folder}/spoilt{begin}", "checkpoint.every=0", *keys), mesh)
+                start(
+                    configure(folder, "grpo", layout, f"out={folder}/spoilt{begin}", "checkpoint.every=0", *keys), mesh
+                )
             assert step == begin
 
 
@@ -165,7 +167,13 @@ def main() -> None:
         check_signal_to_one_rank(folder, layout, mesh)
         check_lost_rank(mesh)
     else:
-        for check in (check_engine_without_the_weights, check_signal, check_evaluation, check_random_weights, check_in_flight):
+        for check in (
+            check_engine_without_the_weights,
+            check_signal,
+            check_evaluation,
+            check_random_weights,
+            check_in_flight,
+        ):
             check(folder, layout, mesh)
     if mesh.rank == 0:
         print("programs end well", flush=True)

@@ -55,7 +55,9 @@ def main() -> None:
             publisher.verify(weights, engine.parameters())
             engine.wake()
             sampling = Sampling(max_tokens=8, temperature=0.0)
-            done = [c.tokens for c in engine.generate(expected["prompts"], sampling, list(range(len(expected["prompts"]))))]
+            done = [
+                c.tokens for c in engine.generate(expected["prompts"], sampling, list(range(len(expected["prompts"]))))
+            ]
             assert done == expected["tokens"][name], f"{name} from TP{tp} PP{pp} to {kind} TP{engine_tp}: {done}"
     print("engines agree", flush=True)
     os._exit(0)

@@ -39,7 +39,9 @@ POOLS = list[Environments]()  # they end with this process
 
 
 def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
-    config = configuration.load("grpo", ["data.max_tokens=96", "rollout.max_tokens=16", "rollout.group=3", "batch.prompts=4", *overrides])
+    config = configuration.load(
+        "grpo", ["data.max_tokens=96", "rollout.max_tokens=16", "rollout.group=3", "batch.prompts=4", *overrides]
+    )
     arch, tokenizer = architecture.read(folder / "model"), Tokenizer.load(folder / "model")
     engine = KVCache(arch, tp=1, tp_rank=0, group=None, dtype=torch.float32, device="cpu", max_len=96)
     initial.fill(arch, names.tiles(arch, "vllm"), engine.parameters(), seed=5)
@@ -51,7 +53,9 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
     records = Records.load(folder / "train_rl.jsonl", "prompts", tokenizer, config.data, max_prompt=80)
     judge = FREE if config.rollout.environment else Judging(reward)
     POOLS.append(Environments(config.rollout.environment, 10, 2))
-    return EngineSource(config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, judge, environments=POOLS[-1])
+    return EngineSource(
+        config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, judge, environments=POOLS[-1]
+    )
 
 
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
@@ -69,7 +73,9 @@ def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
 def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> None:
     """Each rewards and gives as many as the others. All know the same samples as with an engine for each rank."""
     apart = build(folder, mesh)
-    together = build(folder, mesh, f"rollout.tp={mesh.world}")  # the same whole engine on every rank, told that it is one of several
+    together = build(
+        folder, mesh, f"rollout.tp={mesh.world}"
+    )  # the same whole engine on every rank, told that it is one of several
     rewarded = []
     reward = together.judge.call
     together.judge = Judging(lambda samples: rewarded.append(len(samples)) or reward(samples))
@@ -156,7 +162,9 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
 IN_FLIGHT = ["rollout.inflight=2.5", "rollout.max_lag=2", "rollout.max_tokens=32", "rollout.stop=['ap', 't', 'i']"]
 
 
-def steps_in_flight(sampler: EngineSource, count: int, first: int = 0, between: Callable[[], object] = lambda: None) -> list[list[tuple]]:
+def steps_in_flight(
+    sampler: EngineSource, count: int, first: int = 0, between: Callable[[], object] = lambda: None
+) -> list[list[tuple]]:
     """Everything of the samples of so many steps, each with weights of its own."""
     found = []
     weights = {name: tensor.clone() for name, tensor in sampler.owner.engine.parameters().items()}
@@ -166,7 +174,18 @@ def steps_in_flight(sampler: EngineSource, count: int, first: int = 0, between: 
         sampler.owner.version = step
         samples, _ = sampler.take(step)
         found.append(
-            [(s.group, s.tokens.tolist(), s.version.tolist(), s.sampler_logp.tolist(), s.reward, s.truncated, s.verdict) for s in samples]
+            [
+                (
+                    s.group,
+                    s.tokens.tolist(),
+                    s.version.tolist(),
+                    s.sampler_logp.tolist(),
+                    s.reward,
+                    s.truncated,
+                    s.verdict,
+                )
+                for s in samples
+            ]
         )
         between()
     for name, tensor in sampler.owner.engine.parameters().items():
@@ -186,11 +205,19 @@ def check_in_flight(folder: Path, mesh: Mesh) -> None:
     everywhere = set().union(*mesh.all_gather(held))
     taken = [group for found in groups_of for group in found]
     assert sorted([*taken, *everywhere]) == list(range(6 * 4 + 6)), "each prompt in its turn, none lost, none twice"
-    lags = [step - version for step, samples in enumerate(steps) for _, _, versions, *_ in samples for version in versions if version >= 0]
+    lags = [
+        step - version
+        for step, samples in enumerate(steps)
+        for _, _, versions, *_ in samples
+        for version in versions
+        if version >= 0
+    ]
     assert set(lags) == {0, 1, 2}, "the case needs old tokens, and none may be too old"
     mixed = [len({v for v in versions if v >= 0}) for samples in steps for _, _, versions, *_ in samples]
     assert max(mixed) > 1, "and responses that several weights have drawn"
-    assert any(found != list(range(4 * step, 4 * step + 4)) for step, found in enumerate(groups_of)), "and short ones that overtake"
+    assert any(found != list(range(4 * step, 4 * step + 4)) for step, found in enumerate(groups_of)), (
+        "and short ones that overtake"
+    )
 
     assert steps_in_flight(build(folder, mesh, *IN_FLIGHT), 6) == steps
     sampler = build(folder, mesh, *IN_FLIGHT)

@@ -34,7 +34,9 @@ def main() -> None:
         add_bias_linear=False, tensor_model_parallel_size=tp, use_cpu_initialization=True, params_dtype=torch.float32,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    model = GPTModel(config, spec, vocab_size=arch.vocab, max_sequence_length=arch.context, position_embedding_type="rope")
+    model = GPTModel(
+        config, spec, vocab_size=arch.vocab, max_sequence_length=arch.context, position_embedding_type="rope"
+    )
     parameters = {name: p.data for name, p in model.named_parameters()}
     files.read(sys.argv[1], arch, names.tiles(arch, "megatron", (mesh.rank, tp)), parameters)
     if mesh.rank == 0:

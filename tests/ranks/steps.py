@@ -18,7 +18,14 @@ from modes import train
 from rlhf import configuration
 from rlhf.parallel.mesh import Mesh
 
-KEYS = ["steps=1", "batch.prompts=4", "batch.tokens=2048", "data.max_tokens=384", "data.overlong=truncate", "rollout.engine=kvcache"]
+KEYS = [
+    "steps=1",
+    "batch.prompts=4",
+    "batch.tokens=2048",
+    "data.max_tokens=384",
+    "data.overlong=truncate",
+    "rollout.engine=kvcache",
+]
 KEYS += ["rollout.max_tokens=32", "rollout.group=4", "checkpoint.every=0", "checkpoint.export=false", "optim.lr=1e-4"]
 JUDGED = ("rlhf", "online-dpo")  # by the reward model; grpo has the math verifier
 
@@ -28,7 +35,9 @@ def main() -> None:
     mesh = Mesh(configuration.load("sft", []).parallel, 1)
     for i, (mode, file) in enumerate(pairs):
         judge, out = [f"reward.load={folder}/reward"] if mode in JUDGED else [], folder / f"step{i}"
-        config = configuration.load(mode, [*KEYS, *judge, f"policy.load={folder}/sft", f"data.train={file}", f"out={out}"])
+        config = configuration.load(
+            mode, [*KEYS, *judge, f"policy.load={folder}/sft", f"data.train={file}", f"out={out}"]
+        )
         train(config, mesh)
         row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         assert math.isfinite(row["loss"]), row

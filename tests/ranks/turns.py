@@ -34,7 +34,12 @@ class Echo:
 class SlowEcho(Echo):
     pause = 0.01
 """
-TURNS = ["rollout.max_tokens=48", "rollout.stop=['a', 't', 'i', 'o', 'e']", "rollout.environment={folder}/echo.py:Echo", "rollout.turns=3"]
+TURNS = [
+    "rollout.max_tokens=48",
+    "rollout.stop=['a', 't', 'i', 'o', 'e']",
+    "rollout.environment={folder}/echo.py:Echo",
+    "rollout.turns=3",
+]
 
 
 def keys(folder: Path) -> list[str]:
@@ -100,7 +105,9 @@ def check_turns_in_flight(folder: Path, mesh: Mesh) -> None:
     """Also where a run is killed, whose environments are told again what was said."""
     given = [*IN_FLIGHT, *keys(folder)]
     steps = steps_in_flight(build(folder, mesh, *given), 4)
-    assert any(-1 in s[2][s[2].index(next(v for v in s[2] if v >= 0)) :] for step in steps for s in step), "the case needs answers"
+    assert any(-1 in s[2][s[2].index(next(v for v in s[2] if v >= 0)) :] for step in steps for s in step), (
+        "the case needs answers"
+    )
     sampler = build(folder, mesh, *given)
     prompts = sampler.records.head(5)
     assert steps_in_flight(sampler, 2, between=lambda: sampler.answer(prompts, FREE)) == steps[:2]
@@ -108,7 +115,10 @@ def check_turns_in_flight(folder: Path, mesh: Mesh) -> None:
     torch.save(sampler.state(), file)
     sampler = build(folder, mesh, *given)
     sampler.resume(2, torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    assert any(response.turns and not response.finish for group in sampler.flight for response in group.responses) or mesh.world > 1
+    assert (
+        any(response.turns and not response.finish for group in sampler.flight for response in group.responses)
+        or mesh.world > 1
+    )
     assert steps_in_flight(sampler, 2, 2) == steps[2:]
 
 

@@ -27,8 +27,18 @@ from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "architectures": ["Qwen2ForCausalLM"]}  # which has biases
-LR, BETAS, EPS, DECAY = 0.03, (0.8, 0.6), 0.01, 0.4  # an eps that is no trifle: Adam forgives a gradient's scale almost entirely
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "architectures": ["Qwen2ForCausalLM"],
+}  # which has biases
+LR, BETAS, EPS, DECAY = (
+    0.03,
+    (0.8, 0.6),
+    0.01,
+    0.4,
+)  # an eps that is no trifle: Adam forgives a gradient's scale almost entirely
 KEYS = [f"optim.beta1={BETAS[0]}", f"optim.beta2={BETAS[1]}", f"optim.eps={EPS}", f"optim.weight_decay={DECAY}"]
 
 
@@ -65,7 +75,10 @@ class Case:
         """Gradients above and below the limit, by turns: clipping and AdamW of torch, decaying matrices only."""
         learner = self.learner(f"optim.clip={clip}")
         wanted = {name: p.float().clone().requires_grad_() for name, p in learner.parameters().items()}
-        groups = [{"params": [p for p in wanted.values() if (p.ndim > 1) == decays], "weight_decay": DECAY * decays} for decays in (1, 0)]
+        groups = [
+            {"params": [p for p in wanted.values() if (p.ndim > 1) == decays], "weight_decay": DECAY * decays}
+            for decays in (1, 0)
+        ]
         assert all(group["params"] for group in groups)
         reference, norms = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS), []
         for turn, scale in enumerate((0.01, 1e-4, 0.02)):

@@ -211,7 +211,9 @@ def remarks(path: Path, args: Mapping[str, Any], arch: Architecture, where: Path
         "window": (window(path, args) or arch.window, arch.window),
     }
     differ = [(f"{name} {theirs}", ours or "none") for name, (theirs, ours) in said.items() if theirs != ours]
-    return [f"{path}: its args say {theirs}, {where}/config.json {ours}: config.json is right" for theirs, ours in differ]
+    return [
+        f"{path}: its args say {theirs}, {where}/config.json {ours}: config.json is right" for theirs, ours in differ
+    ]
 
 
 def unsaid(arch: Architecture) -> list[str]:
