@@ -19,7 +19,7 @@ from pathlib import Path
 from rlhf.interrupt import SAVED, SIGNALS
 from rlhf.rewards.child import die_with_parent
 
-GRACE = 10.0  # seconds that the other ranks have to end by themselves after a rank has ended with a code in TOLD
+GRACE = 10.0  # seconds that the other ranks have to end by themselves, after a signal or a code in TOLD
 TOLD = (2, SAVED)  # exit codes that all ranks of a run share: a user's mistake, or a signal
 WAITED = {*SIGNALS, signal.SIGCHLD}
 PR_SET_CHILD_SUBREAPER = 36  # from Linux's prctl.h
@@ -42,10 +42,11 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
         if failed and not code:
             index, status = failed[0]
             code = _exit_code(status)
-            deadline = time.monotonic() + GRACE * (code in TOLD)
-            if code in TOLD:
+            alike = code in TOLD or bool(seen)  # the other ranks end in the same way, but may need a moment
+            deadline = time.monotonic() + GRACE * alike
+            if alike:
                 _signal(running, signal.SIGTERM)
-            elif not seen:
+            else:
                 rank = environments[index]["RANK"]
                 print(f"rlhf: rank {rank} ended with exit code {code}; ending the other ranks", file=sys.stderr)
         if time.monotonic() >= deadline:
