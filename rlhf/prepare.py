@@ -290,7 +290,7 @@ def readable(folder: str) -> str:
     """The folder, if vLLM can read its config.json. Raises UserError. Not in inputs(), as transformers takes seconds to import."""
     from transformers import AutoConfig
 
-    with texts.Blaming(f"{folder}/config.json: transformers, by which vLLM reads it, refuses it", REMEDY):
+    with texts.Blaming(f"{folder}/config.json: transformers, which vLLM reads it with, refuses it", REMEDY):
         AutoConfig.from_pretrained(folder)
     return folder
 
