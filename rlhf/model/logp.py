@@ -33,7 +33,7 @@ def token_logp(
     group: dist.ProcessGroup,
     sequence_parallel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probs of labels under softmax(hidden @ weight.T / temperature), and the entropies, both [T] float32.
+    """Return the log-probs of labels under softmax(hidden @ weight.T / temperature), and entropies, both [T] float32.
 
     hidden [T (/tp with sequence_parallel), h] is the output of the final norm. weight [padded vocab / tp, h] has this
     rank's rows of the output layer. labels is [T]. Columns from `vocab` on are padding and have probability 0. Only
