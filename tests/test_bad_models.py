@@ -82,7 +82,7 @@ def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: li
     [
         ({"head_dim": 48}, "has a head_dim of 48, but vLLM on a CPU supports only 32, 64"),
         ({"seq_length": 64}, "data.max_tokens=128 is larger than the context length 64 of"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "has the rope scaling factor 2, and vLLM needs 2.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "has the rope scaling factor 2, but vLLM needs 2.0"),
         ({"model_type": "gpt2"}, "has model_type 'gpt2', but vLLM needs 'llama'"),
     ],
 )
