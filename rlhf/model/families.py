@@ -41,7 +41,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What the models of a family have in common."""
+    """The properties that all models of a family share."""
 
     name: str  # model_type in config.json
     classes: str  # beginning of its class names in config.json, such as Llama in LlamaForCausalLM

@@ -74,9 +74,8 @@ class Batch:
                 self.done[i] = True
                 found.append((request.key, completion))
         self.tokens, self.last = token[:, None], torch.zeros_like(self.sizes)
-        self.positions = (self.sizes + self.steps).clamp(max=self.length - 1)[
-            :, None
-        ]  # a completed request may reach the end
+        # A completed request may reach the end of its cache. It then stays at the last position.
+        self.positions = (self.sizes + self.steps).clamp(max=self.length - 1)[:, None]
         self.steps += 1
         return found
 
