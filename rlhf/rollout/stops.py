@@ -44,8 +44,8 @@ class Stops:
 
         More tokens do not normally change the text of earlier ones, so bisection finds the prefix. The exception is a
         token whose bytes are not a complete character. Some tokenizers then decode the whole run of bytes to BROKEN,
-        including a stop string in it. So if the text of the prefix contains BROKEN, prefixes that end before such tokens are
-        tried first.
+        including a stop string in it. So if the text of the prefix contains BROKEN, prefixes that end before such
+        tokens are tried first.
         """
 
         def stopped(n: int) -> bool:
