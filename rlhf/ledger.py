@@ -143,7 +143,8 @@ class Ledger:
         room = f"{self.room:.1f} of {self.device:g} GiB may be used" if self._on_gpu else "host memory"
         note = "nothing is offloaded"
         if self.offload:
-            note = f"* is offloaded to {self.host(stage):.1f} GiB of host memory in the phases that do not use it"
+            memory = f"{self.host(stage):.1f} GiB of host memory"
+            note = f"tenants with * are offloaded in the phases that do not use them, to {memory}"
         return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {note})"])
 
     def host(self, stage: int) -> float:
