@@ -143,7 +143,7 @@ class Ledger:
         room = f"{self.room:.1f} of {self.device:g} GiB may be used" if self._on_gpu else "host memory"
         note = "nothing is offloaded"
         if self.offload:
-            memory = f"this needs {self.host(stage):.1f} GiB of host memory"
+            memory = f"which needs {self.host(stage):.1f} GiB of host memory"
             note = f"tenants with * are offloaded in the phases that do not use them, {memory}"
         return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {note})"])
 
