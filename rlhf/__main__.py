@@ -1,8 +1,8 @@
 """The command line: python -m rlhf MODE [CONFIG.toml ...] [key=value ...].
 
-Started once per node, it is the launcher: it checks the configuration and all inputs, starts itself once per rank, and
-waits for the ranks. Started as a rank (by the launcher, torchrun or srun), it runs the training loop. Started in a
-Slurm allocation but not by srun (for example by sbatch), it calls srun first.
+On each node, this program runs first as the launcher. The launcher checks the configuration and all inputs, starts the
+program again once per rank, and waits for the ranks. A rank runs the training loop; torchrun and srun can also start
+ranks. In a Slurm allocation, a process that srun did not start (for example a batch script) calls srun first.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ from rlhf.interrupt import SIGNALS
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """End at a signal that comes while this program is still being imported."""
+    """End the process when a signal comes during the imports of this program."""
     os.write(2, f"rlhf: ended by {signal.Signals(number).name} before anything began\n".encode())
     os._exit(128 + number)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Give up what is done before there are ranks to pass a signal on to; what is half written is removed."""
+    """Raise KeyboardInterrupt when a signal comes before the ranks start, so that partly written files are removed."""
     raise KeyboardInterrupt(number)
 
 
 def answer(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Answer SIGNALS so. Ranks simply end until they train (rlhf.interrupt): their launcher tells why."""
+    """Use the handler for SIGNALS.
+
+    On ranks, signals end the process without a message until training begins (rlhf.interrupt). Their launcher prints
+    one.
+    """
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+        if signal.getsignal(number) is not signal.SIG_IGN:  # shells ignore SIGINT for background processes
             signal.signal(number, signal.SIG_DFL if "LOCAL_RANK" in os.environ else handler)
 
 
 if __name__ == "__main__":
     answer(leave)
 
-from rlhf import cluster, configuration, convert, launcher, output, variables  # noqa: E402, as imports take a while
+from rlhf import cluster, configuration, convert, launcher, output, variables  # noqa: E402, because imports are slow
 from rlhf.algorithms import ALGORITHMS, ALIASES  # noqa: E402
 from rlhf.config import Config  # noqa: E402
 from rlhf.errors import LostError, UserError, said, told  # noqa: E402
@@ -74,9 +78,8 @@ def carry_out(arguments: list[str]) -> int:
     if mode not in ALGORITHMS:
         raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
     if "-h" in rest or "--help" in rest:
-        print(
-            f"{mode}: {ALGORITHMS[mode].summary}\n\nKeys (key=value), their defaults and meanings:\n{configuration.manual()}"
-        )
+        keys = f"Keys (key=value), their defaults and meanings:\n{configuration.manual()}"
+        print(f"{mode}: {ALGORITHMS[mode].summary}\n\n{keys}")
         return 0
     dry = "--dry-run" in rest
     rest = [argument for argument in rest if argument != "--dry-run"]
@@ -94,8 +97,8 @@ def carry_out(arguments: list[str]) -> int:
 def tell(line: str, code: int) -> None:
     """Print an error.
 
-    Most errors occur on all ranks. So rank 0 prints at once; another rank waits a second, in which the launcher or srun
-    usually ends it.
+    Most errors occur on all ranks. Rank 0 prints at once. Other ranks wait a second before they print. In this second,
+    the launcher or srun usually ends them.
     """
     if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
         signal.signal(signal.SIGTERM, lambda *_: end(code))
@@ -107,13 +110,16 @@ def usage() -> str:
     modes = "\n".join(f"  {mode:10} {algorithm.summary}" for mode, algorithm in ALGORITHMS.items())
     return (
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
-        f"{modes}\n  {'convert':10} convert weights between formats and layouts (also convert_hf_to_megatron, convert_megatron_to_hf)\n"
+        f"{modes}\n  {'convert':10} convert weights between formats and layouts (also convert_hf_to_megatron, "
+        "convert_megatron_to_hf)\n"
         f"  {'prepare_data'} convert downloaded public data sets into the files that the modes read\n"
         f"  {'demo':10} SFT and GRPO on a small task, from generated data to an aligned model\n"
         f"  {'tutorial':10} all six modes on a small task, and a table that compares the five models\n"
         f"  {'test':10} run lint, type checks and all tests; arguments are passed to pytest, to run only some tests\n"
-        f"  {'install':10} cpu or gpu: install all packages into .venv-cpu or .venv-gpu (a mode does this itself when needed)\n\n"
-        "./launch.sh MODE --help lists all keys. --dry-run prints the batch sizes and the memory of a run without starting it.\n\n"
+        f"  {'install':10} cpu or gpu: install all packages into .venv-cpu or .venv-gpu (a mode does this itself when "
+        "needed)\n\n"
+        "./launch.sh MODE --help lists all keys. --dry-run prints the batch sizes and the memory of a run without "
+        "starting it.\n\n"
         "Shell variables (they override TOML files, and key=value overrides them):\n"
         + "\n".join(f"  {name:22} {key:18} {meaning} [{modes}]" for name, key, modes, meaning in variables.rows())
     )
@@ -134,7 +140,8 @@ def launch(config: Config, arguments: list[str]) -> int:
     count = ranks_per_node(config, node.count)
     if count > cluster.MOST_RANKS:
         raise UserError(
-            f"parallel.* needs {count} ranks on a node, but at most {cluster.MOST_RANKS} are allowed: lower parallel.tp, pp, cp or dp"
+            f"parallel.* needs {count} ranks on a node, but at most {cluster.MOST_RANKS} are allowed: "
+            "lower parallel.tp, pp, cp or dp"
         )
     check_devices(count)
     if node.index == 0:
@@ -152,7 +159,7 @@ def launch(config: Config, arguments: list[str]) -> int:
 
 
 def _check_memory(config: Config, found: Inputs, world: int, ranks: int) -> None:
-    """Raise UserError if the ranks of this node would not fit into memory."""
+    """Raise UserError if the memory of this node is too small for its ranks."""
     import psutil
 
     from rlhf.ledger import GIB, Ledger
@@ -160,7 +167,7 @@ def _check_memory(config: Config, found: Inputs, world: int, ranks: int) -> None
     device, free = config.memory.device, math.inf
     if not gpus():
         device, free = math.inf, psutil.virtual_memory().total / GIB / ranks
-    if device:  # else each rank checks with the size of its device
+    if device:  # else each rank checks later, with the memory of its own device
         size = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and gpus()) else 4
         Ledger(config, found.arch, found.roles, world, device, size).check(free)
 
@@ -176,9 +183,9 @@ def ranks_per_node(config: Config, nodes: int) -> int:
 
 
 def check_devices(ranks: int) -> None:
-    """Raise UserError where this node has too few GPUs for so many ranks. One without any runs them on its CPUs."""
+    """Raise UserError if this node has GPUs, but fewer than ranks. Without GPUs, the ranks run on CPUs."""
     if 0 < gpus() < ranks:
-        raise UserError(f"{ranks} ranks on a node are more than its GPUs, {gpus()}: start fewer, or set GPUS_PER_NODE")
+        raise UserError(f"{ranks} ranks on a node with {gpus()} GPUs: start fewer ranks, or set GPUS_PER_NODE")
 
 
 def gpus() -> int:
@@ -190,7 +197,10 @@ def gpus() -> int:
 
 
 def join(config: Config, has_own: bool) -> int:
-    """Be one of the ranks that a launcher, torchrun or srun has started. has_own: it may see its own GPU only."""
+    """Run one rank that a launcher, torchrun or srun has started. Return its exit code.
+
+    has_own: the rank may see only its own GPU, so the number of GPUs is not checked.
+    """
     from rlhf.prepare import check_world
 
     world = cluster.world(os.environ)
@@ -231,7 +241,7 @@ def run(config: Config) -> int:
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the exception and end this rank at once. Then the launcher ends the other ranks, which may wait for it."""
+    """Print the exception and end this rank at once. The launcher then ends the other ranks, which may wait for it."""
     sys.stderr = sys.__stderr__  # torch.distributed captures stderr and would print it only after this function
     sys.__excepthook__(kind, error, trace)
     end(1)

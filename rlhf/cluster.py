@@ -45,20 +45,19 @@ def node(env: Environment) -> Node:
     if index >= count:
         raise UserError(f"RANK={index} is not below WORLD_SIZE={count}: both count nodes, the first node has RANK=0")
     if count == 1:
-        return Node(
-            index, count, "127.0.0.1", _port(env, 0) or free_port()
-        )  # whatever MASTER_ADDR other nodes were to go to
+        return Node(index, count, "127.0.0.1", _port(env, 0) or free_port())  # MASTER_ADDR is not needed
     if not step and not env.get("MASTER_ADDR"):
         raise UserError(
-            f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: set it on all nodes to the address of the node with RANK=0"
+            f"WORLD_SIZE={count} nodes, but MASTER_ADDR is not set: "
+            "set it on all nodes to the address of the node with RANK=0"
         )
     return Node(index, count, *_meeting(env))
 
 
 def world(env: Environment) -> int:
-    """The number of all ranks, for a process that another launcher, such as torchrun, has started as one of them.
+    """Return the number of all ranks. Call it in a rank that another launcher, such as torchrun, has started.
 
-    Raises UserError for variables that are missing, or contradict each other.
+    Raises UserError if variables are missing or contradict each other.
     """
     if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
         raise UserError(
@@ -131,7 +130,7 @@ def step(command: list[str], env: Environment) -> int:
         srun = subprocess.Popen(["srun", *options, *command])
     except FileNotFoundError:
         raise UserError(
-            f"SLURM_JOB_ID={job}, but srun is not found: in a container, call srun outside of it, or unset SLURM_JOB_ID"
+            f"SLURM_JOB_ID={job}, but srun is not found: call srun outside of the container, or unset SLURM_JOB_ID"
         ) from None
     for signal_number in SIGNALS:  # srun passes USR1 to the ranks, but ends the step at SIGTERM
         signal.signal(signal_number, lambda *_: srun.send_signal(signal.SIGUSR1))
@@ -187,11 +186,12 @@ def interface(address: str) -> str:
 
 
 def _check_interface(env: Environment) -> None:
-    """Raise UserError where gloo is to use what this node does not have."""
+    """Raise UserError if GLOO_SOCKET_IFNAME names a network interface that this node does not have."""
     wanted, held = env.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
     if wanted and not {*wanted.split(",")} <= {*held}:
         raise UserError(
-            f"GLOO_SOCKET_IFNAME={wanted} is no network interface of this node: unset it, or choose of {', '.join(held)}"
+            f"GLOO_SOCKET_IFNAME={wanted} is not a network interface of this node: "
+            f"unset it, or choose one of {', '.join(held)}"
         )
 
 
@@ -201,14 +201,15 @@ def _source(address: str) -> str:
         try:
             probe.connect((address, 9))
         except socket.gaierror as error:
+            host, reason = socket.gethostname(), error.strerror
             raise UserError(
-                f"MASTER_ADDR={address} cannot be resolved on {socket.gethostname()}: {error.strerror}; set it to an IP address"
+                f"MASTER_ADDR={address} cannot be resolved on {host}: {reason}; set it to an IP address"
             ) from None
         return probe.getsockname()[0]
 
 
 def _meeting(env: Environment) -> tuple[str, int]:
-    """Return address and port of the rendezvous: from the variables, or the step's first node and its own port."""
+    """Return the address and port at which the ranks connect: from MASTER_*, or else derived from the Slurm step."""
     port = 29500
     if in_step(env):
         port = 10000 + (7 * number(env, "SLURM_JOB_ID") + number(env, "SLURM_STEP_ID", most=2**32)) % 20000
@@ -233,7 +234,8 @@ def number(env: Environment, name: str, default: int | None = None, *, least: in
 def _given(env: Environment, name: str) -> str:
     if not env.get(name):
         raise UserError(
-            f"{name} is not set, but other Slurm variables are: start with srun, or unset SLURM_JOB_ID and SLURM_STEP_ID"
+            f"{name} is not set, but other Slurm variables are set: "
+            "start with srun, or unset SLURM_JOB_ID and SLURM_STEP_ID"
         )
     return env[name]
 

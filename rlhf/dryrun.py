@@ -37,13 +37,14 @@ def show(config: Config, world: int) -> None:
         flying = math.ceil(round(r.inflight * config.batch.prompts) / (world // r.tp)) * r.group
         waiting = "; the others wait" if flying > holds else ""
         print(
-            f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. In flight: {flying}{waiting}."
+            f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. "
+            f"In flight: {flying}{waiting}."
         )
     ledger.check()
 
 
 def batch(config: Config, world: int) -> str:
-    """Return a description of a step: ranks, samples, updates and micro-batches."""
+    """Return a description of a step in lines: ranks, samples, updates and micro-batches."""
     p, b, longest = config.parallel, config.batch, config.data.max_tokens
     dp = world // (p.tp * p.pp * p.cp)
     algorithm = ALGORITHMS[config.mode]
@@ -56,13 +57,15 @@ def batch(config: Config, world: int) -> str:
     if algorithm.online:
         lines[0] += f"; {world // config.rollout.tp} engines of {config.rollout.tp}"
     lines.append(
-        f"step: {b.prompts} prompts x {responses} = {samples} samples, at most {longest} tokens each, {samples * longest:,} in all"
+        f"step: {b.prompts} prompts x {responses} = {samples} samples, "
+        f"at most {longest} tokens each, {samples * longest:,} in all"
     )
     if algorithm.trains:
         many = f"{updates} a step, {updates * config.steps} in {config.steps} steps"
         lines.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
         most = -(-int(share * longest) // b.tokens)
         lines.append(
-            f"each update: {share:g} samples per data-parallel rank, in at most about {most} micro-batches of {b.tokens} tokens"
+            f"each update: {share:g} samples per data-parallel rank, "
+            f"in at most about {most} micro-batches of {b.tokens} tokens"
         )
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""What a run needs of each device's memory, by tenant and phase, and what must be offloaded so that every phase fits.
+"""Predicts the device memory of a run by tenant and phase, and chooses the tenants to offload so that every phase fits.
 
-Arithmetic on shapes alone, without torch: ranks decide alike, and a laptop can say what a cluster will hold. Tenants and phases are those
-of rlhf.phases. All sizes are GiB on one rank; pipeline stages differ (embeddings, micro-batches in flight), and the fullest decides.
+The ledger is computed from shapes only, without torch. So all ranks make the same choice, and --dry-run works on a
+laptop. rlhf.phases defines tenants and phases. All sizes are GiB on one rank. Pipeline stages differ (embeddings,
+unfinished micro-batches); a phase must fit on the stage that needs the most memory.
 """
 
 from __future__ import annotations
@@ -20,54 +21,36 @@ from rlhf.prepare import Role
 from rlhf.weights import names
 
 GIB = 2**30
-# On H200s: what is in use when an engine starts, what libraries have added after a step, and what NCCL adds where there are several ranks.
+# GiB, measured on H200s: used when an engine starts; added by libraries in a step; added by NCCL if there are several
+# ranks.
 CONTEXT, LOADED, COMMUNICATORS = 1.0, 1.0, 1.4
-ASLEEP = {
-    False: 0.25,
-    True: 0.8,
-}  # what vLLM keeps at sleep level 2, mostly CUDA graphs: one rank per engine, or several
+# GiB that vLLM keeps at sleep level 2, mostly CUDA graphs. False: one rank per engine; True: several.
+ASLEEP = {False: 0.25, True: 0.8}
 ENGINE_TOKENS = 8192  # vLLM's largest batch of prompt tokens
-SLOTS = 3  # of a micro-batch's hidden states, which tensor-parallel ranks write to each other (rlhf.parallel.exchange)
+SLOTS = 3  # buffers for exchanges of hidden states between tensor-parallel ranks (rlhf.parallel.exchange)
 LOGITS = 2**25  # elements of a chunk of logits (rlhf.model.logp)
-BLOCK = {False: 128, True: 16}  # tokens of a block of vLLM's cache, on a CPU and on a GPU
-CPU_HEADS = (
-    32,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-    512,
-)  # head sizes that vLLM's attention on a CPU is compiled for
-MARGIN = 0.05  # share of the device that is left to the allocator's fragments
+BLOCK = {False: 128, True: 16}  # tokens of a block of vLLM's KV cache. False: on a CPU; True: on a GPU
+# values of head_dim that vLLM's attention supports on a CPU
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+MARGIN = 0.05  # share of the device that is reserved for fragmentation in the allocator
 
 
 class Ledger:
-    """The memory of one run on one layout.
+    """The predicted memory of one run on one layout.
 
-    device   GiB of a device; infinite on a CPU, where nothing has to fit
+    device   GiB of a device; infinite on a CPU, which has no limit
     size     bytes of an element of weights and activations: 2 for bfloat16, 4 for float32
     """
 
     def __init__(
         self, config: Config, arch: Architecture, roles: Mapping[str, Role], world: int, device: float, size: int
     ):
-        """arch is the policy's, which the engine has too."""
-        self.config, self.arch, self.roles, self.world, self.device, self.size = (
-            config,
-            arch,
-            roles,
-            world,
-            device,
-            size,
-        )
+        """arch: architecture of the policy, and so of the engine. world: number of ranks."""
+        self.config, self.arch, self.roles = config, arch, roles
+        self.world, self.device, self.size = world, device, size
         p = config.parallel
         self.engine = ALGORITHMS[config.mode].online
-        self.shards = world // (p.tp * p.pp) if p.zero else 1  # of an optimizer's state
+        self.shards = world // (p.tp * p.pp) if p.zero else 1  # ranks that share the optimizer state
         self.tenants = [dict(self._tenants(stage)) for stage in range(p.pp)]  # GiB, per pipeline stage
         self.visits = [Visit(Phase.ROLLOUT)] * self.engine + [Visit(Phase.PUBLISH)] * (
             self.engine and "policy" in roles
@@ -78,11 +61,11 @@ class Ledger:
 
     @property
     def room(self) -> float:
-        """GiB that may be used."""
+        """Return the GiB that a phase may use."""
         return self.device * (1 - MARGIN)
 
     def rows(self, visit: Visit, stage: int, offload: Collection[Tenant] | None = None) -> dict[str, float]:
-        """Everything on the device in a phase, by name."""
+        """Return the GiB of everything on the device in a phase, by name. offload: tenants that may be on the host."""
         away = self.offload if offload is None else offload
         context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
         rows = {"context": context if self._on_gpu else 0.0}
@@ -100,39 +83,41 @@ class Ledger:
         return rows
 
     def need(self, visit: Visit, offload: Collection[Tenant] | None = None) -> float:
-        """GiB of a phase, on the fullest stage."""
+        """Return the GiB of a phase on the stage that needs the most."""
         return max(sum(self.rows(visit, stage, offload).values()) for stage in range(len(self.tenants)))
 
     def check(self, free: float = math.inf) -> None:
-        """Raise UserError unless every phase fits, also into the GiB that are free, and the engine's cache holds at least one sequence.
+        """Raise UserError unless every phase fits and the engine's KV cache can hold at least one sequence.
 
-        free: of the device, or on a CPU of host memory, for one rank.
+        free: free GiB of the device, or on a CPU of host memory, for one rank. Every phase must fit into it too.
         """
         if self._serves and not self._on_gpu and self.arch.head_dim not in CPU_HEADS:
             raise UserError(
-                f"policy.load={self.config.policy.load} has a head_dim of {self.arch.head_dim}, and vLLM on a CPU knows "
-                f"{', '.join(map(str, CPU_HEADS))}: set rollout.engine=kvcache"
+                f"policy.load={self.config.policy.load} has a head_dim of {self.arch.head_dim}, but vLLM on a CPU "
+                f"supports only {', '.join(map(str, CPU_HEADS))}: set rollout.engine=kvcache"
             )
         fault = self._fault()
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
-            raise UserError(
-                f"{fault}: {next(remedies, 'split it over more ranks (parallel.tp, parallel.pp), or take larger devices')}"
-            )
+            larger = "split it over more ranks (parallel.tp, parallel.pp), or use larger devices"
+            raise UserError(f"{fault}: {next(remedies, larger)}")
         fullest = max(self.visits, key=self.need)
         if not self._on_gpu and self.need(fullest) > free:
             raise UserError(
-                f"phase {fullest} needs {self.need(fullest):.1f} GiB, and this node has {free:.1f} for each rank: lower batch.tokens or "
-                "rollout.cache, or take a larger machine"
+                f"phase {fullest} needs {self.need(fullest):.1f} GiB, but this node has {free:.1f} GiB for each rank: "
+                "lower batch.tokens or rollout.cache, or use a larger machine"
             )
-        if self.need(fullest) > free + CONTEXT:  # which this process has already
+        if self.need(fullest) > free + CONTEXT:  # this process already uses CONTEXT
             raise UserError(
-                f"phase {fullest} needs {self.need(fullest):.1f} GiB, and {free:.1f} of the device are free: end the programs that use it "
-                "(nvidia-smi lists them), or take another device (CUDA_VISIBLE_DEVICES)"
+                f"phase {fullest} needs {self.need(fullest):.1f} GiB, but only {free:.1f} GiB of the device are free: "
+                "end the programs that use it (nvidia-smi lists them), or use another device (CUDA_VISIBLE_DEVICES)"
             )
 
     def table(self, peaks: Mapping[Visit, float] | None = None, stage: int | None = None) -> str:
-        """GiB by tenant and phase, of a stage or the fullest; with the peaks that the residence measured beside what was predicted."""
+        """Return a text table of the GiB by tenant and phase, of a stage or of the one that needs the most.
+
+        peaks: measured GiB, which the table shows below the predicted ones.
+        """
         if stage is None:
             stage = max(
                 range(len(self.tenants)), key=lambda s: max(sum(self.rows(visit, s).values()) for visit in self.visits)
@@ -158,18 +143,20 @@ class Ledger:
         room = f"{self.room:.1f} of {self.device:g} GiB may be used" if self._on_gpu else "host memory"
         note = "nothing is offloaded"
         if self.offload:
-            note = f"* offloaded: on the device only in the phases that use it, else in {self.host(stage):.1f} GiB of host memory"
+            memory = f"which needs {self.host(stage):.1f} GiB of host memory"
+            note = f"tenants with * are offloaded in the phases that do not use them, {memory}"
         return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {note})"])
 
     def host(self, stage: int) -> float:
-        """GiB of host memory where a rank's offloaded tenants wait. Gradients, which start from zero, need none."""
+        """Return the GiB of host memory for a rank's offloaded tenants. Gradients need none, as they start at 0."""
         return sum(self.tenants[stage][tenant] for tenant in self.offload if tenant.kind != Kind.GRADIENTS)
 
     def _tenants(self, stage: int) -> Iterator[tuple[Tenant, float]]:
+        """Yield each tenant of the roles and its GiB."""
         p = self.config.parallel
         for name, role in self.roles.items():
             count = parameters(role.arch, "megatron", p.tp, p.pp, stage)
-            # Main parameters and two moments in float32; float32 weights are their own main parameters.
+            # Two moments and the main parameters in float32. Float32 weights need no separate main parameters.
             state = 12 if self.size == 2 else 8
             held = {
                 Kind.WEIGHTS: self.size * count,
@@ -179,7 +166,10 @@ class Ledger:
             yield from ((Tenant(name, kind), held[kind] / GIB) for kind in TENANTS[role.use])
 
     def _choose(self) -> frozenset[Tenant]:
-        """What leaves the device: only what must, cheapest first. Gradients cost nothing, frozen weights a copy one way, the rest two."""
+        """Return the tenants to offload: as few as possible, and cheap ones first.
+
+        Gradients need no copy, frozen weights a copy to the device, other tenants copies in both directions.
+        """
         cost = {Kind.GRADIENTS: 0, Kind.OPTIMIZER: 2, Kind.WEIGHTS: 3}
         movable = sorted(
             self.tenants[0], key=lambda tenant: 1 if self.roles[tenant.role].use == "frozen" else cost[tenant.kind]
@@ -191,14 +181,14 @@ class Ledger:
             for tenant in movable:
                 if self.need(visit, chosen) > self.room and tenant not in chosen and tenant not in visit.needs:
                     chosen.append(tenant)
-        for tenant in reversed(chosen):  # what others made superfluous stays after all
+        for tenant in reversed(chosen):  # keep tenants that need not be offloaded because others are
             fewer = [other for other in chosen if other != tenant]
             if all(self.need(visit, fewer) <= max(self.room, self.need(visit, chosen)) for visit in self.visits):
                 chosen = fewer
         return frozenset(chosen)
 
     def _engine(self, visit: Visit) -> dict[str, float]:
-        """What the engine holds: its weights while they are published, and when the learner's are away, its cache."""
+        """Return the GiB of the engine in a phase, by name. The KV cache is allocated in the rollout phase only."""
         r, real = self.config.rollout, self._serves and self._on_gpu
         rows = {"engine graphs": ASLEEP[r.tp > 1] if real else 0.0}
         if visit.is_engines:
@@ -211,7 +201,10 @@ class Ledger:
         return rows
 
     def cache(self) -> float:
-        """GiB of vLLM's key/value cache: rollout.cache, or what the engine's share leaves, rollout.memory, which counts the context in."""
+        """Return the GiB of vLLM's KV cache: rollout.cache, or the rest of the engine's share (rollout.memory).
+
+        The share includes CONTEXT.
+        """
         r, arch = self.config.rollout, self.arch
         if r.cache or not self._on_gpu:
             return r.cache or CPU_CACHE
@@ -219,11 +212,11 @@ class Ledger:
         return max(0.0, r.memory * self.device - CONTEXT - weights - _engine_work(arch, r.tp, self.size))
 
     def sequences(self) -> float:
-        """Sequences of data.max_tokens that the engine's cache holds at a time."""
+        """Return how many sequences of data.max_tokens tokens fit into the engine's KV cache."""
         return self.cache() / (self._token() * self.config.data.max_tokens)
 
     def _token(self) -> float:
-        """GiB of one token's keys and values on one rank of the engine."""
+        """Return the GiB of the keys and values of one token on one rank of the engine."""
         return (
             2
             * self.arch.layers
@@ -234,7 +227,7 @@ class Ledger:
         )
 
     def _least(self) -> float:
-        """GiB of cache that one sequence of data.max_tokens needs: vLLM deals it out in blocks, and leaves one empty."""
+        """Return the GiB of KV cache for one sequence of data.max_tokens tokens. vLLM needs one extra block."""
         block = BLOCK[self._on_gpu]
         return self._token() * block * (-(-self.config.data.max_tokens // block) + 1)
 
@@ -244,36 +237,37 @@ class Ledger:
 
     @property
     def _serves(self) -> bool:
-        """Whether vLLM is the engine."""
+        """Return whether the engine is vLLM."""
         return self.engine and self.config.rollout.engine == "vllm"
 
     def _work(self, phase: Phase, arch: Architecture, stage: int) -> float:
+        """Return the GiB of activations and temporary tensors of a model in a phase (score or learn)."""
         p, t = self.config.parallel, self._tokens()
         last = stage == p.pp - 1
         if phase == Phase.SCORE:
             return self.size * t * (5 * arch.hidden + 3 * arch.ffn / p.tp) / GIB + (
                 self._logits(arch, t, train=False) if last else 0
             )
-        split = p.tp if p.sp else 1  # of what is not split by heads or columns
+        split = p.tp if p.sp else 1  # ranks that split the tokens of tensors that are not split by heads or columns
         q, kv = arch.heads * arch.head_dim / p.tp, arch.kv_heads * arch.head_dim / p.tp
-        # Saved for backward: both norms' inputs and outputs, qkv before and after rotation, attention's output, and swiglu's ins and out.
+        # Saved for backward: inputs and outputs of both norms, qkv before and after rotation, output of attention, and
+        # inputs and output of SwiGLU.
         layer = 4 * arch.hidden / split + (q + 2 * kv) + (q + kv) + q + 3 * arch.ffn / p.tp
-        again = (
-            kv if arch.heads > arch.kv_heads else q + kv
-        )  # grouped queries are a copy, which stays in place of the rotated one
+        # Computed again by "selective". With grouped queries, attention saves a copy of the rotated queries.
+        again = kv if arch.heads > arch.kv_heads else q + kv
         kept = {"none": layer, "selective": layer - again, "full": arch.hidden / split}[p.recompute]
-        flying = p.pp - stage  # micro-batches whose backward is still to come (1F1B)
+        flying = p.pp - stage  # micro-batches between their forward and backward passes (1F1B)
         saved = self.size * t * (kept * arch.layers / p.pp * flying + (layer if p.recompute == "full" else 0))
         backward = self.size * t * (3 * arch.ffn / p.tp + 3 * arch.hidden) / GIB
         return saved / GIB + max(backward, self._logits(arch, t, train=True) if last else 0)
 
     def _tokens(self) -> float:
-        """Of the largest micro-batch, on one context-parallel rank. A pair is never cut."""
+        """Return the tokens of the largest micro-batch on one context-parallel rank. A pair is never split."""
         whole = 2 if ALGORITHMS[self.config.mode].whole_groups else 1
         return max(self.config.batch.tokens, whole * self.config.data.max_tokens) / self.config.parallel.cp
 
     def _logits(self, arch: Architecture, t: float, train: bool) -> float:
-        """The head's work for t tokens: a chunk of logits, hidden states, and in backward the gradients of both."""
+        """Return the GiB of the output layer for t tokens: a chunk of logits, hidden states, and their gradients."""
         if not arch.lm:
             return 0.0
         rows = arch.padded_vocab(self.config.parallel.tp) / self.config.parallel.tp
@@ -285,7 +279,7 @@ class Ledger:
         )
 
     def _fault(self) -> str:
-        """The first phase that does not fit, in words; empty: all do."""
+        """Return an error message for the first phase that does not fit, or ""."""
         if self._serves and self.cache() < self._least():
             r = self.config.rollout
             share = f"rollout.memory={r.memory:g} of {self.device:g} GiB"
@@ -294,25 +288,28 @@ class Ledger:
                 if self._on_gpu and not r.cache
                 else "rollout.cache gives the engine"
             )
-            return f"{what} {self.cache():.2g} GiB of cache, less than the {self._least():.2g} that one sequence of data.max_tokens takes"
+            needed = f"the {self._least():.2g} GiB that one sequence of data.max_tokens needs"
+            return f"{what} {self.cache():.2g} GiB of cache, less than {needed}"
         for visit in self.visits if self._on_gpu else ():
             if self.need(visit) > self.room:
-                return f"phase {visit} needs {self.need(visit):.1f} GiB of a device with {self.device:g}, of which {self.room:.1f} may be used"
+                limit = f"{self.room:.1f} of {self.device:g} GiB may be used"
+                return f"phase {visit} needs {self.need(visit):.1f} GiB, but only {limit}"
         return ""
 
     def _fits(self, config: Config) -> bool:
+        """Return whether a run with this configuration would fit."""
         tp = config.rollout.tp
         try:
             self.arch.check_split(tp, said=(f"rollout.tp={tp}", ""))
-        except UserError:  # no remedy: the next start would refuse it
+        except UserError:  # this configuration would be refused for another reason
             return False
         changed = Ledger(config, self.arch, self.roles, self.world, self.device, self.size)
         return self.world % tp == 0 and not changed._fault()
 
 
-@cache  # every phase and every remedy asks again
+@cache  # every phase and every remedy calls it again
 def parameters(arch: Architecture, layout: str, tp: int, pp: int = 1, stage: int = 0) -> int:
-    """Parameters of one rank of a live model, the rows that pad the vocabulary included."""
+    """Return the number of parameters of one rank of a model, including the padding of the vocabulary."""
     return sum(map(math.prod, names.parameters(arch, layout, (0, tp), (stage, pp)).values()))
 
 
@@ -321,15 +318,14 @@ def _engine_work(arch: Architecture, tp: int, size: int) -> float:
 
 
 def _remedies(config: Config) -> Iterator[tuple[str, Config]]:
-    """Single changes that need less memory, the cheapest first."""
+    """Yield single changes of the configuration that need less memory: (advice, configuration), cheapest first."""
     p, r, b = config.parallel, config.rollout, config.batch
     if r.cache:
         yield "set rollout.cache=0", replace(config, rollout=replace(r, cache=0))
     if config.memory.offload != "auto":
         yield "set memory.offload=auto", replace(config, memory=replace(config.memory, offload="auto"))
-    for share in sorted(
-        (0.05 * i for i in range(2, 19)), key=lambda share: abs(share - r.memory)
-    ):  # the nearest that fits
+    # Values of rollout.memory that are nearest to the current one come first.
+    for share in sorted((0.05 * i for i in range(2, 19)), key=lambda share: abs(share - r.memory)):
         yield f"set rollout.memory={share:.2g}", replace(config, rollout=replace(r, memory=share))
     if not p.zero:
         yield "set parallel.zero=true", replace(config, parallel=replace(p, zero=True))

@@ -96,12 +96,12 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
 
 
 def _newest(config: Config) -> Path | None:
-    """Return the checkpoint that the run resumes from; None if there is none. Raises UserError if out cannot have one."""
+    """Return the checkpoint that the run resumes from, or None. Raises UserError if the run cannot use `out`."""
     out = Path(config.out)
     for link in (out / name for name in config.checkpoint.format):
         if link.exists() and not link.is_symlink():
             raise UserError(
-                f"{link} is no link, which a run makes of it to name its newest export: move it away, or set another out"
+                f"{link} is not a link, but a run links its newest export there: move it away, or set another out"
             )
     if config.resume:
         return folders.newest(out)[0]
@@ -271,7 +271,7 @@ def _check_sampling(config: Config, arch: Architecture, world: int) -> None:
 
 
 def _check_vllm(config: Config, arch: Architecture) -> None:
-    """What vLLM asks of config.json, which it reads by itself."""
+    """Raise UserError if config.json is missing, or has values that vLLM would refuse. vLLM reads this file itself."""
     load = f"policy.load={config.policy.load}"
     if not files.config_folder(config.policy.load, config.policy.tokenizer):
         remedy = "copy it there, or set policy.tokenizer to its folder"
@@ -283,14 +283,17 @@ def _check_vllm(config: Config, arch: Architecture) -> None:
     factor = arch.rope_scaling.get("factor")
     if arch.rope_kind == "linear" and isinstance(factor, int):
         needed = f"vLLM needs {factor}.0"
-        raise UserError(f"{load}: config.json has the rope scaling factor {factor}, and {needed}: set it there")
+        raise UserError(f"{load}: config.json has the rope scaling factor {factor}, but {needed}: change it there")
 
 
 def readable(folder: str) -> str:
-    """The folder, if vLLM can read its config.json. Raises UserError. Not in inputs(), as transformers takes seconds to import."""
+    """Return the folder. Raises UserError if transformers, with which vLLM reads config.json, refuses that file.
+
+    inputs() does not call this, because the import of transformers takes seconds.
+    """
     from transformers import AutoConfig
 
-    with texts.Blaming(f"{folder}/config.json: transformers, by which vLLM reads it, refuses it", REMEDY):
+    with texts.Blaming(f"{folder}/config.json: transformers, which vLLM reads it with, refuses it", REMEDY):
         AutoConfig.from_pretrained(folder)
     return folder
 

@@ -147,7 +147,7 @@ def test_a_classifier_of_one_label_is_a_reward_model(tmp_path: Path) -> None:
         assert arch == replace(wanted, lm=False, scalar=True)
         assert arch.num_parameters() == parameters - 128256 * 4096 + 4096
     for labels in ({"id2label": {"0": "a", "1": "b"}}, {"num_labels": 3}, {}):
-        with pytest.raises(UserError, match="a reward model has 1"):
+        with pytest.raises(UserError, match=r"num_labels [023] is not supported; it must be 1"):
             read(tmp_path, {**classifier, **labels})
 
 

@@ -229,7 +229,7 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
 def test_an_export_would_replace_what_is_no_link(fail, tmp_path: Path, kind: str) -> None:
     """As where out is the folder that a model lies in."""
     {"folder": Path.mkdir, "file": Path.touch}[kind](tmp_path / "hf")
-    assert f"{tmp_path}/hf is no link" in fail("sft", f"out={tmp_path}")
+    assert f"{tmp_path}/hf is not a link" in fail("sft", f"out={tmp_path}")
 
 
 @pytest.mark.parametrize("latest", [True, False])
@@ -320,8 +320,8 @@ def test_counts_that_are_no_numbers(fail, monkeypatch: pytest.MonkeyPatch, name:
         ({"GPUS_PER_NODE": "3"}, "rollout.tp=3 does not divide the attention heads 4"),
         ({"model_size": "a" * 300}, "File name too long"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, but RANK is not"),
-        ({"GLOO_SOCKET_IFNAME": "nonsense"}, "GLOO_SOCKET_IFNAME=nonsense is no network interface of this node"),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "GPUS_PER_NODE": "4"}, "4 ranks on a node are more than its GPUs, 2"),
+        ({"GLOO_SOCKET_IFNAME": "nonsense"}, "GLOO_SOCKET_IFNAME=nonsense is not a network interface of this node"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "GPUS_PER_NODE": "4"}, "4 ranks on a node with 2 GPUs"),
     ],
 )
 def test_variables_out_of_range(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], wanted: str) -> None:

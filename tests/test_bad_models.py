@@ -52,7 +52,7 @@ LLAMA3 = {
         ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
         ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
         ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps '1e-5' is not a number"]),
-        ({"rope_scaling": 2}, ["not what a model's config.json says"]),
+        ({"rope_scaling": 2}, ["not a valid config.json of a model"]),
         ({"rms_norm_eps": math.nan}, ["rms_norm_eps nan is not a number above 0"]),
         ({"rms_norm_eps": -1e-5}, ["rms_norm_eps -1e-05 is not a number above 0"]),
         ({"rms_norm_eps": True}, ["rms_norm_eps True is not a number above 0"]),
@@ -66,7 +66,7 @@ LLAMA3 = {
         ({"head_dim": 31}, ["31 dimensions"]),
         ({"tie_word_embeddings": "false"}, ["tie_word_embeddings 'false' is neither true nor false"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5 is not supported"]),
-        ({"architectures": [[1]]}, ["not what a model's config.json says"]),
+        ({"architectures": [[1]]}, ["not a valid config.json of a model"]),
     ],
 )
 def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: list[str]) -> None:
@@ -80,9 +80,9 @@ def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: li
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"head_dim": 48}, "has a head_dim of 48, and vLLM on a CPU knows 32, 64"),
+        ({"head_dim": 48}, "has a head_dim of 48, but vLLM on a CPU supports only 32, 64"),
         ({"seq_length": 64}, "data.max_tokens=128 is larger than the context length 64 of"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "has the rope scaling factor 2, and vLLM needs 2.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "has the rope scaling factor 2, but vLLM needs 2.0"),
         ({"model_type": "gpt2"}, "has model_type 'gpt2', but vLLM needs 'llama'"),
     ],
 )
@@ -100,7 +100,8 @@ def test_what_transformers_would_refuse(made: Path, tmp_path: Path, changes: dic
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
     architecture.read(tmp_path)
     with pytest.raises(
-        UserError, match=f"^{tmp_path}/config.json: transformers, by which vLLM reads it, refuses it: .*; give the one"
+        UserError,
+        match=f"^{tmp_path}/config.json: transformers, which vLLM reads it with, refuses it: .*; use the file",
     ):
         prepare.readable(str(tmp_path))
     assert prepare.readable(f"{made}/model") == f"{made}/model"

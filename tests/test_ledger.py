@@ -199,7 +199,8 @@ def test_a_device_in_use_is_refused() -> None:
     most = sft.need(LEARN)
     sft.check(free=most - CONTEXT + 0.1)
     with pytest.raises(
-        UserError, match=r"phase learn/policy needs 31.9 GiB, and 30.0 of the device are free: end the programs"
+        UserError,
+        match=r"phase learn/policy needs 31.9 GiB, but only 30.0 GiB of the device are free: end the programs",
     ):
         sft.check(free=30.0)
 
@@ -241,4 +242,4 @@ def test_dry_run_refuses_what_cannot_fit() -> None:
     assert done.returncode == 2
     assert "predicted" in done.stdout
     assert len(done.stderr.splitlines()) == 1
-    assert "of a device with 30" in done.stderr
+    assert "of 30 GiB may be used" in done.stderr

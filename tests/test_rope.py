@@ -77,7 +77,7 @@ def test_the_original_context(tmp_path: Path) -> None:
     assert read(tmp_path, YARN, **{outer: 4096}) == read(tmp_path, YARN)
     assert read(tmp_path, {"rope_type": "default"}, **{outer: 4096}).rope_scaling == {}
     with pytest.raises(
-        UserError, match="original_max_position_embeddings is 1024, and 4096 in the rope scaling: delete the first"
+        UserError, match="original_max_position_embeddings is 1024, but 4096 in the rope scaling: delete the first"
     ):
         read(tmp_path, YARN, **{outer: 1024})
 

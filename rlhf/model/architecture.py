@@ -1,5 +1,7 @@
-"""What a Hugging Face config.json says about a dense decoder, and whether we can run it. No torch here: a wrong model is
-refused before anything is loaded."""
+"""Reads the architecture of a dense decoder from a Hugging Face config.json, and refuses unsupported models.
+
+It does not import torch, so a wrong model is refused before anything is loaded.
+"""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +13,10 @@ from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.families import CLASSES, FAMILIES, SCALAR, Family
 
-CONTEXTS = (
-    "max_position_embeddings",
-    "max_sequence_length",
-    "max_seq_length",
-    "seq_length",
-    "seq_len",
-)  # vLLM takes the least of them
+# Keys that may give the context length. vLLM uses the smallest value.
+CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")
 ORIGINAL = "original_max_position_embeddings"
-# rope_type -> the numbers that it needs, and the optional ones with their defaults (None: computed from the others).
+# rope_type -> (required values, optional values with their defaults). None: the default is computed from the others.
 ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "default": ((), {}),
     "linear": (("factor",), {}),
@@ -37,15 +34,16 @@ ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         },
     ),
 }
-LARGEST, LAYERS = 2**31 - 1, 4096  # of any number, and of layers, whose tensors are listed one by one
-REMEDY = "give the one that belongs to the weights"
+# Limits of any number, and of the number of layers. It is lower, because the tensors of each layer are listed.
+LARGEST, LAYERS = 2**31 - 1, 4096
+REMEDY = "use the file that belongs to the weights"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """The numbers that define a dense decoder."""
 
-    family: str  # in FAMILIES
+    family: str  # a key of FAMILIES
     layers: int
     hidden: int
     ffn: int  # intermediate size of the gated MLP
@@ -55,55 +53,60 @@ class Architecture:
     vocab: int  # rows of the embedding in the folder, before any padding
     context: int  # longest sequence, in tokens
     eps: float  # of RMSNorm
-    tied: bool  # output layer shares the embedding
+    tied: bool  # the output layer uses the weight of the embedding
     rope_theta: float
-    # rope_type and its numbers (ROPES), as config.json names them; empty: no scaling
+    # rope_type and its values (ROPES) by their names in config.json; empty: no scaling
     rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
-    window: int = 0  # tokens that a token attends to, itself included; 0: all before it
+    window: int = 0  # number of tokens that a token attends to, including itself; 0: no limit
     lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
     scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
 
     @property
     def row(self) -> Family:
-        """What it has in common with the other models of its family."""
+        """Return the model's row in the table of families."""
         return FAMILIES[self.family]
 
     @property
     def rope_kind(self) -> str:
-        """A key of ROPES."""
+        """Return the type of rope scaling, a key of ROPES."""
         return str(self.rope_scaling.get("rope_type", "default"))
 
     @property
     def window_size(self) -> tuple[int, int] | None:
-        """The window in megatron-core's words: the keys before a query's own, and those behind it."""
+        """Return megatron-core's window_size: how many keys before and after its own position a query attends to.
+
+        None without a window.
+        """
         return (self.window - 1, 0) if self.window else None
 
     def padded_vocab(self, tp: int) -> int:
-        """Rows of the embedding when tp ranks split it: a multiple of 64 per vLLM's own padding, and of tp."""
+        """Return the rows of the embedding when tp ranks split it: a multiple of tp, and of 64 as in vLLM."""
         unit = math.lcm(tp, 64)
         return (self.vocab + unit - 1) // unit * unit
 
     def num_parameters(self) -> int:
-        """Parameters without padding; a tied embedding counts once."""
+        """Return the number of parameters without padding. A tied embedding counts once."""
         row = self.row
         outer, layer = row.before(self) + row.after(self), row.layer(self)
         return sum(math.prod(w.shape) for w in outer) + self.layers * sum(math.prod(w.shape) for w in layer)
 
     def check_split(self, tp: int, pp: int = 1, *, said: tuple[str, str], where: str = "") -> None:
-        """Raise UserError unless tp ranks can split every layer and pp ranks the layers. said: how the user set the two; where: in whose
-        config.json the sizes stand."""
+        """Raise UserError unless tp ranks can split each layer, and pp stages can have equal numbers of layers.
+
+        The message contains `said`, the user's settings of tp and pp, and `where`, the source of the sizes.
+        """
         by_tp, by_pp = said
         for size, what in ((self.heads, "attention heads"), (self.ffn, "intermediate size")):
             if size % tp:
                 raise UserError(f"{by_tp} does not divide the {what} {size}{where}")
         if self.kv_heads % tp and tp % self.kv_heads:
-            raise UserError(f"{by_tp} and the {self.kv_heads} key/value heads{where} do not divide one another")
+            raise UserError(f"neither of {by_tp} and the {self.kv_heads} key/value heads{where} divides the other")
         if self.layers % pp:
             raise UserError(f"{by_pp} does not divide the {self.layers} layers{where}")
 
 
 def read(folder: str | Path) -> Architecture:
-    """The architecture of a Hugging Face folder. Raises UserError where it is missing, malformed or unsupported."""
+    """Return the architecture of a Hugging Face folder. Raises UserError if it is missing, malformed or unsupported."""
     path = Path(folder) / "config.json"
     config = texts.load(path, "a model is a Hugging Face folder with a config.json")
     try:
@@ -111,11 +114,11 @@ def read(folder: str | Path) -> Architecture:
     except KeyError as error:
         raise UserError(f"{path}: key {error} is missing") from None
     except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: not what a model's config.json says ({error}); download it again") from None
+        raise UserError(f"{path}: not a valid config.json of a model ({error}); download it again") from None
 
 
 def check_sizes(where: Path, sizes: Mapping[str, Any]) -> None:
-    """Raise UserError for the first of a model's sizes (key -> value) that is not a whole number above 0."""
+    """Raise UserError for the first size (key -> value) that is not a whole number above 0."""
     for key, value in sizes.items():
         most = LAYERS if key.endswith("layers") else LARGEST
         if type(value) is not int or not 0 < value <= most:
@@ -123,17 +126,17 @@ def check_sizes(where: Path, sizes: Mapping[str, Any]) -> None:
 
 
 def check_numbers(where: Path, numbers: Mapping[str, Any]) -> None:
-    """Raise UserError for the first of a model's other values (key -> value) that is not a number above 0."""
+    """Raise UserError for the first value (key -> value) that is not a number above 0."""
     for key, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value <= LARGEST:  # nan is not
+        if type(value) not in (int, float) or not 0 < value <= LARGEST:  # refuses nan too
             raise UserError(f"{where}: {key} {value!r:.80} is not a number above 0 and up to {LARGEST}: {REMEDY}")
 
 
 def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-    family = CLASSES.get(names[0])  # anything else is refused by name
+    family = CLASSES.get(names[0])
     if family is None:
-        raise UserError(f"{path}: {names[0]!s:.80} is not supported; supported are {', '.join(CLASSES)}")
+        raise UserError(f"{path}: {names[0]!s:.80} is not supported; use one of {', '.join(CLASSES)}")
     needed = (
         "num_hidden_layers",
         "hidden_size",
@@ -151,15 +154,15 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         raise UserError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     if head_dim % 2 or not head_dim:
-        raise UserError(f"{path}: a head has {head_dim} dimensions, which rotary embeddings cannot pair: {REMEDY}")
+        raise UserError(f"{path}: head_dim {head_dim} is not even, but rotary embeddings need pairs: {REMEDY}")
     check_numbers(path, {"rms_norm_eps": config["rms_norm_eps"]})
     theta, scaling = _rope(config, family, path)
     scalar = config.get("architectures", [""])[0].endswith(SCALAR)
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if scalar and labels != 1:
-        raise UserError(f"{path}: num_labels {labels} is not supported; a reward model has 1")
+        raise UserError(f"{path}: num_labels {labels} is not supported; it must be 1")
     context = min(config[key] for key in CONTEXTS if config.get(key) is not None)
-    if scaling.get("rope_type") == "yarn":  # vLLM's tables end there
+    if scaling.get("rope_type") == "yarn":  # vLLM's tables end at this position
         context = min(context, int(scaling["factor"] * scaling[ORIGINAL]))
     return Architecture(
         lm=not scalar,
@@ -182,24 +185,24 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
 
 
 def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, dict[str, Any]]:
-    """Architecture.rope_theta and rope_scaling."""
+    """Return Architecture.rope_theta and Architecture.rope_scaling."""
     outer = {"rope_theta": config.get("rope_theta", 10000.0)}
     rope = {**outer, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
     kind, theta = rope.get("rope_type", rope.get("type", "default")), rope["rope_theta"]
     if kind not in family.ropes:
         kinds = ", ".join(family.ropes)
-        raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported for {family.name}; supported are {kinds}")
+        raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported for {family.name}; supported: {kinds}")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        raise UserError(f"{path}: partial_rotary_factor {partial!r:.80} is not supported; supported is 1")
+        raise UserError(f"{path}: partial_rotary_factor {partial!r:.80} is not supported; it must be 1")
     needed, optional = ROPES[kind]
     if odd := rope.keys() - {"rope_theta", "rope_type", "type", "partial_rotary_factor", ORIGINAL, *needed, *optional}:
         raise UserError(f"{path}: rope scaling {kind} with {min(odd)!r:.80} is not supported; {REMEDY}")
     rope[ORIGINAL] = rope.get(ORIGINAL) or config["max_position_embeddings"]
     other = config.get(ORIGINAL)
-    if ORIGINAL in needed and other not in (None, rope[ORIGINAL]):  # readers disagree on which one counts
+    if ORIGINAL in needed and other not in (None, rope[ORIGINAL]):  # programs differ in which value they use
         raise UserError(
-            f"{path}: {ORIGINAL} is {other!r:.80}, and {rope[ORIGINAL]!r:.80} in the rope scaling: delete the first"
+            f"{path}: {ORIGINAL} is {other!r:.80}, but {rope[ORIGINAL]!r:.80} in the rope scaling: delete the first"
         )
     numbers = {key: rope[key] for key in needed}
     numbers |= {key: rope[key] for key, usual in optional.items() if rope.get(key) not in (None, usual)}
@@ -215,32 +218,32 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, di
 
 
 def _window(config: dict[str, Any], family: Family, context: int, path: Path) -> int:
-    """Architecture.window: 0 where config.json has a window that is no shorter than the context."""
+    """Return Architecture.window. It is 0 if the window is at least as long as the context."""
     window = config.get("sliding_window")
     if window is None or (family.window == "some" and not config.get("use_sliding_window")):
         return 0
     check_sizes(path, {"sliding_window": window})
     if window >= context:
         return 0
-    # Where vLLM and transformers do not agree on which layers have it, it is refused, too.
+    # A window of some layers is refused, because vLLM and transformers can differ in which layers have it.
     kinds = set(config.get("layer_types") or ["sliding_attention"])
     if family.window != "all" or kinds != {"sliding_attention"}:
         what = f"sliding_window {window} is not supported for some layers of a {family.name} model"
-        raise UserError(f"{path}: {what}; set it to null if sequences stay under it")
+        raise UserError(f"{path}: {what}; set it to null if all sequences are shorter")
     return int(window)
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> None:
-    """One line for the first feature of config.json that would silently give other numbers here."""
+    """Raise UserError for the first feature in config.json that is not implemented and would give other results."""
     if config.get("tie_word_embeddings") not in (None, True, False):
         raise UserError(
             f"{path}: tie_word_embeddings {config['tie_word_embeddings']!r:.80} is neither true nor false: {REMEDY}"
         )
     if config.get("hidden_act", family.activation) != family.activation:
         raise UserError(
-            f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; supported is {family.activation}"
+            f"{path}: hidden_act {config['hidden_act']!r:.80} is not supported; it must be {family.activation}"
         )
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family.name}; both must be false")
     if "quantization_config" in config:
-        raise UserError(f"{path}: quantized weights are not supported; give the bfloat16 or float32 folder")
+        raise UserError(f"{path}: quantized weights are not supported; use a folder with bfloat16 or float32 weights")

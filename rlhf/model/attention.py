@@ -1,7 +1,8 @@
 """Causal attention over packed rows, with rotary embeddings and context parallelism, in plain torch.
 
-megatron-core's own core attention needs Transformer Engine for packed rows. Ours gets the row's geometry through `packed_seq_params`,
-which megatron-core hands to every layer, and rotates queries and keys itself, so the model is built without position embeddings.
+megatron-core's own core attention needs Transformer Engine for packed rows. This one gets the spans of a row from
+`packed_seq_params`, which megatron-core passes to every layer. It rotates queries and keys itself, so the model is
+built without position embeddings.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
+import rlhf.parallel.mesh  # noqa: F401  (must be first: megatron-core can then be imported without CUDA)
 
 # isort: split
 from megatron.core import tensor_parallel
@@ -28,35 +29,46 @@ from rlhf.model.rope import Rope
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """A row's geometry and rotary tables, computed once per micro-batch and shared by all layers."""
+    """The spans and rotary tables of a row, computed once per micro-batch and shared by all layers."""
 
     spans: Spans = ABSENT
     cos: Tensor = ABSENT  # [T, 1, head_dim / 2]
     sin: Tensor = ABSENT  # [T, 1, head_dim / 2]
-    order: Tensor | None = None  # [row] int64: where the CP-gathered keys' rows stand in the row; None without CP
-    plan: Any = None  # what _flash or _padded derive from the spans
+    # [row] int64: for each position of the row, the index of its key among the gathered keys; None without CP
+    order: Tensor | None = None
+    plan: Any = None  # values that _flash or _padded compute from the spans, kept for the next layers
 
     @property
     def even(self) -> bool:
-        """Whether the row is several spans of one length. A single one does not count: cuDNN takes its time to plan for a new shape."""
+        """Return whether the row consists of several spans of the same length.
+
+        False for a single span, because cuDNN needs much time for each new shape.
+        """
         lengths = self.spans.q_lengths
         return self.order is None and len(lengths) > 1 and len(set(lengths)) == 1
 
     @classmethod
     def of(cls, batch: Batch, rope: Rope, dtype: torch.dtype, cp: int) -> PackedRow:
+        """Return the row of a micro-batch. cp: number of context-parallel ranks."""
         cos, sin = rope.tables(batch.positions, dtype)
         order = _gathered_order(len(batch.places) * cp, cp, batch.places.device) if cp > 1 else None
         return cls(qkv_format="thd", spans=batch.spans, cos=cos, sin=sin, order=order)
 
 
 def _gathered_order(total: int, cp: int, device: torch.device) -> Tensor:
-    """For each position of the row, its index among the concatenated slices of all CP ranks (rank r holds chunks r and 2 cp - 1 - r)."""
+    """Return [total] int64: for each position of the row, its index in the concatenated slices of all CP ranks.
+
+    The row has 2 cp chunks. Rank r has chunks r and 2 cp - 1 - r.
+    """
     chunks = torch.arange(total, device=device).view(cp, 2, -1)
     return torch.cat([chunks[r, 0] for r in range(cp)] + [chunks[r, 1] for r in reversed(range(cp))])
 
 
 class Attention(torch.nn.Module):
-    """The core_attention of megatron-core's SelfAttention: q [T, heads, d], k and v [T, kv heads, d] -> [T, heads * d]."""
+    """The core_attention of megatron-core's SelfAttention.
+
+    q [T, heads, d], k and v [T, kv heads, d] -> [T, heads * d].
+    """
 
     def __init__(
         self,
@@ -69,7 +81,7 @@ class Attention(torch.nn.Module):
     ):
         super().__init__()
         self.cp_group = pg_collection.cp
-        # Keys that a query sees, its own included; 0: all up to its own.
+        # Number of keys that a query attends to, including the key at its own position; 0: no limit.
         self.window = config.window_size[0] + 1 if config.window_size else 0
 
     def forward(
@@ -82,16 +94,19 @@ class Attention(torch.nn.Module):
                 tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[row.order]
                 for x in (k, v)
             )
-        window = self.window if self.window < max(row.spans.k_lengths) else 0  # a wider one hides nothing
+        window = self.window if self.window < max(row.spans.k_lengths) else 0  # a longer window has no effect
         if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             return _padded(q, k, v, row, window).flatten(1)
-        if row.even and not window:  # cuDNN's kernel is asked for no window
+        if row.even and not window:  # _even supports no window
             return _even(q, k, v, row).flatten(1)
         return _flash(q, k, v, row, window).flatten(1)
 
 
 def _even(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
-    """Spans of one length as a batch: cuDNN's kernel, which takes no spans, is 1.7 times as fast on an H200 as flash attention."""
+    """Return attention over spans of the same length, computed as a batch.
+
+    cuDNN's kernel takes a batch instead of spans. On an H200 it is 1.7 times as fast as flash attention.
+    """
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     q, k, v = (x.view(len(row.spans.q_lengths), -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(order, set_priority=True):
@@ -100,7 +115,7 @@ def _even(q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> Tensor:
-    """Variable-length flash attention over all spans at once; its window counts the keys before a query's own."""
+    """Return variable-length flash attention over all spans."""
     from torch.nn.attention.varlen import varlen_attn
 
     spans = row.spans
@@ -109,29 +124,29 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> 
             F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
             for x in (spans.q_lengths, spans.k_lengths)
         )
-        keys = None  # with CP, spans of one sequence share keys, and flash wants each span's keys in a row
+        keys = None  # with CP, spans of one sequence share keys, but flash attention needs the keys span after span
         if row.order is not None:
             keys = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.k_starts, spans.k_lengths, strict=True)]).to(
                 q.device
             )
-        cu_q, cu_k = (
-            x.pin_memory().to(q.device, non_blocking=True) for x in (cu_q, cu_k)
-        )  # nobody waits for the device
+        # From pinned memory the copies are asynchronous: the host does not wait for the device.
+        cu_q, cu_k = (x.pin_memory().to(q.device, non_blocking=True) for x in (cu_q, cu_k))
         row.plan = cu_q, cu_k, max(spans.q_lengths), max(spans.k_lengths), keys
     cu_q, cu_k, max_q, max_k, keys = row.plan
-    native = "enable_gqa" not in signature(varlen_attn).parameters  # torch 2.11 takes fewer key heads unasked
+    native = "enable_gqa" not in signature(varlen_attn).parameters  # torch 2.11 supports grouped queries by default
     gqa: dict[str, Any] = {} if native else {"enable_gqa": True}
     if keys is not None:
         k, v = k[keys], v[keys]
+    # window_size counts the keys before the query's own position; -1: no limit.
     out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(window - 1, 0), **gqa)
-    assert isinstance(out, Tensor)  # not the pair that it returns when asked for more
+    assert isinstance(out, Tensor)  # it returns a tuple only if more outputs are requested
     return out
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) -> Tensor:
-    """The same in plain scaled_dot_product_attention: spans of similar length are padded into a batch.
+    """Return the same as _flash, with scaled_dot_product_attention: spans of similar length are padded into a batch.
 
-    A span's queries stand at the rows of their own keys, so that one square mask serves every span.
+    Each query has the same index in its padded span as its own key, so one square mask fits every span.
     """
     if row.plan is None:
         row.plan = [tuple(x.to(q.device) for x in part) for part in _by_length(row.spans)]
@@ -157,12 +172,19 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, window: int = 0) ->
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:
-    """[width, width], True where a query (row) sees a key: the last `window` up to its own."""
+    """Return the mask [width, width]: True where a query (row) attends to a key (column).
+
+    These are the last `window` keys up to the query's own position.
+    """
     return torch.ones(width, width, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
 def _by_length(spans: Spans) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Spans grouped by the power of two above their key length, as (rows of q, their cells, rows of k, their cells, [count, width])."""
+    """Return batches of spans whose key lengths have the same next power of two.
+
+    A batch is (rows of q, their cells, rows of k, their cells, [count, width]). `count` is the number of spans and
+    `width` the longest key length. A cell is an index into the flattened batch [count * width].
+    """
     classes: dict[int, list[int]] = {}
     for i, n in enumerate(spans.k_lengths):
         classes.setdefault((n - 1).bit_length(), []).append(i)

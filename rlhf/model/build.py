@@ -1,4 +1,4 @@
-"""From an Architecture to this rank's part of a megatron-core GPTModel, without Transformer Engine or Apex."""
+"""Builds this rank's part of a megatron-core GPTModel from an Architecture, without Transformer Engine or Apex."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose gradient megatron-core sums over tensor-parallel ranks when they split the tokens."""
+    """RMSNorm with this project's kernel. Every tensor-parallel rank has the whole weight.
+
+    With sequence parallelism, megatron-core sums its gradient over these ranks.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any):
         super().__init__(hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
@@ -54,42 +57,46 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class DeferredHead(ColumnParallelLinear):
-    """An output layer that hands the hidden states on: rlhf.model.logp projects them chunk by chunk, so whole logits never exist."""
+    """An output layer that returns the hidden states unchanged.
+
+    rlhf.model.logp multiplies them by its weight chunk by chunk, so logits of all tokens never exist at once.
+    """
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return input_, None
 
 
 class NoHead(torch.nn.Module):
-    """The output layer of a model that has none: hidden states pass through."""
+    """The output layer of a model without logits. It returns the hidden states unchanged."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return input_, None
 
 
 class ScalarHead(torch.nn.Module):
-    """One number per token, in float32; every tensor-parallel rank holds the whole weight [1, hidden]."""
+    """Computes one float32 value per token. Every tensor-parallel rank has the whole weight [1, hidden]."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
-        # With sequence parallelism a rank sees its tokens only, and megatron-core sums the gradient over the ranks.
+        # With sequence parallelism, a rank has only its part of the tokens. Then megatron-core sums the gradient over
+        # the ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """hidden [T (/tp with sequence parallelism), h] -> values [T]."""
+        """Return the values [T] of hidden [T (/tp with sequence parallelism), h]."""
         values = F.linear(hidden.float(), self.weight.float())[:, 0]
         if not self.sequence_parallel:
             return values
-        # The loss is the same on every rank of the group, so each takes its own part of the gradient as it is.
+        # The loss is the same on every rank of the group, so its gradient is split over the ranks and not summed.
         return tensor_parallel.gather_from_sequence_parallel_region(
             values, tensor_parallel_output_grad=False, group=group
         )
 
 
 def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's configuration for a dense decoder of this architecture."""
+    """Return megatron-core's configuration of a dense decoder with this architecture."""
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -116,18 +123,18 @@ def transformer_config(arch: Architecture, parallel: Parallel, dtype: torch.dtyp
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, though no expert exists
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths requires it, although there are no experts
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=operations.fusing,
         bias_activation_fusion=True,
         use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=True,  # without it weights lose the mark by which gradient norms count each TP shard once
+        perform_initialization=True,  # it marks the weights that TP splits; the gradient norm needs these marks
         **RECOMPUTE[parallel.recompute],
     )
 
 
 def layer_spec(arch: Architecture, exchanges: bool) -> ModuleSpec:
-    """One decoder layer: parallel linears around our norm and our attention."""
+    """Return the spec of one decoder layer. exchanges: use the linear layers of rlhf.model.linear."""
     norm = RMSNorm if arch.row.qk_norm else IdentityOp
     columns, rows = (ColumnLinear, RowLinear) if exchanges else (ColumnParallelLinear, RowParallelLinear)
     attention = SelfAttentionSubmodules(
@@ -149,7 +156,7 @@ def layer_spec(arch: Architecture, exchanges: bool) -> ModuleSpec:
 
 
 class Decoder(GPTModel):
-    """This rank's stage of the model: a GPTModel that takes a packed Batch and ends in hidden states."""
+    """This rank's pipeline stage of the model: a GPTModel from a packed Batch to hidden states."""
 
     def __init__(self, arch: Architecture, parallel: Parallel, mesh: Mesh, dtype: torch.dtype):
         layer = layer_spec(arch, parallel.exchanges and pays(mesh.tp_group))
@@ -162,7 +169,7 @@ class Decoder(GPTModel):
             post_process=mesh.is_last_stage,
             parallel_output=True,
             share_embeddings_and_output_weights=arch.tied and arch.lm,
-            position_embedding_type="none",  # our attention rotates
+            position_embedding_type="none",  # Attention applies the rotary embeddings
         )
         if mesh.is_last_stage:
             if arch.lm:
@@ -176,11 +183,17 @@ class Decoder(GPTModel):
         self.cp = parallel.cp
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states: [T (/tp with sequence parallelism), 1, hidden] between stages, [1, T (/tp), hidden] from the last one."""
+        """Return hidden states [T, 1, hidden], or [1, T, hidden] on the last stage.
+
+        With sequence parallelism, T / tp replaces T.
+        """
         row = PackedRow.of(batch, self.rope, self.config.params_dtype, self.cp)
         return super().forward(batch.inputs[None], None, None, packed_seq_params=row)
 
     def head_weight(self) -> Tensor:
-        """The output projection on the last stage [padded vocab / tp, hidden]: its own, or the shared embedding."""
+        """Return the weight of the output layer [padded vocab / tp, hidden]. Only the last stage has one.
+
+        If the embedding is tied, it is the embedding's weight.
+        """
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight

@@ -1,7 +1,8 @@
-"""The families of dense decoders, one row each: the names in config.json and in the files, and what the layers compute.
+"""The table of families of dense decoders: their names in config.json and in the files, and what their layers compute.
 
-A new family is a new row. What all rows have in common today (the same tensors in every layer, one norm before attention and one
-before the MLP, norms that multiply by their weight, one MLP) becomes a field of `Family` when a family differs. No torch here.
+A new family is a new row. Some properties are the same in all rows so far: the same tensors in every layer, one norm
+before attention and one before the MLP, norms that multiply by their weight, and one MLP. If a new family differs in
+one of them, it becomes a field of `Family`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from rlhf.model.architecture import Architecture
 
 Shape = tuple[int, ...]
-# How tensor parallelism cuts a tensor: by rows, by columns, by rows of a vocabulary that is padded first, by key/value heads, or not
-# at all.
+# How tensor parallelism splits a tensor. vocab: by rows, after padding the vocabulary. qkv: by key/value heads.
+# whole: not split.
 Split = Literal["rows", "columns", "vocab", "qkv", "whole"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SCORE = "score.weight"  # the scalar head [1, hidden] of a reward model or critic
 QKV = [f"self_attn.{x}_proj.{kind}" for kind in ("weight", "bias") for x in "qkv"]
-# Tensors that vLLM keeps as one: q, then k, then v; gate, then up. Some families' files do so too.
+# Tensors that vLLM fuses into one, in the order q, k, v and gate, up. The files of some families do so too.
 FUSED = {
     **{name: f"self_attn.qkv_proj.{name.split('.')[-1]}" for name in QKV},
     "mlp.gate_proj.weight": "mlp.gate_up_proj.weight",
@@ -31,7 +32,7 @@ FUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor by its canonical name, which is its name in the files of a Llama."""
+    """A tensor. Its canonical name is its name in the files of a Llama model."""
 
     name: str
     shape: Shape
@@ -40,26 +41,27 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What the models of a family have in common."""
+    """The properties that all models of a family share."""
 
     name: str  # model_type in config.json
-    classes: str  # how its class names in config.json begin: LlamaForCausalLM
+    classes: str  # beginning of its class names in config.json, such as Llama in LlamaForCausalLM
     qkv_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of every head's queries and keys, before they are rotated
-    activation: str = "silu"  # of the gated MLP, as hidden_act says it
-    # Which layers attend to the last sliding_window tokens alone: all of them, those from max_window_layers on where
-    # use_sliding_window is true, or none.
+    qk_norm: bool = False  # RMSNorm of the queries and keys of each head, before the rotary embedding
+    activation: str = "silu"  # of the gated MLP; a value of hidden_act
+    # Which layers attend only to the last sliding_window tokens. some: if use_sliding_window is true, the layers from
+    # max_window_layers on.
     window: Literal["all", "some", "none"] = "none"
-    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")  # what rope_type may say
-    # Canonical name -> name in the Hugging Face files, where it differs. Tensors of one name follow one another in its rows.
+    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")  # supported values of rope_type
+    # Canonical name -> name in the Hugging Face files, if it differs. Tensors with the same file name are concatenated
+    # by rows, in this order.
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def before(self, arch: Architecture) -> list[Weight]:
-        """What the first pipeline stage holds before its layers."""
+        """Return the tensors that the first pipeline stage has before its layers."""
         return [Weight(EMBEDDING, (arch.vocab, arch.hidden), "vocab")]
 
     def layer(self, arch: Architecture) -> list[Weight]:
-        """The tensors of a layer in the model's order, named without the layer's prefix."""
+        """Return the tensors of a layer in the model's order. Their names have no layer prefix."""
         hidden, ffn, q, kv = arch.hidden, arch.ffn, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
         rows = {"q": q, "k": kv, "v": kv}
         return [
@@ -75,7 +77,10 @@ class Family:
         ]
 
     def after(self, arch: Architecture) -> list[Weight]:
-        """What the last pipeline stage holds after its layers; a tied output layer is the embedding, which is not listed again."""
+        """Return the tensors that the last pipeline stage has after its layers.
+
+        A tied output layer is not listed, because it is the embedding.
+        """
         head = [Weight(HEAD, (arch.vocab, arch.hidden), "vocab")] if arch.lm and not arch.tied else []
         score = [Weight(SCORE, (1, arch.hidden))] if arch.scalar else []
         return [Weight("model.norm.weight", (arch.hidden,)), *head, *score]
@@ -88,8 +93,8 @@ FAMILIES = {
         Family("mistral", "Mistral", window="all"),
         Family("qwen2", "Qwen2", qkv_bias=True, window="some"),
         Family("qwen3", "Qwen3", qk_norm=True, window="some"),
-        Family("phi3", "Phi3", window="all", ropes=("default",), files=FUSED),  # Phi-4, too
+        Family("phi3", "Phi3", window="all", ropes=("default",), files=FUSED),  # also Phi-4
     )
 }
-CAUSAL, SCALAR = "ForCausalLM", "ForSequenceClassification"  # how class names end
+CAUSAL, SCALAR = "ForCausalLM", "ForSequenceClassification"  # endings of class names
 CLASSES = {f"{family.classes}{kind}": family for family in FAMILIES.values() for kind in (CAUSAL, SCALAR)}

@@ -1,7 +1,8 @@
-"""Triton kernels for the memory-bound operations of a decoder and its optimizer: each reads inputs once and writes outputs once.
+"""Triton kernels for the memory-bound operations of a decoder and its optimizer.
 
-Only rlhf.model.operations calls them, which holds the same operations in plain torch. All arithmetic is in float32, whatever the tensors'
-dtype. Written after Liger Kernel (2410.10989), for the shapes that megatron-core hands around.
+Each kernel reads its inputs once and writes its outputs once. Only rlhf.model.operations calls them. It also has the
+same operations in plain torch. All arithmetic is in float32, for tensors of any dtype. The kernels follow Liger Kernel
+(2410.10989) and take the shapes that megatron-core uses.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # elements that one program holds in registers
-PROGRAMS = 528  # four on each of a Hopper GPU's 132 multiprocessors, where programs loop over rows
+BLOCK = 4096  # number of elements that one program keeps in registers
+PROGRAMS = 528  # of a kernel whose programs loop over rows: four per multiprocessor of a Hopper GPU, which has 132
 
 
 @triton.jit
@@ -45,7 +46,10 @@ def _rotate(
 
 
 class Rotate(torch.autograd.Function):
-    """x [T, heads, d] (any strides of tokens and heads), tables [T, 1, d / 2] -> [T, heads, d]. Backward turns the other way."""
+    """Rotate x [T, heads, d] (any strides of tokens and heads) by tables [T, 1, d / 2]: result [T, heads, d].
+
+    Backward rotates the gradient by the negative angles.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ def _swiglu_backward(grad, x, out, width, BLOCK: tl.constexpr):
 
 
 class SwiGLU(torch.autograd.Function):
-    """x [..., 2 f], gate then up -> silu(gate) up [..., f]."""
+    """Compute silu(gate) * up [..., f] from x [..., 2 f], which has gate first, then up."""
 
     BLOCK = 1024
 
@@ -148,7 +152,7 @@ def _rms_norm_backward(
 
 
 class RMSNorm(torch.autograd.Function):
-    """x [..., h], weight [h] -> x / sqrt(mean(x^2) + eps) * weight."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight from x [..., h] and weight [h]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -201,7 +205,7 @@ def _softmax_sums(logits, column, top, total, weighted, label, scale, stride, re
         shrink = tl.exp(m - higher)
         shifted = tl.where(place < real, x - higher, 0.0)
         e = tl.where(place < real, tl.exp(shifted), 0.0)
-        # sum e^(x - m) (x - m), where m has risen to `higher`
+        # update sum e^(x - m) (x - m) for the new maximum `higher`
         u = tl.where(s > 0.0, (u + (m - higher) * s) * shrink, 0.0) + tl.sum(e * shifted, 0)
         s = s * shrink + tl.sum(e, 0)
         m = higher
@@ -223,9 +227,10 @@ def _logp_slope(logits, column, lse, grad, scale, stride, width, real, BLOCK: tl
 
 
 def softmax_sums(logits: Tensor, column: Tensor, real: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x = logits [T, V] scale over the first `real` columns, in one read: m = max x, sum e^(x-m), sum e^(x-m) (x-m), x[column].
+    """Return m = max x, sum e^(x - m), sum e^(x - m) (x - m) and x[column], all [T] float32.
 
-    All [T] float32; x[column] is 0 where column is not one of those columns.
+    x is logits * scale over the first `real` columns of logits [T, V]. The kernel reads logits once. column [T] selects
+    one column per token; x[column] is 0 if it is not one of the first `real` columns.
     """
     top, total, weighted, label = (
         torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(4)
@@ -238,7 +243,10 @@ def softmax_sums(logits: Tensor, column: Tensor, real: int, scale: float) -> tup
 
 
 def logp_slope(logits: Tensor, column: Tensor, lse: Tensor, grad: Tensor, real: int, scale: float) -> Tensor:
-    """grad d log softmax(logits scale)[column] / d logits, written over logits [T, V]; 0 from column `real` on."""
+    """Overwrite logits [T, V] with grad * d log softmax(logits * scale)[column] / d logits, and return them.
+
+    grad, column and lse (log-sum-exp over all columns) are [T]. The result is 0 from column `real` on.
+    """
     tokens, width = logits.shape
     if tokens:
         _logp_slope[(tokens, triton.cdiv(width, BLOCK))](
@@ -273,9 +281,10 @@ def adamw(
     eps: float,
     scale: float,
 ) -> None:
-    """p becomes p keep - size mean / (sqrt(square) / root + eps), with moments that have taken in grad scale: 28 bytes an element.
+    """Update the moments `mean` and `square` with grad * scale, then p, all in place.
 
-    (torch's fused AdamW takes at most 320 blocks to a launch, and writes scaled gradients back.)
+    p becomes p * keep - size * mean / (sqrt(square) / root + eps). This moves 28 bytes per element. The fused AdamW of
+    torch uses at most 320 blocks per launch, and also writes the scaled gradients.
     """
     assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (p, grad, mean, square)), (
         "adamw takes whole float32 tensors"

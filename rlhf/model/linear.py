@@ -1,7 +1,8 @@
-"""megatron-core's linear layers for ranks that split the tokens (sequence parallelism), with transfers that go on beside products.
+"""megatron-core's linear layers for sequence parallelism, with transfers that overlap with matrix products.
 
-megatron-core gathers all tokens before a product and sums the ranks' results after another. Here products are cut by ranks instead: while
-tokens that are there are multiplied, the others come, and while the last part is multiplied, the results of the first go.
+megatron-core gathers all tokens before the product of a column-parallel layer, and sums the ranks' results after the
+product of a row-parallel layer. Here each product is split into one part per rank. While one part is multiplied, the
+inputs of the next parts arrive, or the results of earlier parts are sent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
+import rlhf.parallel.mesh  # noqa: F401  (must be first: megatron-core can then be imported without CUDA)
 
 # isort: split
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -22,7 +23,7 @@ from rlhf.parallel.exchange import exchange
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """x [T / tp, ..., in], gathered, times the transpose of weight [out / tp, in] -> [T, ..., out / tp]."""
+    """All-gather x [T / tp, ..., in], and multiply it by weight.T of weight [out / tp, in]: [T, ..., out / tp]."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         out = _Column.apply(input_, self.weight, self.tp_group)
@@ -30,10 +31,10 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """x [T, ..., in / tp] times the transpose of weight [out, in / tp], summed over the ranks -> [T / tp, ..., out]."""
+    """Multiply x [T, ..., in / tp] by weight.T of weight [out, in / tp], and reduce-scatter: [T / tp, ..., out]."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        assert self.bias is None, "a bias would be added on every rank"
+        assert self.bias is None, "each rank would add the bias"
         return _Row.apply(input_, self.weight, self.tp_group), None
 
 
@@ -47,9 +48,8 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        inputs = AllGather(
-            x.contiguous(), ctx.group, whole=True
-        )  # they come during the next product, and its results go during the last
+        # The inputs arrive during the product in ReduceScatter. Its results are sent during the last product.
+        inputs = AllGather(x.contiguous(), ctx.group, whole=True)
         grad_x = ReduceScatter(grad, weight, ctx.group)
         grad_weight = _weight_gradient(weight, grad, inputs.whole())
         return grad_x.sum(), grad_weight, None
@@ -71,7 +71,7 @@ class _Row(torch.autograd.Function):
 
 
 class AllGather:
-    """All ranks' x [T / tp, ..., k], on their way; with `whole` they will stand in one tensor."""
+    """An all-gather in progress of each rank's x [T / tp, ..., k]. With `whole`, whole() can return one tensor."""
 
     def __init__(self, x: Tensor, group: dist.ProcessGroup, whole: bool = False):
         self.x, self.me, self.size = x, group.rank(), group.size()
@@ -80,7 +80,7 @@ class AllGather:
             self.turn.send(step, x)
 
     def matmul(self, matrix: Tensor) -> Tensor:
-        """[T, ..., k] matrix [k, n] -> [T, ..., n], this rank's own part first."""
+        """Return the gathered x times matrix [k, n]: [T, ..., n]. This rank's own part is computed first."""
         out = self.x.new_empty(self.size, *self.x.shape[:-1], matrix.shape[1])
         for step in range(self.size):
             part = self.turn.receive(step) if step else self.x
@@ -88,14 +88,14 @@ class AllGather:
         return out.flatten(0, 1)
 
     def whole(self) -> Tensor:
-        """[T, ..., k], which lasts until the exchange after the next one."""
+        """Return the gathered x [T, ..., k]. It is valid until the second exchange after this one begins."""
         for step in range(self.size):
             self.turn.receive(step)
         return self.turn.parts.flatten(0, 1)
 
 
 class ReduceScatter:
-    """The parts of x [T, ..., k] matrix [k, n], each on its way to the rank that gets its sum."""
+    """A reduce-scatter in progress of x [T, ..., k] times matrix [k, n]. Each rank gets the sum of its part."""
 
     def __init__(self, x: Tensor, matrix: Tensor, group: dist.ProcessGroup):
         me, self.size = group.rank(), group.size()
@@ -108,16 +108,16 @@ class ReduceScatter:
         self.own = parts[me] @ matrix
 
     def sum(self) -> Tensor:
-        """Over all ranks, of this rank's part [T / tp, ..., n]."""
+        """Return this rank's part [T / tp, ..., n], summed over all ranks."""
         for step in range(1, self.size):
             self.own += self.turn.receive(step)
         return self.own
 
 
 def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    """Of weight [n, k], from the gradient [T, ..., n] of its output and its input [T, ..., k].
+    """Return the gradient of weight [n, k] from the output's gradient [T, ..., n] and the input x [T, ..., k].
 
-    Where megatron-core keeps a float32 sum in weight.main_grad, it is added there, and what is returned is not read.
+    If megatron-core has a float32 buffer weight.main_grad, the gradient is added there, and the result is not used.
     """
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if not (operations.fusing and hasattr(weight, "main_grad")):

@@ -1,6 +1,7 @@
-"""Log-probs and entropies from hidden states, with the vocabulary split over tensor-parallel ranks and the tokens cut into chunks.
+"""Computes log-probs and entropies from hidden states. Tensor-parallel ranks split the vocabulary.
 
-Logits exist for one chunk at a time, forward and backward, so their memory does not grow with the number of tokens.
+The tokens are split into chunks. Forward and backward compute the logits of one chunk at a time, so the memory of the
+logits does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
+import rlhf.parallel.mesh  # noqa: F401  (must be first: megatron-core can then be imported without CUDA)
 
 # isort: split
 from megatron.core import tensor_parallel
 
 from rlhf.model.operations import accumulate, fused, logp_slope, softmax_sums
 
-CHUNK_ELEMENTS = 2**25  # logits of one chunk on one rank: 128 MiB in float32
+CHUNK_ELEMENTS = 2**25  # number of logits of one chunk on one rank: 128 MiB in float32
 
 
 def token_logp(
@@ -32,11 +33,11 @@ def token_logp(
     group: dist.ProcessGroup,
     sequence_parallel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T / temperature)[labels] and the entropy of that distribution, both [T] float32.
+    """Return the log-probs of labels under softmax(hidden @ weight.T / temperature), and entropies, both [T] float32.
 
-    hidden [T (/tp with sequence_parallel), h] after the final norm; weight [padded vocab / tp, h], this rank's rows; labels [T]; columns
-    from `vocab` on are padding and have probability 0. Gradients flow to hidden and weight from the log-probs only. temperature 0 (greedy)
-    gives the log-probs of the untempered distribution.
+    hidden [T (/tp with sequence_parallel), h] is the output of the final norm. weight [padded vocab / tp, h] has this
+    rank's rows of the output layer. labels is [T]. Columns from `vocab` on are padding and have probability 0. Only
+    the log-probs have gradients, for hidden and weight. temperature=0 (greedy) is computed as temperature=1.
     """
     if sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -60,9 +61,9 @@ class _VocabParallelLogp(torch.autograd.Function):
         top = own.clone()
         if group.size() > 1:
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            lower = torch.where(total > 0, own - top, 0.0)  # sums were taken relative to this rank's own maximum
+            lower = torch.where(total > 0, own - top, 0.0)  # the sums are relative to this rank's own maximum
             weighted, total = (weighted + lower * total) * lower.exp(), total * lower.exp()
-            sums = torch.stack((total, weighted, label))  # each label is on one rank
+            sums = torch.stack((total, weighted, label))  # label is 0 on all ranks except the one with the label's row
             dist.all_reduce(sums, group=group)
             total, weighted, label = sums
         log_total = total.log()
@@ -76,7 +77,7 @@ class _VocabParallelLogp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, columns, lse = ctx.saved_tensors
         grad_hidden, learns = torch.empty_like(hidden), ctx.needs_input_grad[1]
-        # With megatron-core's fused accumulation a weight owns the buffer that its gradient is summed into.
+        # With megatron-core's fused accumulation, a weight has a buffer main_grad to which its gradient is added.
         direct = learns and fused(weight) and hasattr(weight, "main_grad")
         total: Tensor | None = None
         if learns:
@@ -88,15 +89,15 @@ class _VocabParallelLogp(torch.autograd.Function):
             if total is not None:
                 accumulate(total, slope, hidden[part])
         if direct:
-            weight.grad_added_to_main_grad = True  # as megatron-core's own linear layers mark it
-            shared = getattr(
-                weight, "zero_out_wgrad", False
-            )  # with the embedding, whose gradient is still added to ours
+            weight.grad_added_to_main_grad = True  # megatron-core's own linear layers set this too
+            # A tied weight also gets the embedding's gradient, which autograd adds to the result. So that must be 0.
+            shared = getattr(weight, "zero_out_wgrad", False)
             total = (torch.zeros_like if shared else torch.empty_like)(weight)
         return grad_hidden, None if total is None else total.to(weight.dtype), None, None, None, None
 
 
 def _parts(tokens: int, weight: Tensor) -> list[slice]:
-    # The kernels work in place and in the weight's dtype: four times the tokens take the memory of plain torch's float32 copies.
+    # The kernels work in place and in the weight's dtype. In the memory that plain torch needs for its float32 copies,
+    # they can compute four times as many tokens.
     size = max(1, CHUNK_ELEMENTS * (4 if fused(weight) else 1) // len(weight))
     return [slice(start, start + size) for start in range(0, tokens, size)]

@@ -1,6 +1,6 @@
-"""The private names of megatron-core that are replaced or read. Checked with megatron-core 0.16 and 0.19.
+"""All uses of private names of megatron-core, which are replaced or read here. Checked with versions 0.16 and 0.19.
 
-install() runs when this module is imported, so it must be imported before a model is built.
+Importing this module runs install(), so it must be imported before a model is built.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
+import rlhf.parallel.mesh  # noqa: F401  (must be first: megatron-core can then be imported without CUDA)
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
@@ -27,13 +27,13 @@ from rlhf.patches import REMEDY, define, replace, require
 
 
 def install() -> None:
-    """Replace operations of megatron-core. Raises UserError if one of them is not where it was."""
-    # Its linear layers sum weight gradients into float32 by an extension of Apex. Ours is a matrix product of torch.
+    """Replace operations of megatron-core. Raises UserError if the installed version does not have one of them."""
+    # Its linear layers use an extension of Apex to add weight gradients in float32. This one uses torch.
     define(layers, "fused_weight_gradient_mlp_cuda", SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate))
     replace(layers, "_grad_accum_fusion_available", True)
-    # Its own is compiled again for every new number of tokens.
+    # The original is compiled again for every new number of tokens.
     replace(mlp, "bias_swiglu_impl", lambda x, bias, *_: operations.swiglu(x))
-    # Without Transformer Engine or Apex it copies the norm of each tensor to the host; this reads all of them once.
+    # Without Transformer Engine or Apex, the original copies the norm of each tensor to the host. This one copies once.
     replace(clip_grads, "l2_norm_impl", _norm)
 
 
@@ -46,7 +46,10 @@ def _norm(_: Any, __: Any, lists: list[list[Tensor]], ___: Any) -> tuple[Tensor,
 
 
 def become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
-    """Make a module that megatron-core has built one of a subclass of its class, which adds methods only."""
+    """Change the class of a module that megatron-core has built to `kind`, a direct subclass that only adds methods.
+
+    Raises UserError if the module has another class.
+    """
     if type(module) is not kind.__base__:
         found = type(module).__name__
         raise UserError(f"megatron-core builds a {found}, which cannot become a {kind.__name__}: {REMEDY}")
@@ -54,20 +57,20 @@ def become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
 
 
 def gradient_buffers(model: DistributedDataParallel) -> list[Tensor]:
-    """The memory of all gradients."""
+    """Return the buffers that contain all gradients."""
     for buffer in model.buffers:
         require(buffer, "grad_data")
     return [buffer.grad_data for buffer in model.buffers]
 
 
 def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """The torch optimizers underneath; none on a rank without parameters to update."""
+    """Return the torch optimizers that it consists of; an empty list on a rank without parameters to update."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [part.optimizer for part in parts if part.optimizer is not None]
 
 
 def replace_step(inner: torch.optim.Optimizer, step: Callable[..., Any], *arguments: Any) -> None:
-    """Let megatron-core's optimizer call step(inner, *arguments) to update parameters."""
+    """Make megatron-core's optimizer call step(inner, *arguments) to update parameters."""
     replace(inner, "step", partial(step, inner, *arguments))
 
 

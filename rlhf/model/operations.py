@@ -1,6 +1,7 @@
-"""The memory-bound operations of a decoder and its optimizer: fused kernels on a GPU, plain torch elsewhere. Only here is that chosen.
+"""The memory-bound operations of a decoder and its optimizer.
 
-Both compute the same to rounding: the kernels keep in float32 what plain torch rounds to the tensors' dtype in between.
+Only this file chooses between fused kernels (on a GPU) and plain torch. Both give the same results up to rounding: the
+kernels keep intermediate values in float32, and plain torch rounds them to the dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -14,33 +15,34 @@ from torch import Tensor
 
 from rlhf.model import rope
 
-fusing = True  # benchmarks turn it off, before a model is built, to compare
+fusing = True  # benchmarks set it to False before they build a model, to compare
 
 
 def fused(x: Tensor) -> bool:
+    """Return whether operations on x use the fused kernels."""
     return fusing and x.is_cuda
 
 
 def sound(weights: Iterable[Tensor]) -> bool:
-    """Whether weights can be computed with: none is NaN, and none so large that its square is infinite in float32.
+    """Return whether no weight is NaN or so large that its square is infinite in float32.
 
-    A model of such finite weights still says finite things, as its norms divide by infinity, but it learns nothing any more.
+    A model with such large weights still has finite outputs, because its norms divide by infinity. But it cannot learn.
     """
     return _largest(weights) < 1e19
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number is NaN or infinite."""
+    """Return whether no number is NaN or infinite."""
     return _largest(tensors) < math.inf
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:
-    """The largest magnitude, with one device synchronisation; NaN if one number is."""
+    """Return the largest absolute value, or NaN if a number is NaN. Synchronizes with the device once."""
     return float(torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor.numel()], norm_type=math.inf))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """rope.rotate of x [T, heads, d] by tables [T, 1, d / 2]."""
+    """Return rope.rotate of x [T, heads, d] by tables [T, 1, d / 2]."""
     if fused(x):
         from rlhf.model import kernels
 
@@ -49,7 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., h] over the root of its mean square, times weight [h] (1910.07467)."""
+    """Return x / sqrt(mean(x^2) + eps) * weight for x [..., h] and weight [h] (1910.07467)."""
     if fused(x):
         from rlhf.model import kernels
 
@@ -58,7 +60,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """x [..., 2 f] holds gate, then up -> silu(gate) up [..., f] (2002.05202)."""
+    """Return silu(gate) * up [..., f] for x [..., 2 f], which has gate first, then up (2002.05202)."""
     if fused(x):
         from rlhf.model import kernels
 
@@ -68,9 +70,10 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def softmax_sums(logits: Tensor, column: Tensor, real: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What log-probs and entropies are made of, for x = logits [T, V] scale over the first `real` columns.
+    """Return m = max x, sum e^(x - m), sum e^(x - m) (x - m) and x[column], all [T] float32. May overwrite logits.
 
-    m = max x, sum e^(x - m), sum e^(x - m) (x - m) and x[column] (0 where column is none of those), all [T] float32. Overwrites logits.
+    x is logits * scale over the first `real` columns of logits [T, V]. column [T] selects one column per token;
+    x[column] is 0 if it is not one of the first `real` columns. Log-probs and entropies are computed from these values.
     """
     if fused(logits):
         from rlhf.model import kernels
@@ -88,9 +91,10 @@ def softmax_sums(logits: Tensor, column: Tensor, real: int, scale: float) -> tup
 
 
 def logp_slope(logits: Tensor, column: Tensor, lse: Tensor, grad: Tensor, real: int, scale: float) -> Tensor:
-    """grad [T] times d log softmax(logits scale)[column] / d logits, in the dtype of logits [T, V], which are overwritten.
+    """Return grad [T] * d log softmax(logits * scale)[column] / d logits, in the dtype of logits [T, V].
 
-    lse [T] is the log-sum-exp over all columns of all ranks; column may lie on another rank; columns from `real` on get 0.
+    May overwrite logits. lse [T] is the log-sum-exp over all columns of all ranks. column may be on another rank. The
+    result is 0 from column `real` on.
     """
     if fused(logits):
         from rlhf.model import kernels
@@ -104,7 +108,10 @@ def logp_slope(logits: Tensor, column: Tensor, lse: Tensor, grad: Tensor, real: 
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [m, n] float32 += left [T, m].T @ right [T, n], in place; on a GPU within the matrix product itself."""
+    """Add left.T @ right to total [m, n] float32 in place. left is [T, m], right [T, n].
+
+    On a GPU, the matrix product itself adds to total.
+    """
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
     elif fused(total):
@@ -124,7 +131,10 @@ def adamw(
     decay: float,
     scale: float,
 ) -> None:
-    """Update p and both moments of its gradient in place, by the gradient grad * scale (1711.05101); `step` counts from 1."""
+    """Make one AdamW update of p and its moments in place, with the gradient grad * scale (1711.05101).
+
+    moments: the means of the gradient and of its square. `step` counts the updates from 1.
+    """
     keep, size, root = 1 - lr * decay, lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)
     mean, square = moments
     if fused(p):

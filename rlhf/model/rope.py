@@ -1,6 +1,7 @@
-"""Rotary position embeddings (RoFormer, 2104.09864), and their scaling to texts longer than those of a model's first training.
+"""Rotary position embeddings (RoFormer, 2104.09864), and their scaling to longer contexts than in the first training.
 
-The order of operations is that of transformers: another order rounds differently, and that shows in the angles of late positions.
+The order of operations is the same as in transformers. Another order would round differently, which is visible in the
+angles of late positions.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ class Rope:
     """How a model rotates its queries and keys."""
 
     frequencies: Tensor  # [head_dim / 2] float32, radians per position of each rotated pair
-    scale: float = 1.0  # of the rotated queries and keys
+    scale: float = 1.0  # factor of the rotated queries and keys
 
     @classmethod
     def of(cls, arch: Architecture, device: torch.device | str) -> Rope:
+        """Return the rope of a model, on this device."""
         s = arch.rope_scaling
         exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
         periods = arch.rope_theta**exponents  # positions per radian
@@ -33,17 +35,20 @@ class Rope:
                 return cls(_llama3(arch, 1 / periods).to(device))
             case "yarn":
                 return cls(_yarn(arch, periods).to(device), _yarn_scale(arch))
-        return cls((1 / periods).to(device))  # dynamic, too: it changes nothing within the context
+        return cls((1 / periods).to(device))  # also for dynamic, which changes nothing within the original context
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [...] -> cos and sin [..., 1, head_dim / 2]."""
+        """Return cos and sin [..., 1, head_dim / 2] of positions [...]."""
         angles = positions[..., None, None].float() * self.frequencies
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
 def _llama3(arch: Architecture, frequencies: Tensor) -> Tensor:
-    """Llama 3's scaling (2407.21783): pairs that turn slowly within the original context are stretched by `factor`, fast ones are kept,
-    those between are blended."""
+    """Return the frequencies of Llama 3's scaling (2407.21783).
+
+    The frequency of a pair that rotates slowly within the original context is divided by `factor`. Fast pairs are
+    unchanged. Frequencies between are interpolated.
+    """
     s = arch.rope_scaling
     turns = s["original_max_position_embeddings"] / (2 * math.pi / frequencies)
     kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
@@ -51,11 +56,15 @@ def _llama3(arch: Architecture, frequencies: Tensor) -> Tensor:
 
 
 def _yarn(arch: Architecture, periods: Tensor) -> Tensor:
-    """YaRN's (2309.00071): the same, but blended linearly over the pairs between beta_fast and beta_slow turns."""
+    """Return the frequencies of YaRN (2309.00071).
+
+    The scaling is as in _llama3, but the interpolation is linear in the index of the pair, between the pairs that make
+    beta_fast and beta_slow turns.
+    """
     s = arch.rope_scaling
 
     def pair(turns: float) -> float:
-        """The number of the pair that makes so many turns within the original context."""
+        """Return the (fractional) index of the pair that makes this number of turns within the original context."""
         context = s["original_max_position_embeddings"]
         return arch.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
 
@@ -69,7 +78,7 @@ def _yarn(arch: Architecture, periods: Tensor) -> Tensor:
 
 
 def _yarn_scale(arch: Architecture) -> float:
-    """YaRN's attention factor, as config.json says it or makes it from mscale and mscale_all_dim."""
+    """Return YaRN's attention factor: the value in config.json, or else computed from mscale and mscale_all_dim."""
     s = arch.rope_scaling
 
     def magnitude(weight: float) -> float:
@@ -83,6 +92,9 @@ def _yarn_scale(arch: Architecture) -> float:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [..., heads, head_dim] by tables [..., 1, head_dim / 2], pairing dimension i with i + head_dim / 2 as Hugging Face does."""
+    """Return x [..., heads, head_dim], rotated by tables [..., 1, head_dim / 2].
+
+    Dimension i is paired with dimension i + head_dim / 2, as in Hugging Face models.
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

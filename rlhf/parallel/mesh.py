@@ -92,7 +92,7 @@ class Mesh:
 
     @property
     def place_in_replica(self) -> tuple[int, int]:
-        """This rank's index in its data-parallel replica, in the order of the world, and the replica's size."""
+        """Return this rank's index in its data-parallel replica, in order of world ranks, and the replica's size."""
         tp, pp, cp = self.layout.tp, self.layout.pp, self.layout.cp
         return (self.pp_rank * cp + self.cp_rank) * tp + self.tp_rank, tp * pp * cp
 
@@ -123,8 +123,8 @@ class Mesh:
     def all_gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, by rank. Values must be small Python objects that can be pickled.
 
-        Each value takes the time and memory of the largest. If several ranks have the same data, each should send a
-        portion() of it.
+        Every value takes as much time and memory as the largest one. If several ranks have the same data, each should
+        send a portion() of it.
         """
         if self.world == 1:
             return [value]

@@ -1,4 +1,4 @@
-"""Groups in flight, which have been begun but not yet used by a step, and the choice of the groups that a step uses.
+"""Groups in flight, which are begun but not yet used by a step, and the choice of the groups that a step uses.
 
 A response may contain tokens of the weights of several steps. Between steps, engines hold no requests. To continue a
 response, its prompt and its tokens so far become the prompt of a new request.

@@ -1,7 +1,7 @@
-"""Generation in plain torch: the protocol Engine with nothing hidden. An oracle for the other engine, and a fallback where
-vLLM cannot run.
+"""The engine "kvcache": generation in plain torch. It is the reference for vLLM in tests, and runs where vLLM cannot.
 
-Shapes: B sequences, Q new tokens each, K tokens cached, H query heads, G key/value heads (both of this rank), D head_dim.
+Shape letters   B sequences | Q new tokens of each | K cached tokens | H query heads and G key/value heads of this rank
+                D head_dim
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from rlhf.model.architecture import Architecture
 from rlhf.model.rope import Rope, rotate
 from rlhf.weights import names
 
-BATCH = 2**15  # tokens in the KV cache at once; longer lists of prompts run as several batches
+BATCH = 2**15  # largest number of tokens in the KV cache; more requests run as several batches
 
 
 class Batch:
-    """Requests that run together, with `length` cached tokens each. Those that are complete idle until the last one is."""
+    """Requests that run together, with space for `length` tokens in the KV cache each.
+
+    A completed request keeps its row in the batch until all requests are complete.
+    """
 
     def __init__(self, model: KVCache, requests: list[Request], length: int):
         self.model, self.requests, self.length = model, requests, length
@@ -32,29 +35,27 @@ class Batch:
         self.sizes = torch.tensor([len(p) for p in prompts], device=device)
         most = [request.sampling.max_tokens for request in requests]
         self.room = torch.minimum(model.max_len - self.sizes, torch.tensor(most, device=device))
-        # Padding on the right is never seen: a generated token overwrites it before any query reaches its position.
+        # No query attends to the padding on the right. A generated token overwrites it before a query has its position.
         width = int(self.sizes.max())
         self.tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
         self.positions = torch.arange(width, device=device).expand_as(self.tokens)
         shape = (model.arch.layers, 2, len(prompts), length, model.kv_heads, model.arch.head_dim)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
-        # All draws are made before generation starts, so neither batch nor order can touch them.
+        # All random numbers are drawn before generation starts, so they do not depend on the batch or its order.
         draws = [
             torch.rand(count, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float64)
             for count, request in zip(most, requests, strict=True)
         ]
-        self.draw = pad_sequence(draws).to(device)  # [most tokens, B]
+        self.draw = pad_sequence(draws).to(device)  # [largest max_tokens, B]
         self.stop = torch.tensor(self.sampling.stop_ids, dtype=torch.int64, device=device)
-        self.rows, self.last = (
-            torch.arange(len(prompts), device=device),
-            self.sizes - 1,
-        )  # where the hidden state that predicts is
+        # indices of the hidden states that predict the next tokens
+        self.rows, self.last = torch.arange(len(prompts), device=device), self.sizes - 1
         self.done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         self.drawn = [Completion([], [], "length") for _ in requests]
         self.steps = 0
 
     def step(self) -> list[tuple[int, Completion]]:
-        """Draw a token for every request that is not complete; those that are complete by that, by their keys."""
+        """Sample one token for each request that is not complete. Return newly completed ones, as (key, completion)."""
         hidden = self.model.forward(self.tokens, self.positions, self.cache)
         token, logp = choose(self.model.logits(hidden[self.rows, self.last]), self.sampling, self.draw[self.steps])
         stopped = torch.isin(token, self.stop)
@@ -73,12 +74,13 @@ class Batch:
                 self.done[i] = True
                 found.append((request.key, completion))
         self.tokens, self.last = token[:, None], torch.zeros_like(self.sizes)
-        self.positions = (self.sizes + self.steps).clamp(max=self.length - 1)[:, None]  # complete ones idle at the end
+        # A completed request may reach the end of its cache. It then stays at the last position.
+        self.positions = (self.sizes + self.steps).clamp(max=self.length - 1)[:, None]
         self.steps += 1
         return found
 
     def held(self) -> list[tuple[int, Completion]]:
-        """What was drawn for requests that are not complete, by their keys."""
+        """Return the tokens so far of the requests that are not complete, as (key, completion)."""
         rows = zip(self.requests, self.drawn, self.done.tolist(), strict=True)
         return [
             (request.key, Completion(drawn.tokens, drawn.logp, "held")) for request, drawn, done in rows if not done
@@ -86,9 +88,10 @@ class Batch:
 
 
 class KVCache(Engine):
-    """A dense decoder with a preallocated KV cache and parameters by vLLM's fused names; prompt and response share max_len tokens.
+    """A dense decoder with a preallocated KV cache. Its parameters have vLLM's fused names.
 
-    Tensor parallel over `group` (None if tp is 1): its ranks make the same calls, gather the same logits and so draw the same tokens.
+    max_len is the largest number of tokens of prompt and response together. The ranks of `group` (None if tp is 1) are
+    tensor parallel. They make the same calls and gather the same logits, so they sample the same tokens.
     """
 
     def __init__(
@@ -116,7 +119,11 @@ class KVCache(Engine):
         self.weights = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
     def submit(self, requests: list[Request]) -> None:
-        """Log-probs are of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution."""
+        """Add requests to the end of the queue.
+
+        Log-probs are those of the sampled distribution, after temperature, top-k and top-p. With temperature=0 they are
+        those of the distribution at temperature 1.
+        """
         for request in requests:
             assert 0 < len(request.prompt) < self.max_len, (
                 f"a prompt is empty or leaves no room in {self.max_len} tokens"
@@ -125,16 +132,19 @@ class KVCache(Engine):
 
     @torch.no_grad()
     def advance(self) -> list[tuple[int, Completion]]:
-        """Requests run in batches of like length; the next begins when the last of a batch is complete."""
+        """Sample one token for each running request, as in Engine.
+
+        Requests run in batches of similar length. A batch begins when all requests of the previous one are complete.
+        """
         if not self.running and self.waiting:
-            self.waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length pad each other least
+            self.waiting.sort(key=lambda request: len(request.prompt))  # prompts of similar length need less padding
             length = min(
                 max(len(request.prompt) + request.sampling.max_tokens for request in self.waiting), self.max_len
             )
             size = max(1, BATCH // length)
             batch, self.waiting = self.waiting[-size:], self.waiting[:-size]
             assert len({replace(request.sampling, max_tokens=0) for request in batch}) == 1, (
-                "one batch is sampled in one way"
+                "all requests of a batch must have the same sampling parameters, except max_tokens"
             )
             self.running = Batch(self, batch, length)
         if not self.running:
@@ -154,22 +164,25 @@ class KVCache(Engine):
         return self.weights
 
     def sleep(self) -> None:
-        for weight in self.weights.values():  # the KV cache lives only inside generate()
+        for weight in self.weights.values():  # there is no KV cache, because it belongs to the running batch
             weight.untyped_storage().resize_(0)
 
     def wake_weights(self) -> None:
         for weight in self.weights.values():
             if not weight.untyped_storage().nbytes():
                 weight.untyped_storage().resize_(weight.nbytes)
-                weight.zero_()  # the rows that pad the vocabulary are never published
+                weight.zero_()  # a publish does not write the rows that pad the vocabulary
 
     def wake(self) -> None:
         assert self.weights["model.norm.weight"].untyped_storage().nbytes(), (
-            "wake_weights() and a publish come before wake()"
+            "wake_weights() and a publish must come before wake()"
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
-        """tokens, positions [B, Q] -> final hidden states [B, Q, hidden]; the tokens' keys and values go into the cache."""
+        """Return final hidden states [B, Q, hidden] of tokens and positions [B, Q].
+
+        Write the keys and values of the tokens into cache [layers, 2, B, K, G, D].
+        """
         arch, w = self.arch, self.weights
         cos, sin = self.rope.tables(positions, self.dtype)  # [B, Q, 1, D/2]
         keys, queries = torch.arange(int(positions.max()) + 1, device=self.device), positions[:, None, :, None]
@@ -189,7 +202,10 @@ class KVCache(Engine):
     def _attend(
         self, h: Tensor, name: str, positions: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, cache: Tensor
     ) -> Tensor:
-        """Causal attention of h [B, Q, hidden] to everything in the cache [2, B, K, G, D] up to its own positions."""
+        """Return causal attention [B, Q, hidden] of h [B, Q, hidden] to the cached tokens of a layer.
+
+        Write the keys and values of h into cache [2, B, K, G, D] first. seen [B, 1, Q, K] is the attention mask.
+        """
         arch, w = self.arch, self.weights
         qkv = F.linear(h, w[name + "qkv_proj.weight"], w[name + "qkv_proj.bias"] if arch.row.qkv_bias else None)
         q, k, v = qkv.unflatten(-1, (-1, arch.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -212,7 +228,7 @@ class KVCache(Engine):
         return self._sum(F.embedding(local.where(mine, 0), table) * mine[..., None])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [B, hidden] -> float32 logits [B, vocab], the same on every rank."""
+        """Return float32 logits [B, vocab] of hidden [B, hidden], on every rank."""
         weight = self.weights["model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"]
         shard = F.linear(hidden, weight).float()
         if self.group is None:
@@ -228,9 +244,10 @@ class KVCache(Engine):
 
 
 def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and their log-probs from logits [B, vocab] and one uniform draw [B] in [0, 1) for each sequence.
+    """Return sampled tokens [B] and their log-probs [B] from logits [B, vocab].
 
-    Order of the filters as in vLLM: temperature, top-k, then top-p over what is left. Temperature 0 takes the likeliest token.
+    draw [B] has one uniform random number in [0, 1) for each sequence. The filters have the same order as in vLLM:
+    temperature, top-k, then top-p of the remaining tokens. temperature=0 takes the most likely token.
     """
     if sampling.temperature == 0:
         logp, token = logits.log_softmax(dim=-1).max(dim=-1)
@@ -241,7 +258,7 @@ def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> tuple[Tensor, Te
     if sampling.top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True)
         probs = ranked.softmax(dim=-1)
-        likelier = probs.cumsum(dim=-1) - probs  # mass of the tokens before this one
+        likelier = probs.cumsum(dim=-1) - probs  # probability of all tokens before this one
         logits = logits.scatter(-1, order, ranked.masked_fill(likelier >= sampling.top_p, -math.inf))
     logp = logits.log_softmax(dim=-1)
     mass = logp.double().exp().cumsum(dim=-1)

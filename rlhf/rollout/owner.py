@@ -35,7 +35,7 @@ class EngineOwner:
         verify: bool = False,
         fill: Callable[[dict[str, Tensor]], None] | None = None,
     ):
-        """publisher: the engine sleeps until weights are offered. verify: compare checksums after every publish.
+        """With a publisher, the engine sleeps until weights are offered. verify: compare checksums after every publish.
 
         Without a publisher, the engine has loaded its weights itself, or fill(parameters) writes them.
         """

@@ -1,4 +1,4 @@
-"""Stop strings: which stop ids they are, whether tokens contain one, and where to cut a response after one."""
+"""Stop strings: their stop ids, the check whether tokens contain one, and where to cut a response after one."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Stops:
 
         More tokens do not normally change the text of earlier ones, so bisection finds the prefix. The exception is a
         token whose bytes are not a complete character. Some tokenizers then decode the whole run of bytes to BROKEN,
-        also a stop string in it. So if the text of the prefix contains BROKEN, prefixes that end before such tokens are
-        tried first.
+        including a stop string in it. So if the text of the prefix contains BROKEN, prefixes that end before such
+        tokens are tried first.
         """
 
         def stopped(n: int) -> bool:

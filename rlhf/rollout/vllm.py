@@ -1,6 +1,7 @@
-"""Generation with vLLM, one shard of the engine per rank, in the trainer's own process. Only this file and vllm_private.py import vllm.
+"""The engine "vllm": generation with vLLM. Each rank has a shard of an engine, in the same process as the learner.
 
-Works with vLLM 0.25 on a GPU and vLLM 0.32 on a CPU. Token ids go in and come out; no tokenizer is loaded.
+Only this file and vllm_private.py import vllm. They work with vLLM 0.25 on a GPU and vLLM 0.32 on a CPU. Prompts and
+responses are token ids, so no tokenizer is loaded.
 """
 
 import os
@@ -11,46 +12,47 @@ import torch
 from rlhf.config import CPU_CACHE
 from rlhf.contracts import Completion, Engine, Request
 
-# vLLM reads these while it is imported; what the user has set wins.
+# vLLM reads these variables at import. Values that the user has set are kept.
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler runs in this process: we write the weights in place
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it can neither seed requests one by one nor return their log-probs, and may be absent
-    "VLLM_LOGGING_LEVEL": "ERROR",  # dozens of lines per rank of how vLLM configures itself otherwise
-    "VLLM_NO_USAGE_STATS": "1",  # nothing about a run leaves the machine
-    "DO_NOT_TRACK": "1",  # the same, for the libraries below vLLM
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM must run in this process, because a publish writes weights in place
+    # FlashInfer has no seeds per request and no log-probs of sampled tokens. It may also not be installed.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # lower levels print dozens of lines per rank
+    "VLLM_NO_USAGE_STATS": "1",  # send no usage statistics
+    "DO_NOT_TRACK": "1",  # the same for other libraries that vLLM uses
 }
 if not torch.cuda.is_available():
-    ENVIRONMENT["TORCHDYNAMO_DISABLE"] = "1"  # on a CPU, compiling one small helper takes longer than a whole test
+    ENVIRONMENT["TORCHDYNAMO_DISABLE"] = "1"  # on a CPU, compiling one small function takes longer than a whole test
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
-from vllm import LLM, SamplingParams  # noqa: E402, so late because of the environment
+from vllm import LLM, SamplingParams  # noqa: E402, because the variables must be set first
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 from rlhf.rollout import vllm_private  # noqa: E402
 
 
 class VLLM(Engine):
-    """The protocol Engine over vLLM's `external_launcher`: every rank runs its own scheduler, and ranks of one engine agree
-    because they get the same prompts and the same seed for every request.
+    """An Engine that uses vLLM with its executor `external_launcher`.
 
-    An initialised torch.distributed world is inherited: each tp consecutive ranks are one engine. Otherwise vLLM makes a world
-    from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; the first two must be set in any case.
-    On a CPU nothing can sleep: sleep() and the wakes keep weights and cache where they are.
-    An engine that goes takes the default process group along, whoever made it: keep the engine, and simply end the process.
+    Each rank runs its own scheduler. The ranks of an engine make the same choices, because they get the same prompts
+    and seeds. Each `tp` consecutive ranks are one engine. vLLM uses torch.distributed if it is initialized. Otherwise
+    it initializes it from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. RANK and LOCAL_RANK must be set in
+    both cases. On a CPU, weights and KV cache stay allocated: sleep() and wake_weights() do nothing. vLLM destroys the
+    default process group when the LLM object is deleted, so keep the engine until the process ends.
     """
 
     def __init__(
         self,
-        folder: str,  # with a config.json; weights are read only if load
+        folder: str,  # has a config.json, and weights if `load`
         *,
         tp: int,
         dtype: str,  # "float32" or "bfloat16"
         seed: int,
-        max_len: int,  # prompt and response together, in tokens
-        memory: float,  # share of the device's memory for weights and KV cache (GPU)
-        cache: float,  # GiB of KV cache; 0: what memory leaves on a GPU, CPU_CACHE on a CPU
-        load: bool = False,  # weights from the folder; otherwise parameters() awaits a publish
+        max_len: int,  # largest number of tokens of prompt and response together
+        memory: float,  # share of the GPU's memory for weights and KV cache; not used on a CPU
+        cache: float,  # GiB of KV cache; 0: the rest of `memory` on a GPU, CPU_CACHE on a CPU
+        load: bool = False,  # load weights from the folder; else a publish must write them before generation
     ):
         self.max_len = max_len
         self.on_gpu = torch.cuda.is_available()
@@ -58,23 +60,24 @@ class VLLM(Engine):
             device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         else:
             vllm_private.adapt_to_cpu()
-            # A prompt that is cut into chunks winds its request's generator back, which a generator of the CPU cannot do.
+            # With chunked prefill, vLLM resets the offset of a request's generator. CPU generators do not support this.
             device = {"enforce_eager": True, "enable_chunked_prefill": False}
             cache = cache or CPU_CACHE
-        if cache:  # given, so that vLLM need not find out by measuring, which fails where others use the device at the same time
+        # Without a size, vLLM measures free memory. This fails if other processes use the device at the same time.
+        if cache:
             device["kv_cache_memory_bytes"] = int(cache * 2**30)
-        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of names that vLLM touches in torch
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch, about names that vLLM uses
             self.llm = LLM(
                 model=folder,
                 skip_tokenizer_init=True,
-                generation_config="vllm",  # stop ids and sampling come from the caller, never from the folder
+                generation_config="vllm",  # ignore the sampling parameters and stop ids in the folder
                 load_format="auto" if load else "dummy",
                 dtype=dtype,
                 seed=seed,
                 tensor_parallel_size=tp,
                 distributed_executor_backend="external_launcher",
                 max_model_len=max_len,
-                logprobs_mode="processed_logprobs",  # log-probs of the distribution that was sampled from
+                logprobs_mode="processed_logprobs",  # log-probs of the sampled distribution
                 use_tqdm_on_load=False,
                 **device,
             )
@@ -84,10 +87,13 @@ class VLLM(Engine):
         self._parameters = vllm_private.parameters(self.llm)
 
     def submit(self, requests: list[Request]) -> None:
-        """Log-probs are of the distribution drawn from, after temperature, top-k and top-p; at temperature 0, of the plain distribution.
+        """Add requests to the end of the queue.
 
-        Every request needs its own seed: without one, ranks of an engine would draw from global random states that differ; with a shared
-        one, siblings of a group would come out alike.
+        Log-probs are those of the sampled distribution, after temperature, top-k and top-p. With temperature=0 they are
+        those of the distribution at temperature 1.
+
+        Every request needs its own seed. Without seeds, the ranks of an engine would use global random states, which
+        differ. With a common seed, all responses of a group would be equal.
         """
         for request in requests:
             assert 0 < len(request.prompt) < self.max_len, (
@@ -103,19 +109,18 @@ class VLLM(Engine):
                 top_p=s.top_p,
                 top_k=s.top_k,
                 stop_token_ids=list(s.stop_ids),
-                ignore_eos=True,  # the caller's stop ids alone end a response
+                ignore_eos=True,  # only stop_token_ids end a response
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,  # lists of numbers instead of one dict per token
                 detokenize=False,
-                # What is not watched costs no Python in each step.
+                # FINAL_ONLY needs no Python code in each step, but `ends` needs the tokens of each step.
                 output_kind=RequestOutputKind.CUMULATIVE if request.ends else RequestOutputKind.FINAL_ONLY,
             )
             self.llm.llm_engine.add_request(str(request.key), {"prompt_token_ids": request.prompt}, params)
 
     def advance(self) -> list[tuple[int, Completion]]:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the CPU sampler draws from the global generator even for seeded requests
+        # On a CPU, vLLM's sampler also uses the global generator, even for requests with a seed. Its state is restored.
+        with torch.random.fork_rng(devices=[]):
             outputs = self.llm.llm_engine.step()
         found = []
         for output in outputs:
@@ -136,13 +141,13 @@ class VLLM(Engine):
         return found
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """This rank's shards by vLLM's fused names; a tied lm_head is not listed. Write them in place."""
+        """Return this rank's shards by vLLM's fused names, without a tied lm_head. A publish writes them in place."""
         return self._parameters
 
     def sleep(self) -> None:
         if self.on_gpu:
-            torch.cuda.synchronize()  # vLLM is a step ahead, and may be computing tokens of what it no longer holds
-            self.llm.sleep(level=2)  # level 1 would copy the weights to the host, but publish brings newer ones
+            torch.cuda.synchronize()  # vLLM may still compute a step ahead, for requests that it has dropped
+            self.llm.sleep(level=2)  # level 1 would copy the weights to the host; they are published again anyway
 
     def wake_weights(self) -> None:
         if self.on_gpu:
@@ -151,5 +156,5 @@ class VLLM(Engine):
     def wake(self) -> None:
         if self.on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
-        if not self.llm.reset_prefix_cache():  # its blocks were computed with older weights
-            raise RuntimeError("vLLM has not dropped its cache: it still holds requests")
+        if not self.llm.reset_prefix_cache():  # the cached blocks were computed with older weights
+            raise RuntimeError("vLLM could not reset its prefix cache: it still has unfinished requests")

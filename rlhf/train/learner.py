@@ -1,4 +1,4 @@
-"""One role's model on this rank: what it says about samples (score), and how it learns from them (learn)."""
+"""The model of one role on this rank. It computes streams of samples (score), and is trained on them (learn)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 class Learner:
     """A model and, unless it is frozen, its gradients and optimizer.
 
-    Micro-batches are lists of samples; every data-parallel rank brings the same number of them, every rank of one replica the same ones.
+    A micro-batch is a list of samples. All ranks must pass the same number of micro-batches, and all ranks of a replica
+    the same micro-batches.
     """
 
     def __init__(
@@ -44,7 +45,10 @@ class Learner:
         temperature: float,
         train: bool,
     ):
-        """fill(parameters) puts the initial weights into this rank's shards, by megatron-core's names; log-probs are at temperature."""
+        """fill(parameters) writes the initial weights into this rank's shards, which it gets by megatron-core's names.
+
+        temperature: log-probs are computed at this temperature. train: False for a frozen model.
+        """
         self.arch, self.mesh, self.temperature = arch, mesh, temperature
         self.sequence_parallel = config.parallel.sp and config.parallel.tp > 1
         self.decoder = Decoder(arch, config.parallel, mesh, dtype)
@@ -53,9 +57,8 @@ class Learner:
             self.decoder.requires_grad_(False)
             self.model: Any = self.decoder
             return
-        overlap = (
-            mesh.layout.dp * mesh.layout.cp > 1
-        )  # gradients are reduced while the last micro-batch's backward pass goes on
+        # With overlap, gradients are reduced during the backward pass of the last micro-batch.
+        overlap = mesh.layout.dp * mesh.layout.cp > 1
         zero = config.parallel.zero
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=zero, overlap_grad_reduce=overlap
@@ -68,11 +71,11 @@ class Learner:
         self.decoder.config.grad_scale_func = self.optimizer.megatron.scale_loss
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's shards by megatron-core's names."""
+        """Return this rank's shards by megatron-core's names."""
         return {name: p.data for name, p in self.decoder.named_parameters()}
 
     def tenants(self) -> dict[Kind, list[Tensor]]:
-        """All that this model keeps on the device between phases, by kind, for rlhf.residence."""
+        """Return all tensors that this model has on the device between phases, by kind, for rlhf.residence."""
         weights = [p.data for p in self.decoder.parameters()]
         if self.model is self.decoder:
             return {Kind.WEIGHTS: weights}
@@ -80,24 +83,31 @@ class Learner:
         return {Kind.WEIGHTS: weights, Kind.GRADIENTS: gradients, Kind.OPTIMIZER: self.optimizer.tensors()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """This rank's weights and optimizer state, as live tensors."""
+        """Return this rank's weights and optimizer state. The tensors are not copies."""
         return self.parameters(), self.optimizer.state()
 
     def sound(self, optimizer: bool = False) -> bool:
-        """Whether this rank's weights can be computed with; with optimizer, whether its state is finite, too."""
+        """Return whether this rank's weights are finite and not too large to compute with (operations.sound).
+
+        With optimizer, its state must also be finite.
+        """
         return operations.sound(self.parameters().values()) and not (
             optimizer and not operations.finite(self.optimizer.tensors())
         )
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Take over what state() gave on the same rank of the same layout. Raises UserError where that was another architecture's."""
+        """Load a state() that the same rank of the same layout has saved.
+
+        Raises UserError if the weights are those of another architecture.
+        """
         shapes = [{name: tuple(tensor.shape) for name, tensor in held.items()} for held in (self.parameters(), weights)]
         if shapes[0] != shapes[1]:
             odd = min(
                 name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
             )
             raise UserError(
-                f"the checkpoint in out is of another architecture (see {odd}): load a model of the same, or set another out"
+                f"the checkpoint in out has another architecture (it differs in {odd}): load a model with the same "
+                "architecture, or set another out"
             )
         for name, tensor in self.parameters().items():
             tensor.copy_(weights[name])
@@ -105,7 +115,10 @@ class Learner:
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
-        """A stream [L] of every sample, in order, on every rank of the replica: values if the model has a scalar head, else log-probs."""
+        """Return a stream [L] of every sample, in order, on every rank of the replica.
+
+        The stream has values if the model has a scalar head, else log-probs.
+        """
 
         def stream(batch: Batch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
             out = self._read(batch, hidden)
@@ -133,7 +146,10 @@ class Learner:
         return streams
 
     def learn(self, microbatches: Sequence[Sequence[Sample]], loss: Callable[[Batch, Output], Loss], lr: float) -> Sums:
-        """One optimizer update from the sum of losses over all micro-batches of all ranks, divided by the global count."""
+        """Make one optimizer update, and return metrics.
+
+        The loss is the sum over all micro-batches of all ranks, divided by the global count.
+        """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._schedule(map(self._pack, microbatches), len(microbatches), partial(self._loss, loss), train=True)
@@ -141,7 +157,7 @@ class Learner:
         return self._total(sums) | {"grad_norm": (norm, 1.0), "lr": (lr, 1.0)}
 
     def evaluate(self, microbatches: Sequence[Sequence[Sample]], loss: Callable[[Batch, Output], Loss]) -> Sums:
-        """The metrics of a loss, without learning."""
+        """Return the metrics of a loss, without an update."""
 
         def metrics(batch: Batch, hidden: Tensor, non_loss_data: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
             return loss(batch, self._read(batch, hidden)).metrics
@@ -160,7 +176,7 @@ class Learner:
         )
 
     def _read(self, batch: Batch, hidden: Tensor) -> Output:
-        """Hidden states [1, T (/tp), h] of the last stage -> what the algorithms see."""
+        """Return the outputs that algorithms get, from hidden states [1, T (/tp), h] of the last stage."""
         out = Output()
         if self.arch.scalar:
             out.value = self.decoder.score(hidden[0], self.mesh.tp_group)
@@ -181,9 +197,10 @@ class Learner:
         return found.total, found.count.to(torch.int32), found.metrics
 
     def _schedule(self, batches: Iterable[Batch], count: int, read: Callable[..., Any], train: bool) -> list[Any]:
-        """Run `count` micro-batches through megatron-core's pipeline schedule; what `read` returned on the last stage, elsewhere nothing.
+        """Run `count` micro-batches through megatron-core's pipeline schedule.
 
-        Each batch is asked for when its turn comes, while the device still works on those before it.
+        Return the results of `read` on the last stage, and an empty list on other stages. Each batch is made when the
+        schedule needs it, while the device still computes earlier batches.
         """
 
         def forward(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -195,14 +212,18 @@ class Learner:
             data_iterator=iter(batches),
             model=[self.model],
             num_microbatches=count,
-            seq_length=1,  # not read: micro-batches announce their true shapes to each other
+            seq_length=1,  # not used, because the pipeline stages send each other the shapes of their tensors
             micro_batch_size=1,
             forward_only=not train,
             collect_non_loss_data=not train,
         )
 
     def _total(self, metrics: list[dict[str, tuple[Tensor, Tensor]]]) -> Sums:
-        """Sums over micro-batches, with one device synchronisation; empty where another rank reports the same tokens."""
+        """Return the sums over micro-batches. Synchronizes with the device once.
+
+        The result is empty on ranks that must not count the metrics again: all but the first tensor-parallel rank, and
+        all but the last stage.
+        """
         if not metrics or self.mesh.tp_rank:
             return {}
         stacked = torch.stack(

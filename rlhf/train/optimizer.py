@@ -1,4 +1,4 @@
-"""AdamW over megatron-core's buffers, its learning-rate schedule and its state."""
+"""AdamW on megatron-core's buffers: the update, the learning-rate schedule and the state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-import rlhf.parallel.mesh  # noqa: F401  (first: it lets megatron-core be imported where there is no CUDA)
+import rlhf.parallel.mesh  # noqa: F401  (must be first: megatron-core can then be imported without CUDA)
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
@@ -20,7 +20,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(optim: Optim, update: int, updates: int) -> float:
-    """The learning rate of one update (counted from 0) of `updates`: linear warm-up from 0 to lr, then the schedule down to min_lr."""
+    """Return the learning rate of one of `updates` updates, counted from 0.
+
+    It rises linearly from 0 to lr during the warm-up, and then follows the schedule from lr to min_lr.
+    """
     if update < optim.warmup:
         return optim.lr * (update + 1) / optim.warmup
     done = (update - optim.warmup) / max(1, updates - optim.warmup)
@@ -41,7 +44,7 @@ class Optimizer:
                 adam_beta2=optim.beta2,
                 adam_eps=optim.eps,
                 weight_decay=optim.weight_decay,
-                clip_grad=0.0,  # step() clips
+                clip_grad=0.0,  # step() clips the gradients instead
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=zero,
@@ -51,7 +54,10 @@ class Optimizer:
         self.inner = megatron_private.torch_optimizers(self.megatron)
 
     def step(self, lr: float) -> float:
-        """One update from the finished gradients; returns their global norm before clipping."""
+        """Make one update with the reduced gradients. Return their global norm before clipping.
+
+        Raises FloatingPointError if the norm is not finite.
+        """
         self.megatron.prepare_grads()
         norm = self.megatron.get_grad_norm()
         if not math.isfinite(norm):
@@ -60,7 +66,8 @@ class Optimizer:
         for inner in self.inner:
             for group in inner.param_groups:
                 group["lr"] = lr
-                # Megatron marks norms and biases by wd_mult 0 and leaves it to its own scheduler to apply that.
+                # Megatron sets wd_mult to 0 for norms and biases. Its own scheduler, which is not used here, would
+                # apply it.
                 group["weight_decay"] = self.weight_decay * group["wd_mult"]
             megatron_private.replace_step(inner, adamw, min(1.0, shrink))
         self.megatron.step_with_ready_grads()
@@ -70,7 +77,7 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def state(self) -> dict[str, Any]:
-        """Moments, step counts and main parameters of this rank's shard, as live tensors."""
+        """Return moments, step counts and main parameters of this rank's shard. The tensors are not copies."""
         return {
             "adam": [inner.state_dict() for inner in self.inner],
             "main": [[p.detach() for group in inner.param_groups for p in group["params"]] for inner in self.inner],
@@ -78,22 +85,22 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Take over the state that the same rank of the same layout saved. What the configuration says stays as it is."""
+        """Load a state() that the same rank of the same layout has saved. Keep betas and eps of the configuration."""
         for inner, adam, main in zip(self.inner, state["adam"], state["main"], strict=True):
             configured = [{name: group[name] for name in ("betas", "eps")} for group in inner.param_groups]
             inner.load_state_dict(adam)
             for group, own in zip(inner.param_groups, configured, strict=True):
                 group.update(own)
-            for (
-                moments
-            ) in inner.state.values():  # of their own: memory that maps a file can be neither emptied nor filled again
+            # Copies are needed, because the loaded tensors may be mapped files, whose memory cannot be freed and
+            # allocated again.
+            for moments in inner.state.values():
                 moments.update({name: moments[name].clone() for name in MOMENTS if name in moments})
                 moments["step"] = moments["step"].cpu().clone()
             for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
                 p.copy_(saved)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Main parameters and moments of this rank's shard; the moments exist from the first update on."""
+        """Return main parameters and moments of this rank's shard. There are no moments before the first update."""
         main = [p.data for inner in self.inner for group in inner.param_groups for p in group["params"]]
         return main + [
             state[name] for inner in self.inner for state in inner.state.values() for name in MOMENTS if name in state
@@ -102,7 +109,10 @@ class Optimizer:
 
 @torch.no_grad()
 def adamw(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """A step of torch.optim.AdamW with its state, from gradients times `scale`: clipping costs no pass of its own."""
+    """Make a step of torch.optim.AdamW, with the same state, from gradients * scale.
+
+    The scale clips the gradients without another pass over them.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is None:
