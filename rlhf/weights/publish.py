@@ -304,8 +304,8 @@ def _rounds(moves: list[Move], world: int, limit: int) -> list[list[Message]]:
     In a round, the rank sends at most one message and receives at most one, each of at most limit / 2 elements. Links
     work in both directions at once, and a round uses both.
 
-    Rounds are sorted by ((target - source) modulo world, index of the message between the two ranks). Each rank computes
-    them without communication. There is no deadlock: the first unfinished message in this order is the next message of
+    Rounds are sorted by ((target - source) modulo world, index of the message between the two ranks). Each rank
+    computes them without communication. There is no deadlock: the first unfinished message in this order is the next message of
     both its source and its target.
     """
     half = max(1, limit // 2)
