@@ -305,8 +305,8 @@ def _rounds(moves: list[Move], world: int, limit: int) -> list[list[Message]]:
     work in both directions at once, and a round uses both.
 
     Rounds are sorted by ((target - source) modulo world, index of the message between the two ranks). Each rank
-    computes them without communication. There is no deadlock: the first unfinished message in this order is the next message of
-    both its source and its target.
+    computes them without communication. There is no deadlock: the first unfinished message in this order is the next
+    message of both its source and its target.
     """
     half = max(1, limit // 2)
     pairs: dict[tuple[int, int], list[Part]] = defaultdict(list)
