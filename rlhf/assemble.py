@@ -217,7 +217,7 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
     engine, tp = _engine(config, mesh, given, dtype, load), config.rollout.tp
     tiling = names.tiles(given.arch, "vllm", (mesh.rank % tp, tp), pad=True)
     problem = mismatch(engine.parameters(), tiling, dtype)
-    why = f"rollout.engine={config.rollout.engine} is of a version whose parameters are others"
+    why = f"rollout.engine={config.rollout.engine}: the installed version has other parameters than expected"
     mesh.agree(problem and f"{why} ({problem}): {REMEDY}")
     return engine
 
@@ -274,13 +274,11 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
     if mesh.rank:
         return
     axes = f"tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}"
-    say(
-        f"{config.mode}: {mesh.world} ranks on {mesh.device.type} in {str(dtype_of(config, mesh)).removeprefix('torch.')}: {axes}"
-    )
+    dtype = str(dtype_of(config, mesh)).removeprefix("torch.")
+    say(f"{config.mode}: {mesh.world} ranks on {mesh.device.type} in {dtype}: {axes}")
     for name, role in given.roles.items():
-        say(
-            f"  {name}: {role.arch.family} of {role.arch.num_parameters() / 1e6:.1f}M parameters from {role.folder}, {role.use}"
-        )
+        size = f"{role.arch.num_parameters() / 1e6:.1f}M parameters"
+        say(f"  {name}: {role.arch.family} of {size} from {role.folder}, {role.use}")
     for remark in given.remarks:
         say(f"  {remark}")
     say(f"{given.records.counts} of {config.data.train}; out: {config.out}")

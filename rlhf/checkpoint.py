@@ -1,6 +1,6 @@
 """Writes and loads checkpoints. A run resumes from one with bitwise equal results, if the parallel layout is the same.
 
-    out/step_000100/meta.json           step, layout, seed, dtype, the algorithm's state; size and checksum of every file
+    out/step_000100/meta.json           step, layout, seed, dtype, algorithm's state; size and checksum of every file
                     model_*.pt          the weights of one (tp, pp) shard, per trained role
                     optimizer_*.pt      the optimizer shard of one rank, per trained role
                     random_*.pt         the random state of one rank
@@ -148,7 +148,7 @@ class Checkpoints:
         return f"random_rank{self.mesh.rank}.pt"
 
     def _share(self, names: list[str]) -> list[str]:
-        """This rank's part of what all ranks do together."""
+        """Return this rank's part of a list. The parts of all ranks are disjoint and cover the list."""
         return names[self.mesh.rank :: self.mesh.world]
 
     def _check(self, folder: Path, *names: str) -> None:

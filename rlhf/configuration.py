@@ -88,8 +88,9 @@ def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
             )
         if is_dataclass(known[key]):
             if not isinstance(value, dict):
+                first = fields(known[key])[0].name
                 raise UserError(
-                    f"{path} is a section, got {_shown(value)}: set one of its keys, such as {path}.{fields(known[key])[0].name}"
+                    f"{path} is a section, got {_shown(value)}: set one of its keys, such as {path}.{first}"
                 )
             values[key] = _build(known[key], value, path + ".")
         else:

@@ -1,4 +1,4 @@
-"""Conversion of weights on the command line: any format to any other, any layout to any other, without a temporary copy.
+"""Converts weights on the command line, from any format and layout to any other, without a temporary copy.
 
 ./launch.sh convert --from DIR --to DIR --format FORMAT [--tp N] [--pp N] [--dtype bf16|fp16|fp32] [--verify]
 LOAD_PATH=... SAVE_PATH=... TP=2 ./launch.sh convert_hf_to_megatron
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TUTORIAL = ("convert_hf_to_megatron", "convert_megatron_to_hf")
-BUCKET = 512 << 20  # bytes of tensors in memory at a time, at most (or two tensors)
-# The files of a Hugging Face folder that are no weights, copied along.
+BUCKET = 512 << 20  # largest number of bytes of tensors in memory at a time (or two tensors, if they are larger)
+# Files of a Hugging Face folder that are not weights. They are copied into the new folder.
 BESIDE = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -43,7 +43,7 @@ BESIDE = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """What --help prints."""
+    """Return the parser of the command line."""
     p = texts.Parser(
         prog="./launch.sh convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,40 +53,41 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         required=True,
         choices=FORMATS,
-        help="hf: safetensors; mcore: Megatron core with Transformer Engine's names, mcore-local without; legacy: before Megatron core; "
-        "torch_dist: Megatron core's sharded checkpoints",
+        help="hf: safetensors; mcore: Megatron core with Transformer Engine's names; mcore-local: without them; "
+        "legacy: before Megatron core; torch_dist: Megatron core's sharded checkpoints",
     )
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the new folder")
     p.add_argument("--pp", type=int, default=1, help="pipeline stages of the new folder")
-    p.add_argument("--dtype", choices=DTYPES, help="of the new weights; default: as they are")
+    p.add_argument("--dtype", choices=DTYPES, help="dtype of the new weights; default: unchanged")
     p.add_argument(
         "--iteration",
         type=int,
-        help="of a Megatron checkpoint to read (default: the tracker file's), and to write (default 1)",
+        help="iteration of the Megatron checkpoint: to read (default: that of the tracker file) and to write (default: "
+        "that which is read, or 1)",
     )
     p.add_argument(
         "--config",
         default="",
         metavar="DIR",
-        help="folder with the tokenizer, and with config.json where --from has none",
+        help="folder with the tokenizer, and with config.json if --from has none",
     )
     p.add_argument(
         "--vocab-divisor",
         type=int,
         default=0,
         metavar="N",
-        help="pad the vocabulary to a multiple of N x tp, as Megatron's",
+        help="pad the vocabulary to a multiple of N x tp, as Megatron-LM does",
     )
     p.add_argument("--verify", action="store_true", help="read the new folder again and compare every byte")
     return p
 
 
 def tutorial(command: str, environment: Mapping[str, str]) -> list[str]:
-    """The arguments that the tutorial's variables stand for. Raises UserError where one is missing or wrong."""
+    """Return the arguments for the tutorial's variables. Raises UserError if a variable is missing or invalid."""
     to_hf = command == "convert_megatron_to_hf"
     missing = [name for name in ("LOAD_PATH", "SAVE_PATH") if not environment.get(name)]
     if missing:
-        raise UserError(f"{command}: set {' and '.join(missing)}: the folder to read, and the folder to make")
+        raise UserError(f"{command}: set {' and '.join(missing)} (the folder to read, and the folder to make)")
     legacy = _flag(environment, "USE_LEGACY_MODELS")
     arguments = ["--from", environment["LOAD_PATH"], "--to", environment["SAVE_PATH"]]
     arguments += ["--format", "hf" if to_hf else "legacy" if legacy else "mcore"]
@@ -112,7 +113,7 @@ def _flag(environment: Mapping[str, str], name: str) -> bool:
 
 @texts.paths()
 def main(arguments: Sequence[str]) -> None:
-    """Convert as the command line says. Raises UserError for the first mistake, and then nothing was written."""
+    """Run the command line. Raises UserError for the first mistake. Nothing is written then."""
     a = parser().parse_args(arguments)
     if a.config and not Path(a.config).is_dir():
         raise UserError(f"--config {a.config}: no such folder; give the one with config.json and tokenizer")
@@ -147,10 +148,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _make(a: argparse.Namespace, source: files.Source, target: Target) -> None:
-    """Write the new folder under another name, which it has until it is complete."""
+    """Write the new folder under a temporary name, and rename it when it is complete."""
     final, where = Path(a.to), files.config_folder(a.source, a.config)
     partial = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a conversion that was killed
     beside = [
         [path for pattern in BESIDE for path in Path(place).glob(pattern) if path.is_file()]
         for place in (a.config, where)
@@ -158,27 +159,31 @@ def _make(a: argparse.Namespace, source: files.Source, target: Target) -> None:
     ]
     try:
         convert(source, target, partial)
-        for path in next((paths for paths in beside if paths), []):  # all of one folder: a tokenizer is several files
+        for path in next((paths for paths in beside if paths), []):  # all from one folder, because they belong together
             shutil.copy(path, partial / path.name)
         export.finish(target, partial, files.read_config(a.source, a.config, a.iteration))
         if a.verify:
             verify(source, target.arch, partial)
         partial.rename(final)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # where it failed: what is left would fill a disk for nothing
+        shutil.rmtree(partial, ignore_errors=True)  # after an error
 
 
 def convert(source: files.Source, target: Target, folder: Path) -> None:
-    """Write a target from an opened folder, with a progress bar. Raises UserError where storage or dtype have no room for it."""
+    """Write a target from an opened folder, with a progress bar.
+
+    Raises UserError if there is not enough storage, or if a value is too large for the dtype.
+    """
     import torch
 
     shapes = [shape for tiling in target.files.values() for shape in names.shapes(tiling).values()]
     total = sum(map(prod, shapes)) * target.dtype.itemsize
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
     room = shutil.disk_usage(place)
-    if room.total and room.free < total:  # some network storage says 0 of everything
+    if room.total and room.free < total:  # some network storage reports 0 for total and free
         raise UserError(
-            f"{place} has {room.free / 1e9:.1f} GB left, the new folder takes {total / 1e9:.1f} GB: make room, or choose another --to"
+            f"{place} has {room.free / 1e9:.1f} GB left, but the new folder takes {total / 1e9:.1f} GB: "
+            "delete files, or choose another --to"
         )
     progress = Progress(total)
 
@@ -186,7 +191,9 @@ def convert(source: files.Source, target: Target, folder: Path) -> None:
         source.read(targets[0], tensors)
         for name, tensor in tensors.items() if target.dtype == torch.float16 else ():
             if tensor.isinf().any():
-                raise UserError(f"{source.path}: {name} has values beyond the 65504 of float16: choose another --dtype")
+                raise UserError(
+                    f"{source.path}: {name} has values above 65504, the largest of float16: choose another --dtype"
+                )
 
     for written in export.write_batches(folder, target, fill, rank=0, world=1, bucket=BUCKET):
         progress.add(written)
@@ -194,7 +201,10 @@ def convert(source: files.Source, target: Target, folder: Path) -> None:
 
 
 def verify(source: files.Source, arch: Architecture, folder: Path) -> None:
-    """Open what was written as any reader would, make every tensor again and compare all bytes. Raises StorageError where one differs."""
+    """Open the written folder, compute every tensor again from the source, and compare all bytes.
+
+    Raises StorageError if a byte differs.
+    """
     import torch
 
     written = files.open_folder(folder, arch)
@@ -205,12 +215,13 @@ def verify(source: files.Source, arch: Architecture, folder: Path) -> None:
             source.read([tile for tile in tiling if tile.local == local], {local: wanted})
             if not torch.equal(stored.view(torch.uint8), wanted.view(torch.uint8)):
                 raise StorageError(
-                    f"{shard[local].path}: {local} is not what was written: the storage is faulty, choose another --to"
+                    f"{shard[local].path}: {local} differs from what was written, so the storage is faulty: "
+                    "choose another --to"
                 )
 
 
 class Progress:
-    """A line on a terminal: share, bytes per second."""
+    """Shows the progress in one line on a terminal: the share that is done, and bytes per second."""
 
     def __init__(self, total: int):
         self.total, self.done, self.start, self.shown = total, 0, time.monotonic(), 0.0
@@ -233,7 +244,7 @@ class Progress:
 
 
 def _check(a: argparse.Namespace, arch: Architecture) -> None:
-    """Everything that the layout needs, before anything is written."""
+    """Check the arguments, before anything is written. Raises UserError."""
     if Path(a.to).exists():
         raise UserError(f"--to {a.to} exists: give a new folder, or delete it")
     form = FORMATS[a.format]

@@ -40,14 +40,15 @@ class LostError(UserError):
 
 
 def said(line: str, code: int) -> None:
-    """Print the line that a program ends with, whatever its exit code."""
+    """Print the last line of a program to standard error. code: its exit code, which is not used."""
     print(line, file=sys.stderr)
 
 
 def told(name: str, call: Callable[[], int], tell: Callable[[str, int], None] = said) -> int:
-    """The exit code that call() returns. What is raised instead, if it is no fault of this program, is one line after the name.
+    """Return the exit code of call().
 
-    tell: prints the line, of which it knows the exit code.
+    If call() raises an error that is not a fault of this program, print one line that starts with `name`, and return
+    the exit code of the error. tell: prints the line; its arguments are the line and the exit code.
     """
     try:
         return call()
@@ -57,12 +58,12 @@ def told(name: str, call: Callable[[], int], tell: Callable[[str, int], None] = 
         if not (text := failure(error)):
             raise
         code = UserError.code
-    except ModuleNotFoundError as error:  # launch.sh takes any Python for --dry-run, and the one in RLHF_PYTHON for all
+    except ModuleNotFoundError as error:  # --dry-run and RLHF_PYTHON may use a Python without the packages
         remedy = "run ./launch.sh install cpu (or gpu), and unset RLHF_PYTHON"
         text, code = f"the package {error.name} is not installed in {sys.prefix}: {remedy}", UserError.code
-    except KeyboardInterrupt as error:  # with the signal, where it is another one
+    except KeyboardInterrupt as error:  # its argument is the signal, if it is not SIGINT
         number = Signals(*(error.args or [SIGINT]))
-        text, code = f"ended by {number.name}; nothing is saved but what was before", 128 + number
+        text, code = f"ended by {number.name}; nothing more was saved", 128 + number
     tell(f"{name}: {text}", code)
     return code
 

@@ -139,7 +139,10 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
 
 
 def exported(folder: Path) -> list[str]:
-    """Return the files of a checkpoint's exported folders that exist and have a checksum. Older checkpoints have none."""
+    """Return the files of a checkpoint's exported folders that exist and have a checksum.
+
+    Checkpoints of older versions have no checksums.
+    """
     listed = meta(folder).get("files", {})
     return [name for name, file in listed.items() if "/" in name and "crc32" in file and (folder / name).exists()]
 
@@ -180,7 +183,7 @@ def altered(folder: Path, names: Iterable[str]) -> str:
 
 
 def checksum(path: Path) -> int:
-    """The checksum of a file, which is read as a whole."""
+    """Return the checksum of a file. The whole file is read."""
     found = 0
     with path.open("rb") as file:
         while part := file.read(1 << 22):

@@ -25,10 +25,7 @@ FREE = {
     *("reward.timeout", "reward.workers", "reward.memory"),
 }
 TOLD = ("optim.", "critic.lr")  # keys that may change when a run resumes; the change is printed
-CODE = (
-    "reward.function",
-    "rollout.environment",
-)  # keys whose files may change when a run resumes; the change is printed
+CODE = ("reward.function", "rollout.environment")  # the files of these keys may change, too; the change is printed
 BLOCK, BLOCKS = 4096, 64  # bytes per block, and number of blocks, that the fingerprint of a weight file covers
 OTHER_RUN = "start with the same settings and files, or set another out"
 

@@ -1,7 +1,7 @@
-"""Changes to names that a package does not promise to keep. A name that the installed version lacks is refused.
+"""Replaces private names of other packages. A name that the installed version does not have is an error.
 
-All such names are in rlhf/model/megatron_private.py and rlhf/rollout/vllm_private.py; rlhf/parallel/cpu.py has those
-that let megatron-core run on a CPU.
+rlhf/model/megatron_private.py and rlhf/rollout/vllm_private.py contain all such names, except those that let
+megatron-core run on a CPU. These are in rlhf/parallel/cpu.py.
 """
 
 import inspect
@@ -15,13 +15,13 @@ REMEDY = "install the version in requirements/"
 
 
 def replace(owner: Any, name: str, new: Any) -> None:
-    """Give an attribute of a module, class or object another value. Raises UserError if it has none of that name."""
+    """Set an attribute of a module, class or object. Raises UserError if there is no attribute with this name."""
     require(owner, name)
     setattr(owner, name, new)
 
 
 def define(module: ModuleType, name: str, new: Any) -> None:
-    """Stand in for an optional package that a module imports. Raises UserError unless the module uses it."""
+    """Set the name of an optional package that a module imports. Raises UserError unless the module uses this name."""
     if f"{name}." not in inspect.getsource(module):
         raise _missing(module, f"use of {name}")
     setattr(module, name, new)
@@ -35,9 +35,9 @@ def require(owner: Any, *names: str) -> None:
 
 
 def _missing(owner: Any, what: str) -> UserError:
-    """Names the package, its version and the module, class or object."""
+    """Return an error that names the package, its version and the module, class or object."""
     kind = owner if hasattr(owner, "__name__") else type(owner)
     dotted = ".".join(filter(None, (getattr(kind, "__module__", ""), kind.__name__)))
     packages = metadata.packages_distributions().get(dotted.partition(".")[0], [])
     version = "".join(f"{package} {metadata.version(package)}: " for package in packages[:1])
-    return UserError(f"{version}{dotted} has no {what}, which is replaced or read here: {REMEDY}")
+    return UserError(f"{version}{dotted} has no {what}, but rlhf replaces or reads it: {REMEDY}")

@@ -71,24 +71,28 @@ def paths() -> Iterator[None]:
 
 
 def save(path: Path, content: Any) -> None:
-    """Write a JSON file that is either whole or not there."""
+    """Write a JSON file atomically: it is either complete or missing."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.rename(path)
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command line whose mistakes are one line, as all others are."""
+    """A command-line parser that raises UserError, so that a mistake is reported in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help tells more")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 class Blaming:
-    """Around code of others that raises whatever it likes, as tokenizers (exceptions, and panics), sentencepiece and templates do."""
+    """Converts every error of the code inside to a UserError, one line of the form "what: error; remedy".
+
+    It is for code of other packages that may raise any exception: tokenizers (also panics of its Rust code),
+    sentencepiece and chat templates.
+    """
 
     def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy  # before and behind what went wrong
+        self.what, self.remedy = what, remedy
 
     def __enter__(self) -> None:
         pass

@@ -16,9 +16,8 @@ from rlhf.errors import UserError
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = ", ".join(ALGORITHMS)
 TRAIN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains)
-BEFORE = ", ".join(
-    mode for mode, made in ALGORITHMS.items() if made.trains and not made.aligns
-)  # the stages before alignment
+# the stages before alignment
+BEFORE = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and not made.aligns)
 ALIGN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.aligns)
 RATED = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.online)
 OTHERS = ", ".join(mode for mode, made in ALGORITHMS.items() if made.aligns)
@@ -141,9 +140,8 @@ def _taken(mode: str, env: Mapping[str, str]) -> dict[str, str]:
 def _size(name: str) -> str:
     path = CONFIGS / f"{name}.toml"
     if not path.is_file():
-        raise UserError(
-            f"model_size={name}: {path} does not exist; give the name of a file in configs/, or unset model_size and set policy.load"
-        )
+        remedy = "give the name of a file in configs/, or unset model_size and set policy.load"
+        raise UserError(f"model_size={name}: {path} does not exist; {remedy}")
     return str(path)
 
 

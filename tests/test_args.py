@@ -33,11 +33,11 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
         ({"window_size": (8, 8)}, r"window_size \(8, 8\), and only \(tokens, 0\) is supported"),
         (
             {"window_size": (8, 0), "qk_layernorm": True},
-            r"qk_layernorm True, window_size \(8, 0\), which no supported family has together",
+            r"qk_layernorm True, window_size \(8, 0\), but no supported family has this combination",
         ),
     ):
         save_as_megatron_does(tmp_path / str(args), monkeypatch, LLAMA, 102, **args)
-        with pytest.raises(UserError, match=f"its args say {said}"):
+        with pytest.raises(UserError, match=f"its args have {said}"):
             files.read_architecture(tmp_path / str(args))
     for name, value in (
         ("apply_layernorm_1p", True),
@@ -46,7 +46,7 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
         ("window_attn_skip_freq", 2),
     ):
         save_as_megatron_does(tmp_path / name, monkeypatch, LLAMA, 102, **{name: value})
-        with pytest.raises(UserError, match=f"iter_0000003: its args say {name} {value}, which is not supported"):
+        with pytest.raises(UserError, match=f"iter_0000003: its args have {name} {value}, which is not supported"):
             files.open_folder(tmp_path / name, LLAMA)
 
 
@@ -92,11 +92,11 @@ def test_rope_scaling_in_args(tmp_path: Path, capsys: pytest.CaptureFixture, sca
     arch = replace(LLAMA, rope_scaling=scaling)
     hf_folder(tmp_path / "hf", arch)
     run("--from", tmp_path / "hf", "--to", tmp_path / "core", "--format", "mcore")
-    assert ("Megatron's args cannot say all of the rope scaling" in capsys.readouterr().err) != said
+    assert ("Megatron's args cannot express all of the rope scaling" in capsys.readouterr().err) != said
     assert files.read_architecture(tmp_path / "core") == arch
     (tmp_path / "core/config.json").write_text(json.dumps(hf.description(replace(arch, rope_scaling={}))))
     run("--from", tmp_path / "core", "--to", tmp_path / "plain", "--format", "hf")
-    assert "its args say rope scaling {'rope_type'" in capsys.readouterr().err
+    assert "its args have rope scaling {'rope_type'" in capsys.readouterr().err
     (tmp_path / "core/config.json").unlink()
     assert (files.read_architecture(tmp_path / "core") == arch) == said
 

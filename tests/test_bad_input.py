@@ -127,8 +127,8 @@ def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], n
     [
         (signal.SIGINT, "imports", "before anything began"),
         (signal.SIGTERM, "imports", "before anything began"),
-        (signal.SIGINT, "checks", "; nothing is saved but what was before"),
-        (signal.SIGUSR1, "checks", "; nothing is saved but what was before"),
+        (signal.SIGINT, "checks", "; nothing more was saved"),
+        (signal.SIGUSR1, "checks", "; nothing more was saved"),
     ],
 )
 def test_a_signal_before_there_are_ranks(

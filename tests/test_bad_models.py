@@ -171,4 +171,4 @@ def test_an_index_names_files_of_its_folder(fail, made: Path, tmp_path: Path) ->
         (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
     for title in ("../model/model.safetensors", "/etc/passwd", "a\0b", "a" * 300):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": title}}))
-        assert "is no name of a file in this folder" in fail("sft", "policy.init=load", f"policy.load={tmp_path}")
+        assert "is not the name of a file in this folder" in fail("sft", "policy.init=load", f"policy.load={tmp_path}")

@@ -163,7 +163,7 @@ def test_a_folder_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: py
         )
         run("--from", tmp_path / "hf", "--to", tmp_path / f"a/{total}", "--format", "hf")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 30, free=1000))
-    with pytest.raises(UserError, match=rf"^{tmp_path} has 0.0 GB left, the new folder takes 0.0 GB: make room"):
+    with pytest.raises(UserError, match=rf"^{tmp_path} has 0.0 GB left, but the new folder takes 0.0 GB: delete"):
         run("--from", tmp_path / "hf", "--to", tmp_path / "b/new", "--format", "hf")
     assert not (tmp_path / "b").exists()
 
@@ -192,7 +192,7 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path):
     tensors = hf_folder(tmp_path / "hf", LLAMA)
     tensors["model.norm.weight"][3] = 7e4
     save_file(tensors, tmp_path / "hf/model.safetensors")
-    with pytest.raises(UserError, match=r"hf: model.norm.weight has values beyond the 65504 of float16"):
+    with pytest.raises(UserError, match=r"hf: model.norm.weight has values above 65504, the largest of float16"):
         run("--from", tmp_path / "hf", "--to", tmp_path / "new", "--format", "hf", "--dtype", "fp16")
     assert not (tmp_path / "new").exists()
 
@@ -231,7 +231,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
         byte = file.read(1)[0]
         file.seek(entry.stop - 1)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(StorageError, match=f"{re.escape(local)} is not what was written"):
+    with pytest.raises(StorageError, match=f"{re.escape(local)} differs from what was written"):
         convert.verify(source, LLAMA, tmp_path / "new")
 
 

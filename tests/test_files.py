@@ -219,7 +219,7 @@ MISTAKES = {
     ),
     "another's reward head": (
         edit(lambda hf: hf | {"pooler_head.dense1.weight": torch.ones(32, 32)}),
-        r"a reward head of two layers \(pooler_head\).* train a reward model here, with mode reward",
+        r"a reward head of two layers \(pooler_head\).* train a reward model with mode reward",
     ),
 }
 
@@ -246,7 +246,7 @@ def test_one_rank_writes_what_safetensors_reads(tmp_path: Path):
 
 
 def test_odd_args_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = {name: f"its args say {name} 0.5, which is not supported" for name in args.UNSEEN}
+    wanted = {name: f"its args have {name} 0.5, which is not supported" for name in args.UNSEEN}
     wanted |= {name: f"args.{name} '0.5' is not a number" for name in args.NUMBERS}
     wanted |= {
         "num_layers": "args.num_layers '0.5' is not a whole number",
@@ -272,5 +272,6 @@ def test_a_folder_without_config_json_gets_a_remark(tmp_path: Path, monkeypatch:
     save_as_megatron_does(tmp_path, monkeypatch, LLAMA, 102)
     [remark] = files.open_folder(tmp_path, LLAMA).remarks(LLAMA, "", "policy.tokenizer")
     assert remark.startswith(
-        f"{tmp_path} has no config.json: rotary_base 10000, and all else, is what its args say; policy.tokenizer"
+        f"{tmp_path} has no config.json: rotary_base 10000 and all other values are those of its args; "
+        "if they are wrong, set policy.tokenizer to a folder with config.json"
     )

@@ -165,10 +165,10 @@ os._exit(0)
     assert done.returncode == 0, done.stderr[-3000:]
     engine, name, extension, kind = done.stdout.splitlines()
     assert engine.startswith(
-        "rollout.engine=kvcache is of a version whose parameters are others (it also has model.scale): install"
+        "rollout.engine=kvcache: the installed version has other parameters than expected (it also has model.scale): install"
     )
     assert re.match(
-        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, which is replaced or read here: install",
+        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, but rlhf replaces or reads it: install",
         name,
     )
     assert "megatron.core.tensor_parallel.layers has no use of no_extension" in extension
@@ -359,9 +359,9 @@ def another_order(folder: Path) -> None:
 WRONG = {
     "rows in another order": (
         another_order,
-        "iter_0000003: checkpoint_version 1.0, whose rows of q, k and v have another order",
+        "iter_0000003: checkpoint_version 1.0 has another order of the rows of q, k and v",
     ),
-    "a rank missing": (drop_rank, "iter_0000003: mp_rank_01 is missing of 2 x 1 ranks"),
+    "a rank missing": (drop_rank, "iter_0000003: mp_rank_01 is missing for 2 x 1 ranks"),
     "cut short": (cut_short, "not a file of torch.save, or cut short at"),
     "another archive": (no_archive_of_torch, "damaged, or not a checkpoint"),
     "a spoilt pickle": (spoilt_pickle, "damaged, or not a checkpoint"),

@@ -147,7 +147,7 @@ def test_folders_and_what_is_held_out(tmp_path):
         (
             ["gsm8k", "--dev", "x"],
             HH,
-            "argument --dev: invalid float value: 'x'; ./launch.sh prepare_data --help tells more",
+            "argument --dev: invalid float value: 'x'; see ./launch.sh prepare_data --help",
         ),
         (["hh"], "[", "in.jsonl:1: not JSON"),
         (["hh", "--dev", "5"], HH, "--dev=5 is not a share of the prompts: give a number from 0 to below 1"),

@@ -37,12 +37,8 @@ class Keys:
     """Group relative policy optimisation (2402.03300) and its variants."""
 
     advantage: Literal["std", "none", "leave_one_out", "global"] = "std"  # as GRPO, Dr.GRPO, RLOO or REINFORCE++
-    ratio: Literal["token", "sequence"] = (
-        "token"  # sequence: one ratio per response, the geometric mean (GSPO, 2507.18071)
-    )
-    objective: Literal["clip", "cispo"] = (
-        "clip"  # cispo: the clipped ratio is a constant weight of the log-prob (2506.13585)
-    )
+    ratio: Literal["token", "sequence"] = "token"  # sequence: geometric mean over the response (GSPO, 2507.18071)
+    objective: Literal["clip", "cispo"] = "clip"  # cispo: the clipped ratio is a constant weight of logp (2506.13585)
     clip_low: float = 0.2  # ratio >= 1 - clip_low
     clip_high: float = 0.2  # ratio <= 1 + clip_high
     kl: float = 0.04  # weight of the KL to the reference in the loss; 0 needs no reference model
@@ -68,10 +64,8 @@ class GRPO(Algorithm):
         if config.rollout.group < 2:
             raise UserError("rollout.group=1 gives no other response to compare with: set it to 2 or more")
         if self.keys.overlong == "shape" and not 0 < self.keys.overlong_buffer <= self.limit:
-            given, limit = self.keys.overlong_buffer, self.limit
-            raise UserError(
-                f"grpo.overlong=shape with grpo.overlong_buffer={given}: set it between 1 and rollout.max_tokens={limit}"
-            )
+            given = f"grpo.overlong=shape with grpo.overlong_buffer={self.keys.overlong_buffer}"
+            raise UserError(f"{given}: set it between 1 and rollout.max_tokens={self.limit}")
         # The first update of a step starts at the old policy. If it is the only update, its own forward pass gives
         # old_logp, and no scoring pass is needed.
         self.scored = config.batch.epochs * config.batch.minibatches > 1

@@ -95,9 +95,8 @@ def _scored(row: Row, keys: Keys) -> Told:
         if not isinstance(row[key], list):
             raise UserError(f"{key!r} is {row[key]!r:.80}; give a list with one entry per response")
     if len(row[responses]) != len(row[scores]):
-        raise UserError(
-            f"{responses!r} has {len(row[responses])} entries and {scores!r} {len(row[scores])}; give every response a score"
-        )
+        lengths = f"{responses!r} has {len(row[responses])} entries and {scores!r} {len(row[scores])}"
+        raise UserError(f"{lengths}; give every response a score")
     if len(row[responses]) < 2:
         raise UserError(
             f"{responses!r} has {len(row[responses])} entries; give two or more to compare, or remove the line"

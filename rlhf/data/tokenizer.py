@@ -129,9 +129,8 @@ class Tokenizer:
                 "data.template=tokenizer, but the tokenizer has no chat template; choose another data.template"
             )
         if isinstance(self._codec, _SentencePiece):
-            raise UserError(
-                "data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model; choose another data.template"
-            )
+            need = "data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model"
+            raise UserError(f"{need}; choose another data.template")
         with (
             texts.Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"),
             chat.bounded(),

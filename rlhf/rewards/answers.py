@@ -1,7 +1,7 @@
 """Verifies the answer of a response to a mathematical problem.
 
 extraction.py finds the answer in the response, spelling.py normalizes it, and reader.py parses it. This module compares
-two answers. Values are compared exactly, and nothing is evaluated as code. docs/verifier.md lists the rules.
+two parsed answers. Values are compared exactly, and nothing is evaluated as code. docs/verifier.md lists the rules.
 """
 
 import re
@@ -11,7 +11,7 @@ from fractions import Fraction
 from rlhf.rewards.extraction import extract
 from rlhf.rewards.polynomials import Algebra, Quotient, UnreadableError, number
 from rlhf.rewards.quantities import ratio
-from rlhf.rewards.reader import LONGEST, Reader, words
+from rlhf.rewards.reader import Reader
 from rlhf.rewards.spelling import plain
 from rlhf.rewards.statements import (
     Bracket,
@@ -26,6 +26,7 @@ from rlhf.rewards.statements import (
     Several,
     Words,
 )
+from rlhf.rewards.strings import LONGEST, words
 
 DECIMAL = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 MOST_PAIRS = 400  # largest number of comparisons of members of two lists

@@ -5,9 +5,9 @@ from fractions import Fraction
 from rlhf.rewards.answers import Comparison, equal, extract
 from rlhf.rewards.polynomials import UNIT, Quotient, Sum, UnreadableError
 from rlhf.rewards.quantities import Unit
-from rlhf.rewards.reader import LONGEST
 from rlhf.rewards.spelling import plain
 from rlhf.rewards.statements import Bracket, Choice, Congruence, Matrix, Named, Node, Quantity, Ratio, Relation, Several
+from rlhf.rewards.strings import LONGEST
 
 SIGNS = {"=": "is 0", "<": "is positive", "≤": "is not negative"}
 

@@ -3,7 +3,8 @@ r"""Parses expressions by recursive descent into quotients of sums (polynomials.
     sum     = ["-" | "+"] product {("+" | "-") product}
     product = power {["*"] power} ["/" power {"*" power}]     only one "/": 1/2/3 is text
     power   = atom {"!"} ["^" power]
-    atom    = decimal | mixed number | symbol | "√" atom | "\frac" atom atom | function power | "|" sum "|" | "(" sum ")" | "{" sum "}"
+    atom    = decimal | mixed number | symbol | "√" atom | "\frac" atom atom | function power
+            | "|" sum "|" | "(" sum ")" | "{" sum "}"
 
 The text must have the spelling of spelling.py.
 """
@@ -26,8 +27,8 @@ FUNCTIONS = each(
     "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln lg exp gcd lcm arg det max min Gamma Re Im"
 )
 SYMBOLS = each(  # LaTeX commands that are letters
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi"
-    " psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar"
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon"
+    " phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar"
 )
 OPENING = {"(": ")", "{": "}", "|": "|"}
 NUMBERS = {"π", "e", "i", "∞"}  # symbols that are numbers

@@ -13,8 +13,10 @@ from typing import NamedTuple
 from rlhf.rewards.expressions import each
 
 TABLES = {  # kind -> names and size of its units
-    "length": "mm millimeter millimetre 1, cm centimeter centimetre 10, m meter metre 1000, km kilometer kilometre 1000000",
-    "mass": "mg milligram 1, g gram 1000, kg kilogram kilo 1000000, oz ounce 28349.523125, lb pound 453592.37, ton 907184740",
+    "length": "mm millimeter millimetre 1, cm centimeter centimetre 10, m meter metre 1000"
+    ", km kilometer kilometre 1000000, in inch 25.4, ft foot 304.8, yd yard 914.4, mi mile 1609344",
+    "mass": "mg milligram 1, g gram 1000, kg kilogram kilo 1000000"
+    ", oz ounce 28349.523125, lb pound 453592.37, ton 907184740",
     "time": "s sec second 1, min minute 60, h hr hour 3600, day 86400, week wk 604800",
     "months": "month 1, yr year 12, decade 120, century 1200",
     "volume": "ml milliliter millilitre 1, l liter litre 1000",
@@ -30,7 +32,6 @@ TABLES = {  # kind -> names and size of its units
     "rupee": "₹ rs rupee 1",
     "people": "people person 1",
 }
-TABLES["length"] += ", in inch 25.4, ft foot 304.8, yd yard 914.4, mi mile 1609344"
 
 
 def _measures() -> Iterator[tuple[str, tuple[str, Fraction]]]:
@@ -59,17 +60,21 @@ CURRENCY = re.compile(
 
 # Words after a number that are not a counted noun. Fractions ("3 quarters", "7 tenths") would change its value.
 NO_NOUN = each(
-    "half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths hundredths"
-    " thousandths millionths tens hundreds thousands millions billions dozens scores pairs plus minus times less is was does has equals"
-    " makes gives means this its thus yes perhaps always errors cubes squares powers digits not no or and but than more fewer over about"
-    " maybe wrong only squared cubed ones twos threes fours fives sixes sevens eights nines scores"
+    "half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths"
+    " hundredths thousandths millionths tens hundreds thousands millions billions dozens scores pairs"
+    " plus minus times less is was does has equals makes gives means this its thus yes perhaps always errors"
+    " cubes squares powers digits not no or and but than more fewer over about maybe wrong only squared cubed"
+    " ones twos threes fours fives sixes sevens eights nines scores"
 )
 LINKS = each(
     "of in for from on at to by left remaining total altogether more old long tall wide high deep each away ago"
 )
 PER = frozenset(("per", "/", "a", "an", "each", "every"))
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-TEENS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+TEENS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen"
+)
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 SMALL = {word: n for n, word in enumerate(TEENS.split())} | {word: 10 * n for n, word in enumerate(TENS.split(), 2)}
 

@@ -5,7 +5,6 @@ the answer is `Words`.
 """
 
 import re
-from collections.abc import Iterator
 
 from rlhf.rewards import quantities
 from rlhf.rewards.expressions import Expression
@@ -24,10 +23,9 @@ from rlhf.rewards.statements import (
     Ratio,
     Relation,
     Several,
-    Words,
 )
+from rlhf.rewards.strings import LONGEST, SIGNS, divided, enclosed, split, split_signs, squeezed, words
 
-LONGEST = 300  # largest number of characters of an answer that is parsed; a longer one equals only the same text
 DEEPEST = 20  # largest number of opening brackets
 MOST_MEMBERS = 50  # largest number of members of a list
 
@@ -38,11 +36,11 @@ NAME = re.compile(
     rf"{LETTER}(?:_(?:\w+|\{{[^{{}}]*\}}))?'*"  # x, x_1, \theta
     rf"|[A-Za-z](?:\^\{{?-1\}}?|'*)\((?:[A-Za-z]|[0-9]+)(?:,\s?[a-z])*\)|[fghFGPE]\([^()]*\)"  # f(x), P(A), f(12)
     rf"|\|\s?[A-Za-z]+\s?\||m?\s?(?:\\(?:angle|triangle|overline)\s?)?\{{?[A-Z]{{1,5}}\}}?"  # |AB|, \angle ABC, AB
-    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|(?:[A-Z]\w*|[A-Z]_\{?\w+\}?)\s?:\s?(?:[A-Z]\w*|[A-Z]_\{?\w+\}?)"  # AB/CD, V_1 : V_2
+    r"|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}"  # AB/CD
+    r"|(?:[A-Z]\w*|[A-Z]_\{?\w+\}?)\s?:\s?(?:[A-Z]\w*|[A-Z]_\{?\w+\}?)"  # V_1 : V_2
     r"|[A-Za-z][a-z]{3,}(?:\s[A-Za-z]+){0,3}"  # Area, Total cost
 )
 TUPLE_OF_NAMES = re.compile(r"\(\s?[A-Za-z]\w?(?:\s?,\s?[A-Za-z]\w?)+\s?\)")
-SIGNS = re.compile(r"[=≠<>≤≥∈≈⇒]")
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 CHOICE = re.compile(
     r"(?:(?:[Oo]ption|[Cc]hoice)\s)?"
@@ -55,9 +53,6 @@ NO_SOLUTION = re.compile(
     re.IGNORECASE,
 )
 ALL_REALS = re.compile(rf"{REALS}|all real numbers|all reals", re.IGNORECASE)
-MONTH = re.compile(
-    r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b", re.IGNORECASE
-)
 
 
 class Reader:
@@ -305,15 +300,6 @@ class Reader:
         return None
 
 
-def divided(text: str) -> Iterator[tuple[str, str, bool]]:
-    """Yield all ways to split a text into an expression and a unit after it, from the longest unit to no unit."""
-    for match in list(re.finditer(r"(?<=[0-9)}π.!a-z√])(\s?)\*?\s?(?=[A-Za-z%°$¢€£¥₹])", text))[:8]:
-        head, tail = text[: match.start()], text[match.end() :]
-        if not re.search(r"[A-Za-z]$", head) or match[1]:
-            yield head, tail, bool(match[1])
-    yield text, "", True
-
-
 def gathered(members: list[Node]) -> Node:
     """Return a list of members.
 
@@ -334,54 +320,3 @@ def gathered(members: list[Node]) -> Node:
         unbounded = intervals and all("∞" in str(value) for value in values)
         return Named(names[0], Several("union" if unbounded else "list", tuple(values)))
     return Several("list", tuple(members))
-
-
-def words(text: str) -> Words:
-    """Return a text as Words, without spaces and in lower case. The words of a date are sorted."""
-    if len(text) <= LONGEST and MONTH.search(text) and re.search(r"[0-9]", text):
-        return Words(
-            " ".join(
-                sorted(re.findall(r"\w+", re.sub(r"(?<=[0-9])(?:st|nd|rd|th)\b|\b(?:of|the)\b", "", text.casefold())))
-            )
-        )
-    text = squeezed(text).casefold()
-    return Words(text[1:-1] if enclosed(text) and text[0] in "({" else text)
-
-
-def squeezed(text: str) -> str:
-    """Remove spaces, and the braces around single subscripts and exponents."""
-    text = re.sub(r"\s", "", text) if len(text) <= LONGEST else text
-    return re.sub(r"([_^])\{(\w+)\}", r"\1\2", text) if len(text) <= LONGEST else text
-
-
-def split(text: str, separator: str) -> list[str]:
-    """Split a text at separators outside brackets."""
-    parts, depth, start = [], 0, 0
-    for at, character in enumerate(text):
-        depth += (character in "([{⦃") - (character in ")]}⦄")
-        if character == separator and depth == 0:
-            parts.append(text[start:at])
-            start = at + 1
-    return [part.strip() for part in (*parts, text[start:])]
-
-
-def split_signs(text: str) -> tuple[list[str], list[str]]:
-    """Split a relation at signs outside brackets. Return its sides, and the signs between them."""
-    sides, signs, depth, start = [], [], 0, 0
-    for at, character in enumerate(text):
-        depth += (character in "([{⦃") - (character in ")]}⦄")
-        if depth == 0 and SIGNS.match(character):
-            sides.append(text[start:at].strip())
-            signs.append(character)
-            start = at + 1
-    return [*sides, text[start:].strip()], signs
-
-
-def enclosed(text: str) -> bool:
-    """Return whether the first character is a bracket that the last character closes."""
-    depth = 0
-    for at, character in enumerate(text):
-        depth += (character in "([{⦃") - (character in ")]}⦄")
-        if depth == 0:
-            return at > 0 and at == len(text) - 1
-    return False

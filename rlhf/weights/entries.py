@@ -1,4 +1,4 @@
-"""Where a stored tensor lies: a range of bytes of some file, whatever the format. Reading maps it, writing fills it."""
+"""The location of a stored tensor: a range of bytes in a file, for all formats. It is read by memory-mapping."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rlhf.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors -> of torch
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # name in safetensors -> name in torch
 Shape = tuple[int, ...]
-# What Python raises while it takes a file apart that is damaged, or something else.
+# Exceptions that Python raises while it parses a damaged file or a file of another kind.
 DAMAGED: tuple[type[Exception], ...] = (
     *(
         pickle.UnpicklingError,
@@ -36,28 +36,32 @@ DAMAGED: tuple[type[Exception], ...] = (
 )
 
 
-UNSOUND = "its weights are not finite, or beyond 1e19: it is damaged or was ruined in training, give a sound model"  # behind a folder's name
+# The part of an error message after the name of a folder.
+UNSOUND = "its weights are not finite, or beyond 1e19: it is damaged or was ruined in training, give a sound model"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor is stored, contiguous and little-endian."""
+    """The location of one stored tensor, which is contiguous and little-endian."""
 
     path: Path
-    dtype: str  # as safetensors calls it
+    dtype: str  # its name in safetensors
     shape: Shape
-    start: int  # byte in the file
+    start: int  # offset in the file, in bytes
     stop: int
 
 
 def kind(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> BF16; other dtypes, as safetensors would hardly call them, for a message."""
+    """Return the name of a dtype in safetensors: torch.bfloat16 -> BF16. Dtypes not in DTYPES keep torch's name."""
     name = str(dtype).removeprefix("torch.")
     return next((kind for kind, known in DTYPES.items() if known == name), name)
 
 
 def mapped(entry: Entry) -> torch.Tensor:
-    """The stored tensor as a mapping of its file: pages are read when they are touched, and given back with the tensor."""
+    """Return the stored tensor as a memory-mapping of its file.
+
+    A page is read when it is first accessed. The pages are released together with the tensor.
+    """
     import torch
 
     dtype = getattr(torch, DTYPES[entry.dtype])
@@ -66,12 +70,12 @@ def mapped(entry: Entry) -> torch.Tensor:
     first = entry.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with entry.path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), entry.stop - first, access=mmap.ACCESS_COPY, offset=first)
-    pages.madvise(mmap.MADV_WILLNEED)  # in large requests, while we go on
+    pages.madvise(mmap.MADV_WILLNEED)  # the kernel reads ahead in large requests, in the background
     return torch.frombuffer(pages, dtype=dtype, count=prod(entry.shape), offset=entry.start - first).view(entry.shape)
 
 
 def store(entry: Entry, tensor: torch.Tensor) -> None:
-    """Write a tensor of the entry's shape and dtype to its place."""
+    """Write a tensor with the entry's shape and dtype to the entry's location."""
     import torch
 
     assert (tuple(tensor.shape), kind(tensor.dtype)) == (entry.shape, entry.dtype), (
@@ -84,7 +88,7 @@ def store(entry: Entry, tensor: torch.Tensor) -> None:
 
 @contextmanager
 def intact(path: Path, what: str) -> Iterator[None]:
-    """Tell the user which file it is whose content cannot be made sense of."""
+    """Raise UserError with the path if the code inside cannot parse the file. what: the expected kind of file."""
     try:
         yield
     except DAMAGED as error:
@@ -93,7 +97,10 @@ def intact(path: Path, what: str) -> Iterator[None]:
 
 
 def groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in groups of at most limit bytes; a larger tensor is a group of its own."""
+    """Split the names, in order, into groups of at most `limit` bytes. A larger tensor gets a group of its own.
+
+    sizes: name -> bytes.
+    """
     found: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
@@ -106,6 +113,6 @@ def groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def some(names: Iterable[str], count: int = 3) -> str:
-    """A few of many names, for a message."""
+    """Return the first `count` names and the number of the others, for a message."""
     listed = list(names)
     return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")

@@ -1,4 +1,4 @@
-"""Folders of weights of any format, written from a model on many ranks, or in batches from any other source."""
+"""Writes folders of weights in any format, from a model on many ranks or in batches from another source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rlhf.weights.publish import Transform
 
-# Fills tensors: the tiles that every rank wants now, and this rank's tensors for them by local name.
+# Fills tensors. Arguments: the tiles that each rank needs now, and this rank's tensors for them by local name.
 Fill = Callable[[list[list[Tile]], dict[str, "torch.Tensor"]], None]
 
 
@@ -43,16 +43,18 @@ def write(
     pp: int = 1,
     transform: Transform | None = None,
 ) -> None:
-    """Write a model that lives on many ranks as a folder; every rank calls it.
+    """Write a model that is distributed over ranks as a folder. Every rank must call this.
 
-    folder      new or empty, on storage that all ranks share; if interrupted, it has no config.json or no tracker file
-    config      the content of config.json, but for the dtype
-    sources     the tiles of every rank; parameters are this rank's, by local name
+    folder      new or empty, on storage that all ranks share. After an interruption it has no config.json or no tracker
+                file.
+    config      the content of config.json without the dtype
+    sources     the tiles of every rank
+    parameters  this rank's tensors, by local name
     nodes       the node of every rank
     dtype       of the files
-    shard       bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
-    bucket      bytes of tensors that a rank holds at a time, at most (or two tensors)
-    format      in FORMATS; tp and pp are the layout if it is split over ranks
+    shard       largest number of bytes of tensors in a Hugging Face file (a larger tensor gets a file of its own)
+    bucket      largest number of bytes of tensors in memory on a rank at a time (or two tensors, if they are larger)
+    format      in FORMATS; tp and pp are its layout if the format has files per rank
     transform   applied to every local tensor before it is cut into boxes
     """
     from rlhf.weights.publish import Publisher
@@ -73,8 +75,8 @@ def write(
 
 
 def finish(target: Target, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write the small files beside the weights; config: the content of config.json, but for the dtype."""
-    key = "dtype" if "dtype" in config else "torch_dtype"  # transformers renamed it, and reads both
+    """Write the small files beside the weights. config: the content of config.json without the dtype."""
+    key = "dtype" if "dtype" in config else "torch_dtype"  # transformers has renamed this key and reads both names
     target.format.finish(target, folder, {**config, key: DTYPES[kind(target.dtype)]})
 
 
@@ -88,10 +90,10 @@ def write_batches(
     bucket: int,
     device: Any = "cpu",
 ) -> Iterator[int]:
-    """Write a target's files, which are shared out over the ranks; yields the bytes of this rank after each batch.
+    """Write the files of a target. Each rank writes some of them. After each batch, yield the bytes of this rank.
 
-    Tensors are assembled in batches of at most half of bucket bytes (or one tensor), the same number on every rank.
-    While one batch is assembled, the one before is written.
+    A batch has tensors of at most bucket / 2 bytes, or one tensor. All ranks have the same number of batches. While one
+    batch is assembled, the batch before it is written.
     """
     import torch
 
@@ -106,11 +108,11 @@ def write_batches(
     cut = {title: _batches(shapes[title], dtype, bucket // 2) for title in titles}
     batches = [[(title, group) for title in held for group in cut[title]] for held in owned]
     largest = max((sum(prod(shapes[title][local]) for local in group) for title, group in batches[rank]), default=0)
-    # Two buffers serve all batches (fresh memory would cost more than the copies): one is filled, the other written.
+    # All batches use two buffers: one is filled while the other is written. New memory would cost more than the copies.
     buffers = deque(torch.empty(largest, dtype=dtype, device=device) for _ in range(2))
     writing: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as writer:
-        for batch in zip_longest(*batches):  # one for every rank, None for ranks that are done
+        for batch in zip_longest(*batches):  # a batch per rank; None: the rank has no more batches
             if len(writing) == len(buffers):
                 writing.popleft().result()
             wanted = [[tile for local in one[1] for tile in tiling[one[0]][local]] if one else [] for one in batch]
@@ -120,7 +122,7 @@ def write_batches(
             buffers.rotate()
             tensors = {local: piece.view(shapes[title][local]) for local, piece in zip(group, pieces, strict=True)}
             fill(wanted, tensors)
-            # Copied here, because the writer's thread would use another stream of the device.
+            # Copy to the CPU here, because the writer's thread would use another stream of the device.
             held = {local: tensor.cpu() for local, tensor in tensors.items()}
             writing.append(writer.submit(_store, stored.get(title, {}), held))
             yield sum(sizes) * dtype.itemsize

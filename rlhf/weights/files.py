@@ -1,8 +1,8 @@
-"""Folders of weights of any format: opened, checked and read box by box.
+"""Opens and checks folders of weights in any format, and reads boxes from them.
 
-Every format is a list of shards (one of Hugging Face tensors, or one per Megatron rank). A shard is a tiling of the
-same Hugging Face tensors, and a table of where its own tensors are stored. torch is imported where tensors are handled,
-and to look into .pt files, so that a Hugging Face folder can be refused before anything else is loaded.
+In every format, a folder is a list of shards: one shard of Hugging Face tensors, or one shard per Megatron rank. A
+shard consists of a tiling of the Hugging Face tensors, and of a table with the locations of its own tensors. torch is
+imported only in functions that use tensors or .pt files, so a Hugging Face folder can be refused without torch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened folder, whose tensors are those of an architecture."""
+    """An opened folder. Its tensors are those of an architecture."""
 
     path: Path
     contents: Contents
-    tilings: list[list[Tile]]  # of every shard, without tensors that may be missing
+    tilings: list[list[Tile]]  # of every shard, without optional tensors that the folder does not have
 
     def read(
         self,
@@ -42,10 +42,11 @@ class Source:
         tensors: Mapping[str, torch.Tensor],
         transform: Transform | None = None,
     ) -> None:
-        """Fill live tensors (local name -> tensor) with the boxes of their tiles, cast to the tensors' own dtypes.
+        """Fill live tensors (local name -> tensor) with the boxes of their tiles.
 
-        Files are mapped one tensor at a time, so only the pages of these boxes are read, and they are released at once.
-        With a transform, each stored tensor is read as a whole, and its boxes are those of the result.
+        Values are converted to the dtypes of the tensors. One stored tensor is mapped at a time. Only the pages of
+        these boxes are read, and they are released at once. With a transform, each stored tensor is read as a whole,
+        and the boxes are taken from the transformed tensor.
         """
         import torch
 
@@ -68,29 +69,34 @@ class Source:
         return any(tile.name == names.SCORE for tiling in self.tilings for tile in tiling)
 
     def remarks(self, arch: Architecture, beside: str | Path, key: str) -> list[str]:
-        """Where a checkpoint's args and the config.json that wins over them disagree.
+        """Return remarks on differences between a checkpoint's args and config.json, which has precedence.
 
-        key: what the user sets to name `beside`, a folder with a config.json.
+        beside: a folder with a config.json. key: the configuration key of this folder.
         """
         where = config_folder(self.path, beside)
         if where is None:
-            what = f"rotary_base {self.contents.args.get('rotary_base')}, and all else, is what its args say"
-            return [f"{self.path} has no config.json: {what}; {key} gives a better one"]
+            what = f"rotary_base {self.contents.args.get('rotary_base')} and all other values are those of its args"
+            return [
+                f"{self.path} has no config.json: {what}; if they are wrong, set {key} to a folder with config.json"
+            ]
         return args.remarks(self.path, self.contents.args, arch, where)
 
     def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
-        """Which box comes from which shard: a plan with one extra rank, which holds nothing and needs every tile."""
+        """Return which box comes from which shard.
+
+        This is a plan in which each shard is a rank. One more rank holds nothing and needs every tile.
+        """
         held = [[tile for tile in shard if tile.name in wanted] for shard in self.tilings]
         mine = [tile for tile in tiling if tile.name != names.SCORE or self.has_head]
         return Plan([*held, []], [*([] for _ in held), mine], [0] * (len(held) + 1)).received(len(held))
 
 
 def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = None, head: bool = False) -> Source:
-    """Open a folder of any format, and check it. Reads headers only.
+    """Open a folder of any format, and check it. Only headers are read.
 
-    Raises UserError, naming the file, unless it holds exactly the tensors of arch. A scalar model may come from a
-    causal one: its head may be missing (it becomes zeros) unless `head` asks for it, and an output layer that it does
-    not use is ignored.
+    Raises UserError with the name of the file, unless the folder has exactly the tensors of arch. A scalar model may be
+    loaded from a causal one. An output layer that it does not use is ignored. A missing scalar head becomes zeros, or
+    is an error if `head` is True.
     """
     folder = Path(folder)
     contents = inspect(folder, iteration)
@@ -101,19 +107,19 @@ def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = 
     source = Source(folder, contents, [[tile for tile in tiling if tile.local in shard] for tiling, shard in pairs])
     if head and not source.has_head:
         what = f"{folder} has no scalar head ({names.SCORE})"
-        raise UserError(f"{what}: it is no reward model, and all of its scores would be 0")
+        raise UserError(f"{what}: it is no reward model, and all its scores would be 0; give a reward model")
     return source
 
 
 def read(folder: str | Path, arch: Architecture, tiling: Sequence[Tile], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Open a folder and fill live tensors from it; rows that no tile covers are left alone."""
+    """Open a folder and fill live tensors from it. Rows that no tile covers are not changed."""
     open_folder(folder, arch).read(tiling, tensors)
 
 
 def config_folder(folder: str | Path, beside: str | Path = "") -> Path | None:
-    """The folder with the config.json of the model in `folder`; None if there is none and the format does without.
+    """Return the folder with the config.json of the model in `folder`; None if there is none and none is needed.
 
-    beside: a folder with a config.json, for formats that do without one of their own (Megatron's).
+    beside: a folder with a config.json, for Megatron's formats, which need not contain one.
     """
     folder, form = Path(folder), recognise(folder)
     places = form.config_folders(folder, Path(beside) if beside else None)
@@ -122,13 +128,13 @@ def config_folder(folder: str | Path, beside: str | Path = "") -> Path | None:
 
 
 def read_architecture(folder: str | Path, beside: str | Path = "", iteration: int | None = None) -> Architecture:
-    """The architecture of the model in a folder: from config.json, or else as the checkpoint itself describes it."""
+    """Return the architecture of the model in a folder: from config.json, or else from the checkpoint's args."""
     where = config_folder(folder, beside)
     return architecture.read(where) if where else inspect(folder, iteration).architecture()
 
 
 def read_config(folder: str | Path, beside: str | Path = "", iteration: int | None = None) -> dict[str, Any]:
-    """The content of the model's config.json, or of the one that it should have."""
+    """Return the content of the model's config.json. If there is none, make it from the architecture."""
     where = config_folder(folder, beside)
     if where:
         return texts.load(where / "config.json", architecture.REMEDY)
@@ -136,7 +142,7 @@ def read_config(folder: str | Path, beside: str | Path = "", iteration: int | No
 
 
 def _check(contents: Contents, arch: Architecture, wanted: Mapping[str, Shape], found: Mapping[str, Entry]) -> None:
-    """Raise UserError unless one shard holds what it should."""
+    """Raise UserError unless a shard holds exactly the wanted tensors, in supported dtypes."""
     for name, shape in wanted.items():
         if name not in found and name.partition("#")[0] == names.SCORE:
             continue
@@ -153,9 +159,9 @@ def _check(contents: Contents, arch: Architecture, wanted: Mapping[str, Shape], 
     ignored = {form.local("lm_head.weight"), form.tied} if arch.tied or not arch.lm else set()
     ignored |= {name for name in found if name.endswith("rotary_emb.inv_freq")}
     extra = [name for name in found if name not in wanted and name.partition("#")[0] not in ignored]
-    if any(name.startswith("pooler_head.") for name in extra):  # of ChatLearn's reward models
-        what = "a reward head of two layers (pooler_head), where ours has one"
-        raise UserError(f"{contents.path}: {what}; train a reward model here, with mode reward")
+    if any(name.startswith("pooler_head.") for name in extra):  # in ChatLearn's reward models
+        what = "it has a reward head of two layers (pooler_head), but only heads of one layer are supported"
+        raise UserError(f"{contents.path}: {what}; train a reward model with mode reward")
     if extra:
         what = f"tensors {some(extra)} are not part of a {arch.family} model of config.json's shape"
         raise UserError(f"{found[extra[0]].path}: {what}")

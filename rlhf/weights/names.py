@@ -1,4 +1,4 @@
-"""Layouts: which box of which Hugging Face tensor a rank holds, and under what name."""
+"""Layouts: which boxes of the Hugging Face tensors a rank holds, and under which local names."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,26 +7,30 @@ from typing import NamedTuple
 
 from rlhf.model.architecture import Architecture
 from rlhf.model.families import EMBEDDING, FUSED, HEAD, QKV, Shape, Split, Weight
-from rlhf.model.families import SCORE as SCORE  # callers of this module ask for it here
+from rlhf.model.families import SCORE as SCORE  # for the importers of this module
 from rlhf.weights.tiles import Box, Tile
 
-Part = tuple[int, int]  # (rank, size) along one axis of parallelism
+Axis = tuple[int, int]  # (rank, size) along one axis of parallelism
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Local names by canonical name; a name that is not listed is kept.
+    """The local names of the canonical tensors.
 
-    Tensors that share a local name follow one another in its rows, in the order of Family.layer. The exception is grouped
-    qkv: the rows of each kv head are its q heads, then k, then v, and tensor parallelism chunks the result.
+    If several tensors have the same local name, their rows follow one another, in the order of Family.layer. The
+    exception is grouped qkv: the rows of each kv head are its q heads, then k, then v. Tensor parallelism cuts the
+    result into equal chunks.
     """
 
     layer: str = "model.layers.{}."  # prefix of a layer's tensors; {} is its number within the pipeline stage
-    names: Mapping[str, str] = field(default_factory=dict)  # without the prefix, for tensors of a layer
+    names: Mapping[str, str] = field(default_factory=dict)  # canonical -> local name; for a layer, without the prefix
     grouped_qkv: bool = False
-    tied: str = ""  # where a last stage without the embedding holds its copy of a tied one; empty: where an output layer would be
+    # The last pipeline stage needs a copy of a tied embedding if it does not hold the embedding itself. This is the
+    # copy's local name; empty: the name of the output layer.
+    tied: str = ""
 
     def local(self, name: str) -> str:
+        """Return the local name of a canonical tensor. Names that are not listed stay the same."""
         return self.names.get(name, name)
 
 
@@ -43,15 +47,17 @@ MCORE = {
     "mlp.down_proj.weight": "mlp.linear_fc2.weight",
 }
 LAYOUTS = {
-    "hf": Layout(),  # the tensors of a Hugging Face folder; _form() adds the names of the family's files
-    # The parameters of a live vLLM engine; kv heads are replicated where ranks outnumber them.
+    "hf": Layout(),  # the tensors of a Hugging Face folder; _form() adds the names in the family's files
+    # The parameters of a live vLLM engine. With more ranks than kv heads, kv heads are replicated.
     "vllm": Layout(names=FUSED),
-    "megatron": Layout(  # a megatron-core GPTModel built without Transformer Engine: live, and its checkpoints
+    # A megatron-core GPTModel built without Transformer Engine: the live model and its checkpoints.
+    "megatron": Layout(
         layer="decoder.layers.{}.",
         names={**MCORE, "post_attention_layernorm.weight": "pre_mlp_layernorm.weight"},
         grouped_qkv=True,
     ),
-    "megatron-te": Layout(  # checkpoints of a GPTModel built with Transformer Engine, whose linear layers hold the norms before them
+    # Checkpoints of a GPTModel built with Transformer Engine. Its linear layers contain the norms before them.
+    "megatron-te": Layout(
         layer="decoder.layers.{}.",
         names={
             **MCORE,
@@ -83,32 +89,35 @@ LAYOUTS = {
 
 
 class Held(NamedTuple):
-    """A tensor that a pipeline stage holds, before tensor parallelism cuts it."""
+    """A tensor of a pipeline stage, before tensor parallelism cuts it."""
 
-    name: str  # canonical
+    name: str  # canonical name
     local: str
     shape: Shape
     split: Split
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
-    """Name -> shape of every tensor in a Hugging Face folder, in the model's order; a tied model has no lm_head.weight, a scalar head is
-    score.weight."""
+    """Return name -> shape of every tensor in a Hugging Face folder, in the model's order.
+
+    A tied model has no lm_head.weight. A scalar head is score.weight.
+    """
     return shapes(tiles(arch, "hf"))
 
 
-def parameters(arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1)) -> dict[str, Shape]:
-    """Local name -> shape of every parameter of one rank of a live model, with the rows that pad the vocabulary."""
+def parameters(arch: Architecture, layout: str, tp: Axis = (0, 1), pp: Axis = (0, 1)) -> dict[str, Shape]:
+    """Return local name -> shape of every parameter of a live model on one rank, including vocabulary padding."""
     return shapes(tiles(arch, layout, tp, pp, pad=True))
 
 
 def tiles(
-    arch: Architecture, layout: str, tp: Part = (0, 1), pp: Part = (0, 1), rows: int = 0, pad: bool = False
+    arch: Architecture, layout: str, tp: Axis = (0, 1), pp: Axis = (0, 1), rows: int = 0, pad: bool = False
 ) -> list[Tile]:
-    """What one rank holds. tp and pp are (rank, size); layers are divided evenly over the pipeline stages.
+    """Return the tiles of one rank. tp and pp are (rank, size). Layers are divided evenly over the pipeline stages.
 
-    The vocabulary has `rows` rows over all ranks (0: as live models pad it). Rows that pad it are covered by no tile, or with pad
-    each by one of the last real row, as Megatron-LM fills them.
+    rows: rows of the padded vocabulary over all ranks; 0: padded as in live models.
+    pad: also return a tile for each padding row. Its content is the last real row, as in Megatron-LM. Without pad, no
+    tile covers the padding rows.
     """
     form, (stage, stages) = _form(arch, layout), pp
     assert arch.layers % stages == 0, f"{arch.layers} layers do not divide over {stages} pipeline stages"
@@ -124,22 +133,25 @@ def tiles(
         found += held(arch.row.after(arch))
     if (
         last and arch.lm and arch.tied and stage > 0
-    ):  # where the embedding is on another stage, a tied output layer is a copy of it
+    ):  # the embedding is on another stage, so this stage has a copy of it
         found.append(Held(EMBEDDING, form.tied or form.local(HEAD), (arch.vocab, arch.hidden), "vocab"))
     rows = rows or arch.padded_vocab(tp[1])
     return _place(arch, tp, found, rows, form.grouped_qkv) + (_padding(arch, tp, found, rows) if pad else [])
 
 
 def tilings(arch: Architecture, layout: str, world: int, tp: int, pp: int = 1) -> list[list[Tile]]:
-    """The tiles of every rank, where ranks count tensor parallel fastest and pipeline stages slowest (megatron-core's
-    order tp-cp-dp-pp; engines of tp consecutive ranks)."""
+    """Return the tiles of every rank.
+
+    The tensor-parallel rank changes fastest and the pipeline stage slowest. This is megatron-core's order tp-cp-dp-pp,
+    and an engine has tp consecutive ranks.
+    """
     assert world % (tp * pp) == 0, f"{world} ranks do not divide over tp {tp} x pp {pp}"
     unique = {(t, p): tiles(arch, layout, (t, tp), (p, pp)) for t in range(tp) for p in range(pp)}
     return [unique[rank % tp, rank // (world // pp)] for rank in range(world)]
 
 
 def shapes(tiling: Sequence[Tile]) -> dict[str, Shape]:
-    """Local name -> shape of the local tensors that the tiles cover, in their order."""
+    """Return local name -> shape of the local tensors that the tiles cover, in the order of the tiles."""
     found: dict[str, Shape] = {}
     for tile in tiling:
         rows = max(tile.start + tile.rows, found.get(tile.local, (0,))[0])
@@ -148,12 +160,12 @@ def shapes(tiling: Sequence[Tile]) -> dict[str, Shape]:
 
 
 def _form(arch: Architecture, layout: str) -> Layout:
-    """A layout as the family has it: its Hugging Face files may keep several tensors as one."""
+    """Return a layout for the model's family. In its Hugging Face files, several tensors may be stored as one."""
     return replace(LAYOUTS[layout], names=arch.row.files) if layout == "hf" else LAYOUTS[layout]
 
 
-def _padding(arch: Architecture, tp: Part, held: list[Held], rows: int) -> list[Tile]:
-    """One tile for each row of this rank's share of the vocabulary tables that is no token's."""
+def _padding(arch: Architecture, tp: Axis, held: list[Held], rows: int) -> list[Tile]:
+    """Return one tile for each padding row in this rank's share of the vocabulary tables."""
     low, high = _chunk(rows, tp)
     real = max(0, min(high, arch.vocab) - low)
     tables = [(each.name, each.local) for each in held if each.split == "vocab"]
@@ -165,8 +177,8 @@ def _padding(arch: Architecture, tp: Part, held: list[Held], rows: int) -> list[
     ]
 
 
-def _place(arch: Architecture, tp: Part, held: list[Held], vocab: int, grouped: bool) -> list[Tile]:
-    """Tiles of whole tensors cut over tp; tensors that share a local name follow one another in its rows."""
+def _place(arch: Architecture, tp: Axis, held: list[Held], vocab: int, grouped: bool) -> list[Tile]:
+    """Return the tiles of this rank's share of the tensors. Tensors with the same local name follow one another."""
     filled: dict[str, int] = defaultdict(int)
     placed = []
     for name, local, shape, split in held:
@@ -183,13 +195,13 @@ def _place(arch: Architecture, tp: Part, held: list[Held], vocab: int, grouped: 
     return placed
 
 
-def _chunk(length: int, part: Part) -> tuple[int, int]:
-    rank, size = part
+def _chunk(length: int, axis: Axis) -> tuple[int, int]:
+    rank, size = axis
     assert length % size == 0, f"{length} rows or columns do not divide over {size} ranks"
     return length // size * rank, length // size * (rank + 1)
 
 
-def _cut(arch: Architecture, shape: Shape, split: Split, tp: Part, vocab: int) -> Box:
+def _cut(arch: Architecture, shape: Shape, split: Split, tp: Axis, vocab: int) -> Box:
     whole = tuple((0, n) for n in shape)
     match split:
         case "rows":
@@ -202,11 +214,11 @@ def _cut(arch: Architecture, shape: Shape, split: Split, tp: Part, vocab: int) -
     return whole
 
 
-def _cut_qkv(arch: Architecture, part: str, columns: Shape, tp: Part, grouped: bool) -> tuple[Box, Shape, Shape]:
-    """Box in the canonical view, shape of the local rows, offsets in it; part is q, k or v.
+def _cut_qkv(arch: Architecture, part: str, columns: Shape, tp: Axis, grouped: bool) -> tuple[Box, Shape, Shape]:
+    """Return the box in the canonical view, the shape of the local rows, and the offsets of the box in it.
 
-    Where ranks outnumber kv heads, several share one: grouped rows are cut plainly, even within k and v, while separate
-    ones cut q and replicate k and v.
+    part: q, k or v. With more ranks than kv heads, several ranks share a kv head. Grouped rows are cut into equal
+    chunks, even within k and v. Otherwise q is cut, and k and v are replicated.
     """
     rank, size = tp
     sharers = max(1, size // arch.kv_heads)

@@ -1,4 +1,7 @@
-"""Files of torch.save, read by torch.load with weights_only and a list of what they may name: nothing in them is executed."""
+"""Reads and writes files of torch.save. No code in them is executed.
+
+They are read by torch.load with weights_only and a list of the globals that a file may refer to.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.weights.entries import intact
 
-# What a checkpoint of Megatron-LM may name beside tensors, arrays and plain containers (its own list is megatron.core.safe_globals):
-# in args, in states of random generators and reruns, and as the extra states of Transformer Engine's layers. Nobody here needs their
-# values, so all of them are stood in for. A member of an enum is CLASS(value), or, as some releases of Python 3.11 write it (Debian's
-# 3.11.2 is one), getattr(CLASS, name); these and older ones write a member of signal.Signals as a global, signal.SIGTERM.
+# The globals that a checkpoint of Megatron-LM may refer to, beside tensors, arrays and plain containers. They are in
+# args, in the states of random generators and reruns, and in the extra states of Transformer Engine's layers.
+# Megatron-LM's own list is megatron.core.safe_globals. Their values are not needed here, so a StandIn replaces them.
+# A member of an enum is pickled as CLASS(value). Some releases of Python 3.11, such as Debian's 3.11.2, pickle
+# getattr(CLASS, name) instead. These and older releases pickle a member of signal.Signals as a global such as
+# signal.SIGTERM.
 CLASSES = (
     "megatron.core.enums.ModelType",
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
@@ -42,7 +47,7 @@ CLASSES = (
 
 
 class StandIn:
-    """An instance of a class that is not imported."""
+    """Replaces an instance of a class that is not imported."""
 
     def __init__(self, *values: Any):
         self.values = values
@@ -52,14 +57,16 @@ class StandIn:
 
 
 def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The tree in a file; its tensors are mappings that nobody has touched. Or, with place (start, length), the tree in a list of one in
-    a file within the file, as megatron-core's shards hold objects.
+    """Return the tree of dicts in a file. Its tensors are memory-mapped, and their data is not read yet.
 
-    Raises UserError where the file is damaged, or asks for more than weights and numbers, and OSError where it may not be read.
+    place: (start, length) of a torch.save file inside this file. That file must contain a list of one tree, which is
+    returned. megatron-core's shards store objects in this way.
+
+    Raises UserError if the file is damaged or refers to other globals, and OSError if it cannot be read.
     """
     if not path.is_file():
-        raise UserError(f"{path}: missing; copy the checkpoint again, completely")
-    path.open("rb").close()  # zipfile says of a file that may not be read that it is none of its own
+        raise UserError(f"{path}: missing; copy the whole checkpoint again")
+    path.open("rb").close()  # raises OSError without read permission; zipfile would report that it is no zip file
     import numpy as np
     import torch
 
@@ -83,24 +90,27 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
 
 
 def _member(path: Path, owner: Any, name: Any) -> StandIn:
-    """What a file's getattr gives: a stand-in for a member of an enum that is one itself. No attribute of anything is looked up."""
+    """Return a StandIn for getattr(owner, name) in a file, where owner must be a StandIn for an enum.
+
+    No attribute is looked up. Raises UserError for other arguments.
+    """
     if owner is not StandIn or not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
         raise _distrust(path, f"getattr({owner!r}, {name!r})")
     return StandIn(name)
 
 
 def write(tree: Any, path: Path) -> None:
-    """torch.save. Raises OSError with the path where the file cannot be written, of which torch tells no more than that."""
+    """Call torch.save. Raises OSError with the path if the file cannot be written. torch's error names no path."""
     import torch
 
     try:
         torch.save(tree, path)
     except RuntimeError as error:
-        raise OSError(EIO, "torch.save cannot write it as a whole; is the storage full?", str(path)) from error
+        raise OSError(EIO, "torch.save cannot write the whole file; is the storage full?", str(path)) from error
 
 
 def _distrust(path: Path, asked: str) -> UserError:
-    return UserError(f"{path}: it asks for {asked}, and only weights and numbers are read: do not trust this file")
+    return UserError(f"{path}: it asks for {asked}, but only weights and numbers are read: do not trust this file")
 
 
 def _opened(path: Path, place: tuple[int, int] | None) -> Any:
@@ -113,7 +123,11 @@ def _opened(path: Path, place: tuple[int, int] | None) -> Any:
 
 @contextmanager
 def _allowed(known: list[Any]) -> Iterator[None]:
-    """Let torch.load build known alone: what others have allowed (megatron.core does, on import) would widen it, and hide our stand-ins."""
+    """Allow torch.load to create objects of `known` only.
+
+    Other packages, such as megatron.core on import, add globals to torch's list. They would allow more, and would take
+    precedence over the StandIns.
+    """
     import torch
 
     others = torch.serialization.get_safe_globals()

@@ -1,4 +1,4 @@
-"""Carries out a plan between live tensors: local copies, and point-to-point in buckets for what crosses ranks."""
+"""Executes a plan on live tensors. Boxes that stay on a rank are copied. Others are sent point-to-point in rounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.weights.tiles import Geometry, Tile, geometry, numel, shaped, split, v
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A move as the executor needs it: from which place of which local tensor to which place of which other."""
+    """A move, or a piece of one, as locations in the source's and in the target's local tensor."""
 
     source: str
     out_of: Geometry
@@ -30,14 +30,14 @@ class Part:
 
     @classmethod
     def of(cls, move: Move, limit: int) -> list[Part]:
-        """In parts of at most `limit` elements."""
+        """Split a move into parts of at most `limit` elements."""
         a, b = move.source_tile, move.target_tile
         return [cls(a.local, geometry(a, box), b.local, geometry(b, box), numel(box)) for box in split(move.box, limit)]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one rank sends another in one round: boxes packed one after another."""
+    """The data that one rank sends to another rank in one round: boxes, packed one after another."""
 
     source: int
     target: int
@@ -49,35 +49,36 @@ class Message:
 
 
 @dataclass(slots=True)
-class Flight:
-    """A round on its way."""
+class Transfer:
+    """The messages of a round whose transfers have started."""
 
     messages: list[Message]
-    packed: Sequence[Tensor]  # one for each message
+    packed: Sequence[Tensor]  # the data of each message
     works: list[dist.Work]
 
 
 class Transform(Protocol):
-    """Changes weights on their way from the sender's tensors to wherever they go."""
+    """Changes weights before the sender sends or copies them."""
 
     def __call__(self, local: str, tensor: Tensor) -> Tensor:
-        """Return what is sent in place of a local tensor: contiguous, of the same shape and device, of any dtype.
+        """Return the tensor to send instead of a local tensor. It is contiguous, with the same shape and device.
 
-        It must not change `tensor`, but may return it as it is. Ranks call it at different times, so it must not
-        communicate. It may be called several times for one tensor, which is sent in several rounds, and must then return
-        the same values.
+        Its dtype may differ. The call must not change `tensor`, but may return it. Ranks call it at different times, so
+        it must not communicate. A tensor may be sent in several rounds. Then the call is repeated and must return the
+        same values.
         """
 
 
 class Publisher:
-    """This rank's part of a plan, grouped once; every publish() is then only copies and sends.
+    """This rank's share of a plan. It is grouped into rounds once, so each publish() only copies and sends.
 
-    plan    the same on all ranks of the default group; its ranks are global ranks
-    rank    this rank
-    dtype   what crosses ranks, the same on all: the sender converts before the transfer, the receiver's copy does the rest
-    bucket  bytes that packed messages, in and out together, may take on a rank at any time
-    transform  applied on the sender to a whole local tensor, before it is cut into boxes. Two results at most are held at
-               a time: one that is being sent, and one that is being copied within this rank
+    plan       the same on all ranks of the default group; its ranks are global ranks
+    rank       this rank
+    dtype      of the data that is sent, the same on all ranks. The sender converts to it, and the receiver's copy
+               converts to the dtype of the target.
+    bucket     largest number of bytes of packed messages on a rank, sent and received together
+    transform  applied on the sender to a whole local tensor before it is cut into boxes. At most two results are held
+               at a time: one for sending, and one for copies on this rank.
     """
 
     def __init__(
@@ -91,44 +92,47 @@ class Publisher:
         self.rank, self.world, self.dtype, self.transform = rank, plan.world, dtype, transform
         self.coming, self.leaving = plan.received(rank), plan.sent(rank)
         self.local = [part for move in self.coming if move.source == rank for part in Part.of(move, move.numel)]
-        # Half of a bucket is packed, or received and unpacked, while the other half is on its way.
+        # One half of a bucket is packed or unpacked while the other half is being transferred.
         rounds = _rounds(self.coming + self.leaving, plan.world, bucket // 2 // dtype.itemsize)
-        self.rounds = rounds or [[]]  # one at least, in which local copies are made
+        self.rounds = rounds or [[]]  # at least one, because local copies are made during the rounds
         self.shares = _shares(self.local, len(self.rounds))
-        self.bound: list[tuple[int, int]] = []  # the storages that the views below are of
-        self.out_of: dict[int, Tensor] = {}  # id of a part -> its box in the source
-        self.into: dict[int, Tensor] = {}  # and in the target
+        self.bound: list[tuple[int, int]] = []  # the storages of the views below
+        self.out_of: dict[int, Tensor] = {}  # id of a part -> view of its box in the source
+        self.into: dict[int, Tensor] = {}  # id of a part -> view of its box in the target
         if plan.world > 1:
-            dist.barrier()  # NCCL makes its communicator in the first call, which all ranks must join; some may send nothing
+            # NCCL creates its communicator in the first call. All ranks must join it, even if they send nothing later.
+            dist.barrier()
 
     def volume(self) -> tuple[int, int]:
-        """Bytes that stay on this rank, and that it receives from others."""
+        """Return (bytes that stay on this rank, bytes that it receives from other ranks)."""
         stay, cross = (sum(m.numel for m in self.coming if (m.source == self.rank) == own) for own in (True, False))
         return stay * self.dtype.itemsize, cross * self.dtype.itemsize
 
     @torch.no_grad()
     def publish(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-        """Write every box this rank's target tiles need. Local names -> tensors, whose content alone may change between calls.
+        """Write every box of this rank's target tiles.
 
-        On a GPU all of it is in the order of the current stream, which nobody waits for.
+        source and target map local names to tensors. Calls are faster if they pass the same storages as the call
+        before. On a GPU, the work is queued on the current stream, and the call does not wait for it.
         """
         self._bind(source, target)
         turns = len(self.rounds)
         size = max(sum(message.numel for message in messages) for messages in self.rounds)
         rooms = torch.empty(2, size, dtype=self.dtype, device=next(iter(source.values())).device)
         sent, kept = (Transformed(self.transform, source) if self.transform else None for _ in range(2))
-        flying = [self._send(self.rounds[0], rooms[0], sent)]
+        started = [self._send(self.rounds[0], rooms[0], sent)]
         for turn in range(turns):
             if turn + 1 < turns:
-                flying.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2], sent))
-            share = self.shares[
-                turn
-            ]  # between rounds: while links work the device has time, and links never wait for it
+                started.append(self._send(self.rounds[turn + 1], rooms[(turn + 1) % 2], sent))
+            share = self.shares[turn]  # local copies run while rounds are being transferred
             self._copy_out(share, [self.into[id(part)] for part in share], kept)
-            self._receive(flying.pop(0))
+            self._receive(started.pop(0))
 
     def _bind(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-        """Make the views of all boxes, unless they were made of the same storages: making them anew would take longer than to copy them."""
+        """Make views of all boxes, unless the storages are those of the last call.
+
+        Making the views again would take longer than the copies.
+        """
         held = [(t.untyped_storage()._cdata, int(t.storage_offset())) for t in (*source.values(), *target.values())]
         if held == self.bound:
             return
@@ -141,9 +145,9 @@ class Publisher:
 
     @torch.no_grad()
     def verify(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-        """After publish(): every box has the same checksum where it came from and where it went. Every rank calls it.
+        """After publish(), compare the checksums of every box at its source and at its target.
 
-        Raises RuntimeError on the rank whose parameter holds something else.
+        Every rank must call this. Raises RuntimeError on a rank whose parameter differs.
         """
         sent = Transformed(self.transform, source) if self.transform else source
         coming, leaving = _by(self.coming, "source"), _by(self.leaving, "target")
@@ -157,21 +161,25 @@ class Publisher:
         for rank, moves in coming.items():
             found = self._sums(moves, target, "target")
             for move in compress(moves, (found != wanted[rank]).tolist()):
+                local, name = move.target_tile.local, move.target_tile.name
                 raise RuntimeError(
-                    f"after publishing, the engine's {move.target_tile.local} on rank {self.rank} differs from {move.target_tile.name}"
+                    f"after publishing, the engine's {local} on rank {self.rank} differs from {name}"
                     f" {move.box} on rank {rank}: the engine does not hold the weights that were trained"
                 )
 
     def _sums(
         self, moves: list[Move], tensors: Mapping[str, Tensor] | Transformed, end: Literal["source", "target"]
     ) -> Tensor:
-        """The checksum of each move's box, where it comes from or where it goes."""
+        """Return the checksum of each move's box, at its source or at its target."""
         tiles = [move.source_tile if end == "source" else move.target_tile for move in moves]
         boxes = [view(tensors[tile.local], tile, move.box) for tile, move in zip(tiles, moves, strict=True)]
         return torch.stack([checksum(box.to(self.dtype)) for box in boxes])
 
     def _exchanged(self, ours: dict[int, Tensor], theirs: dict[int, int], device: torch.device) -> dict[int, Tensor]:
-        """Give other ranks (keys) their integers, and get so many from others, as in the rounds of a publish."""
+        """Send integers to other ranks and return those received.
+
+        ours: rank -> the integers for it. theirs: rank -> the number of integers to receive from it.
+        """
         found = {rank: torch.empty(count, dtype=torch.int64, device=device) for rank, count in theirs.items()}
         for shift in range(1, self.world):
             to, by = (self.rank + shift) % self.world, (self.rank - shift) % self.world
@@ -182,7 +190,7 @@ class Publisher:
         return found
 
     def _copy_out(self, parts: list[Part], targets: list[Tensor], transformed: Transformed | None) -> None:
-        """Copy the boxes that parts take out of the source into targets."""
+        """Copy the source box of each part into its target."""
         if transformed is None:
             copy(targets, [self.out_of[id(part)] for part in parts])
             return
@@ -190,8 +198,8 @@ class Publisher:
             whole, held = transformed[local], list(pairs)
             copy([target for _, target in held], [shaped(whole, part.out_of) for part, _ in held])
 
-    def _send(self, messages: list[Message], room: Tensor, transformed: Transformed | None) -> Flight:
-        """Pack what leaves and start all transfers of a round."""
+    def _send(self, messages: list[Message], room: Tensor, transformed: Transformed | None) -> Transfer:
+        """Pack the messages that this rank sends, and start all transfers of a round."""
         sizes = [message.numel for message in messages]
         packed = room[: sum(sizes)].split(sizes)
         calls = []
@@ -201,41 +209,43 @@ class Publisher:
                 calls.append(dist.P2POp(dist.isend, flat, message.target))
             else:
                 calls.append(dist.P2POp(dist.irecv, flat, message.source))
-        return Flight(messages, packed, dist.batch_isend_irecv(calls) if calls else [])
+        return Transfer(messages, packed, dist.batch_isend_irecv(calls) if calls else [])
 
-    def _receive(self, flight: Flight) -> None:
-        """Wait for a round, and unpack what arrived."""
-        for work in flight.works:
+    def _receive(self, transfer: Transfer) -> None:
+        """Wait for the transfers of a round, and unpack the received messages."""
+        for work in transfer.works:
             work.wait()
-        for message, flat in zip(flight.messages, flight.packed, strict=True):
+        for message, flat in zip(transfer.messages, transfer.packed, strict=True):
             if message.target == self.rank:
                 copy([self.into[id(part)] for part in message.parts], _pieces(message, flat))
 
 
 def checksum(x: Tensor) -> Tensor:
-    """A 64-bit integer that depends on every bit of x and on its place."""
+    """Return a 64-bit integer that depends on every bit of x and on its position."""
     total, start = torch.zeros((), dtype=torch.int64, device=x.device), 1
     for piece in x.contiguous().flatten().split(1 << 22):
         bits = piece.view({2: torch.int16, 4: torch.int32}[x.itemsize]).long()
         weights = torch.arange(start, start + len(bits), device=x.device) * 0x1E3779B97F4A7C15
-        weights ^= (
-            weights >> 32
-        )  # no linear function of the place: two rows that changed places would weigh the same if their sums did
+        # Weights must not be linear in the position. Otherwise a swap of two rows with equal sums would not show.
+        weights ^= weights >> 32
         total += (bits * (weights | 1)).sum()
         start += len(bits)
     return total
 
 
 def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensor by tensor, in one call: a publish is a thousand copies, which Python starts more slowly than the device runs them."""
+    """Copy each source to its target, in one call.
+
+    A publish has about a thousand copies. If Python started each of them, this would take longer than the copies.
+    """
     if targets:
         torch._foreach_copy_(targets, sources)
 
 
 def mismatch(parameters: Mapping[str, Tensor], tiling: Sequence[Tile], dtype: torch.dtype) -> str:
-    """The first difference between an engine's parameters and the local tensors of its tiles; empty: there is none.
+    """Return the first difference between an engine's parameters and the local tensors of its tiles; "" if none.
 
-    tiling covers the engine's shard as a whole, rows that pad the vocabulary included (names.tiles with pad).
+    tiling must cover the engine's whole shard, including rows that pad the vocabulary (names.tiles with pad).
     """
     wanted = shapes(tiling)
     if missing := wanted.keys() - parameters.keys():
@@ -250,7 +260,7 @@ def mismatch(parameters: Mapping[str, Tensor], tiling: Sequence[Tile], dtype: to
 
 
 class Transformed:
-    """Source tensors by local name, transformed on access. The last result is kept: its boxes follow one another."""
+    """Source tensors by local name, transformed on access. The last result is kept for its other boxes."""
 
     def __init__(self, transform: Transform, source: Mapping[str, Tensor]):
         self.transform, self.source = transform, source
@@ -265,13 +275,13 @@ class Transformed:
 
 
 def _pieces(message: Message, flat: Tensor) -> list[Tensor]:
-    """A packed message as the boxes in it."""
+    """Return views of the boxes in a packed message."""
     pieces = flat.split([part.numel for part in message.parts])
     return [piece.view(part.into[0]) for piece, part in zip(pieces, message.parts, strict=True)]
 
 
 def _shares(parts: list[Part], count: int) -> list[list[Part]]:
-    """Parts in order, in shares of about the same number of elements."""
+    """Split the parts, in order, into `count` shares of about the same number of elements."""
     total, done = sum(part.numel for part in parts), 0
     shares: list[list[Part]] = [[] for _ in range(count)]
     for part in parts:
@@ -281,7 +291,7 @@ def _shares(parts: list[Part], count: int) -> list[list[Part]]:
 
 
 def _by(moves: list[Move], end: Literal["source", "target"]) -> dict[int, list[Move]]:
-    """Moves by the rank at one end of them."""
+    """Return the moves by their source rank or by their target rank."""
     found: dict[int, list[Move]] = defaultdict(list)
     for move in moves:
         found[getattr(move, end)].append(move)
@@ -289,12 +299,14 @@ def _by(moves: list[Move], end: Literal["source", "target"]) -> dict[int, list[M
 
 
 def _rounds(moves: list[Move], world: int, limit: int) -> list[list[Message]]:
-    """The messages of one rank, from all moves to and from it: in a round at most one that it sends and one that it receives, each of
-    at most half of limit elements.
+    """Return the rounds of one rank. `moves` are all moves to and from it.
 
-    Rounds are in the order of ((target - source) modulo the world, the message's place in its pair). Each rank works that out alone.
-    Of all messages that are still to be carried out, the first one in this order is the next one of both of its ranks, so no rank can
-    wait for ever. Links carry both directions at once, and a round fills both.
+    In a round, the rank sends at most one message and receives at most one, each of at most limit / 2 elements. Links
+    work in both directions at once, and a round uses both.
+
+    Rounds are sorted by ((target - source) modulo world, index of the message between the two ranks). Each rank
+    computes them without communication. There is no deadlock: the first unfinished message in this order is the next
+    message of both its source and its target.
     """
     half = max(1, limit // 2)
     pairs: dict[tuple[int, int], list[Part]] = defaultdict(list)
@@ -309,7 +321,7 @@ def _rounds(moves: list[Move], world: int, limit: int) -> list[list[Message]]:
 
 
 def _cut(parts: list[Part], limit: int) -> Iterator[list[Part]]:
-    """Consecutive parts of at most limit elements together."""
+    """Yield lists of consecutive parts. The parts of a list have at most `limit` elements together."""
     cut: list[Part] = []
     size = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""The formats of weights on storage, by the names that users write. This file alone decides which one a folder has."""
+"""The formats of weights on storage, by the names that users write. Only this file detects the format of a folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ FORMATS: dict[str, Format] = {form.name: form for form in (HuggingFace(), MCORE,
 
 
 def recognise(folder: str | Path, iteration: int | None = None) -> Format:
-    """The format of a folder, by the names of its files.
+    """Return the format of a folder, by the names of its files.
 
-    A folder of no known format counts as Hugging Face's. The three formats of rank files have the same file names, so
-    one of them stands for all; Contents.format, which is read from the files, is exact.
+    The default is Hugging Face's format. The three formats of rank files have the same file names, so the last of them
+    is returned for all three. Contents.format is read from the files and is exact.
     """
     return next(form for form in reversed(FORMATS.values()) if form.owns(Path(folder), iteration))
 
 
 def inspect(folder: str | Path, iteration: int | None = None) -> Contents:
-    """What a folder holds. Reads headers only. Raises UserError, naming the file, if it is incomplete or damaged."""
+    """Return the contents of a folder. Only headers are read.
+
+    Raises UserError with the name of the file if the folder is incomplete or damaged.
+    """
     return recognise(folder, iteration).open(Path(folder), iteration)

@@ -1,4 +1,4 @@
-"""The args in Megatron's checkpoints: checked, written for an architecture, and read as one."""
+"""The args in Megatron's checkpoints: checks them, and converts an architecture to args and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.weights import names
 if TYPE_CHECKING:
     from rlhf.weights.formats.format import Contents, Target
 
-# What args may say that no tensor shows, -> what we compute.
+# Args that do not show in the tensors -> the only supported value.
 UNSEEN = {
     "apply_layernorm_1p": False,
     "rotary_interleaved": False,
@@ -25,8 +25,8 @@ NUMBERS = (
     *("rotary_base", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     *("norm_epsilon", "layernorm_epsilon"),
 )
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}  # as in Megatron, for all models
-YARN = {  # args for megatron-core's position_embedding_type yarn -> keys of Architecture.rope_scaling
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}  # Megatron uses these values for all models
+YARN = {  # args of megatron-core's position_embedding_type yarn -> keys of Architecture.rope_scaling
     "yarn_rotary_scaling_factor": "factor",
     "yarn_original_max_position_embeddings": ORIGINAL,
     "yarn_beta_fast": "beta_fast",
@@ -38,22 +38,24 @@ YARN = {  # args for megatron-core's position_embedding_type yarn -> keys of Arc
 
 
 def read(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The args in a checkpoint's tree; empty if it has none."""
+    """Return the args in a checkpoint's tree; empty if it has none."""
     return dict(vars(tree["args"])) if "args" in tree else {}
 
 
 def check(path: Path, args: Mapping[str, Any]) -> None:
-    """Raise UserError, naming path, if args ask for a computation that is not ours, or hold what should be a number."""
+    """Raise UserError with the path if args have an unsupported value, or a value that is not a number but must be."""
     for name, ours in UNSEEN.items():
         if args.get(name, ours) != ours:
-            raise UserError(f"{path}: its args say {name} {args[name]}, which is not supported; supported is {ours}")
+            raise UserError(
+                f"{path}: its args have {name} {args[name]}, which is not supported; the only supported value is {ours}"
+            )
     if args.get("position_embedding_type") == "yarn":
         check_numbers(path, {f"args.{name}": args.get(name) for name, key in YARN.items() if key in ROPES["yarn"][0]})
     check_numbers(path, {f"args.{name}": value for name in NUMBERS if (value := args.get(name)) is not None})
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """The args that Megatron-LM reads (load_args_from_checkpoint, check_checkpoint_args), with the model's own rope."""
+    """Return the args that Megatron-LM reads (load_args_from_checkpoint, check_checkpoint_args) for a target."""
     import torch
 
     arch, layout, dtype, tp, pp = target.arch, target.format.layout, target.dtype, target.tp, target.pp
@@ -109,14 +111,14 @@ def describe(target: Target) -> dict[str, Any]:
 
 
 def _divisor(vocab: int, rows: int, tp: int) -> int:
-    """The make_vocab_size_divisible_by that pads a vocabulary to these rows."""
+    """Return the make_vocab_size_divisible_by that pads a vocabulary to `rows` rows."""
     return next(n for n in (128, 64, 32, 16, 8, 4, 2, 1, rows // tp) if -vocab % (n * tp) == rows - vocab)
 
 
 def architecture(contents: Contents, rows: int) -> Architecture:
-    """The model that a checkpoint's args describe, for folders without config.json. rows: of its embedding.
+    """Return the architecture that a checkpoint's args describe, for folders without config.json.
 
-    Raises UserError if args lack something.
+    rows: rows of the embedding. Raises UserError if a value is missing in args.
     """
     a, form = contents.args, names.LAYOUTS[contents.layout]
     last = {name.partition("#")[0] for name in contents.shards[-1]}
@@ -143,7 +145,7 @@ def architecture(contents: Contents, rows: int) -> Architecture:
             window=window(contents.path, a),
             rope_theta=float(a.get("rotary_base") or 10000),
             rope_scaling=rope_scaling(a),
-            # A tied output layer alone has no tensor that would tell; a reward model is taken to be without.
+            # The tensors do not show whether a tied model has an output layer. A reward model is assumed to have none.
             lm=bool(last & {form.local("lm_head.weight"), form.tied})
             or (not a["untie_embeddings_and_output_weights"] and names.SCORE not in last),
             scalar=names.SCORE in last,
@@ -154,7 +156,7 @@ def architecture(contents: Contents, rows: int) -> Architecture:
 
 
 def family(path: Path, args: Mapping[str, Any]) -> str:
-    """The first family that computes what the args describe: they do not name one. Raises UserError where none does."""
+    """Return the first family that fits the args, which do not name a family. Raises UserError if none fits."""
     windowed = window(path, args) > 0
     for row in FAMILIES.values():
         same = (row.qkv_bias, row.qk_norm) == (bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm")))
@@ -162,14 +164,17 @@ def family(path: Path, args: Mapping[str, Any]) -> str:
             return row.name
     keys = ("add_qkv_bias", "qk_layernorm", "window_size")
     said = ", ".join(f"{key} {args[key]}" for key in keys if args.get(key))
-    raise UserError(f"{path}: its args say {said}, which no supported family has together")
+    raise UserError(f"{path}: its args have {said}, but no supported family has this combination")
 
 
 def window(path: Path, args: Mapping[str, Any]) -> int:
-    """Architecture.window. Megatron counts the keys before a query's own, and those behind it; -1 is all of them."""
+    """Return Architecture.window.
+
+    Megatron's window_size is (number of keys before the query's own key, number of keys after it). -1 means all.
+    """
     before, behind = args.get("window_size") or (-1, 0)
     if behind != 0:
-        raise UserError(f"{path}: its args say window_size {args['window_size']}, and only (tokens, 0) is supported")
+        raise UserError(f"{path}: its args have window_size {args['window_size']}, but only (tokens, 0) is supported")
     if before == -1:
         return 0
     check_sizes(path, {"args.window_size[0] + 1": before + 1})
@@ -177,7 +182,7 @@ def window(path: Path, args: Mapping[str, Any]) -> int:
 
 
 def of_rope(arch: Architecture) -> dict[str, Any]:
-    """The args of rope scaling."""
+    """Return the args for the rope scaling of an architecture."""
     args: dict[str, Any] = {"position_embedding_type": "rope", "use_rope_scaling": False}
     match arch.rope_kind:
         case "linear":
@@ -191,7 +196,7 @@ def of_rope(arch: Architecture) -> dict[str, Any]:
 
 
 def rope_scaling(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Architecture.rope_scaling."""
+    """Return Architecture.rope_scaling from args."""
     if args.get("position_embedding_type") == "yarn":
         usual = ROPES["yarn"][1]
         numbers = {key: args.get(name) for name, key in YARN.items()}
@@ -204,7 +209,10 @@ def rope_scaling(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remarks(path: Path, args: Mapping[str, Any], arch: Architecture, where: Path) -> list[str]:
-    """Where args and the config.json in `where`, which wins, disagree on what no tensor shows. Args may leave it out."""
+    """Return remarks on differences between args and the config.json in `where`, which has precedence.
+
+    Only values that do not show in the tensors are compared, and only if args have them.
+    """
     said = {
         "rotary_base": (float(args.get("rotary_base") or arch.rope_theta), arch.rope_theta),
         "rope scaling": (rope_scaling(args) or arch.rope_scaling, arch.rope_scaling),
@@ -212,13 +220,13 @@ def remarks(path: Path, args: Mapping[str, Any], arch: Architecture, where: Path
     }
     differ = [(f"{name} {theirs}", ours or "none") for name, (theirs, ours) in said.items() if theirs != ours]
     return [
-        f"{path}: its args say {theirs}, {where}/config.json {ours}: config.json is right" for theirs, ours in differ
+        f"{path}: its args have {theirs}, but {where}/config.json has {ours}, which is used" for theirs, ours in differ
     ]
 
 
 def unsaid(arch: Architecture) -> list[str]:
-    """Remarks on what Megatron's args cannot say of a model."""
+    """Return remarks on properties of a model that Megatron's args cannot express."""
     if rope_scaling(of_rope(arch)) == arch.rope_scaling:
         return []
     numbers = ", ".join(f"{key} {value}" for key, value in arch.rope_scaling.items())
-    return [f"Megatron's args cannot say all of the rope scaling ({numbers}): config.json beside the weights does"]
+    return [f"Megatron's args cannot express all of the rope scaling ({numbers}); config.json has all of it"]

@@ -1,6 +1,7 @@
-"""What a format is: a class that finds, opens and lays out folders of weights. All other code treats formats alike.
+"""The interface of a format: a class that detects, opens and writes folders of weights in this format.
 
-To add a format, write its class and add a line to the table in rlhf/weights/formats/__init__.py.
+All other code uses formats only through this interface. To add a format, write its class and add it to the table in
+rlhf/weights/formats/__init__.py.
 """
 
 from __future__ import annotations
@@ -22,36 +23,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Contents(ABC):
-    """What a folder holds, found by reading headers only."""
+    """The contents of a folder, read from headers only."""
 
-    path: Path  # the folder; for Megatron's formats that of the iteration
+    path: Path  # the folder; in Megatron's formats, the folder of the iteration
     format: str  # name of the format, as in FORMATS
     layout: str  # in names.LAYOUTS
-    shards: list[dict[str, Entry]]  # for each shard: local name -> where the tensor is stored
-    args: dict[str, Any] = field(default_factory=dict)  # Megatron's own description of the model, if any
-    iteration: int = 0  # 0: none is known
+    shards: list[dict[str, Entry]]  # for each shard: local name -> location of the tensor
+    args: dict[str, Any] = field(default_factory=dict)  # Megatron's description of the model, if any
+    iteration: int = 0  # 0: unknown
 
     @abstractmethod
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
-        """The tiles of every shard, if it is a model of arch; with pad, also of padding rows (see names.tiles)."""
+        """Return the tiles of every shard for a model of arch. pad: also those of padding rows (see names.tiles)."""
 
     @abstractmethod
     def architecture(self) -> Architecture:
-        """The model as the folder's own files describe it. Raises UserError if they do not."""
+        """Return the architecture that the folder's own files describe. Raises UserError if they do not."""
 
     def check(self, arch: Architecture) -> None:  # noqa: B027  (most formats have nothing to check)
-        """Raise UserError if the folder as a whole cannot hold a model of arch; its tensors are checked elsewhere."""
+        """Raise UserError if the folder as a whole cannot hold a model of arch. files.py checks the tensors."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A folder to be written.
+    """A folder to write.
 
-    tp, pp     the layout of Megatron's rank files; (1, 1) for formats that are not split over ranks
-    iteration  under which Megatron's formats file it
+    tp, pp     the layout of Megatron's rank files; (1, 1) for formats without rank files
+    iteration  the number of the iteration, for Megatron's formats
     divisor    the rows of the vocabulary are a multiple of divisor * tp (Megatron-LM's make_vocab_size_divisible_by);
                0: no padding if tp divides the vocabulary, else 128 as in Megatron-LM
-    shard      bytes of tensors per Hugging Face file, at most (a larger tensor gets a file of its own)
+    shard      largest number of bytes of tensors in a Hugging Face file (a larger tensor gets a file of its own)
     """
 
     format: Format
@@ -68,7 +69,7 @@ class Target:
 
     @cached_property
     def files(self) -> dict[str, list[Tile]]:
-        """Path of a file within the folder -> the tiles that it holds."""
+        """The tiles of each file, by its path in the folder."""
         return self.format.lay_out(self)
 
     @property
@@ -81,34 +82,40 @@ class Target:
 class Format(ABC):
     """One way to store the weights of a model in a folder."""
 
-    split: ClassVar[bool]  # into files by tensor-parallel rank and pipeline stage
-    pads: ClassVar[bool]  # whether the vocabulary may be padded
-    needs_config: ClassVar[bool]  # a folder without config.json is incomplete
+    split: ClassVar[bool]  # True: one file per tensor-parallel rank and pipeline stage
+    pads: ClassVar[bool]  # True: the vocabulary may be padded
+    needs_config: ClassVar[bool]  # True: a folder without config.json is incomplete
 
     def __init__(self, name: str, layout: str):
-        """name: as users write it; layout: of the folders that are written, in names.LAYOUTS."""
+        """name: the format's name for users. layout: the layout of written folders, in names.LAYOUTS."""
         self.name, self.layout = name, layout
 
     @abstractmethod
     def owns(self, folder: Path, iteration: int | None = None) -> bool:
-        """Whether the folder (or that iteration in it) is of this format, by the names of its files."""
+        """Return whether the folder, or the given iteration in it, has this format, by the names of its files."""
 
     @abstractmethod
     def open(self, folder: Path, iteration: int | None = None) -> Contents:
-        """Describe a folder; reads headers only. Raises UserError, naming the file, if it is incomplete or damaged."""
+        """Return the contents of a folder. Only headers are read.
+
+        Raises UserError with the name of the file if the folder is incomplete or damaged.
+        """
 
     @abstractmethod
     def lay_out(self, target: Target) -> dict[str, list[Tile]]:
-        """The files of a new folder (paths within it), and the tiles that each of them holds."""
+        """Return the tiles of each file of a new folder, by the file's path in the folder."""
 
     @abstractmethod
     def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
-        """Make one file with room for tensors (local name -> shape); returns where their bytes go."""
+        """Create a file with space for tensors (local name -> shape). Return the locations of their bytes."""
 
     @abstractmethod
     def finish(self, target: Target, folder: Path, config: Mapping[str, Any]) -> None:
-        """Write config.json and the format's other small files; what marks the folder as complete comes last."""
+        """Write config.json and the other small files. The file that marks the folder as complete comes last."""
 
     def config_folders(self, folder: Path, beside: Path | None) -> list[Path]:
-        """Where the config.json of a folder may be, best place first; beside: a folder that the user named for it."""
+        """Return the folders in which config.json may be, in order of precedence.
+
+        beside: a further folder that the user has set.
+        """
         return [folder]

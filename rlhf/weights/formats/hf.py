@@ -1,7 +1,7 @@
 """Hugging Face's format: a folder of safetensors files and a config.json.
 
-A safetensors file is 8 bytes with the length of the header (little-endian), the header (JSON: name -> dtype, shape,
-data_offsets), and the tensors' bytes.
+A safetensors file has three parts: the length of the header (8 bytes, little-endian), the header (JSON: name -> dtype,
+shape, data_offsets), and the bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class HuggingFace(Format):
         super().__init__("hf", "hf")
 
     def owns(self, folder: Path, iteration: int | None = None) -> bool:
-        return True  # if no other format does; open() says what is missing
+        return True  # it is the default, so it is asked last; open() reports what is missing
 
     def open(self, folder: Path, iteration: int | None = None) -> HuggingFaceContents:
         return HuggingFaceContents(folder, self.name, self.layout, [_entries(folder)])
@@ -68,7 +68,7 @@ class HuggingFace(Format):
             start, stop = stop, stop + prod(shape) * target.dtype.itemsize
             header[name] = {"dtype": kind(target.dtype), "shape": shape, "data_offsets": (start, stop)}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data is aligned
+        text += b" " * (-len(text) % 8)  # align the data
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + stop)
@@ -84,7 +84,7 @@ class HuggingFace(Format):
 
 
 def description(arch: Architecture) -> dict[str, Any]:
-    """The config.json of a model that came without one."""
+    """Return the content of a config.json for a model that has none."""
     rope: dict[str, Any] = {"rope_theta": arch.rope_theta}
     if arch.rope_scaling:
         rope["rope_scaling"] = arch.rope_scaling
@@ -109,7 +109,10 @@ def description(arch: Architecture) -> dict[str, Any]:
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder. Raises UserError if a file is missing or damaged, or two have the same tensor."""
+    """Return the locations of all tensors of a folder.
+
+    Raises UserError if a file is missing or damaged, or if two files have the same tensor.
+    """
     found: dict[str, Entry] = {}
     for path in _paths(folder):
         more = _header(path)
@@ -121,30 +124,33 @@ def _entries(folder: Path) -> dict[str, Entry]:
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The files that hold the weights: those of the index, or model.safetensors, or whatever safetensors there are."""
+    """Return the files of the weights: those in the index, else model.safetensors, else all *.safetensors files."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
         with intact(index, "an index of safetensors files"):
             titles = sorted(set(texts.load(index, "copy it again")["weight_map"].values()))
             if bad := [title for title in titles if "\0" in title or len(title) > 255 or Path(title).name != title]:
-                raise UserError(f"{index}: {bad[0]!r:.80} is no name of a file in this folder; copy it again")
+                raise UserError(f"{index}: {bad[0]!r:.80} is not the name of a file in this folder; copy it again")
             paths = [folder / title for title in titles]
     else:
         paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise UserError(f"{folder}: no *.safetensors file; save the model in that format first")
+        raise UserError(f"{folder}: no *.safetensors file; save the model in this format first")
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path}: missing, though {INDEX} lists it; download it again")
+            raise UserError(f"{path}: missing, but {INDEX} lists it; download it again")
     return paths
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """Every tensor of one file. The safetensors library validates the header; it gives no offsets."""
+    """Return the locations of all tensors of a file.
+
+    The safetensors library validates the header. It does not return offsets, so the header is parsed again here.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):  # maps the file, and reads no tensor
+        with safe_open(path, framework="np"):  # this validates the header and reads no tensor
             pass
     except SafetensorError as error:
         why = f"{error}; {path.stat().st_size} bytes"

@@ -1,6 +1,8 @@
-"""What Megatron's formats have in common: a folder per iteration, a tracker file that names the complete one, and args.
+"""The common part of Megatron's formats: a folder per iteration, a tracker file, and args.
 
-latest_checkpointed_iteration.txt   a number, or `release`
+The tracker file names the complete iteration.
+
+latest_checkpointed_iteration.txt   the tracker file: a number, or `release`
 iter_0000001/                       rank files (rank_files.py) or sharded tensors (torch_dist.py)
 """
 
@@ -19,9 +21,9 @@ from rlhf.weights.formats import args
 from rlhf.weights.formats.format import Contents, Format, Target
 
 TRACKER = "latest_checkpointed_iteration.txt"
-DIGITS = 9  # of an iteration's number, at most
+DIGITS = 9  # largest number of digits of an iteration
 NAME = "name the iteration that is complete"
-RANKS, METADATA = "mp_rank_*", ".metadata"  # what the folder of an iteration holds: one of the two
+RANKS, METADATA = "mp_rank_*", ".metadata"  # the folder of an iteration contains one of the two
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class MegatronContents(Contents):
     @property
     @abstractmethod
     def vocab(self) -> int:
-        """Rows of the embedding over all ranks, padding included."""
+        """Rows of the embedding over all ranks, including padding."""
 
     def architecture(self) -> Architecture:
         return args.architecture(self, self.vocab)
@@ -48,10 +50,10 @@ class MegatronContents(Contents):
 
 
 class Megatron(Format):
-    """A format whose folders hold iterations."""
+    """A format whose folders contain iterations."""
 
     pads, needs_config = True, False
-    sign: ClassVar[str]  # a name that marks the folder of an iteration, as a glob
+    sign: ClassVar[str]  # glob pattern of a name in the folder of an iteration
 
     def owns(self, folder: Path, iteration: int | None = None) -> bool:
         return any(True for place in _candidates(folder, iteration) for _ in place.glob(self.sign))
@@ -67,12 +69,12 @@ class Megatron(Format):
 
 
 def title(iteration: int) -> str:
-    """The folder of an iteration."""
+    """Return the name of the folder of an iteration."""
     return f"iter_{iteration:07}"
 
 
 def iteration_folder(folder: Path, iteration: int | None) -> Path:
-    """The folder of the given iteration, else of the tracker file's. Raises UserError if none is found."""
+    """Return the folder of the given iteration, or of the tracker file's. Raises UserError if it does not exist."""
     if _is_iteration(folder):
         return folder
     if iteration is not None:
@@ -85,7 +87,7 @@ def iteration_folder(folder: Path, iteration: int | None) -> Path:
     else:
         found = ", ".join(sorted(child.name for child in folder.glob("iter_*")))
         what = f"no {TRACKER}, so {found} may be incomplete"
-        raise UserError(f"{folder}: {what}; give one of these folders itself if it is not")
+        raise UserError(f"{folder}: {what}; give a complete one of these folders")
     if not (folder / wanted).is_dir():
         there = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
         raise UserError(f"{folder}: no folder {wanted}; there are {there}")
@@ -93,13 +95,13 @@ def iteration_folder(folder: Path, iteration: int | None) -> Path:
 
 
 def number(tree: Mapping[str, Any]) -> int:
-    """The iteration that a checkpoint's own files give; 0 if it is no number, as a release's."""
+    """Return the iteration that a checkpoint's own files state; 0 if it is not a number, as in a release."""
     found = tree.get("iteration")
     return found if isinstance(found, int) else 0
 
 
 def _tracked(folder: Path) -> str:
-    """The name of the folder that the tracker file points to; empty: there is no such file, or it makes no sense."""
+    """Return the name of the folder that the tracker file names; "" if there is no such file or its text is invalid."""
     text = texts.read(folder / TRACKER, NAME).strip() if (folder / TRACKER).exists() else ""
     if text.isdecimal() and len(text) <= DIGITS:
         return title(int(text))
@@ -107,7 +109,7 @@ def _tracked(folder: Path) -> str:
 
 
 def _candidates(folder: Path, iteration: int | None) -> list[Path]:
-    """The folders that may be read: the one that is asked for, or if that cannot be told, all iterations."""
+    """Return the folders that may be read: the requested or tracked iteration, or all iterations if it is not found."""
     if _is_iteration(folder):
         return [folder]
     wanted = _tracked(folder) if iteration is None else title(iteration)

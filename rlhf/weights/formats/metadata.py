@@ -1,4 +1,4 @@
-"""The .metadata file of a torch_dist checkpoint: a pickle, of which only shapes, dtypes and offsets are read."""
+"""Reads the .metadata file of a torch_dist checkpoint. It is a pickle, and only shapes, dtypes and offsets are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rlhf import texts
 from rlhf.errors import UserError
 
-# What the pickle of the metadata may name.
+# The globals that the pickle may refer to: module -> names.
 ALLOWED = {
     "torch": ("Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8"),
     "torch.serialization": ("_get_layout",),
@@ -23,7 +23,7 @@ ALLOWED = {
     "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
     "collections": ("OrderedDict",),
 }
-# megatron-core 0.15 and earlier derived two of them.
+# megatron-core 0.15 and earlier have subclasses of two of them: their module and name -> those of the base class.
 OLDER = {
     ("megatron.core.dist_checkpointing.strategies.torch", f"MCore{name}"): (module, name)
     for module, name in (
@@ -34,7 +34,7 @@ OLDER = {
 
 
 class Metadata(pickle.Unpickler):
-    """Reads the metadata's pickle, and refuses what it should not ask for."""
+    """Reads the pickle. Raises UserError if it refers to other globals."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -49,15 +49,15 @@ class Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
     def member(self, owner: Any, name: Any) -> Any:
-        """What the file's getattr gives: nothing but the members of the enums in ALLOWED.
+        """Return getattr(owner, name) for a member of an enum in ALLOWED. Raises UserError for anything else.
 
-        Some releases of Python 3.11 (Debian's 3.11.2 is one) pickle such a member as getattr(enum, name), others as
-        enum(value).
+        Some releases of Python 3.11, such as Debian's 3.11.2, pickle a member as getattr(enum, name). Other releases
+        pickle enum(value).
         """
         if type(owner) is not EnumType or not isinstance(name, str) or name not in owner.__members__:
             raise self.distrust(f"getattr({owner!r}, {name!r})")
         return owner.__members__[name]
 
     def distrust(self, asked: str) -> UserError:
-        what = f"it asks for {asked}, and only shapes and offsets are read"
+        what = f"it asks for {asked}, but only shapes and offsets are read"
         return UserError(f"{self.path}: {what}: do not trust this file")

@@ -1,10 +1,11 @@
 """Megatron's rank files: a file of torch.save per tensor-parallel rank and pipeline stage.
 
-    iter_0000001/mp_rank_{tp:02}/model_optim_rng.pt        with pipeline stages mp_rank_{tp:02}_{pp:03}
+    iter_0000001/mp_rank_{tp:02}/model_optim_rng.pt             with one pipeline stage
+    iter_0000001/mp_rank_{tp:02}_{pp:03}/model_optim_rng.pt     with several pipeline stages
 
-The three formats differ in the names of the tensors (names.LAYOUTS). A .pt file is a zip archive: one record is a
-pickle of the tree of dicts, each of the others holds the bytes of one storage. It is never read as a whole: only the
-place of each tensor's bytes is kept.
+The three formats differ in the names of the tensors (names.LAYOUTS). A .pt file is a zip archive. One record is a
+pickle of a tree of dicts. Each other record has the bytes of one storage. The file is never read as a whole: opening it
+only finds the location of each tensor's bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 
 @dataclass(frozen=True, slots=True)
 class RankContents(MegatronContents):
-    """The rank files of one iteration: a shard for each, by pipeline stage, then tensor-parallel rank."""
+    """The rank files of one iteration. Each is a shard, in order of pipeline stage, then tensor-parallel rank."""
 
     @property
     def vocab(self) -> int:
@@ -53,7 +54,8 @@ class RankFiles(Megatron):
     """Rank files of megatron-core models."""
 
     split, sign = True, RANKS
-    # A strict load asks for the (empty) extra states of these layers, and of the output layer if this tensor is held.
+    # Megatron's strict load needs the (empty) extra states of these linear layers. It also needs that of the output
+    # layer if the file has the tensor `with_output`.
     linear: ClassVar[tuple[str, ...]] = (
         *("self_attention.linear_qkv", "self_attention.linear_proj"),
         *("mlp.linear_fc1", "mlp.linear_fc2"),
@@ -61,7 +63,7 @@ class RankFiles(Megatron):
     with_output: ClassVar[str] = "model.norm.weight"
 
     def owns(self, folder: Path, iteration: int | None = None) -> bool:
-        # A tracker file without iterations is an incomplete checkpoint: open() says what is missing.
+        # A tracker file without iterations is an incomplete checkpoint. open() reports what is missing.
         return super().owns(folder, iteration) or (folder / TRACKER).exists()
 
     def open(self, folder: Path, iteration: int | None = None) -> RankContents:
@@ -83,7 +85,7 @@ class RankFiles(Megatron):
     def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
         import torch
 
-        # Never touched, so they take no memory.
+        # These tensors are never accessed, so they take no memory.
         tensors = {name: torch.empty(shape, dtype=target.dtype) for name, shape in shapes.items()}
         tree = {
             "args": argparse.Namespace(**args.describe(target)),
@@ -98,7 +100,7 @@ class RankFiles(Megatron):
         return _entries(path, pt.read(path))
 
     def tree(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The `model` of a rank file, from tensors by local name: these and the empty extra states."""
+        """Return the value of the key `model` in a rank file: the tensors by local name, and the empty extra states."""
         form = names.LAYOUTS[self.layout]
         layer = re.compile(form.layer.replace("{}", r"\d+"))
         prefixes = sorted({match[0] for name in tensors if (match := layer.match(name))})
@@ -109,7 +111,7 @@ class RankFiles(Megatron):
 
 
 class LegacyFiles(RankFiles):
-    """Rank files of Megatron-LM's models before megatron-core, whose trees are nested down to the encoder."""
+    """Rank files of Megatron-LM's models before megatron-core. Their trees are nested dicts, down to the encoder."""
 
     linear = (
         *("self_attention.query_key_value", "self_attention.dense"),
@@ -142,39 +144,39 @@ def _open(path: Path) -> RankContents:
     first = next(iter(trees.values()))
     version = first.get("checkpoint_version", 3.0)
     if version < 2.0:
-        why = f"checkpoint_version {version}, whose rows of q, k and v have another order"
+        why = f"checkpoint_version {version} has another order of the rows of q, k and v"
         raise UserError(f"{path}: {why}; save it with a newer Megatron-LM")
     described = args.read(first)
     tp = described.get("tensor_model_parallel_size") or max(t for t, _ in found) + 1
     pp = described.get("pipeline_model_parallel_size") or max(p for _, p in found) + 1
     missing = [_folder(*rank, pp) for rank in _ranks(tp, pp) if rank not in trees]
     if missing or len(found) > tp * pp:
-        what = f"{missing[0]} is missing" if missing else "too many mp_rank_* folders"
-        raise UserError(f"{path}: {what} of {tp} x {pp} ranks: copy the checkpoint again, completely")
+        what = f"{missing[0]} is missing" if missing else "there are too many mp_rank_* folders"
+        raise UserError(f"{path}: {what} for {tp} x {pp} ranks; copy the whole checkpoint again")
     shards = [_entries(found[rank] / FILE, trees[rank]) for rank in _ranks(tp, pp)]
     form = _form(shards[0])
     return RankContents(path, form.name, form.layout, shards, described, number(first), tp, pp)
 
 
 def _form(shard: Mapping[str, Entry]) -> RankFiles:
-    """Which of the three formats a rank file has, by the names of its tensors."""
+    """Return which of the three formats a rank file has, by the names of its tensors."""
     if any(name.startswith("language_model.") for name in shard):
         return LEGACY
     return MCORE if any(name.endswith("linear_qkv.layer_norm_weight") for name in shard) else MCORE_LOCAL
 
 
 def _ranks(tp: int, pp: int) -> list[tuple[int, int]]:
-    """(tensor-parallel rank, pipeline stage) of every rank file, in the order of the shards."""
+    """Return (tensor-parallel rank, pipeline stage) of every rank file, in the order of the shards."""
     return [(t, p) for p in range(pp) for t in range(tp)]
 
 
 def _folder(tp: int, pp: int, stages: int) -> str:
-    """The folder of one rank; stages: of the whole layout."""
+    """Return the name of the folder of a rank. stages: number of pipeline stages."""
     return f"mp_rank_{tp:02}" + (f"_{pp:03}" if stages > 1 else "")
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a tree, their keys joined by dots."""
+    """Yield the tensors of a tree, each with its keys joined by dots."""
     import torch
 
     if isinstance(tree, torch.Tensor):
@@ -188,17 +190,17 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _entries(path: Path, tree: Mapping[str, Any]) -> dict[str, Entry]:
-    """Where the tensors of the model lie in the file.
+    """Return the locations of the model's tensors in the file.
 
-    The file is mapped as a whole, so a tensor's address says where its bytes are: the first storage in memory is the
-    first in the file.
+    The file is memory-mapped in one piece. So the offset of a tensor follows from its address: the storage with the
+    lowest address is the first one in the file.
     """
     import torch
 
     if "model0" in tree:
         raise UserError(f"{path}: virtual pipeline stages (model0, model1, ...) are not supported; save without them")
     if "model" not in tree:
-        raise UserError(f"{path}: no model in it, but {', '.join(map(str, tree))}; give a Megatron checkpoint")
+        raise UserError(f"{path}: no key 'model', only {', '.join(map(str, tree))}; give a Megatron checkpoint")
     reader = torch._C.PyTorchFileReader(str(path))
     stored = [record for record in reader.get_all_records() if record.startswith("data/")]
     records = {reader.get_record_offset(record) for record in stored}  # type: ignore[attr-defined]

@@ -1,12 +1,13 @@
-"""megatron-core's sharded checkpoints (torch_dist): read and written file by file, without a process group.
+"""megatron-core's sharded checkpoints (torch_dist). They are read and written as plain files, without a process group.
 
     iter_0000001/.metadata      a pickle: key -> global shape, dtype and chunks; chunk -> file, offset and length
-                 __0_0.distcp   the chunks one after another, each a file of torch.save
-                 common.pt      what is not sharded, as Megatron's args (since megatron-core 0.19 in a .distcp)
+                 __0_0.distcp   the chunks, one after another; each is a file of torch.save
+                 common.pt      data that is not sharded, such as args (since megatron-core 0.19 in a .distcp)
                  metadata.json  the names of these formats
 
-A key covers all layers: the first axis of its global shape counts them, and so do the chunks' offsets. The other axes
-are those of the tensor before tensor parallelism cut it, and of linear_fc1 all gate rows come before all up rows.
+A key covers all layers. The first dimension of its global shape, and of its chunks' offsets, is the layer. The other
+dimensions are those of the tensor before tensor parallelism cuts it. In linear_fc1, all gate rows come before all up
+rows.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 COMMON, DATA = "common.pt", "__0_0.distcp"
-COMMON_OBJECT = "common_state/shard_0_1"  # where there is no common.pt
+COMMON_OBJECT = "common_state/shard_0_1"  # key of the data of common.pt if there is no such file
 BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -55,9 +56,9 @@ EXTRA = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_
 
 @dataclass(frozen=True, slots=True)
 class ShardedContents(MegatronContents):
-    """A checkpoint's tensors, as one shard that holds every chunk under a name of its own, LOCAL#NUMBER.
+    """The tensors of a checkpoint as one shard. Each chunk has its own name, LOCAL#NUMBER.
 
-    LOCAL is megatron-core's local name at TP1 PP1, NUMBER that of the chunk in the order of the offsets.
+    LOCAL is megatron-core's local name for tp=1 and pp=1. NUMBER is the index of the chunk in order of its offsets.
     """
 
     @property
@@ -65,7 +66,10 @@ class ShardedContents(MegatronContents):
         return sum(entry.shape[0] for local, entry in self.shards[0].items() if local.startswith(f"{EMBEDDING}#"))
 
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
-        """Of the n chunks of a tensor each is that of one of n tensor-parallel ranks; of linear_fc1 a rank has two."""
+        """Return the tiles of the only shard.
+
+        The n chunks of a tensor belong to n tensor-parallel ranks. In linear_fc1, each rank has two chunks.
+        """
 
         @cache
         def held(rank: int, ranks: int) -> dict[str, list[Tile]]:
@@ -85,7 +89,7 @@ class ShardedContents(MegatronContents):
 
 
 class TorchDist(Megatron):
-    """Sharded checkpoints, which megatron-core loads at any layout."""
+    """Sharded checkpoints, which megatron-core can load with any tp and pp."""
 
     split, sign = False, METADATA
 
@@ -100,7 +104,7 @@ class TorchDist(Megatron):
         return contents
 
     def _open(self, path: Path) -> ShardedContents:
-        """Find every chunk of a checkpoint; optimizer states are skipped."""
+        """Return the contents of a checkpoint, with every chunk. Optimizer states are skipped."""
         with intact(path / METADATA, "a checkpoint's metadata"):
             metadata = Metadata(path / METADATA).load()
             chunks = _chunks(path, metadata)
@@ -117,7 +121,7 @@ class TorchDist(Megatron):
         return {f"{title(target.iteration)}/{DATA}": tiling}
 
     def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
-        """Also write the files beside it."""
+        """Create the file of chunks, and write the other files of the iteration."""
         import torch
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import (
@@ -165,7 +169,7 @@ class TorchDist(Megatron):
 
 
 def _chunks(folder: Path, metadata: Any) -> dict[str, list[Entry]]:
-    """Local name -> the chunks, in the order of their offsets."""
+    """Return local name -> the locations of its chunks, in order of their offsets."""
     found: dict[str, dict[tuple[int, ...], Entry]] = {}
     for index, info in metadata.storage_data.items():
         key = index.fqn.removeprefix("model.")
@@ -200,7 +204,10 @@ def _key(local: str) -> tuple[int | None, str]:
 
 
 def _append(file: io.BufferedWriter, path: Path, tensor: torch.Tensor) -> tuple[int, int]:
-    """Append what torch.save would write of a tensor, with a hole for its bytes; returns its place and the length."""
+    """Append the file that torch.save would write for a tensor, with a hole instead of its bytes.
+
+    Return the offset of the hole in the whole file, and the length of the appended file, in bytes.
+    """
     import torch
 
     alone, start = path.with_suffix(".partial"), file.tell()
@@ -217,25 +224,28 @@ def _append(file: io.BufferedWriter, path: Path, tensor: torch.Tensor) -> tuple[
 
 
 def _data(path: Path, start: int, length: int) -> int:
-    """Where the only storage of a torch.save file has its bytes, from its start. It may lie within another file."""
+    """Return the offset of the bytes of the only storage in a torch.save file.
+
+    The torch.save file is at start : start + length of the file `path`. The offset is relative to `start`.
+    """
     with path.open("rb") as file:
-        part = Part(file, start, length)
+        part = FileRange(file, start, length)
         record = next(info for info in zipfile.ZipFile(part).infolist() if info.filename.endswith("/data/0"))
         part.seek(record.header_offset + 26)
-        sizes = part.read(4)  # of the name and of the extra field, which pads the data to its alignment
+        sizes = part.read(4)  # sizes of the name and of the extra field, which aligns the data
         return record.header_offset + 30 + int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")
 
 
 def _entry(path: Path, start: int, length: int, shape: Shape, dtype: torch.dtype) -> Entry:
     if not path.exists() or path.stat().st_size < start + length:
-        raise UserError(f"{path}: missing or cut short; copy the checkpoint again, completely")
+        raise UserError(f"{path}: missing or cut short; copy the whole checkpoint again")
     first = start + _data(path, start, length)
     assert prod(shape) * dtype.itemsize <= start + length - first, f"{path} at {start} holds less than {list(shape)}"
     return Entry(path, kind(dtype), tuple(shape), first, first + prod(shape) * dtype.itemsize)
 
 
-class Part(io.RawIOBase):
-    """A range of a file, as a file."""
+class FileRange(io.RawIOBase):
+    """Makes a range of a file readable like a file."""
 
     def __init__(self, file: Any, start: int, length: int):
         self.file, self.start, self.length, self.at = file, start, length, 0
