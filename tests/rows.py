@@ -9,6 +9,11 @@ import numpy as np
 from rlhf.contracts import Sample
 from rlhf.data.tokenizer import Tokenizer
 
+SYSTEM, USER, ASSISTANT = (
+    {"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A."))
+)
+OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
+
 
 def write(file: Path, *rows: object) -> Path:
     """A jsonl file; a row that is a string is written as it is."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_convert import hf_folder, run
-from test_megatron import save_as_megatron_does
+from test_megatron_damage import save_as_megatron_does
 from test_tiles import LLAMA
 
 from rlhf.errors import UserError

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_megatron import save_as_megatron_does
+from test_megatron_damage import save_as_megatron_does
 from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
 
 from rlhf.config import Checkpoint

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_convert import hf_folder, run, tensors_of
-from test_megatron import Malice, foreign, save_as_megatron_does
+from test_megatron_damage import Malice, foreign, save_as_megatron_does
 from test_tiles import LLAMA
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_convert import ROOT, hf_folder, run, tensors_of
-from test_megatron import Malice
+from test_megatron_damage import Malice
 from test_tiles import LLAMA, mcore_rank
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
