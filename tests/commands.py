@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# The interpreter of these tests runs the command line; nothing is installed.
+# The command line runs with the interpreter of these tests. Nothing is installed.
 HERE = {**os.environ, "RLHF_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -18,7 +18,7 @@ def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> su
 
 
 def seconds(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> float:
-    """Of a processor, at the best of three calls: the other work of the machine does not count."""
+    """Return the processor seconds of the fastest of three calls. Other work of the machine does not count."""
     taken = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

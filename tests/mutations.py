@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rlhf.errors import UserError
 
-LIMIT = 30  # seconds that one example may take, also on a machine that is busy
+LIMIT = 30  # seconds that one example may take, also on a busy machine
 mutations = settings(
     max_examples=int(os.environ.get("MUTATIONS", "40")),
     derandomize=True,
@@ -52,7 +52,7 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def changed(draw: Callable[[st.SearchStrategy], Any], tree: Any, whole: Any) -> Any:
-    """The tree with one place of it replaced, left out, or added to."""
+    """Return the tree with one place replaced, removed, or duplicated."""
     if not isinstance(tree, (dict, list)) or not tree or not draw(st.integers(0, 7)):
         return draw(OTHERS | st.sampled_from(leaves(whole)))
     key = draw(st.sampled_from(list(tree) if isinstance(tree, dict) else range(len(tree))))
@@ -70,7 +70,7 @@ def changed(draw: Callable[[st.SearchStrategy], Any], tree: Any, whole: Any) -> 
 
 @st.composite
 def documents(draw: Callable[[st.SearchStrategy], Any], tree: Any) -> Any:
-    """JSON trees that differ from this one in one to three places."""
+    """Return JSON trees that differ from this one in one to three places."""
     found = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         found = changed(draw, found, tree)
@@ -79,7 +79,7 @@ def documents(draw: Callable[[st.SearchStrategy], Any], tree: Any) -> Any:
 
 @st.composite
 def damaged(draw: Callable[[st.SearchStrategy], Any], content: bytes) -> bytes:
-    """Bytes that differ from these at some places, or are cut."""
+    """Return bytes that differ from these in some places, or are cut."""
     found = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at, piece = (
@@ -92,12 +92,12 @@ def damaged(draw: Callable[[st.SearchStrategy], Any], content: bytes) -> bytes:
 
 
 def texts(tree: Any) -> st.SearchStrategy[bytes]:
-    """Contents of a JSON file that held this tree."""
+    """Return contents of a JSON file that are near the JSON text of this tree."""
     return documents(tree).map(lambda found: json.dumps(found).encode()) | damaged(json.dumps(tree).encode())
 
 
 def check(call: Callable[[], Any]) -> None:
-    """It works, or is refused in one line."""
+    """Check that the call works, or raises UserError with one line."""
 
     def late(number: int, frame: object) -> None:
         pytest.fail(f"no answer within {LIMIT} seconds")

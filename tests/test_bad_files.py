@@ -21,7 +21,7 @@ from rlhf.errors import UserError
 
 @pytest.mark.parametrize("number", range(10))
 def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], number: int) -> None:
-    """One line with the path; and nobody is told to delete what is only out of reach."""
+    """The one line contains the path. It never advises to delete a file that only lacks permissions."""
     code, path, said = refusals[number]
     assert code == 2, said
     (line,) = said.splitlines()
@@ -33,7 +33,10 @@ def test_what_may_not_be_read_or_written(refusals: list[tuple[int, str, str]], n
 
 @pytest.fixture(scope="module")
 def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, str]]:
-    """Exit code, path and stderr of calls that meet a file or folder without permissions. Root does without its right to all."""
+    """Return (exit code, path, stderr) of calls with a file or folder that lacks permissions.
+
+    Root runs them without its capabilities.
+    """
     root = tmp_path_factory.mktemp("permissions")
     data = f"{made}/data/train_sft.jsonl"
     for name in ("config", "weights"):
@@ -84,7 +87,8 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         f"out={root}/run",
     ]
     program = "import contextlib, io, json, sys\nfrom rlhf.__main__ import main\n"
-    program += "for call in json.load(sys.stdin):\n    with contextlib.redirect_stderr(io.StringIO()) as said: code = main(call)\n"
+    program += "for call in json.load(sys.stdin):\n"
+    program += "    with contextlib.redirect_stderr(io.StringIO()) as said: code = main(call)\n"
     program += "    print(json.dumps([code, said.getvalue()]))"
     bare = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     given = json.dumps([[*good, *more] for _, more in calls])
@@ -116,7 +120,7 @@ def test_toml(fail, tmp_path: Path, content: bytes, wanted: str) -> None:
 
 
 def test_pipes(fail, made: Path, tmp_path: Path) -> None:
-    """They would be read once, and by nobody else; and where nobody writes, never."""
+    """A pipe is refused: it could be read only once, and reading could wait for ever."""
     os.mkfifo(tmp_path / "config.json")
     os.mkfifo(tmp_path / "lines.jsonl")
     os.mkfifo(tmp_path / "latest")
@@ -154,7 +158,7 @@ def test_data(fail, tmp_path: Path, content: str, wanted: list[str]) -> None:
 
 
 def test_a_folder_to_train_on_with_what_is_held_out(fail, tmp_path: Path) -> None:
-    """As prepare_data makes it; all files of a folder are read."""
+    """All files of a folder are read, so a folder as prepare_data writes it would train on the held-out file."""
     for name in ("train.jsonl", "dev.jsonl"):
         (tmp_path / name).write_text('{"prompt": "a", "response": "b"}\n')
     line = fail("sft", f"data.train={tmp_path}", f"data.eval={tmp_path}/dev.jsonl")

@@ -41,7 +41,11 @@ from rlhf.errors import UserError
         ("sft", "data.max_tokens=100000", ["data.max_tokens=100000", "context"]),
         ("grpo", "rollout.max_tokens=128", ["rollout.max_tokens=128", "no room"]),
         ("grpo", "rollout.tp=2", ["rollout.tp=2", "1 ranks"]),
-        ("grpo", "rollout.max_tokens=120", ["train_rl.jsonl:1", "8"]),  # prompts of about 20 tokens are left 8
+        (
+            "grpo",
+            "rollout.max_tokens=120",
+            ["train_rl.jsonl:1", "8"],
+        ),  # about 8 tokens are left for prompts, which have about 20
         ("grpo", "reward.function=nonsense", ["reward.function='nonsense'"]),
         ("grpo", "reward.function=json:no_such", ["reward.function='json:no_such'"]),
         ("grpo", "evaluate.function=nonsense", ["evaluate.function='nonsense'"]),
@@ -104,7 +108,7 @@ def test_environments(fail, environment: str, template: str, wanted: str) -> Non
 
 
 def test_rounds_need_groups(fail, made: Path) -> None:
-    """Every group of one has equal rewards, so each step would sample all of its rounds and keep none of them."""
+    """A group of one always has equal rewards, so each step would sample all of its rounds and keep no group."""
     line = fail("rlhf", f"critic.load={made}/model", "rollout.rounds=3", "rollout.group=1")
     assert "rollout.rounds > 1" in line
     assert "rollout.group=1" in line
@@ -122,7 +126,7 @@ def test_rounds_need_groups(fail, made: Path) -> None:
 def test_a_signal_before_there_are_ranks(
     made: Path, tmp_path: Path, number: signal.Signals, moment: str, said: str
 ) -> None:
-    """While the command line is imported, or while it checks its inputs: one line."""
+    """The command line prints one line if the signal comes during its imports or its checks of inputs."""
     slow = "import os, time\nos.write(1, b'ready\\n')\ntime.sleep(60)\n"
     (tmp_path / {"imports": "difflib.py", "checks": "reward.py"}[moment]).write_text(slow)
     keys = [
@@ -146,7 +150,7 @@ def test_a_signal_before_there_are_ranks(
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_an_export_would_replace_what_is_no_link(fail, tmp_path: Path, kind: str) -> None:
-    """As where out is the folder that a model lies in."""
+    """This is the case if out is the folder of a model."""
     {"folder": Path.mkdir, "file": Path.touch}[kind](tmp_path / "hf")
     assert f"{tmp_path}/hf is no link" in fail("sft", f"out={tmp_path}")
 
@@ -178,7 +182,7 @@ def test_a_run_without_a_whole_checkpoint(fail, tmp_path: Path) -> None:
     ],
 )
 def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: object, here: object) -> None:
-    """The remedy is one that works: resume=false over old checkpoints is a mistake as well."""
+    """The advice must work: resume=false is also refused if there are old checkpoints."""
     from rlhf.checkpoint import Checkpoints
     from rlhf.parallel.mesh import Layout
 
@@ -191,7 +195,8 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     )
     with pytest.raises(
         UserError,
-        match=rf"step_000007 was saved with {key}={saved}, this run has {here}: start with the same settings and files, or set",
+        match=rf"step_000007 was saved with {key}={saved}, this run has {here}: "
+        "start with the same settings and files, or set",
     ):
         checkpoints.resume([], {})
 
@@ -206,7 +211,7 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
             "WORLD_SIZE": "3",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "29500",
-        },  # torchrun's
+        },  # set by torchrun
     ],
 )
 def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ def tokenizer(llama3):
 
 
 def fails(folder, tokenizer, form, good, line, error):
-    """A folder with a file whose third line is bad; the second is blank."""
+    """Check the error for a folder with a file whose second line is blank and whose third line is wrong."""
     file = write(folder / "a.jsonl.gz", good, "", line)
     with pytest.raises(UserError, match=re.escape(error)) as caught:
         Records.load(folder, form, tokenizer, Data(max_tokens=32))

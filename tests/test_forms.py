@@ -56,7 +56,7 @@ def test_sft_forms(tmp_path, tokenizer, row):
         {"question": "Q?", "answer": "#### 4"},
         {"prompt": [USER]},
         {"messages": [USER]},
-        {"messages": [USER, ASSISTANT]},  # what the assistant said is left out
+        {"messages": [USER, ASSISTANT]},  # the assistant's message is dropped
         {"eval_func": "math_rule", "prompt": "Q?", "answer": "4"},
         {"prompt": "Q?", "chosen": "A.", "rejected": "No."},
     ],
@@ -72,7 +72,7 @@ def test_prompt_forms(tmp_path, tokenizer, row):
 
 @pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
 def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
-    """The assistant's turns in it are not learned, and it is measured as a prompt."""
+    """The assistant's turns in it are not learned, and it counts as a prompt for the limit of length."""
     file = write(
         tmp_path / "a.jsonl",
         {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, OTHER]},
@@ -95,13 +95,13 @@ def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
         {"prompt": [USER], "chosen": "A.", "rejected": "No."},
         {"prompt": "Q?", "chosen": [ASSISTANT], "rejected": [OTHER]},
         {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]},
-        {"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt repeated
-        {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt implied
+        {"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt is repeated
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt is part of the messages
         {"prompt": "Q?", "prompt_id": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "score_chosen": 8.5},
     ],
 )
 def test_pairs(tmp_path, tokenizer, form, row):
-    """One group, rewards 1 and 0, one prompt, and of both the last response alone is learned."""
+    """A pair is one group with rewards 1 and 0 and one prompt. Only its last responses are learned."""
     file = write(tmp_path / "a.jsonl", row, row)
     samples = Records.load(file, form, tokenizer, Data(template="human", learn="all")).head(0)
     assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, 0.0), (1, 1.0), (1, 0.0)]
@@ -128,7 +128,7 @@ def test_pairs_of_several_turns_learn_the_last(tmp_path, tokenizer, learn):
 
 @pytest.mark.parametrize("query", ["query", "prompt"])
 def test_scored_responses(tmp_path, tokenizer, query):
-    """The tutorial's form of reward data: k responses with scores, ties among them."""
+    """The tutorial's form of reward data has k responses with scores, and allows ties."""
     rows = [
         {query: "Q?", "response": ["A.", "No.", "four"], "score": [1, -0.5, 1.0]},
         {query: [USER], "response": ["A.", "No."], "score": [0, 2]},
@@ -156,7 +156,7 @@ def test_learned_turns_of_a_conversation(tmp_path, tokenizer, learn, said):
 
 @pytest.mark.parametrize("form", ["demonstrations", "pairs"])
 def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, form):
-    """A template may write more there; an engine stops at the stop token, and a reward model reads both alike."""
+    """A template may add text after it. It is dropped, so that samples end like an engine's, at the stop token."""
     row = {"prompt": "Q?", "response": "A.", "chosen": "A.", "rejected": "No."}
     for sample in Records.load(write(tmp_path / "a.jsonl", row), form, qwen, Data(template="chatml")).head(0):
         assert sample.tokens[-1] == qwen.eos
@@ -164,7 +164,7 @@ def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, form):
 
 
 def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llama3, qwen, shared_data):
-    """Files with the dialogues' text need template plain, files with messages template human; both give the same samples."""
+    """Dialogues as text with template plain, and as messages with template human, give the same samples."""
     with gzip.open(shared_data / "hh_harmless_test.jsonl.gz") as lines:
         texts = [
             json.loads(line)["chosen"].rpartition("\n\nAssistant:")[::2]
@@ -178,7 +178,7 @@ def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llam
             or len(parts) % 4 != 2
             or not response.strip()
         ):
-            continue  # two turns of one speaker, or none
+            continue  # two turns of one speaker in a row, or none
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(parts[1::2])]
         plain.append(
             {"prompt": prompt + "\n\nAssistant:", "chosen": response, "rejected": " Yes.", "response": response}
@@ -198,7 +198,10 @@ def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llam
 
 
 def test_siblings_are_cut_alike(tmp_path, tokenizer):
-    """A pair over the limit keeps one prompt: the longer response decides how much of it goes. Dropped pairs go whole."""
+    """Both responses of a pair over the limit keep the same prompt.
+
+    The longer response decides how much of the prompt is cut. A pair is dropped as a whole.
+    """
     row = {
         "prompt": "the question is what they mean by it " * 6,
         "chosen": "five",

@@ -11,7 +11,7 @@ from commands import HERE, ROOT, launch, seconds
 
 
 def test_nothing_in_the_current_folder_is_run(fresh, tmp_path):
-    """Not by launch.sh, nor by the ranks that it leads to; an installation does not run it either."""
+    """Neither launch.sh nor the ranks nor an installation import modules from the current folder."""
     for name in ("rlhf", "json", "tomllib", "torch", "venv", "ensurepip", "pip"):
         (tmp_path / f"{name}.py").write_text(f"import os\nos.write(2, b'{name} was run\\n')\nos._exit(1)\n")
     for arguments, code in ((("--help",), 0), (("grpo", "--help"), 0), (("sft", "nowhere.toml"), 2)):
@@ -39,7 +39,10 @@ def test_nothing_in_the_current_folder_is_run(fresh, tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """launch.sh beside an empty lock and a package that prints its arguments, on a machine where nothing is installed yet."""
+    """Make a checkout of launch.sh with an empty lock file and a package that prints its arguments.
+
+    Nothing is installed.
+    """
     root = tmp_path_factory.mktemp("fresh")
     shutil.copy(ROOT / "launch.sh", root)
     for folder in ("requirements", "rlhf"):
@@ -52,8 +55,10 @@ def fresh(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 
 def test_installation(fresh):
-    """Of two first calls one installs; later calls start at once; a changed lock installs anew, a broken one says so. Help and dry runs
-    install nothing, before and after that."""
+    """Of two first calls, one installs. Later calls start at once.
+
+    A changed lock file is installed again, and a wrong one is reported. Help and dry runs install nothing.
+    """
     root, env = fresh
     lock, venv = root / "requirements" / "cpu.txt", root / ".venv-cpu"
 
@@ -92,13 +97,16 @@ def test_installation(fresh):
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """What tells whether anything was written there."""
+    """Return inode and time of all files, which change if anything is written."""
     paths = [path for path in (folder, *folder.rglob("*")) if "__pycache__" not in path.parts]
     return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in paths}
 
 
 def test_an_environment_of_another_lock_is_left_alone(fresh, tmp_path):
-    """install gpu, a mode on a node without a GPU, and one on a node with: each has its folder, and an old .venv is read at most."""
+    """Each kind has its own folder: install gpu, a mode on a node without a GPU, and a mode on a node with one.
+
+    An old .venv is never changed.
+    """
     root, env = fresh[0] / "two", fresh[1]
     shutil.copytree(fresh[0], root, ignore=shutil.ignore_patterns(".venv*", "two"))
     script = (root / "launch.sh").read_text()
@@ -107,7 +115,7 @@ def test_an_environment_of_another_lock_is_left_alone(fresh, tmp_path):
     (tmp_path / "nvidia0").touch()
     on_gpus = {key: value for key, value in env.items() if key != "CUDA_VISIBLE_DEVICES"}
 
-    said = launch("install", "gpu", root=root, env=env)  # the login node
+    said = launch("install", "gpu", root=root, env=env)  # as on a login node
     assert said.stdout == f"launch.sh: requirements/gpu.txt is installed in {root}/.venv-gpu\n"
     gpu = contents(root / ".venv-gpu")
     assert launch("install", "gpu", root=root, env=env).stdout == said.stdout
@@ -128,7 +136,7 @@ def test_an_environment_of_another_lock_is_left_alone(fresh, tmp_path):
 
 
 def test_ci_takes_the_python_of_the_system(tmp_path):
-    """Whatever stands first in PATH."""
+    """PATH is not used for it."""
     code = "import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
     if (
         not Path("/usr/bin/python3").exists()
@@ -146,7 +154,10 @@ def test_ci_takes_the_python_of_the_system(tmp_path):
 
 
 def test_sbatch_runs_a_copy(fresh, tmp_path):
-    """Slurm puts the batch script somewhere else; the checkout is where the job's command says, and that may have a space in it."""
+    """Slurm copies the batch script to another folder.
+
+    The checkout is the folder of the job's command, and its name may contain a space.
+    """
     root, env = fresh
     checkout = tmp_path / "my checkout"
     shutil.copytree(root / "rlhf", checkout / "rlhf")

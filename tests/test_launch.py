@@ -30,7 +30,7 @@ def test_help_lists_the_modes(arguments):
         "demo",
         "tutorial",
         "test",
-    ):  # what launch.sh and the command line know beside modes
+    ):  # the commands of launch.sh besides the modes
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), f"{command} is missing:\n{result.stdout}"
 
 
@@ -47,7 +47,7 @@ def test_modes_by_another_name(name, mode):
 
 @pytest.mark.parametrize("arguments", [("--help",), ("grpo", "--help")])
 def test_help_is_quick(arguments):
-    """Because it loads neither torch nor an engine."""
+    """It imports neither torch nor an engine."""
     assert seconds(*arguments) < 0.5
     trace = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "rlhf", *arguments], cwd=ROOT, capture_output=True, text=True
@@ -88,7 +88,7 @@ def test_an_interpreter_that_is_not_there():
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """A checkout of this package with nothing installed, on a machine whose Python has nothing but the standard library."""
+    """Make a checkout without installed packages, and a Python that has only the standard library."""
     root = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / "python"], check=True)
     shutil.copy(ROOT / "launch.sh", root)
@@ -126,7 +126,7 @@ HELP += [
 
 @pytest.mark.parametrize("arguments", HELP)
 def test_help_needs_nothing_but_python(bare, arguments):
-    """No package and no installation."""
+    """It needs no package and no installation."""
     root, env = bare
     result = launch(*arguments, root=root, env=env)
     assert (result.returncode, result.stderr) == (0, "")
@@ -156,7 +156,7 @@ def test_a_mistake_is_told_before_an_installation(bare, arguments, said):
 
 
 def test_the_package_itself_helps_without_others(bare):
-    """python -m rlhf, where nothing is found beside the package, not even by PYTHONPATH."""
+    """python -m rlhf works if no other package can be imported, not even with PYTHONPATH."""
     _, env = bare
     for arguments, code in ((("--help",), 0), (("grpo", "--help"), 0), (("gprm",), 2)):
         done = subprocess.run(["python3", "-m", "rlhf", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -59,12 +59,14 @@ def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Pat
         *(f"{x}.weight" for x in linears),
     }
     assert layer.keys() == tensors | {f"{linear}._extra_state" for linear in linears}
-    prefix = "model.layers.3."  # the second of the second stage
+    prefix = "model.layers.3."  # the second layer of the second stage
     gate, up = (wanted[f"{prefix}mlp.{x}_proj.weight"].half().chunk(2)[1] for x in ("gate", "up"))
     assert torch.equal(layer["mlp.dense_h_to_4h.weight"], torch.cat([gate, up]))
     assert torch.equal(model["encoder"]["final_norm.weight"], wanted["model.norm.weight"].half())
     head = wanted["lm_head.weight"].half()
-    rows = head[-1:].expand(256 - 101, -1)  # 101 rows do not divide by 2: padded to 128 x 2 by copies of the last
+    rows = head[-1:].expand(
+        256 - 101, -1
+    )  # 101 rows are not divisible by 2: copies of the last row pad them to 128 x 2
     assert torch.equal(model["output_layer"]["weight"], torch.cat([head, rows])[128:])
     args = tree["args"]
     assert (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads) == (4, 32, 48, 8)
@@ -97,7 +99,10 @@ def test_a_tied_table_is_copied_to_the_last_stage(tmp_path: Path):
 
 
 def test_a_core_checkpoint_is_the_state_of_a_gpt_model(tmp_path: Path):
-    """With local names, strictly: what a megatron-core model without Transformer Engine would save and load."""
+    """The names are those of mcore-local.
+
+    The state is exactly what a megatron-core model without Transformer Engine saves and loads.
+    """
     script = """
 import os, sys, torch
 from rlhf.config import Parallel
@@ -121,7 +126,8 @@ def refused(call, *arguments):
         call(*arguments)
     except UserError as error:
         print(error)
-config = configuration.load("grpo", ["policy.load=" + folder, "rollout.engine=kvcache", "data.max_tokens=64", "rollout.max_tokens=32"])
+keys = ["policy.load=" + folder, "rollout.engine=kvcache", "data.max_tokens=64", "rollout.max_tokens=32"]
+config = configuration.load("grpo", keys)
 given = SimpleNamespace(arch=architecture.read(folder))
 held = assemble.build_engine(config, mesh, given, torch.float32).parameters()
 KVCache.parameters = lambda self: held | {"model.scale": torch.zeros(1)}
@@ -159,7 +165,8 @@ os._exit(0)
         "rollout.engine=kvcache is of a version whose parameters are others (it also has model.scale): install"
     )
     assert re.match(
-        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, which is replaced or read here: install",
+        r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, "
+        r"which is replaced or read here: install",
         name,
     )
     assert "megatron.core.tensor_parallel.layers has no use of no_extension" in extension
@@ -167,7 +174,10 @@ os._exit(0)
 
 
 def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """By --iteration, also where there is no tracker file; by its own folder, with the config.json beside it."""
+    """--iteration selects it, also without a tracker file.
+
+    Its own folder can be read too, with the config.json beside it.
+    """
     arch = replace(LLAMA, rope_theta=5e5)
     hf_folder(tmp_path / "hf", arch)
     for format in ("legacy", "torch_dist"):
@@ -180,7 +190,7 @@ def test_one_iteration_of_several(tmp_path: Path, capsys: pytest.CaptureFixture)
 
 
 def test_iterations_of_several_formats(tmp_path: Path):
-    """Each is opened as what it is: the tracker file, the number or the folder itself says which one is meant."""
+    """Each iteration is read in its own format. The tracker file, the number or the folder selects the iteration."""
     hf_folder(tmp_path / "hf", LLAMA)
     folder = tmp_path / "both"
     for iteration, format in enumerate(("torch_dist", "legacy", "mcore"), 1):
@@ -190,7 +200,7 @@ def test_iterations_of_several_formats(tmp_path: Path):
             folder
         )
         assert inspect(folder, iteration).format == inspect(folder / name).format == format
-    assert inspect(folder).format == "torch_dist"  # of which the tracker file is
+    assert inspect(folder).format == "torch_dist"  # the tracker file is from this one
     (folder / megatron.TRACKER).write_text("2")
     assert inspect(folder).format == "legacy"
     assert recognise(tmp_path / "hf").name == recognise(tmp_path / "nowhere").name == "hf"
@@ -206,7 +216,7 @@ def test_a_tracker_file_alone(tmp_path: Path, text: str, message: str):
 
 
 def test_args_pad_the_vocabulary_as_the_file_does():
-    """Megatron-LM computes the rows anew from make_vocab_size_divisible_by."""
+    """Megatron-LM computes the number of rows from make_vocab_size_divisible_by."""
     for vocab, divisor, tp in ((101, 0, 1), (101, 0, 2), (32000, 0, 4), (101, 200, 1), (101, 24, 2), (128256, 1, 8)):
         arch = replace(LLAMA, vocab=vocab)
         target = Target(FORMATS["legacy"], arch, torch.float32, tp=tp, divisor=divisor)

@@ -26,7 +26,10 @@ from rlhf.weights.formats import FORMATS, Target, args, hf, megatron
 
 
 def foreign(monkeypatch: pytest.MonkeyPatch, name: str) -> Enum:
-    """A member that megatron-core's enum of that name does not have: an older or a newer release wrote it."""
+    """Return a member of an enum that the installed megatron-core does not have.
+
+    An older or a newer release has written it.
+    """
     module, _, title = name.rpartition(".")
     enum = Enum(title, ["first", "second"], module=module)
     for parent in ("megatron", "megatron.core", module):
@@ -39,7 +42,10 @@ def foreign(monkeypatch: pytest.MonkeyPatch, name: str) -> Enum:
 def save_as_megatron_does(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arch: architecture.Architecture, rows: int, **changes: object
 ) -> None:
-    """A trained TP2 checkpoint: parameters are views into one buffer, optimizer and random states lie beside, and args know enums."""
+    """Write a trained TP2 checkpoint as Megatron-LM does.
+
+    Parameters are views into one buffer. The files also have optimizer and random state, and enums in args.
+    """
     hf_tensors = random_hf(arch)
     target = Target(FORMATS["mcore-local"], arch, torch.float32, tp=2, iteration=3, divisor=rows // 2)
     described = args.describe(target) | {"rotary_base": 10000}
@@ -67,7 +73,8 @@ def save_as_megatron_does(
         random = {"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}
         tree = {
             "args": argparse.Namespace(**described), "checkpoint_version": 3.0, "iteration": 3, "model": model,
-            "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}}, "rng_state": [random], "opt_param_scheduler": {"max_lr": 1e-5},
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(5)}}}, "rng_state": [random],
+            "opt_param_scheduler": {"max_lr": 1e-5},
         }  # fmt: skip
         path = folder / f"iter_0000003/mp_rank_{rank:02}/model_optim_rng.pt"
         path.parent.mkdir(parents=True)
@@ -76,7 +83,10 @@ def save_as_megatron_does(
 
 
 def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Any padding of the vocabulary; config.json wins over args, which are reported; without it the args say what the model is."""
+    """Any padding of the vocabulary is read.
+
+    config.json overrides args, and the difference is printed. Without config.json, args describe the model.
+    """
     arch, wanted = replace(LLAMA, rope_theta=5e5), random_hf(LLAMA)
     folder = tmp_path / "core"
     save_as_megatron_does(folder, monkeypatch, arch, rows=160)
@@ -88,7 +98,7 @@ def test_megatrons_own_files_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     got = tensors_of(tmp_path / "hf")
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert architecture.read(tmp_path / "hf") == arch
-    for rank, tiling in enumerate(names.tilings(arch, "vllm", 2, 2)):  # straight into a live engine
+    for rank, tiling in enumerate(names.tilings(arch, "vllm", 2, 2)):  # directly into an engine's parameters
         held = {name: torch.zeros(shape) for name, shape in names.shapes(tiling).items()}
         files.read(folder, arch, tiling, held)
         assert torch.equal(
@@ -118,7 +128,7 @@ def test_a_file_that_asks_for_code_is_refused(
         pickle.loads: pickle.dumps(Malice(os.system, f"touch {mark}")),
     }[call]
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, exit_hook=Malice(call, harm))
-    with torch.serialization.safe_globals([call]):  # what others allow is not allowed here
+    with torch.serialization.safe_globals([call]):  # the user's list of allowed globals does not apply here
         with pytest.raises(
             UserError, match=f"model_optim_rng.pt: it asks for {named}, and only weights and numbers are read"
         ):
@@ -133,7 +143,7 @@ def no_archive_of_torch(folder: Path) -> None:
 
 
 def spoilt_pickle(folder: Path) -> None:
-    """The archive is in order, what it describes is not."""
+    """Damage the pickle in an intact archive."""
     path = folder / "iter_0000003/mp_rank_01/model_optim_rng.pt"
     content = bytearray(path.read_bytes())
     start = content.index(b"checkpoint_version")
@@ -152,7 +162,7 @@ def cut_short(folder: Path) -> None:
 
 
 def another_order(folder: Path) -> None:
-    """Early releases of Megatron-LM did not group q, k and v by heads."""
+    """Set the version of early releases of Megatron-LM, which did not group q, k and v by heads."""
     path = folder / "iter_0000003/mp_rank_00/model_optim_rng.pt"
     tree = torch.load(path, weights_only=False)
     torch.save(tree | {"checkpoint_version": 1.0}, path)

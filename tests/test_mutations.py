@@ -54,7 +54,7 @@ LLAMA3 = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with weights and a tokenizer.json, and a sentencepiece tokenizer beside it."""
+    """Make a model with weights and a tokenizer.json, and a sentencepiece tokenizer beside it."""
     root = tmp_path_factory.mktemp("mutations")
     write_byte_level(root / "model")
     (root / "model/config.json").write_text(json.dumps(demo_task.MODEL | SHAPE | {"rope_scaling": LLAMA3}))
@@ -69,7 +69,7 @@ def model(made: Path, tmp_path: Path) -> Path:
 
 
 def read(model: Path) -> None:
-    """As a run does with policy.load: described, opened, every tensor read."""
+    """Read a model as a run does with policy.load: its description, and every tensor."""
     arch = architecture.read(model)
     source, tiling = files.open_folder(model, arch), names.tiles(arch, "hf")
     source.read(tiling, {name: torch.empty(shape) for name, shape in names.shapes(tiling).items()})
@@ -81,7 +81,7 @@ def write_header(path: Path, header: bytes, data: bytes) -> None:
 
 
 def parts(path: Path) -> tuple[bytes, bytes]:
-    """Header and data of a safetensors file."""
+    """Return header and data of a safetensors file."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     return content[8:start], content[start:]
@@ -127,7 +127,7 @@ def test_index(model: Path) -> None:
 
 
 def speak(folder: Path) -> None:
-    """As a run does with policy.tokenizer."""
+    """Use a tokenizer as a run does with policy.tokenizer."""
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("How many eggs? <|im_end|> é🙂", control=True) + tokenizer.encode(" 12", continues=True)
     tokenizer.decode(ids)
@@ -232,7 +232,10 @@ def test_toml(tmp_path: Path, mode: str) -> None:
 
 
 def test_meta_json(tmp_path: Path) -> None:
-    """A damaged description has another checksum; one without, as older checkpoints have, must do by itself."""
+    """A damaged description has a wrong checksum.
+
+    Older checkpoints have no checksum, so the content itself is checked too.
+    """
     config = configuration.load("sft", [])
     run_is = {"keys": {"optim.lr": 1e-6, "steps": 3, "rollout.stop": []}, "read": {"data.train": ["a.jsonl", "0123"]}}
     meta = {"step": 7, "state": {"kl": 0.1}, "mode": "sft", "seed": 1, "dtype": "torch.float32", "zero": True}
