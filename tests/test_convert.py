@@ -179,10 +179,7 @@ def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
 @pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("format", ["legacy", "mcore"])
 def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str):
-    """Args do not contain the family.
-
-    A model with fused files is read as the first family with the same computation.
-    """
+    """Args do not contain the family. A model with fused files is read as the first family that computes the same."""
     hf_folder(tmp_path / "hf", arch)
     told = replace(arch, family="mistral") if arch.row.files else arch
     for pp in (1, 2):

@@ -187,10 +187,7 @@ def test_the_example_of_the_documentation(tmp_path):
 
 
 class Engine:
-    """Answers each request with the next of its texts, one request per step.
-
-    A stop token ends each text, unless there is no room for it.
-    """
+    """Completes one request per step with the next of its texts, and a stop token if there is room for it."""
 
     version = 3
     withdraw = list
