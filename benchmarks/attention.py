@@ -1,6 +1,6 @@
 """Measure and check the attention kernels on packed rows, forward and backward.
 
-    python benchmarks/attention.py                                   one GPU: 16k tokens in rows of 4k, and of lognormal lengths
+    python benchmarks/attention.py                                   one GPU: 16k tokens; rows of 4k, lognormal rows
     python benchmarks/attention.py --tokens 512 --length 64          on a CPU: the padded path alone
 
 FLOPs are those of causal attention: half of the square, times 3.5 for forward and backward, because backward recomputes

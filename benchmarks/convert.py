@@ -3,9 +3,9 @@
 python benchmarks/convert.py FOLDER [--layers 32] [--format legacy] [--tp 1]
 
 Writes a Hugging Face folder of random bfloat16 weights with Llama-2-7B's shapes into FOLDER, copies it with cp,
-converts it, and converts the result back. Each input starts outside the page cache, and the time ends when the output is on the
-disk. The last line is JSON: bytes, seconds, peak resident memory (GB), and the rate of each conversion relative to cp.
-FOLDER needs three times the bytes, and is deleted at the end.
+converts it, and converts the result back. Each input starts outside the page cache, and the time ends when the output
+is on the disk. The last line is JSON: bytes, seconds, peak resident memory (GB), and the rate of each conversion
+relative to cp. FOLDER needs three times the bytes, and is deleted at the end.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 benchmarks/publish.py --train-pp 2 --engine-tp 2        PP2 -> TP2
 
 The weights are random, in bfloat16, with Llama-2-7B's shapes. --engine vllm writes into a real engine, which sleeps
-(and drops its weights) and wakes between publishes. The last line is JSON. The lower bound is the time of the same bytes in
-the same run: one rank copies them on the device; several ranks send them to a neighbour and receive as many.
+(and drops its weights) and wakes between publishes. The last line is JSON. The lower bound is the time of the same
+bytes in the same run: one rank copies them on the device; several ranks send them to a neighbour and receive as many.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Measure the speed of the sampler, relative to vLLM alone with the same prompts.
 
-    python benchmarks/rollout.py                                     one GPU: 512 prompts of 128 tokens, 256 new ones each, Llama-2-7B
+    python benchmarks/rollout.py                                     one GPU: Llama-2-7B, 512 prompts
     python benchmarks/rollout.py --model toy --prompts 4 --new 8     on a CPU
 
-The weights are vLLM's dummy weights. Two more cases show the cost of what training needs per
-request: log-probs and a seed.
+By default, prompts have 128 tokens and responses 256. The weights are vLLM's dummy weights. Two more cases show the
+cost of what training needs per request: log-probs and a seed.
 """
 
 from __future__ import annotations

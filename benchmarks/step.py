@@ -1,9 +1,9 @@
 """Measure a whole step of GRPO or PPO by phase, from the metrics of a run.
 
-    python benchmarks/step.py OUT                                        GRPO, 16 layers of Llama-2-7B's shapes, 64 prompts x 8 responses
-    python benchmarks/step.py OUT --mode rlhf --model 1b                 PPO with four models of Llama-3.2-1B's dimensions
+    python benchmarks/step.py OUT                           GRPO, 16 layers of Llama-2-7B's shapes, 64 x 8 responses
+    python benchmarks/step.py OUT --mode rlhf --model 1b    PPO with four models of Llama-3.2-1B's dimensions
     python benchmarks/step.py OUT --model toy --layers 2 --steps 2 batch.prompts=4 rollout.group=2 rollout.max_tokens=8
-                                                                         on a CPU
+                                                            on a CPU
 
 Weights and rewards are random, and the prompts are word problems: the computation is that of a real run. The run is
 python -m rlhf with one rank per GPU and the given key=value. It is killed after its last counted step, so it writes no

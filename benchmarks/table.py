@@ -199,7 +199,8 @@ def phases(line: dict) -> str:
 
 def against(line: dict) -> str:
     rates = f"{line['ours/tokens_per_second']:,.0f} and {line['trl/tokens_per_second']:,.0f} tokens/s"
-    return f"{line['ratio']:.2f} x: {rates}, responses of {line['ours/response_tokens']:.0f} and {line['trl/response_tokens']:.0f} tokens"
+    lengths = f"{line['ours/response_tokens']:.0f} and {line['trl/response_tokens']:.0f} tokens"
+    return f"{line['ratio']:.2f} x: {rates}, responses of {lengths}"
 
 
 def ledger(line: dict) -> str:

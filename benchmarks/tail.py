@@ -2,7 +2,7 @@
 
 It shows the cost of long tails, and how much rollout.inflight saves.
 
-    python benchmarks/tail.py                                        one GPU: 8B shapes, 64 and 16 groups of 8, lengths as below
+    python benchmarks/tail.py                                        one GPU: 8B shapes, 64 and 16 groups of 8
     python benchmarks/tail.py --model toy --groups 2 --mean 12 --longest 48 --steps 1 --warm 1     on a CPU
 
 Random weights never end a response, so the benchmark sets the lengths. They are lognormal with deviation 1 and a given

@@ -1,9 +1,9 @@
 """Measure the learner: forward and backward, the log-prob pass and the optimizer, with Llama-2-7B's layers.
 
-    python benchmarks/train.py                                                     one GPU; plain torch, then fused kernels
+    python benchmarks/train.py                                                     one GPU; plain, then fused kernels
     python benchmarks/train.py --kernels fused --profile                           and the time of each kernel
-    torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused --tp 2         two GPUs: TP2 with sequence parallelism
-    torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused                two GPUs: DP2, distributed optimizer
+    torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused --tp 2         TP2 with sequence parallelism
+    torchrun --nproc-per-node 2 benchmarks/train.py --kernels fused                DP2, distributed optimizer
     python benchmarks/train.py --model toy --layers 2 --tokens 512 --length 128    on a CPU
 
 Weights and tokens are random: the computation is that of a real run. FLOPs are those of the model: 6 per matrix weight
@@ -176,7 +176,8 @@ def profile(work: partial, title: str, rows: int = 30) -> None:
     print(f"\nkernels of {title}: {total / 1e3:.1f} ms")
     for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:rows]:
         print(
-            f"  {e.self_device_time_total / total:6.1%} {e.self_device_time_total / 1e3:9.2f} ms {e.count:6}x  {e.key[:110]}"
+            f"  {e.self_device_time_total / total:6.1%} {e.self_device_time_total / 1e3:9.2f} ms"
+            f" {e.count:6}x  {e.key[:110]}"
         )
 
 

@@ -1,10 +1,10 @@
 """Compare a GRPO step of this program with one of TRL's GRPOTrainer, one after the other on one GPU.
 
-    pip install trl==1.16.0 datasets liger-kernel                       with this package and its vLLM
-    python benchmarks/trl_grpo.py OUT                                   16 layers of Llama-2-7B's shapes, 128 prompts x 8 responses
-    python benchmarks/trl_grpo.py OUT --again --weights bfloat16        TRL only; OUT has our run already
-    python benchmarks/trl_grpo.py OUT --model toy --layers 1 --rows 4 batch.prompts=2 rollout.group=4 rollout.max_tokens=8
-                                                                        on a CPU
+    pip install trl==1.16.0 datasets liger-kernel                  with this package and its vLLM
+    python benchmarks/trl_grpo.py OUT                              16 layers of Llama-2-7B's shapes, 128 x 8 responses
+    python benchmarks/trl_grpo.py OUT --again --weights bfloat16   TRL only; OUT has our run already
+    python benchmarks/trl_grpo.py OUT --model toy --layers 1 --rows 4 batch.prompts=2 rollout.group=4 \\
+        rollout.max_tokens=8                                       on a CPU
 On a machine with several GPUs set CUDA_VISIBLE_DEVICES=0. OUT needs 8 GB.
 
 Same work. Our run is that of step.py. TRL's arguments are read from its configuration: prompts and responses per step,

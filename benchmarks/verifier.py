@@ -58,7 +58,8 @@ def main() -> None:
         rows["both"] = ([x or y for x, y in zip(fast, library, strict=True)], seconds + asked * library_seconds)
     equal = sum(pair["equal"] for pair in pairs)
     print(
-        f"| {len(pairs)} pairs | equal ones missed, of {equal} | unequal ones accepted, of {len(pairs) - equal} | CPU seconds |"
+        f"| {len(pairs)} pairs | equal ones missed, of {equal} "
+        f"| unequal ones accepted, of {len(pairs) - equal} | CPU seconds |"
     )
     print("|---|---|---|---|")
     for name, (found, took) in rows.items():
@@ -66,7 +67,8 @@ def main() -> None:
         accepted = sum(said and not pair["equal"] for pair, said in zip(pairs, found, strict=True))
         print(f"| {name} | {missed} | {accepted} | {took:.2f} |")
     print(
-        f"CPU seconds per {a.answers} answers like these: {ours([pairs[i % len(pairs)] for i in range(a.answers)])[1]:.2f}"
+        f"CPU seconds per {a.answers} answers like these: "
+        f"{ours([pairs[i % len(pairs)] for i in range(a.answers)])[1]:.2f}"
     )
     numbers = [{"boxed": f"{i * 37}", "answer": f"{i * 37:,}"} for i in range(a.answers)]
     print(f"CPU seconds per {a.answers} whole numbers: {ours(numbers)[1]:.2f}")

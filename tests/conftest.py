@@ -18,7 +18,7 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of public data sets (GSM8K and others) that may lie beside a checkout."""
+    """Return the folder of public data sets (GSM8K and others) beside the checkout. Skip the test if there is none."""
     if not SHARED.is_dir():
         pytest.skip(f"no public data sets in {SHARED}")
     return SHARED
@@ -31,7 +31,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def llama3(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Has a bos, and an eos that ends no turn of ChatML."""
+    """Return a tokenizer that has a bos token, and an eos token that does not end a turn of ChatML."""
     return Tokenizer.load(write_byte_level(tmp_path_factory.mktemp("llama3"), bos="<|begin|>", eos="<|endoftext|>"))
 
 
@@ -50,7 +50,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """fail(mode, *overrides) runs the command line on good inputs but for the overrides, and returns its one line on stderr."""
+    """Return fail(mode, *overrides), which runs the command line with good inputs, changed by the overrides.
+
+    It returns the one line on stderr.
+    """
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "GPUS_PER_NODE", "SLURM_JOB_ID", "SLURM_STEP_ID", *VARIABLES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -73,12 +76,15 @@ def fail(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/gpu is marked gpu, and skipped where there is none; what measures a device's memory comes before what uses it."""
+    """Mark all tests in tests/gpu as gpu, and skip them if there is no GPU.
+
+    Tests that measure the memory of a device run before other tests use it.
+    """
     on_gpu = [item for item in items if GPU_TESTS in item.path.parents]
     if not on_gpu:
         return
     items.sort(key=lambda item: item.path.name != "test_memory.py")
-    import torch  # only here, so that tests without torch start at once
+    import torch  # only here: importing torch takes seconds, and tests without torch do not need it
 
     for item in on_gpu:
         item.add_marker("gpu")

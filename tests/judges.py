@@ -1,4 +1,4 @@
-"""Judges of tests: a function over a list of samples, and none at all."""
+"""Judges for tests: one that calls a function with a list of samples, and one that gives no rewards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlhf.contracts import Sample
 
 
 class Judging:
-    """Calls a function with all samples that were given, when they are to be judged at last."""
+    """Collects samples, and calls a function with all of them at the end."""
 
     def __init__(self, call: Callable[[list[Sample]], object]):
         self.call, self.given = call, list[Sample]()
@@ -22,4 +22,4 @@ class Judging:
             self.call(given)
 
 
-FREE = Judging(lambda samples: None)  # everything is worth 0
+FREE = Judging(lambda samples: None)  # all rewards are 0

@@ -1,4 +1,7 @@
-"""One rank of a tensor-parallel kvcache engine, in a module of its own so that a new process starts fast."""
+"""One rank of a tensor-parallel kvcache engine.
+
+It is a separate module, so that a new process starts fast.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,7 @@ def run(
     max_len: int,
     path: Path,
 ) -> None:
-    """For each kind of model: read path/kind/shards.pt, write path/kind/completions-{rank}.pt."""
+    """For each kind of model, read path/kind/shards.pt and write path/kind/completions-{rank}.pt."""
     dist.init_process_group("gloo", store=dist.FileStore(str(path / "store"), 2), rank=rank, world_size=2)
     for kind in kinds:
         arch = architecture.read(path / kind)

@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face folders of every family, made by transformers, and what transformers says about samples."""
+"""Tiny random Hugging Face folders of every family, made by transformers, and its outputs for samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 from rlhf.contracts import Sample
 
 SHAPE = {
-    "vocab_size": 509,  # forces padding
+    "vocab_size": 509,  # not a multiple of 64, so that padding is needed
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
@@ -31,7 +31,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 FAMILIES = {
-    "phi3": transformers.Phi3Config(**SHAPE | {"head_dim": 32}, pad_token_id=None),  # a Llama with fused files
+    "phi3": transformers.Phi3Config(**SHAPE | {"head_dim": 32}, pad_token_id=None),  # like Llama, with fused files
     "llama3-tied": transformers.LlamaConfig(
         **SHAPE | {"head_dim": 32}, rope_parameters=LLAMA3, tie_word_embeddings=True
     ),
@@ -42,7 +42,10 @@ FAMILIES = {
 
 
 def make(family: str, folder: Path, seed: int = 7) -> None:
-    """Save a random model whose norms and biases are random too, so that none of them can be forgotten unseen."""
+    """Save a random model.
+
+    Norms and biases are random too: a test would not notice if they were ignored at their initial values.
+    """
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
     with torch.no_grad():
@@ -52,7 +55,7 @@ def make(family: str, folder: Path, seed: int = 7) -> None:
 
 
 def samples(count: int = 7, seed: int = 3, vocab: int = 509) -> list[Sample]:
-    """Random samples of very different lengths, with everything GRPO's loss reads."""
+    """Return random samples of very different lengths, with all streams that the loss of GRPO reads."""
     rng = np.random.default_rng(seed)
     made = []
     for i in range(count):
@@ -73,18 +76,18 @@ def samples(count: int = 7, seed: int = 3, vocab: int = 509) -> list[Sample]:
 
 
 def reference_logits(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
-    """What transformers says about one sample alone: logits [L, vocab]."""
+    """Return the logits [L, vocab] of transformers for one sample alone."""
     return model(torch.from_numpy(sample.tokens[None, :-1].astype(np.int64))).logits[0]
 
 
 def reference_logp(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
-    """Log-probs of the labels [L]."""
+    """Return the log-probs [L] of the labels."""
     labels = torch.from_numpy(sample.tokens[1:].astype(np.int64))
     return reference_logits(model, sample).log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
 def layout_keys(layout: str) -> list[str]:
-    """tp2-recomputefull -> parallel.tp=2 parallel.recompute=full"""
+    """Convert tp2-recomputefull to parallel.tp=2 parallel.recompute=full."""
     pairs = (re.match(r"([a-z]+?)(\d+|none|full|selective)$", part).groups() for part in layout.split("-"))
     return [
         f"parallel.{key}={('false', 'true')[int(value)] if key in ('sp', 'zero') else value}" for key, value in pairs

@@ -1,4 +1,4 @@
-"""Small data sets of the tests, and what their samples say."""
+"""Small data sets of the tests, and the text of their samples."""
 
 import gzip
 import json
@@ -9,9 +9,14 @@ import numpy as np
 from rlhf.contracts import Sample
 from rlhf.data.tokenizer import Tokenizer
 
+SYSTEM, USER, ASSISTANT = (
+    {"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A."))
+)
+OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
+
 
 def write(file: Path, *rows: object) -> Path:
-    """A jsonl file; a row that is a string is written as it is."""
+    """Write a jsonl file. A row that is a string is written unchanged."""
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
     return file
@@ -23,7 +28,7 @@ def first_lines(file: Path, count: int) -> list[dict]:
 
 
 def learned(tokenizer: Tokenizer, sample: Sample) -> str:
-    """The text that the policy learns to say: labels[t] = tokens[t + 1] where mask[t]."""
+    """Return the text that the policy learns: labels[t] = tokens[t + 1] where mask[t]."""
     return tokenizer.decode(sample.tokens[1:][sample.mask], skip_special=False)
 
 
@@ -32,5 +37,5 @@ def whole(tokenizer: Tokenizer, sample: Sample) -> str:
 
 
 def first_learned(sample: Sample) -> int:
-    """How many tokens stand before the first learned one."""
+    """Return the number of tokens before the first learned one."""
     return int(np.flatnonzero(sample.mask)[0]) + 1

@@ -1,4 +1,4 @@
-"""Runs that save two small roles, as a loop would, and what they must resume with."""
+"""Runs that save two small roles as the training loop does, and the expected state after resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MESH.agree = partial(Mesh.agree, MESH)
 
 
 class Learner:
-    """A weight and a number of updates."""
+    """A learner with one weight and a number of updates."""
 
     def __init__(self, weight: float = 0.0) -> None:
         self.weight, self.updates = torch.tensor([weight]), 0
@@ -59,7 +59,7 @@ class Run:
 
 
 def check_resumes_at(out: Path, step: int) -> None:
-    """Everything of that step, by role."""
+    """Check that all roles have the state of this step."""
     run = Run(out)
     assert run.checkpoints.resume(run.roles.items(), run.state) == step
     assert [learner.updates for learner in run.roles.values()] == [step, step]

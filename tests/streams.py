@@ -1,4 +1,4 @@
-"""The fixture's sequences as samples and model outputs, and what published implementations return on them."""
+"""The fixture's sequences as samples and model outputs, and the results of published implementations for them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from rlhf.data.packing import pack
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "losses.json").read_text())
 EXPECTED = FIXTURE["expected"]
-NAMES = {"old_values": "values"}  # a fixture's name -> the stream's
+NAMES = {"old_values": "values"}  # a fixture's name -> the stream's name
 
 
 def algorithm(mode: str, *overrides: str) -> Algorithm:
-    """With several updates a step, so that log-probs before them are a stream of their own."""
+    """Return an algorithm with several updates per step, so that old_logp is a separate stream."""
     return ALGORITHMS[mode](configuration.load(mode, ["batch.minibatches=2", *overrides]))
 
 
 def rows(name: str) -> list[np.ndarray]:
-    """A stream of the fixture, without its padding."""
+    """Return a stream of the fixture, without its padding."""
     masks = np.array(FIXTURE["streams"]["mask"], bool)
     return [np.array(row, np.float32)[mask] for row, mask in zip(FIXTURE["streams"][name], masks, strict=True)]
 
 
 def packed(**streams: str) -> Batch:
-    """The fixture's four sequences in one row; streams say where another one is to be taken than the fixture's of that name."""
+    """Return the fixture's four sequences in one row.
+
+    `streams` maps a stream to the name of the fixture's stream to use instead.
+    """
     given = (
         {n: n for n in ("old_logp", "ref_logp", "sampler_logp", "advantages", "returns")}
         | {"values": "old_values"}
@@ -47,13 +50,13 @@ def packed(**streams: str) -> Batch:
 
 
 def flat(name: str) -> torch.Tensor:
-    """A stream of the fixture as packed() lays it out [T]."""
+    """Return a stream of the fixture in the layout of packed() [T]."""
     row = np.concatenate(rows(name))
     return torch.from_numpy(np.pad(row, (0, -len(row) % 8)))
 
 
 def said(logp: str = "logp", value: str = "values") -> Output:
-    """A model that says the fixture's log-probs and values."""
+    """Return a model output with the fixture's log-probs and values."""
     return Output(logp=flat(logp), entropy=torch.zeros_like(flat(logp)), value=flat(value))
 
 
@@ -66,7 +69,7 @@ def mean(loss: Loss) -> float:
 
 
 def responses(rewards: list[float], group: int, length: int = 2, **fields: object) -> list[Sample]:
-    """One sample per reward: a prompt of two tokens, then `length` tokens of its own."""
+    """Return one sample per reward. Each has a prompt of two tokens and a response of `length` tokens."""
     made = []
     for i, reward in enumerate(rewards):
         tokens = np.array([1, 2] + [10 * i + 3 + t for t in range(length)], np.int32)

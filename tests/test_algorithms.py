@@ -1,4 +1,4 @@
-"""What the six algorithms make of samples and outputs: credit, losses at step zero, and every key that they read."""
+"""The six algorithms: credit, losses at step zero, and every key that they read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf.train.optimizer import learning_rate
 
 
 def outputs(batch: Batch, logp: list[float] | None = None, scores: list[float] | None = None) -> Output:
-    """The same log-prob at every token of a sequence, and a score at its last."""
+    """Return outputs with the same log-prob at every token of a sequence, and a score at its last token."""
     sequences = len(batch.group)
     each = torch.tensor([*(logp or [-1.0] * sequences), 0.0])[batch.segment]
     value = torch.tensor([*(scores or [0.0] * sequences), 0.0])[batch.segment] * batch.last
@@ -48,7 +48,7 @@ def softplus(x: float) -> float:
 
 @pytest.mark.parametrize("mode", ALGORITHMS)
 def test_empty_microbatch_has_no_weight(mode: str) -> None:
-    """A rank with nothing left runs one masked row: it must add nothing, and still give a gradient path."""
+    """A rank without samples runs one masked row. It adds nothing, and still gives a gradient."""
     made = algorithm(mode, "rm.lm=1", "dpo.sft=1")
     for role in [role for role, use in made.models.items() if use == "train"]:
         batch = pack([], multiple=4)
@@ -81,7 +81,7 @@ def test_empty_microbatch_has_no_weight(mode: str) -> None:
     ],
 )
 def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, str], streams: tuple[str, ...]) -> None:
-    """Nothing is loaded or scored that no formula reads; the model that the run is for comes first."""
+    """A run loads only models, and scores only streams, that a formula reads. The trained model comes first."""
     made = algorithm(mode, *overrides)
     assert list(made.models.items()) == list(models.items())
     assert made.streams == streams
@@ -128,17 +128,20 @@ def test_reward_equals_published() -> None:
 
 
 def test_reward_pairs_by_hand() -> None:
-    """Four scored responses with one tie are five ordered pairs, however they are interleaved with another prompt's pair."""
+    """Four scored responses with one tie are five ordered pairs, also if another prompt's pair lies between them."""
     first, second = responses([3.0, 1.0, 1.0, 2.0], 0), responses([0.0, 1.0], 1)
     found = reward_loss([first[0], second[0], *first[1:], second[1]], scores=[4.0, 1.0, 0.0, 0.0, 1.0, 1.0])
-    gaps = [4, 4, 3, 1, 1, 0]  # 3 over 1, 1 and 2; 2 over 1 and 1; and the other prompt's, whose scores tie
+    gaps = [4, 4, 3, 1, 1, 0]  # 3 over 1, 1 and 2; 2 over 1 and 1; the last one is the other prompt, whose scores tie
     assert found["loss"] == pytest.approx(np.mean([softplus(-gap) for gap in gaps]), abs=1e-6)
     assert found["accuracy"] == pytest.approx(5.5 / 6)
     assert found["margin"] == pytest.approx(13 / 6)
 
 
 def test_reward_keys() -> None:
-    """Step zero is ln 2; a margin asks for more, in proportion to the given scores; the LM term is the best response's, per pair."""
+    """The loss at step zero is ln 2.
+
+    A margin grows with the difference of the given scores. The LM term is that of the best response of each pair.
+    """
     samples = responses([3.0, 1.0], 0)
     assert reward_loss(samples, scores=[0.0, 0.0])["loss"] == pytest.approx(math.log(2))
     assert reward_loss(samples, "rm.margin=0.5", scores=[3.0, 0.0])["loss"] == pytest.approx(softplus(-2.0))
@@ -149,7 +152,7 @@ def test_reward_keys() -> None:
 
 
 def test_score_is_read_behind_the_last_token() -> None:
-    """The place that scored() adds is where the score stands, and is no token of the LM term."""
+    """scored() appends one place, which holds the score. It is not a token of the LM term."""
     sample = scored(responses([1.0], 0)[0])
     assert sample.tokens[-1] == sample.tokens[-2]
     samples = responses([1.0, 0.0], 0)
@@ -165,7 +168,7 @@ def test_score_is_read_behind_the_last_token() -> None:
 
 
 def test_dpo_by_hand() -> None:
-    """Two tokens each, log-ratios 0.5 and -1 per token: h = 1 - (-2) = 3."""
+    """Two tokens each, with log-ratios 0.5 and -1 per token: h = 1 - (-2) = 3."""
     samples = responses([1.0, 0.0], 0)
     found = dpo_loss(samples, logp=[-0.5, -2.0])
     assert found["loss"] == pytest.approx(softplus(-0.3))
@@ -201,7 +204,10 @@ def test_dpo_keys(overrides: list[str], wanted: float) -> None:
 
 
 def test_dpo_lengths() -> None:
-    """Summed over two and four tokens, or averaged: then lengths do not matter. The SFT term is always an average."""
+    """With a sum over two and four tokens the lengths matter, and with a mean they do not.
+
+    The SFT term is always a mean.
+    """
     samples = responses([1.0], 0, length=4) + responses([0.0], 0, length=2)
     assert dpo_loss(samples, logp=[-0.5, -2.0])["loss"] == pytest.approx(softplus(-0.1 * (4 * 0.5 + 2)))
     found = dpo_loss(samples, "dpo.length_normalise=true", "dpo.sft=1", logp=[-0.5, -2.0])
@@ -210,9 +216,12 @@ def test_dpo_lengths() -> None:
 
 
 def test_online_dpo_pairs() -> None:
-    """Best against worst, or all ordered pairs; groups that tie, and second copies of a response, are dropped."""
+    """Pairs are best against worst, or all ordered pairs.
+
+    Ties and duplicates of a response give no pairs.
+    """
     drawn = responses([1.0, 4.0, 2.0, 4.0], 0) + responses([5.0, 5.0], 1)
-    copy = replace(drawn[1], reward=9.0)  # the same text, scored otherwise
+    copy = replace(drawn[1], reward=9.0)  # the same text, with another score
     kept, sums = algorithm("online-dpo").credit([*drawn, copy])
     assert kept == [drawn[1], drawn[0]]
     assert sums == {"tied": (1.0, 2.0), "reward_gap": (3.0, 2.0)}

@@ -1,4 +1,4 @@
-"""The verifier of mathematical answers: what it takes for an answer, and which answers are equal."""
+"""The verifier of mathematical answers: which part of a response is its answer, and which answers are equal."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ EXTRACTED = [
     (r"$\boxed 5$.", "5"),
     (r"\boxed{12", None),  # cut off
     (r"\boxed{ }", None),
-    ("#### Step 2: add\n\\boxed{7}", "7"),  # a heading of Markdown
+    ("#### Step 2: add\n\\boxed{7}", "7"),  # a Markdown heading
     (r"\boxed{7} means that" + "\n#### 8", "8"),
     (r"#### \boxed{9}", "9"),
     ("The answer is 18.", "18"),
@@ -28,7 +28,7 @@ EXTRACTED = [
     ("First answer: 3\n**Answer:** 4", "4"),
     ("The answer is\n\n4", "4"),
     ("Final Answer: The final answer is $x = 5$. I hope it is correct.", "$x = 5$"),
-    ("She makes 18", None),  # a number that merely stands there
+    ("She makes 18", None),  # a number that is not stated as the answer
     ("I have no answer", None),
     ("", None),
 ]
@@ -167,7 +167,7 @@ UNEQUAL = [
     ("5^2", "5"),
     ("5 squared", "5"),
     ("3 pm", "3 am"),
-    ("16 - 3 - 4", "9"),  # work left undone
+    ("16 - 3 - 4", "9"),  # the calculation is not carried out
     ("3 * 6", "18"),
     ("(3)(6)", "18"),
     (r"\sqrt{2}", "1.41421356"),
@@ -267,7 +267,7 @@ def test_time_is_bounded(answer):
 
 @pytest.mark.parametrize("text", ["\\boxed{", "#", "answer ", "answer" + "*" * 999, "{", "answer is ", "####\n"])
 def test_time_is_bounded_for_any_response(text):
-    """Megabytes: what stands far before the end is not read."""
+    """Only the end of a response of megabytes is read."""
     long = text * (5_000_000 // len(text))
 
     def check():
@@ -299,7 +299,7 @@ def test_gsm8k(shared_data, name, count):
             == verify(solution, str(number))
             == 1.0
         )
-    for distance in (1, count // 2):  # another question's solution is right only where it comes to the same number
+    for distance in (1, count // 2):  # the solution of another question is right only if it gives the same number
         for i in range(count):
             j = (i + distance) % count
             assert verify(solutions[i], solutions[j]) == float(numbers[i] == numbers[j])

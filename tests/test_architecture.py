@@ -1,4 +1,4 @@
-"""What config.json says, in the form in which models are published and in the one that transformers 5 writes."""
+"""Reading of config.json, as models are published and as transformers 5 writes it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# name -> (config.json without what only says how it was made, what it is, parameters as the model's card counts them)
+# name -> (config.json without descriptive keys, its architecture, number of parameters on the model's card)
 PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
     "Llama-2-7b-hf": (
         {
-            "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
-            "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
-            "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False, "vocab_size": 32000,
+            "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size":
+            11008, "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": None,
+            "tie_word_embeddings": False, "vocab_size": 32000,
         },
         Architecture(
-            family="llama", layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, context=4096, eps=1e-5,
-            tied=False, rope_theta=10000.0,
+            family="llama", layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000,
+            context=4096, eps=1e-5, tied=False, rope_theta=10000.0,
         ),
         6_738_415_616,
     ),
@@ -42,59 +43,62 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
             "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": False, "vocab_size": 128256,
         },
         Architecture(
-            family="llama", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, context=131072, eps=1e-5,
-            tied=False, rope_theta=500000.0, rope_scaling=LLAMA3_SCALING,
+            family="llama", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256,
+            context=131072, eps=1e-5, tied=False, rope_theta=500000.0, rope_scaling=LLAMA3_SCALING,
         ),
         8_030_261_248,
     ),
     "Mistral-7B-v0.3": (
         {
-            "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
-            "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32768,
+            "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size":
+            14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
+            "tie_word_embeddings": False, "vocab_size": 32768,
         },
         Architecture(
-            family="mistral", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=32768, context=32768, eps=1e-5,
-            tied=False, rope_theta=1000000.0,
+            family="mistral", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=32768,
+            context=32768, eps=1e-5, tied=False, rope_theta=1000000.0,
         ),
         7_248_023_552,
     ),
     "Qwen2.5-0.5B": (
         {
             "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
-            "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24,
-            "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 4096, "tie_word_embeddings": True,
-            "use_sliding_window": False, "vocab_size": 151936,
+            "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers":
+            24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 4096,
+            "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
         },
         Architecture(
-            family="qwen2", layers=24, hidden=896, ffn=4864, heads=14, kv_heads=2, head_dim=64, vocab=151936, context=32768, eps=1e-6,
-            tied=True, rope_theta=1000000.0,
+            family="qwen2", layers=24, hidden=896, ffn=4864, heads=14, kv_heads=2, head_dim=64, vocab=151936,
+            context=32768, eps=1e-6, tied=True, rope_theta=1000000.0,
         ),
         494_032_768,
     ),
     "Qwen3-0.6B": (
         {
-            "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
-            "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,
-            "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000,
-            "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+            "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+            "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+            "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+            "use_sliding_window": False, "vocab_size": 151936,
         },
         Architecture(
-            family="qwen3", layers=28, hidden=1024, ffn=3072, heads=16, kv_heads=8, head_dim=128, vocab=151936, context=40960, eps=1e-6,
-            tied=True, rope_theta=1000000.0,
+            family="qwen3", layers=28, hidden=1024, ffn=3072, heads=16, kv_heads=8, head_dim=128, vocab=151936,
+            context=40960, eps=1e-6, tied=True, rope_theta=1000000.0,
         ),
         596_049_920,
     ),
     "phi-4": (
         {
             "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 5120,
-            "intermediate_size": 17920, "max_position_embeddings": 16384, "num_attention_heads": 40, "num_hidden_layers": 40,
-            "num_key_value_heads": 10, "original_max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_scaling": None,
-            "rope_theta": 250000, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 100352,
+            "intermediate_size": 17920, "max_position_embeddings": 16384, "num_attention_heads": 40,
+            "num_hidden_layers": 40, "num_key_value_heads": 10, "original_max_position_embeddings": 16384,
+            "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 250000, "sliding_window": None,
+            "tie_word_embeddings": False, "vocab_size": 100352,
         },
         Architecture(
-            family="phi3", layers=40, hidden=5120, ffn=17920, heads=40, kv_heads=10, head_dim=128, vocab=100352, context=16384, eps=1e-5,
-            tied=False, rope_theta=250000.0,
+            family="phi3", layers=40, hidden=5120, ffn=17920, heads=40, kv_heads=10, head_dim=128, vocab=100352,
+            context=16384, eps=1e-5, tied=False, rope_theta=250000.0,
         ),
         14_659_507_200,
     ),
@@ -115,7 +119,7 @@ def test_published_models(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rope_as_transformers_5_writes_it(tmp_path: Path, name: str) -> None:
-    """All that belongs to the rotation in one place, which wins over what an older key says."""
+    """Transformers 5 writes all keys of rope into one section. This section overrides the older keys."""
     config, wanted, _ = PUBLISHED[name]
     older = {key: config[key] for key in config if key not in ("rope_theta", "rope_scaling")}
     rope = {"rope_type": "default", "rope_theta": wanted.rope_theta, **(config.get("rope_scaling") or {})}
@@ -170,11 +174,11 @@ def test_sliding_windows(tmp_path: Path, name: str, changes: dict[str, Any], win
     ("name", "changes"),
     [
         ("Qwen2.5-0.5B", {"use_sliding_window": True, "sliding_window": 64}),  # in the layers from max_window_layers on
-        ("Llama-2-7b-hf", {"sliding_window": 64}),  # transformers does not read it, and vLLM does
+        ("Llama-2-7b-hf", {"sliding_window": 64}),  # transformers does not read it, but vLLM does
         (
             "Mistral-7B-v0.3",
             {"sliding_window": 64, "layer_types": ["full_attention"] * 32},
-        ),  # vLLM reads the second, transformers does not
+        ),  # vLLM reads the second one, and transformers does not
     ],
 )
 def test_windows_of_some_layers_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What Megatron's args say of a model, and what they cannot."""
+"""Which properties of a model Megatron's args contain, and which they do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_convert import hf_folder, run
-from test_megatron import save_as_megatron_does
+from test_megatron_damage import save_as_megatron_does
 from test_tiles import LLAMA
 
 from rlhf.errors import UserError
@@ -17,7 +17,7 @@ from rlhf.weights.formats import hf
 
 
 def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The scaling of rope is kept; what we would compute otherwise is refused."""
+    """Rope scaling is read. Args that would mean another computation than ours are refused."""
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, use_rope_scaling=True, rope_scaling_factor=32.0)
     scaling = {
         "rope_type": "llama3",
@@ -88,7 +88,10 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_rope_scaling_in_args(tmp_path: Path, capsys: pytest.CaptureFixture, scaling: dict, said: bool):
-    """What they can say comes back from them alone, and what they cannot from config.json, of which the user is told."""
+    """Some scalings can be stored in args.
+
+    The others are read from config.json only, and the user gets a message.
+    """
     arch = replace(LLAMA, rope_scaling=scaling)
     hf_folder(tmp_path / "hf", arch)
     run("--from", tmp_path / "hf", "--to", tmp_path / "core", "--format", "mcore")

@@ -1,4 +1,4 @@
-"""Models that are damaged, or that nothing here can run: one line, exit code 2, before any rank starts."""
+"""Models that are damaged or not supported are reported in one line, with exit code 2, before any rank starts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_vllm_would_refuse(fail, made: Path, tmp_path: Path, changes: dict,
     "changes", [{"rope_parameters": []}, {"tie_word_embeddings": 1}, {"hidden_size": 130}, {"torch_dtype": "nonsense"}]
 )
 def test_what_transformers_would_refuse(made: Path, tmp_path: Path, changes: dict) -> None:
-    """vLLM reads a config.json by it, and it is stricter than we are."""
+    """vLLM reads config.json with transformers, which is stricter than this program."""
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | changes))
     architecture.read(tmp_path)
     with pytest.raises(
@@ -109,7 +109,10 @@ def test_what_transformers_would_refuse(made: Path, tmp_path: Path, changes: dic
 
 @pytest.mark.parametrize("mode", ["grpo", "evaluate"])
 def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: str) -> None:
-    """A language model in its place would score everything 0. Whoever learns may begin with a head of zeros."""
+    """A language model as reward model would score everything 0.
+
+    A model that is trained may begin with a head of zeros.
+    """
     for name in ("tokenizer.model", "config.json"):
         (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
     demo_task.make_weights(tmp_path)
@@ -119,7 +122,7 @@ def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: s
 
 
 def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
-    """A reward model of a shorter context than the policy's would be asked about positions that it never saw."""
+    """A reward model with a shorter context than the policy's would score positions on which it was not trained."""
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | {"max_position_embeddings": 64}))
     assert f"data.max_tokens=128 is larger than the context length 64 of {tmp_path}" in fail(
         "grpo", f"reward.load={tmp_path}"
@@ -143,7 +146,7 @@ def test_safetensors(fail, made: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_that_share_bytes(fail, made: Path, tmp_path: Path) -> None:
-    """Of two tensors of one shape: no bytes may be read twice, none left out, none be behind the last."""
+    """Tensors of equal shapes: bytes must not be used twice, be unused, or lie behind the end of the file."""
     for name in ("tokenizer.model", "config.json"):
         (tmp_path / name).write_bytes((made / "model" / name).read_bytes())
     demo_task.make_weights(tmp_path)

@@ -1,4 +1,4 @@
-"""Every benchmark runs, at toy size on the CPU, and says what it measured."""
+"""Every benchmark runs at toy size on the CPU and prints its measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
 
 
 def lines(script: str, *arguments: str, **variables: str) -> list[dict]:
-    """The JSON lines that a benchmark prints."""
+    """Return the JSON lines that a benchmark prints."""
     done = run(script, *arguments, **variables)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"benchmark"')]
@@ -37,7 +37,7 @@ def test_train() -> None:
     assert [line["case"] for line in found] == ["fixed, plain", "lognormal, plain", "fixed, fused", "lognormal, fused"]
     for line in found:
         rate = line["tokens_per_s_per_device"] * line["forward_backward_s"]
-        assert rate == pytest.approx(512, rel=0.05)  # the last of the lognormal lengths may stand over
+        assert rate == pytest.approx(512, rel=0.05)  # the last of the lognormal lengths may exceed the total
         assert 0 < line["share_of_matmul"] < 1
         assert line["score_s"] > 0
 
@@ -64,7 +64,7 @@ def test_rollout_and_switch() -> None:
 
 
 def test_tail() -> None:
-    """With responses in flight a step is the same again, whatever it goes on from."""
+    """With responses in flight, two equal runs have the same samples, and so has a run that is resumed."""
     keys = [
         "--model=toy",
         "--groups",
@@ -85,11 +85,11 @@ def test_tail() -> None:
 
 
 def test_step(tmp_path: Path) -> None:
-    """PPO, which has all four models; over twenty steps nothing leaks, of all that a CPU has."""
+    """PPO has all four models. Memory of the CPU process does not grow over twenty steps."""
     keys = ["batch.prompts=2", "rollout.group=2", "rollout.max_tokens=8", "rollout.engine=kvcache"]
     exact = {
         "MALLOC_MMAP_THRESHOLD_": "65536"
-    }  # what is freed goes back to the system at once: no fragments in the count
+    }  # freed memory returns to the system at once, so that fragments do not count
     (found,) = lines(
         "step", str(tmp_path), "--mode=rlhf", "--model=toy", "--layers=1", "--steps=20", "--warm=2", *keys, **exact
     )
@@ -100,7 +100,7 @@ def test_step(tmp_path: Path) -> None:
 
 
 def test_host() -> None:
-    """What the host does, at two sizes each; tokens of a data set are mapped, so a process has none of its own."""
+    """Each case runs at two sizes. Tokens of a data set are mapped, so a process does not copy them."""
     sizes = {"stop-strings": (64, 128), "packing": (32, 64), "data-cache": (400_000, 2_000_000), "plan": (32, 4096)}
     found = lines("host", *(str(argument) for name, both in sizes.items() for argument in (f"--{name}", *both)))
     named = [(line["case"], line.get("tokens", line.get("samples", line.get("world")))) for line in found]
@@ -115,11 +115,11 @@ def test_host() -> None:
 
 @pytest.mark.skipif(not TRL, reason="trl is not installed: pip install trl==1.16.0 datasets")
 def test_trl(tmp_path: Path) -> None:
-    """Both trainers do the same job, each with vLLM, and the engine that TRL samples with has what TRL has learned."""
+    """Both trainers do the same work, each with vLLM, and TRL's engine samples with TRL's newest weights."""
     keys = ["batch.prompts=2", "rollout.group=4", "rollout.max_tokens=8", "optim.lr=0.01"]
     (found,) = lines("trl_grpo", str(tmp_path), "--model=toy", "--layers=1", "--rows=4", *keys)
     assert found["trl/response_tokens"] == found["ours/response_tokens"] == pytest.approx(8, abs=0.5)
-    assert found["trl/tokens"] == pytest.approx(found["ours/tokens"], rel=0.1)  # prompts are drawn in another order
+    assert found["trl/tokens"] == pytest.approx(found["ours/tokens"], rel=0.1)  # prompts come in another order
     assert found["trl/mismatch"] < 0.02  # 0.24 with the weights of the step before
     assert found["trl/rollout"] + found["trl/score"] + found["trl/learn"] == pytest.approx(
         found["trl/seconds"], rel=1e-3
@@ -146,8 +146,8 @@ def test_table_shows_both_trainers() -> None:
         line |= {f"{side}/tokens_per_second": rate, f"{side}/response_tokens": 398.7}
     shown = table().table({("trl", "grpo 7b, float32"): [line]})
     assert (
-        "| 2.10 x: 10,521 and 5,000 tokens/s, responses of 399 and 399 tokens | 2 x | `benchmarks/trl_grpo.py OUT` (cpu) |"
-        in shown
+        "| 2.10 x: 10,521 and 5,000 tokens/s, responses of 399 and 399 tokens "
+        "| 2 x | `benchmarks/trl_grpo.py OUT` (cpu) |" in shown
     )
 
 

@@ -1,4 +1,4 @@
-"""Chat templates come with a model, and are programs: they are bounded, and reach nothing."""
+"""Chat templates are programs of a model's folder: they run with limits, and cannot access anything else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
     ],
 )
 def test_chat_template_is_bounded(tmp_path, monkeypatch, template, said):
-    """In time, memory and numbers. What was there before is there again."""
+    """Time, memory and numbers are limited. The limits of the process are restored afterwards."""
     monkeypatch.setattr("rlhf.data.chat.MEMORY", 64 << 20)
     if said.endswith(" s"):
         monkeypatch.setattr("rlhf.data.chat.SECONDS", 0.5)

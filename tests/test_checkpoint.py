@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: what is kept, what `latest` and the links name, and what a crash at any moment leaves."""
+"""The checkpoints of a run: which are kept, the targets of `latest` and the links, and the folder after a crash."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_a_run_without_checkpoints_starts_from_the_first_step(tmp_path: Path) ->
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
     run = Run(tmp_path, f"checkpoint.keep={keep}")
-    for step in (8, 9, 10, 100):  # their names sort as their numbers do
+    for step in (8, 9, 10, 100):  # their names sort like their numbers
         run.save(step)
         check_resumes_at(tmp_path, step)
     assert run.folders() == [8, 9, 10, 100][-keep:]
 
 
 def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
-    """By a run that went back to an earlier checkpoint, say."""
+    """For example after the run went back to an earlier checkpoint."""
     run = Run(tmp_path)
     for step in (1, 2, 2):
         run.save(step)
@@ -42,7 +42,7 @@ def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
 
 
 def test_links_name_the_newest_export(tmp_path: Path) -> None:
-    """Which is not always in the newest checkpoint."""
+    """The newest export is not always in the newest checkpoint."""
     run = Run(tmp_path, 'checkpoint.format=["hf", "mcore"]', "checkpoint.keep=3")
     for step, export in ((1, True), (2, True), (3, False)):
         run.save(step, export)
@@ -79,7 +79,7 @@ def during_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def during_the_deletion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the old checkpoint; a call that is told to ignore errors is not it."""
+    """Crash during the deletion of the old checkpoint. Calls with ignore_errors do not count."""
     remove = shutil.rmtree
     monkeypatch.setattr(
         shutil, "rmtree", lambda path, ignore_errors=False: remove(path, True) if ignore_errors else crash()
@@ -87,7 +87,7 @@ def during_the_deletion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second file of the checkpoint, after a part of it."""
+    """Crash in the second file of the checkpoint, after a part of it is written."""
     written = []
 
     def save(state: object, file: object) -> None:
@@ -115,7 +115,10 @@ def while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_crash_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: Callable[[pytest.MonkeyPatch], None], left: int
 ) -> None:
-    """Whatever the moment, `latest` names a folder that is complete; the next run continues from it and saves over what was left."""
+    """After a crash at any moment, `latest` names a complete folder.
+
+    The next run continues from it, and overwrites incomplete folders.
+    """
     run = Run(tmp_path, "checkpoint.keep=1")
     run.save(1, export=True)
     with monkeypatch.context() as patch:
@@ -135,7 +138,7 @@ def test_a_crash_leaves_a_whole_checkpoint(
 
 @pytest.mark.parametrize("rank", range(4))
 def test_every_rank_saves_what_is_its_own(tmp_path: Path, rank: int) -> None:
-    """Weights once per (tp, pp) shard, optimizer and random state of every rank."""
+    """Weights are saved once per (tp, pp) shard, optimizer and random state by every rank."""
     layout = Layout(2, 1, 1, 2)
     tp, cp, dp, pp = layout.coordinates(rank)
     (tmp_path / "step_000001.partial").mkdir()
@@ -152,7 +155,7 @@ def test_every_rank_saves_what_is_its_own(tmp_path: Path, rank: int) -> None:
 
 
 def test_what_was_just_written_stays(tmp_path: Path) -> None:
-    """Whatever stands beside it: folders of later steps, which a run went back from, are neither counted nor deleted."""
+    """Folders of later steps, from before the run went back, are neither counted nor deleted."""
     run = Run(tmp_path, "checkpoint.keep=1")
     later = Run(tmp_path, "checkpoint.keep=3")
     for step in (6, 8):
@@ -169,7 +172,10 @@ def test_what_was_just_written_stays(tmp_path: Path) -> None:
 
 
 def test_a_kill_before_latest_moves_costs_no_later_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With keep=1: the folder that was renamed, but is not named yet, must not push out what the next run writes before it."""
+    """keep=1: a folder that is renamed, but not yet in `latest`, must not delete the next run's checkpoint.
+
+    The next run writes an earlier step.
+    """
     run = Run(tmp_path, "checkpoint.keep=1")
     run.save(2)
     with monkeypatch.context() as patch:
@@ -184,7 +190,7 @@ def test_a_kill_before_latest_moves_costs_no_later_checkpoint(tmp_path: Path, mo
 
 @pytest.mark.parametrize("link", ["best", "hf"])
 def test_what_a_link_names_stays(tmp_path: Path, link: str) -> None:
-    """The newest export, and what a person has linked to."""
+    """The newest export and the targets of a user's links stay."""
     run = Run(tmp_path, "checkpoint.keep=1")
     run.save(1, export=True)
     if link == "best":
@@ -203,7 +209,7 @@ def test_the_newest_whole_checkpoint_is_found_without_latest(
     run = Run(tmp_path, "checkpoint.keep=4")
     for step in (1, 2, 1_000_000):
         run.save(step)
-    (tmp_path / "step_000003").mkdir()  # not whole
+    (tmp_path / "step_000003").mkdir()  # incomplete
     (tmp_path / "step_000004.partial").mkdir()
     if latest is None:
         (tmp_path / "latest").unlink()

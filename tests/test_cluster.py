@@ -1,4 +1,7 @@
-"""Which node or rank this is, from the environments that Slurm and other launchers set (Slurm's are cut from a real 22.05)."""
+"""The number of a node or rank, from the variables of Slurm and other launchers.
+
+Slurm's variables are taken from a real Slurm 22.05.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 from rlhf import cluster
 from rlhf.errors import UserError
 
-# What srun --nodes=2 --ntasks=2 says on the second node, and the batch script of the same job on the first.
+# The variables of srun --nodes=2 --ntasks=2 on the second node, and those of the job's batch script on the first.
 STEP = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NODELIST": "127.0.0.[1-2]",
@@ -50,7 +53,7 @@ def test_hosts(text: str, names: list[str]):
 
 
 def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
-    """By the launcher, and by a rank that others have started."""
+    """Both the launcher and a rank that another launcher has started report it."""
     from rlhf.parallel import mesh
 
     with socket.socket() as other:
@@ -74,7 +77,7 @@ def test_a_port_that_another_program_has(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_allocation_without_srun(monkeypatch: pytest.MonkeyPatch):
-    """As inside of a container."""
+    """This is the case inside a container."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"SLURM_JOB_ID=7, but srun is not found: .* or unset SLURM_JOB_ID"):
         cluster.step(["true"], BATCH)
@@ -84,7 +87,7 @@ def test_node():
     assert cluster.node(STEP) == cluster.Node(1, 2, "127.0.0.1", 10049)
     assert cluster.node(BY_HAND) == cluster.Node(1, 2, "127.0.0.9", 1234)
     assert cluster.node(STEP | {"MASTER_ADDR": "127.0.0.5", "MASTER_PORT": "99"}) == cluster.Node(1, 2, "127.0.0.5", 99)
-    for variables in ({}, {"MASTER_ADDR": "no.such.host.invalid"}):  # which one node does not ask
+    for variables in ({}, {"MASTER_ADDR": "no.such.host.invalid"}):  # a single node does not need this address
         alone = cluster.node(variables)
         assert (alone.index, alone.count, alone.address) == (0, 1, "127.0.0.1")
     with socket.socket() as probe:
@@ -132,7 +135,7 @@ TORCHRUN = {
     ],
 )
 def test_mistakes_of_a_rank(change: dict[str, str], wanted: str):
-    """That was started by hand, or by another launcher."""
+    """The rank was started by hand, or by another launcher."""
     assert cluster.world(TORCHRUN) == 4
     with pytest.raises(UserError, match=re.escape(wanted)):
         cluster.world(TORCHRUN | change)

@@ -1,4 +1,4 @@
-"""The folder that keeps a tokenized data set: mapped, whole, and named by all that decides it."""
+"""The folder of a tokenized data set: it is mapped and complete, and its name depends on all inputs."""
 
 import re
 from dataclasses import fields
@@ -20,9 +20,9 @@ def tokenizer(llama3):
 
 
 def test_tokens_that_were_kept_are_mapped(tmp_path, tokenizer):
-    """By whoever loads them, the first one too; what is drawn is a copy in plain memory."""
+    """Every load maps the tokens, also the first one. Drawn samples are copies in memory."""
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?"}, {"prompt": "Q!"})
-    old = tmp_path / "cache" / "0.npz"  # what earlier versions wrote
+    old = tmp_path / "cache" / "0.npz"  # written by earlier versions
     old.parent.mkdir()
     old.write_bytes(b"?")
     first, again = (Records.load(file, "prompts", tokenizer, Data(), cache=old.parent) for _ in range(2))
@@ -46,7 +46,7 @@ def test_tokens_that_were_kept_are_mapped(tmp_path, tokenizer):
 
 
 def test_damaged_tokens_are_told(tmp_path, tokenizer):
-    """Files that are cut, missing, of another kind, of another data set, or have one bit flipped."""
+    """Files that are cut, missing, of another kind or another data set, or that have one flipped bit, are reported."""
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?"}, {"prompt": "what do they mean by it?"})
     cache = tmp_path / "cache"
     Records.load(file, "prompts", tokenizer, Data(), cache=cache)
@@ -66,7 +66,7 @@ def test_damaged_tokens_are_told(tmp_path, tokenizer):
 
 
 def test_whoever_writes_tokens_second_leaves_the_first(tmp_path):
-    """Several nodes may make the same folder at once; nothing else stays behind."""
+    """Several nodes may write the same folder at once: the first one stays, and nothing else is left."""
     made = Columns.of([], (0, 0, 0))
     for _ in range(2):
         columns.write(tmp_path / "cache" / "name", made)

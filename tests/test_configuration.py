@@ -1,4 +1,4 @@
-"""From files and key=value to a configuration and back."""
+"""The configuration is read from files and key=value, and written back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ODD = [
 
 
 def there_and_back(config: Config, folder: Path) -> Config:
-    """Through a file, as a run writes it and its user starts from it."""
+    """Write the configuration to a file as a run does, and read it as a user would."""
     (folder / "config.toml").write_text(configuration.to_toml(config))
     return configuration.load(config.mode, [str(folder / "config.toml")])
 
@@ -47,14 +47,14 @@ def test_defaults_there_and_back(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("text", ODD, ids=ascii)
 def test_texts_there_and_back(tmp_path: Path, text: str) -> None:
-    """A stop string may be anything, and so may a folder's name: lines, quotes, backslashes, control characters but NUL."""
+    """Stop strings and folder names may have lines, quotes, backslashes and all control characters except NUL."""
     config = configuration.load("grpo", [])
     config = replace(config, out=text, rollout=replace(config.rollout, stop=(text, "x" + text)))
     assert there_and_back(config, tmp_path) == config
 
 
 def test_escapes_of_the_command_line(tmp_path: Path) -> None:
-    """A list of strings is TOML on the command line, too."""
+    """A list of strings has TOML syntax on the command line, too."""
     config = configuration.load("grpo", [r'rollout.stop=["\n\nHuman:", "a\\b"]', r"out=a\b"])
     assert config.rollout.stop == ("\n\nHuman:", r"a\b")
     assert config.out == r"a\b"
@@ -62,7 +62,7 @@ def test_escapes_of_the_command_line(tmp_path: Path) -> None:
 
 
 def test_every_key_there_and_back(tmp_path: Path) -> None:
-    """Also what no default is: another number for every number, the other truth for every truth."""
+    """All keys are tested with values that are not the defaults: other numbers, and inverted booleans."""
     config = configuration.load("grpo", [])
     overrides = []
     top = {f.name: getattr(config, f.name) for f in fields(Config) if f.name != "sections"}
@@ -74,14 +74,14 @@ def test_every_key_there_and_back(tmp_path: Path) -> None:
         ]
     made = configuration.load(
         "grpo", [*overrides, "rollout.inflight=1.25"]
-    )  # the one number that is at least 1, where others are at most
+    )  # the one number that is at least 1, while others are at most 1
     assert len(overrides) > 60
     assert there_and_back(made, tmp_path) == made
     assert made != config
 
 
 def other(value: Any) -> Any:
-    """Another value of the same type that every key of it allows; None for what is neither number nor truth."""
+    """Return another value of the same type that every key accepts. None: the value is no number and no boolean."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -90,7 +90,7 @@ def other(value: Any) -> Any:
 
 
 def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
-    """A section of one file does not take back the keys of the same section of another."""
+    """A section in one file does not reset keys of the same section in another file."""
     (tmp_path / "one.toml").write_text("steps = 7\n[optim]\nlr = 0.5\nclip = 2\n")
     (tmp_path / "two.toml").write_text("[optim]\nlr = 0.25\n")
     files = [str(tmp_path / name) for name in ("one.toml", "two.toml")]

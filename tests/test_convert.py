@@ -1,4 +1,4 @@
-"""Conversion: any format and layout to any other is bitwise, in bounded memory, and never half done."""
+"""Conversion from any format and layout to any other is bitwise, needs bounded memory, and is never left half done."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ MODELS = {
 def hf_folder(
     folder: Path, arch: architecture.Architecture, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    """A Hugging Face folder, written by the safetensors package; its tensors."""
+    """Write a Hugging Face folder with the safetensors package. Return its tensors."""
     tensors = {name: tensor.to(dtype) for name, tensor in random_hf(arch).items()}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
@@ -169,7 +169,7 @@ def test_a_folder_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: py
 
 
 def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
-    """What reads the new folder could not tell any more that the head is missing."""
+    """A reward model without its head is refused: readers of the new folder could not see that the head is missing."""
     hf_folder(tmp_path / "hf", LLAMA)
     (tmp_path / "hf/config.json").write_text(json.dumps(hf.description(replace(LLAMA, lm=False, scalar=True))))
     with pytest.raises(UserError, match=r"hf has no scalar head \(score.weight\)"):
@@ -179,7 +179,7 @@ def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
 @pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("format", ["legacy", "mcore"])
 def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str):
-    """They do not name the family: a model with fused files becomes one of the first family that computes the same."""
+    """Args do not contain the family. A model with fused files is read as the first family that computes the same."""
     hf_folder(tmp_path / "hf", arch)
     told = replace(arch, family="mistral") if arch.row.files else arch
     for pp in (1, 2):
@@ -210,7 +210,7 @@ def test_a_release_is_of_no_iteration(tmp_path: Path):
 
 
 def test_a_tensor_that_is_passed_over_has_no_say_in_the_dtype(tmp_path: Path):
-    """As the inverse frequencies in Llama 2's folders."""
+    """An example is the inverse frequencies in Llama 2's folders."""
     wanted = hf_folder(tmp_path / "hf", LLAMA)
     save_file(
         wanted | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "hf/model.safetensors"
@@ -236,7 +236,10 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
 
 
 def test_memory_is_bounded_by_the_bucket(tmp_path: Path):
-    """200 MB of weights in 10 MB of memory: one file of an output shard is never held, and what was read is given back."""
+    """The conversion of 200 MB of weights takes 10 MB of memory.
+
+    It never holds a whole file of an output shard, and releases what it has read.
+    """
     arch = replace(LLAMA, hidden=1024, ffn=2048, vocab=2000, layers=12, heads=16, kv_heads=16, head_dim=64)
     hf_folder(tmp_path / "hf", arch)
     assert (tmp_path / "hf/model.safetensors").stat().st_size > 200e6
@@ -246,7 +249,8 @@ from rlhf import convert
 convert.BUCKET = 1 << 20
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-run = lambda *a: convert.main(["--from", {str(tmp_path)!r} + a[0], "--to", {str(tmp_path)!r} + a[1], "--format", *a[2:]])
+root = {str(tmp_path)!r}
+run = lambda *a: convert.main(["--from", root + a[0], "--to", root + a[1], "--format", *a[2:]])
 (torch.ones(1 << 20) * 2).sum()
 start = peak()
 run("/hf", "/old", "legacy")

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are not what was written: one line names the file, and the whole checkpoint before it."""
+"""A file of a checkpoint was changed: one line names the file and the undamaged checkpoint before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf.errors import UserError
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"step": 2'])
 def test_a_damaged_description(tmp_path: Path, text: str | None) -> None:
-    """It is told with the whole checkpoint before it, and how to continue from that."""
+    """The line also names the undamaged checkpoint before it, and says how to continue from there."""
     run = Run(tmp_path)
     for step in (1, 2):
         run.save(step)
@@ -32,7 +32,7 @@ def test_a_damaged_description(tmp_path: Path, text: str | None) -> None:
 
 
 def flip(file: Path) -> None:
-    """One bit, in the middle."""
+    """Flip one bit in the middle."""
     held = bytearray(file.read_bytes())
     held[len(held) // 2] ^= 1
     file.write_bytes(held)
@@ -54,7 +54,10 @@ def add(file: Path) -> None:
 
 
 def swap(file: Path) -> None:
-    """With the same file of the other checkpoint, of the same size, as a restored backup may do."""
+    """Exchange the file with that of another checkpoint of the same size.
+
+    This may happen when a backup is restored.
+    """
     file.write_bytes((file.parents[1] / "step_000001" / file.name).read_bytes())
 
 
@@ -70,11 +73,14 @@ FILES = [
 @pytest.mark.parametrize("spoil", [flip, zero, cut, add, swap, Path.unlink])
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None], name: str) -> None:
-    """Of any file: one line with its name, and with the whole checkpoint before it, which the run then continues from."""
+    """For every file, one line has its name and the undamaged checkpoint before it.
+
+    The run then continues from there.
+    """
     run = Run(tmp_path)
     for step in (1, 2):
         run.save(step)
-        torch.rand(1)  # so that the random states differ
+        torch.rand(1)  # makes the random states differ
     spoil(tmp_path / "step_000002" / name)
     with pytest.raises(
         UserError,
@@ -110,7 +116,7 @@ def test_damage_without_an_older_checkpoint(tmp_path: Path) -> None:
     ("spoil", "said"), [(add, "it has 8 bytes, 7 were written"), (flip, "its checksum is not that of")]
 )
 def test_exported_folders_are_covered(tmp_path: Path, spoil: Callable[[Path], None], said: str) -> None:
-    """Several ranks write one file of them. A person may take one away as a whole."""
+    """Several ranks write one file of an export. A user may delete a whole export."""
     run = Run(tmp_path)
     run.save(1, export=True)
     spoil(tmp_path / "step_000001/hf/model")
@@ -124,7 +130,7 @@ def test_exported_folders_are_covered(tmp_path: Path, spoil: Callable[[Path], No
 def test_a_file_that_cannot_be_read_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    """By one rank: all of them are told, in one line with the path, and nobody is told to go back."""
+    """One rank cannot read a file: one line has the path, and no rank advises to go back to an older checkpoint."""
     run = Run(tmp_path)
     run.save(1)
 
@@ -138,7 +144,10 @@ def test_a_file_that_cannot_be_read_is_not_damaged(
 
 
 def test_checkpoints_of_before_are_read(tmp_path: Path) -> None:
-    """Whose meta.json has no checksums. What torch cannot read is one line, too."""
+    """Older checkpoints have a meta.json without checksums.
+
+    A file that torch cannot read is reported in one line, too.
+    """
     run = Run(tmp_path)
     for step in (1, 2):
         run.save(step)

@@ -1,4 +1,7 @@
-"""What the source asks of an engine, and what it makes of the answers: by an engine that writes everything down."""
+"""The requests of the source to an engine, and the samples that it makes of the completions.
+
+The engine of these tests records all calls.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ class Asked(NamedTuple):
 
 
 class Scribe:
-    """An engine that answers every prompt with what `says` makes of its seed."""
+    """An engine that answers each prompt with the result of `says` for its seed."""
 
-    withdraw = list  # it is never stopped before it has answered all
+    withdraw = list  # all requests are complete before a withdrawal
 
     def __init__(self, says: Callable[[int], Completion]):
         self.says, self.asked, self.version, self.order = says, list[Asked](), 3, 1
@@ -51,7 +54,7 @@ def worthless(samples: list[Sample]) -> None:
 
 
 def by_sibling(samples: list[Sample]) -> None:
-    """The first of each group gets 1, the others 0."""
+    """Give reward 1 to the first response of each group, and 0 to the others."""
     worthless(samples)
     for group in groups(samples):
         group[0].reward = 1.0
@@ -59,7 +62,7 @@ def by_sibling(samples: list[Sample]) -> None:
 
 @pytest.fixture
 def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[EngineSource, Scribe]]:
-    """build(*overrides, says=..., reward=...): a source over 20 records, and its engine."""
+    """Return build(*overrides, says=..., reward=...), which makes a source over 20 records, and its engine."""
     path = write(tmp_path / "train.jsonl", *({"prompt": f"What is {n}?", "answer": str(n)} for n in range(20)))
 
     def made(
@@ -74,7 +77,7 @@ def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[EngineSource
 
 
 def test_every_draw_has_a_seed_of_its_own(build) -> None:
-    """It depends on the run's seed, the step, the prompt's place in it and the sibling's in its group: on each of them, and no more."""
+    """A seed depends on the run's seed, the step, the prompt's index in it, and the response's index in its group."""
     source, engine = build()
     prompts = source.records.head(4)
     for step in (3, 4, 3):
@@ -90,7 +93,7 @@ def test_every_draw_has_a_seed_of_its_own(build) -> None:
 
 
 def test_one_prompt_in_two_groups_of_a_step(build) -> None:
-    """Batches may be larger than the data: its draws are new ones."""
+    """A batch may be larger than the data set. The second draw of a prompt has other seeds."""
     source, engine = build("batch.prompts=40")
     samples, _ = source.take(0)
     (asked,) = engine.asked
@@ -100,7 +103,7 @@ def test_one_prompt_in_two_groups_of_a_step(build) -> None:
 
 
 def test_a_step_has_its_own_prompts(build) -> None:
-    """Those that the records give for (step, seed)."""
+    """They are those that the records return for (step, seed)."""
     source, engine = build("seed=5")
     for step in range(5):
         samples, sums = source.take(step)
@@ -113,7 +116,10 @@ def test_a_step_has_its_own_prompts(build) -> None:
 
 
 def test_rounds_ask_new_prompts(build) -> None:
-    """The first round is that of a run without more; each further one has prompts and draws of its own, all of them by step."""
+    """The first round is that of a run with a single round.
+
+    Each further round has other prompts and seeds. All depend on the step.
+    """
     source, engine = build("rollout.rounds=3")
     samples, sums = source.take(1)
     assert (sums["rounds"], sums["groups_kept"]) == ((3.0, 1.0), (0.0, 12.0))
@@ -128,10 +134,10 @@ def test_rounds_ask_new_prompts(build) -> None:
 
 
 def test_rounds_end_when_there_are_enough(build) -> None:
-    """Groups of unequal rewards are kept until there are batch.prompts of them; what is over is left out."""
+    """Groups of unequal rewards are kept until there are batch.prompts of them. Further groups are dropped."""
     turns = []
 
-    def reward(samples: list[Sample]) -> None:  # three good groups in each round
+    def reward(samples: list[Sample]) -> None:  # three groups of unequal rewards per round
         turns.append(len(turns))
         by_sibling(samples)
         groups(samples)[turns[-1] % 4][0].reward = 0.0
@@ -148,7 +154,10 @@ def test_rounds_end_when_there_are_enough(build) -> None:
 @pytest.mark.parametrize("finish", ["stop", "length"])
 @pytest.mark.parametrize("length", [2, 4])
 def test_the_engine_says_whether_a_response_was_cut(build, finish: str, length: int) -> None:
-    """Not its length: a stop token may be the last that is allowed, and the limit of the whole text may come before that."""
+    """The length does not show it.
+
+    A stop token may be the last allowed token, and the limit of the whole text may cut a response earlier.
+    """
     source, _ = build(says=lambda seed: Completion([9] * length, [-1.0] * length, finish))
     samples, _ = source.take(0)
     assert all(s.truncated == (finish == "length") for s in samples)
@@ -165,7 +174,10 @@ def test_a_stop_string_ends_a_response_that_the_limit_cut(build, llama2: Tokeniz
 
 
 def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
-    """Training as rollout says; held-out prompts at evaluate.temperature, unfiltered; a probe at the learner's temperature, unfiltered."""
+    """Training uses the keys of rollout, held-out prompts evaluate.temperature, and a probe the learner's temperature.
+
+    Held-out prompts and probes use neither top_p nor top_k.
+    """
     keys = [
         "rollout.temperature=0.7",
         "rollout.top_p=0.9",
@@ -190,7 +202,7 @@ def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
 
 
 def test_who_rewards(build) -> None:
-    """Training samples the source's own reward, held-out ones the judge that is given; a probe nobody."""
+    """The source's reward judges training samples, and the given judge held-out ones. Probes get no reward."""
     source, _ = build(reward=by_sibling)
 
     def judge(samples: list[Sample]) -> None:
@@ -215,7 +227,7 @@ def test_log_probs_stand_on_their_labels(build) -> None:
 
 
 def test_responses_are_complete_in_any_order(build) -> None:
-    """The samples are the same, and the judge gets each as soon as it is there."""
+    """The samples do not depend on the order. The judge gets each response as soon as it is complete."""
     source, engine = build(
         says=lambda seed: Completion([5 + seed % 50] * (1 + seed % 3), [-0.5] * (1 + seed % 3), "stop")
     )

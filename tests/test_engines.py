@@ -1,4 +1,4 @@
-"""Both engines against transformers and against each other's rules, on random models of a few thousand parameters."""
+"""Both engines against transformers, on random models of a few thousand parameters."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rlhf.rollout import kvcache
 from rlhf.rollout.kvcache import KVCache
 
 SIZES = {
-    "vocab_size": 101,  # not a multiple of 64, so that padding shows
+    "vocab_size": 101,  # not a multiple of 64, so that padding is needed
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -31,9 +31,9 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # short, so that the stretched frequencies matter here
+    "original_max_position_embeddings": 32,  # short, so that the scaled frequencies matter here
 }
-MODELS = {  # class names' beginning and what config.json has besides SIZES
+MODELS = {  # prefix of the class names, and the keys of config.json besides SIZES
     "llama": ("Llama", {}),
     "llama-tied-llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
@@ -46,14 +46,14 @@ MODELS = {  # class names' beginning and what config.json has besides SIZES
     "qwen3": ("Qwen3", {}),
 }
 MAX_LEN = 192
-LONG = [i * i % 101 for i in range(150)]  # fills a block of vLLM's prefix cache, 128 tokens on a CPU
+LONG = [i * i % 101 for i in range(150)]  # fills a block of vLLM's prefix cache, which has 128 tokens on a CPU
 PROMPTS = [[5, 9, 33], [7], LONG, [100, 0, 64, 65, 1, 2, 3, 4, 90, 17, 18, 19, 20]]
 SEEDS = [11, 22, 33, 44]
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 
 
 def build(kind: str, seed: int = 0):
-    """A random model of transformers, wide enough awake that no two tokens tie."""
+    """Make a random model of transformers, with weights so large that no two tokens tie."""
     name, changes = MODELS[kind]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**(SIZES | changes), attn_implementation="eager")
@@ -61,7 +61,7 @@ def build(kind: str, seed: int = 0):
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(
             parameter
-        )  # biases and norms too: at their initial 0 and 1 they would prove nothing
+        )  # biases and norms too: at their initial 0 and 1 they would test nothing
     return model
 
 
@@ -71,7 +71,10 @@ def folder(model, path: Path) -> str:
 
 
 def shards(model, arch, tp: int, rank: int) -> dict[str, torch.Tensor]:
-    """What rank of tp holds of the model, by vLLM's names: written out here a second time, from the definition."""
+    """Return the shard of rank `rank` of tp, with vLLM's names.
+
+    This is a second implementation, independent of the one in rlhf.
+    """
     state, out = model.state_dict(), {}
 
     def rows(tensor, parts, part):
@@ -80,7 +83,7 @@ def shards(model, arch, tp: int, rank: int) -> dict[str, torch.Tensor]:
     for name in ["model.embed_tokens.weight"] + ([] if arch.tied else ["lm_head.weight"]):
         table = torch.nn.functional.pad(state[name], (0, 0, 0, arch.padded_vocab(tp) - arch.vocab))
         out[name] = rows(table, tp, rank)
-    copies = max(1, tp // arch.kv_heads)  # ranks that hold the same kv head
+    copies = max(1, tp // arch.kv_heads)  # number of ranks that hold the same kv head
     for name, tensor in state.items():
         if name.endswith("norm.weight") or (tp == 1 and ("qkv_proj" in name or "gate_up_proj" in name)):
             out[name] = tensor
@@ -111,7 +114,7 @@ def plain(model, arch) -> KVCache:
 
 
 def reference_logp(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """transformers' log-probs of the response's tokens and, for greedy decoding, the likeliest token at each place."""
+    """Return transformers' log-probs of the response, and for greedy decoding the likeliest token at each place."""
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(-1)
 
@@ -125,7 +128,7 @@ def check_greedy(model, engine: Engine, tolerance: float) -> None:
 
 
 def check_sampled(model, engine: Engine, tolerance: float) -> None:
-    """Log-probs at the sampling temperature; tokens a function of (prompt, seed) alone."""
+    """Check log-probs at the sampling temperature, and that tokens depend on (prompt, seed) alone."""
     sampling = Sampling(max_tokens=12, temperature=0.7)
     together = engine.generate(PROMPTS, sampling, SEEDS)
     for prompt, completion in zip(PROMPTS, together, strict=True):
@@ -141,7 +144,7 @@ def check_sampled(model, engine: Engine, tolerance: float) -> None:
 
 
 def check_many(engine: Engine) -> None:
-    """More prompt tokens than vLLM takes at a time: what is drawn does not change."""
+    """Check that the tokens do not change if there are more prompt tokens than vLLM takes at once."""
     many, sampling = (
         [[1 + (i * j) % 29 for j in range(150)] for i in range(64)],
         Sampling(max_tokens=2, temperature=1.0),
@@ -152,7 +155,10 @@ def check_many(engine: Engine) -> None:
 
 
 def check_stream(engine: Engine) -> None:
-    """A response comes out when it is complete, while others go on. A request whose tokens are watched ends where it is told to."""
+    """Check that a response is returned as soon as it is complete, while others continue.
+
+    A request with `ends` stops when this function returns True.
+    """
     sampling, asked = Sampling(max_tokens=12, temperature=1.0), []
     whole = engine.generate(PROMPTS, sampling, SEEDS)
 
@@ -180,7 +186,10 @@ def check_stream(engine: Engine) -> None:
 
 
 def check_withdraw(engine: Engine, old, new, arch, tolerance: float) -> None:
-    """What is withdrawn is the beginning of what would have come. It goes on as a longer prompt, under other weights, twice alike."""
+    """Check that a withdrawn completion is a prefix of the whole response.
+
+    It can be continued as a longer prompt with other weights, and two runs agree.
+    """
     sampling = Sampling(max_tokens=12, temperature=1.0)
 
     def continued() -> list[tuple[list[int], list[int], list[float]]]:
@@ -229,13 +238,13 @@ def check_limits(engine: Engine) -> None:
     completion = engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=0.0, stop_ids=(stop,)), SEEDS)[0]
     assert (completion.tokens, completion.finish) == (greedy[0].tokens[:first], "stop")
     assert len(completion.logp) == first
-    long = [1] * (MAX_LEN - 3)  # the context ends this response before max_tokens does, and not its neighbour
+    long = [1] * (MAX_LEN - 3)  # the context ends this response before max_tokens does, but not the other one
     cut, neighbour = engine.generate([long, PROMPTS[0]], GREEDY, SEEDS[:2])
     assert (len(cut.tokens), cut.finish) == (3, "length")
     assert neighbour.tokens == greedy[0].tokens
     likeliest = engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=2.0, top_k=1), SEEDS)
     assert [c.tokens for c in likeliest] == [c.tokens for c in greedy]
-    assert all(logp == 0 for c in likeliest for logp in c.logp)  # of the distribution that was drawn from
+    assert all(logp == 0 for c in likeliest for logp in c.logp)  # of the distribution that was sampled
     assert engine.generate([], GREEDY, []) == []
 
 
@@ -265,18 +274,18 @@ def test_kvcache_sleeps_and_wakes_with_new_weights(tmp_path):
 def test_kvcache_splits_long_lists_into_batches(tmp_path, monkeypatch):
     model = build("llama")
     engine = plain(model, architecture.read(folder(model, tmp_path)))
-    monkeypatch.setattr(kvcache, "BATCH", 30)  # tokens: the two shortest prompts together, the others alone
+    monkeypatch.setattr(kvcache, "BATCH", 30)  # tokens: the two shortest prompts together, the others one by one
     check_greedy(model, engine, 1e-5)
 
 
 def test_choose_draws_from_the_filtered_distribution():
     probs = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
-    draws = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # evenly spaced: frequencies come out exact
+    draws = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # evenly spaced: the frequencies are exact
     logits = probs.log().expand(1000, -1)
     cases = {
         Sampling(max_tokens=1): [100, 400, 50, 300, 150],
         Sampling(max_tokens=1, top_k=2): [0, 571, 0, 429, 0],  # 4/7 and 3/7
-        Sampling(max_tokens=1, top_p=0.75): [0, 471, 0, 353, 176],  # 0.4 + 0.3 falls short of 0.75, so 0.15 joins
+        Sampling(max_tokens=1, top_p=0.75): [0, 471, 0, 353, 176],  # 0.4 + 0.3 is less than 0.75, so 0.15 is included
         Sampling(max_tokens=1, top_p=0.69): [0, 571, 0, 429, 0],
         Sampling(max_tokens=1, top_p=0.01): [0, 1000, 0, 0, 0],
         Sampling(max_tokens=1, top_k=2, top_p=0.5): [
@@ -285,7 +294,7 @@ def test_choose_draws_from_the_filtered_distribution():
             0,
             0,
             0,
-        ],  # 4/7 alone covers 0.5 once top-k has been taken
+        ],  # after top-k, 4/7 alone exceeds 0.5
         Sampling(max_tokens=1, temperature=0.5): [35, 561, 9, 316, 79],  # squares over 0.285
     }
     for sampling, expected in cases.items():

@@ -1,4 +1,4 @@
-"""Environments of the user: what they may do wrong, in real processes, and what responses that they answer look like."""
+"""Environments of the user: their mistakes, in real processes, and the responses with their answers."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Counting:
             return None, 1
         said = {"role": "user", "content": f"{self.start + self.turns} in {os.getpid()}"}
         wrong = {
-            "text": "hello", "pair": ("hello", 1.0), "empty": ([], 1.0), "nan": ([said], float("nan")), "words": ([{"role": "user"}], 0.0),
-            "assistant": ([{"role": "assistant", "content": "I"}], 0.0),
+            "text": "hello", "pair": ("hello", 1.0), "empty": ([], 1.0), "nan": ([said], float("nan")),
+            "words": ([{"role": "user"}], 0.0), "assistant": ([{"role": "assistant", "content": "I"}], 0.0),
         }
         return wrong.get(text, ([said], 0.5))
 
@@ -78,7 +78,7 @@ def ask(environments: Environments, *turns: rewards.worker.Turn) -> list[Reply]:
 
 
 def said(reply: Reply) -> tuple[int, int]:
-    """The count, and the process."""
+    """Return the count, and the process id."""
     assert reply.messages
     count, _, process = reply.messages[0]["content"].split()
     return int(count), int(process)
@@ -100,7 +100,7 @@ def test_a_dialogue_stays_in_its_process(counting):
 
 
 def test_a_dialogue_is_told_again_after_its_process_has_ended(counting):
-    """And where others have its key, as after a restart."""
+    """A new process gets the earlier turns again. The same happens if the key was used for another dialogue."""
     with Environments(counting, timeout=1, workers=1) as environments:
         (before,) = ask(environments, ("a", {"start": 3}, ["x"]))
         assert ask(environments, ("b", {}, ["hang"])) == [Reply(None, 0.0, True)]
@@ -187,7 +187,7 @@ def test_the_example_of_the_documentation(tmp_path):
 
 
 class Engine:
-    """Says the next of its texts to every request, one request in a step, ended by a stop token unless there is no room."""
+    """Completes one request per step with the next of its texts, and a stop token if there is room for it."""
 
     version = 3
     withdraw = list
@@ -256,7 +256,7 @@ ALONE = SimpleNamespace(
 def talk(
     folder: Path, tokenizer: Tokenizer, *texts: str, keys: tuple[str, ...] = (), record: dict | None = None
 ) -> list[Sample]:
-    """Two prompts with two responses each."""
+    """Return two prompts with two responses each."""
     (folder / "talking.py").write_text(TALKING)
     data = write(folder / "train.jsonl", *({"prompt": f"What is {n}?", **(record or {})} for n in range(2)))
     given = [
@@ -294,8 +294,8 @@ def test_turns_until_the_environment_ends(tmp_path, llama2):
     [
         (["one"], ["rollout.turns=3"], (3.0, 5)),
         (["one"], ["rollout.turns=1"], (1.0, 1)),
-        (["one", "more more more more more"], ["rollout.max_tokens=40"], (2.0, 3)),  # the second answer leaves no room
-        (["one " * 80], [], (0.0, 1)),  # nor does the first turn end
+        (["one", "more more more more more"], ["rollout.max_tokens=40"], (2.0, 3)),  # no room for the second answer
+        (["one " * 80], [], (0.0, 1)),  # the first turn does not end
         (["one", "more more more more more"], ["data.max_tokens=48", "rollout.max_tokens=40"], (2.0, 3)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Folders of safetensors: wrong ones are refused by name, boxes are read bitwise, and open_folder() does without torch."""
+"""Folders of safetensors: wrong ones are refused by name, boxes are read bitwise, and open_folder() needs no torch."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_megatron import save_as_megatron_does
+from test_megatron_damage import save_as_megatron_does
 from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
 
 from rlhf.config import Checkpoint
@@ -21,7 +21,7 @@ from rlhf.weights.names import tilings
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], num_files: int = 1) -> None:
-    """A Hugging Face folder, written by the safetensors package."""
+    """Write a Hugging Face folder with the safetensors package."""
     if num_files == 1:
         save_file(tensors, folder / "model.safetensors")
         return
@@ -66,7 +66,7 @@ def test_formats_are_those_of_the_key():
 
 
 def test_random_weights_are_of_seed_and_name():
-    """On every device and at every layout: another seed or another tensor, other weights."""
+    """They depend on the seed and the tensor's name only, not on the device or the layout."""
     tiling = names.tiles(LLAMA, "hf")
 
     def made(seed: int) -> dict[str, torch.Tensor]:
@@ -128,12 +128,12 @@ def test_a_causal_model_serves_as_a_scalar_one(tmp_path: Path, lm: bool):
 
 
 def edit(change):
-    """A folder whose single file holds changed tensors."""
+    """Return an edit of the tensors in a folder's single file."""
     return lambda folder: save(folder, change(random_hf(LLAMA)))
 
 
 def cut(size: int):
-    """A folder whose single file ends after size bytes, or that many before its end."""
+    """Return a cut of a folder's single file after `size` bytes (negative: that many bytes before its end)."""
 
     def make(folder: Path) -> None:
         save(folder, random_hf(LLAMA))
@@ -150,7 +150,7 @@ def pointer(folder: Path) -> None:
 
 
 def spoilt(old: bytes, new: bytes):
-    """A folder whose single file says something else in its header."""
+    """Return a change of the header in a folder's single file."""
 
     def make(folder: Path) -> None:
         save(folder, random_hf(LLAMA))

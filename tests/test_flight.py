@@ -1,4 +1,4 @@
-"""Which groups in flight a step takes: the oldest that are complete, none too late, and none lost."""
+"""Which groups in flight a step takes: the oldest complete ones, none later than allowed, and all in the end."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_step_waits_for_a_group_that_would_come_too_late() -> None:
     ("quota", "inflight", "max_lag"), [(1, 2.0, 1), (4, 1.25, 1), (4, 2.0, 1), (3, 2.5, 2), (8, 5.0, 4), (5, 1.4, 4)]
 )
 def test_no_group_is_taken_too_late(quota: int, inflight: float, max_lag: int) -> None:
-    """Whatever completes first. A step that has to wait never waits for what cannot come."""
+    """This holds for any order of completion. A step that waits never waits for a group that cannot complete."""
     rng, flight, taken, begun = np.random.default_rng(7), list[Group](), list[Group](), 0
     for step in range(60):
         fresh = groups(round(quota * inflight) + len(taken) - begun, step, begun)
@@ -87,8 +87,8 @@ def test_a_response_is_what_all_weights_drew_of_it() -> None:
 
 
 ARCH = Architecture(
-    family="llama", layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=128, context=128, eps=1e-5, tied=False,
-    rope_theta=1e4,
+    family="llama", layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=128, context=128, eps=1e-5,
+    tied=False, rope_theta=1e4,
 )  # fmt: skip
 
 
@@ -112,7 +112,10 @@ def test_more_in_flight_than_can_be_learned_in_time_is_refused() -> None:
 
 @pytest.mark.parametrize(("mode", "section"), [("grpo", "grpo"), ("rlhf", "ppo")])
 def test_tokens_of_older_weights_are_weighed(mode: str, section: str) -> None:
-    """By default where there are any; OnlineDPO has no such weight, and a run says so."""
+    """The default is on if tokens may be of older weights.
+
+    OnlineDPO has no such weight, and a run prints that.
+    """
     for keys, cap in (
         ([], 0.0),
         (["rollout.inflight=1.5"], 2.0),

@@ -1,4 +1,7 @@
-"""A new algorithm is one file and one line: what CONTRIBUTING.md says, done to a copy of the package and run end to end on two ranks."""
+"""A new algorithm is one file and one line.
+
+The steps of CONTRIBUTING.md are applied to a copy of the package, which then runs on two ranks.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ KEYS += ["steps=3", "optim.lr=1e-3", "evaluate.prompts=4", "parallel.dp=2", "che
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package with two more algorithms, and a tiny model with data for both."""
+    """Return a copy of the package with two more algorithms, and with a tiny model and data for both."""
     root = tmp_path_factory.mktemp("foreign")
     shutil.copytree(ROOT / "rlhf", root / "rlhf", ignore=shutil.ignore_patterns("__pycache__"))
     table = root / "rlhf/algorithms/__init__.py"
@@ -99,7 +102,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def test_kto_runs(copy: Path) -> None:
-    """The first loss is that of equal models: sigmoid(0) is one half. Learning lowers the held-out one."""
+    """The first loss is that of equal models: sigmoid(0) is one half. Learning lowers the held-out loss."""
     call(
         copy,
         "kto",
@@ -118,7 +121,7 @@ def test_kto_runs(copy: Path) -> None:
 
 
 def test_reinforce_runs(copy: Path) -> None:
-    """By a rule that some responses of a random model fulfil, so that its baseline is between 0 and 1."""
+    """A random model fulfils the reward function in some responses, so the baseline is between 0 and 1."""
     (copy / "even.py").write_text("def reward(prompt, response, record):\n    return len(response) % 2 == 0\n")
     data = ["data.train=data/train_rl.jsonl", "data.eval=data/heldout.jsonl", "reward.function=even.py:reward"]
     call(copy, "reinforce", *KEYS, "policy.load=model", *data, "out=runs/reinforce")

@@ -1,4 +1,4 @@
-"""Forms of lines, by mode: what each says, what of it is learned, and errors that name file:line."""
+"""The forms of lines, by mode: the text of each, and which tokens of it are learned."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from rows import first_learned, learned, whole, write
+from rows import AGAIN, ASSISTANT, OTHER, SYSTEM, USER, first_learned, learned, whole, write
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
@@ -14,11 +14,6 @@ from rlhf.contracts import Text
 from rlhf.data.forms import FORMS
 from rlhf.data.records import Records
 from rlhf.errors import UserError
-
-SYSTEM, USER, ASSISTANT = (
-    {"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A."))
-)
-OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +56,7 @@ def test_sft_forms(tmp_path, tokenizer, row):
         {"question": "Q?", "answer": "#### 4"},
         {"prompt": [USER]},
         {"messages": [USER]},
-        {"messages": [USER, ASSISTANT]},  # what the assistant said is left out
+        {"messages": [USER, ASSISTANT]},  # the assistant's message is dropped
         {"eval_func": "math_rule", "prompt": "Q?", "answer": "4"},
         {"prompt": "Q?", "chosen": "A.", "rejected": "No."},
     ],
@@ -77,7 +72,7 @@ def test_prompt_forms(tmp_path, tokenizer, row):
 
 @pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
 def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
-    """The assistant's turns in it are not learned, and it is measured as a prompt."""
+    """The assistant's turns in it are not learned, and it counts as a prompt for the limit of length."""
     file = write(
         tmp_path / "a.jsonl",
         {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, OTHER]},
@@ -100,13 +95,13 @@ def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
         {"prompt": [USER], "chosen": "A.", "rejected": "No."},
         {"prompt": "Q?", "chosen": [ASSISTANT], "rejected": [OTHER]},
         {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]},
-        {"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt repeated
-        {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt implied
+        {"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt is repeated
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt is part of the messages
         {"prompt": "Q?", "prompt_id": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "score_chosen": 8.5},
     ],
 )
 def test_pairs(tmp_path, tokenizer, form, row):
-    """One group, rewards 1 and 0, one prompt, and of both the last response alone is learned."""
+    """A pair is one group with rewards 1 and 0 and one prompt. Only its last responses are learned."""
     file = write(tmp_path / "a.jsonl", row, row)
     samples = Records.load(file, form, tokenizer, Data(template="human", learn="all")).head(0)
     assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, 0.0), (1, 1.0), (1, 0.0)]
@@ -133,7 +128,7 @@ def test_pairs_of_several_turns_learn_the_last(tmp_path, tokenizer, learn):
 
 @pytest.mark.parametrize("query", ["query", "prompt"])
 def test_scored_responses(tmp_path, tokenizer, query):
-    """The tutorial's form of reward data: k responses with scores, ties among them."""
+    """The tutorial's form of reward data has k responses with scores, and allows ties."""
     rows = [
         {query: "Q?", "response": ["A.", "No.", "four"], "score": [1, -0.5, 1.0]},
         {query: [USER], "response": ["A.", "No."], "score": [0, 2]},
@@ -161,7 +156,7 @@ def test_learned_turns_of_a_conversation(tmp_path, tokenizer, learn, said):
 
 @pytest.mark.parametrize("form", ["demonstrations", "pairs"])
 def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, form):
-    """A template may write more there; an engine stops at the stop token, and a reward model reads both alike."""
+    """A template may add text after it. It is dropped, so that samples end like an engine's, at the stop token."""
     row = {"prompt": "Q?", "response": "A.", "chosen": "A.", "rejected": "No."}
     for sample in Records.load(write(tmp_path / "a.jsonl", row), form, qwen, Data(template="chatml")).head(0):
         assert sample.tokens[-1] == qwen.eos
@@ -169,7 +164,7 @@ def test_nothing_stands_behind_the_end_of_a_response(tmp_path, qwen, form):
 
 
 def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llama3, qwen, shared_data):
-    """Files with the dialogues' text need template plain, files with messages template human; both give the same samples."""
+    """Dialogues as text with template plain, and as messages with template human, give the same samples."""
     with gzip.open(shared_data / "hh_harmless_test.jsonl.gz") as lines:
         texts = [
             json.loads(line)["chosen"].rpartition("\n\nAssistant:")[::2]
@@ -183,7 +178,7 @@ def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llam
             or len(parts) % 4 != 2
             or not response.strip()
         ):
-            continue  # two turns of one speaker, or none
+            continue  # two turns of one speaker in a row, or none
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(parts[1::2])]
         plain.append(
             {"prompt": prompt + "\n\nAssistant:", "chosen": response, "rejected": " Yes.", "response": response}
@@ -203,7 +198,10 @@ def test_human_messages_are_the_tokens_of_the_texts_in_hh(tmp_path, llama2, llam
 
 
 def test_siblings_are_cut_alike(tmp_path, tokenizer):
-    """A pair over the limit keeps one prompt: the longer response decides how much of it goes. Dropped pairs go whole."""
+    """Both responses of a pair over the limit keep the same prompt.
+
+    The longer response decides how much of the prompt is cut. A pair is dropped as a whole.
+    """
     row = {
         "prompt": "the question is what they mean by it " * 6,
         "chosen": "five",
@@ -227,139 +225,3 @@ def test_siblings_are_cut_alike(tmp_path, tokenizer):
     assert (dropped.counts.kept, dropped.counts.dropped) == (1, 1)
     with pytest.raises(UserError, match=re.escape(f"{file}:1: conversation of ")):
         Records.load(file, "pairs", tokenizer, Data(**data))
-
-
-def fails(folder, tokenizer, form, good, line, error):
-    """A folder with a file whose third line is bad; the second is blank."""
-    file = write(folder / "a.jsonl.gz", good, "", line)
-    with pytest.raises(UserError, match=re.escape(error)) as caught:
-        Records.load(folder, form, tokenizer, Data(max_tokens=32))
-    assert str(caught.value).startswith(f"{file}:3: ")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ("{'prompt'", "not JSON (Expecting property name"),
-        ("[", "not JSON (Expecting value"),
-        ('["prompt"]', "not an object but ['prompt']; write one object per line"),
-        ({"text": "hi", "id": 1}, "has the keys 'text', 'id'; give it 'prompt', or 'query', or 'question'"),
-        ({}, "has the keys none; give it 'prompt'"),
-        ({"prompt": 3}, "'prompt' is 3; give a string"),
-        ({"prompt": None}, "'prompt' is None; give a string"),
-        ({"prompt": " \n"}, "'prompt' is empty; give it a text or remove the line"),
-        (r'{"prompt": "half \ud83d"}', "the text contains half of a surrogate pair ("),
-        ({"prompt": []}, "messages are []; give a list of objects with 'role' and 'content'"),
-        (
-            {"prompt": [{"role": "user"}]},
-            "message 1 is {'role': 'user'}; give an object with the strings 'role' and 'content'",
-        ),
-        ({"prompt": [{"role": "human", "content": "x"}]}, "message 1 has role 'human', expected 'user'"),
-        (
-            {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            "'prompt' ends with the assistant; end it with the user",
-        ),
-        ({"messages": [ASSISTANT]}, "'messages' has no user message before the last assistant message; add one"),
-        (
-            {"prompt": "one two three four five six seven eight nine ten"},
-            "tokens is longer than 32; shorten it, raise data.max_tokens, or set",
-        ),
-    ],
-)
-def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
-    fails(tmp_path, tokenizer, "prompts", {"prompt": "good"}, line, error)
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        (
-            {"prompt": "Q?"},
-            "has the keys 'prompt'; give it 'messages', or 'prompt' and 'response', or 'prompt' and 'completion', or",
-        ),
-        ({"prompt": "Q?", "response": ""}, "'response' is empty"),
-        ({"prompt": "Q?", "response": 7}, "'response' is 7; give a string"),
-        (
-            {"prompt": "Q?", "response": ["A."]},
-            "message 1 is 'A.'; give an object with the strings 'role' and 'content'",
-        ),
-        ({"prompt": "Q?", "completion": [USER]}, "'completion' ends with 'user'; end it with the assistant"),
-        ({"messages": [USER]}, "'messages' ends with 'user'; end it with the assistant, whose messages are learned"),
-        ({"messages": [USER, USER, ASSISTANT]}, "message 2 has role 'user', expected 'assistant'"),
-        ({"prompt": "Q?", "response": "A. " * 30}, "tokens is longer than 32; shorten it, raise data.max_tokens"),
-    ],
-)
-def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
-    fails(tmp_path, tokenizer, "demonstrations", {"prompt": "Q?", "response": "A."}, line, error)
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ({"prompt": "Q?", "chosen": "A."}, "'prompt' and 'chosen' and 'rejected', or 'query' and"),
-        ({"prompt": "Q?", "chosen": "A.", "rejected": " "}, "'rejected' is empty"),
-        ({"prompt": "Q?", "chosen": "A.", "rejected": None}, "'rejected' is None; give a string"),
-        ({"prompt": [USER, ASSISTANT], "chosen": "A.", "rejected": "No."}, "'prompt' ends with the assistant"),
-        (
-            {"prompt": [USER], "chosen": [USER], "rejected": [OTHER]},
-            "'chosen' ends with 'user'; end it with the assistant",
-        ),
-        (
-            {"prompt": [USER], "chosen": [ASSISTANT, ASSISTANT], "rejected": [ASSISTANT, OTHER]},
-            "message 3 has role 'assistant', expected 'user'",
-        ),
-        (
-            {"chosen": [ASSISTANT], "rejected": [OTHER]},
-            "'chosen' is a response without a prompt; add a 'prompt', or begin the messages with",
-        ),
-        ({"chosen": "\n\nHuman: Q?\n\nAssistant: A.", "rejected": "x"}, "'chosen' is '\\n\\nHuman: Q?"),
-        (
-            {"chosen": [USER, ASSISTANT], "rejected": [AGAIN, OTHER]},
-            "'chosen' and 'rejected' differ before their last messages, so they answer",
-        ),
-    ],
-)
-@pytest.mark.parametrize("form", ["scored", "pairs"])
-def test_pair_errors_name_the_line(tmp_path, tokenizer, form, line, error):
-    fails(tmp_path, tokenizer, form, {"prompt": "Q?", "chosen": "A.", "rejected": "No."}, line, error)
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"score": 1.0}, "'score' is 1.0; give a list with one entry per response"),
-        ({"response": "A."}, "'response' is 'A.'; give a list with one entry per response"),
-        ({"score": [1, 2, 3]}, "'response' has 2 entries and 'score' 3; give every response a score"),
-        (
-            {"score": [1], "response": ["A."]},
-            "'response' has 1 entries; give two or more to compare, or remove the line",
-        ),
-        ({"score": [1, "2"]}, "'score' 2 is '2'; give a number"),
-        ({"score": [True, 2]}, "'score' 1 is True; give a number"),
-        ({"score": [1, float("nan")]}, "'score' 2 is nan; give a number"),
-        ({"response": ["A.", 3]}, "'response 2' is 3; give a string"),
-        ({"response": ["A.", ""]}, "'response 2' is empty"),
-        ({"query": ""}, "'query' is empty"),
-    ],
-)
-def test_score_errors_name_the_line(tmp_path, tokenizer, change, error):
-    good = {"query": "Q?", "response": ["A.", "No."], "score": [1, 0]}
-    fails(tmp_path, tokenizer, "scored", good, good | change, error)
-
-
-def test_required_keys(tmp_path, tokenizer):
-    file = write(tmp_path / "a.jsonl", {"prompt": "Q?", "answer": 4}, {"prompt": "Q?", "answer": None})
-    assert len(Records.load(file, "prompts", tokenizer, Data())) == 2
-    with pytest.raises(UserError, match=re.escape(f"{file}:2: no 'answer', which the reward needs; add it")):
-        Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
-    file = write(
-        tmp_path / "b.jsonl",
-        {"eval_func": "math_rule", "prompt": "Q?", "answer": 4},
-        {"eval_func": "code", "prompt": "Q?", "answer": 4},
-    )
-    assert len(Records.load(file, "prompts", tokenizer, Data())) == 2
-    with pytest.raises(
-        UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")
-    ):
-        Records.load(file, "prompts", tokenizer, Data(), required=("answer",))

@@ -1,4 +1,4 @@
-"""Every formula against what published implementations return on the same inputs (tests/fixtures), and against numbers made by hand."""
+"""Every formula against results of published implementations (tests/fixtures), and against numbers made by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PUBLISHED = [
     ),
     ((NO_KL, TOKEN, "grpo.mismatch_cap=2"), ["megatron_rl.grpo_TIS2[token-mean]", "nemo_rl.ppo_TIS2[token-mean]"]),
     ((NO_KL, GSPO), ["verl.gspo", "openrlhf.gspo", "nemo_rl.gspo"]),
-    # verl's clips at 1.28 and, as the paper, not from below
+    # verl clips at 1.28 and, like the paper, not from below
     ((NO_KL, TOKEN, HIGHER, "grpo.clip_low=1", "grpo.objective=cispo"), ["verl.cispo[token-mean]"]),
     (("grpo.kl=0.1", TOKEN), ["nemo_rl.ppo+0.1k3"]),
 ]
@@ -92,7 +92,7 @@ def test_policy_losses_equal_published(overrides: tuple[str, ...], names: list[s
 
 @pytest.mark.parametrize("kind", KL)
 def test_kl_equals_published(kind: str) -> None:
-    """Ours is k3 without a clamp. As the loss of GRPO it is measured the same way."""
+    """Our KL is k3 without a clamp. In the loss of GRPO it is the same."""
     found = kl_estimate(kind, flat("logp"), flat("ref_logp")).sum().item() / 18
     metric = means(algorithm("grpo", f"grpo.kl_kind={kind}").loss("policy", packed(), said()))["kl"]
     assert published(KL[kind]) == pytest.approx([found] * len(KL[kind]), abs=2e-6)
@@ -100,7 +100,7 @@ def test_kl_equals_published(kind: str) -> None:
 
 
 def test_ppo_losses_equal_published() -> None:
-    """The critic's is half the larger squared error, meaned over tokens."""
+    """The critic's loss is half the larger squared error, as a mean over tokens."""
     ppo = algorithm("rlhf")
     names = ["verl.ppo_vanilla[token-mean]", "openrlhf.ppo[token-mean]"]
     assert published(names) == pytest.approx([mean(ppo.loss("policy", packed(), said()))] * 2, abs=2e-6)
@@ -109,7 +109,11 @@ def test_ppo_losses_equal_published() -> None:
 
 
 def test_gae_equals_published() -> None:
-    """gamma 1, lambda 0.95. verl whitens by the sample's variance, we by the population's: over 18 tokens that is sqrt(17 / 18)."""
+    """gamma 1, lambda 0.95.
+
+    verl whitens with the sample variance, and this program with the population variance: over 18 tokens the factor is
+    sqrt(17 / 18).
+    """
     samples = []
     for row, (rewards, values) in enumerate(zip(rows("token_rewards"), rows("values"), strict=True)):
         advantages, returns = gae(rewards, values, 1.0, 0.95)
@@ -148,7 +152,7 @@ def test_preference_equals_published(options: tuple, names: list[str]) -> None:
 
 
 def test_group_advantages_equal_published() -> None:
-    """Ours is the population's deviation and 1e-6; each system's is ours by the factor that its own convention makes."""
+    """This program divides by the population deviation plus 1e-6. Each other system differs by a known factor."""
     rewards, two = np.array([1.0, 0.0]), math.sqrt(2)
     std = group_advantages(rewards, "std")
     assert std == pytest.approx([0.5 / (0.5 + 1e-6), -0.5 / (0.5 + 1e-6)], abs=1e-12)
@@ -163,7 +167,10 @@ def test_group_advantages_equal_published() -> None:
 
 
 def test_global_advantages_equal_published() -> None:
-    """REINFORCE++ with the group's baseline, whitened over tokens (verl: by the sample's variance of 18 tokens)."""
+    """REINFORCE++ with the group's baseline, whitened over tokens.
+
+    verl uses the sample variance of 18 tokens.
+    """
     samples = [
         Sample(np.zeros(len(row) + 1, np.int32), np.ones(len(row), bool), i // 2, reward=1.0 - i % 2)
         for i, row in enumerate(rows("logp"))
@@ -175,7 +182,7 @@ def test_global_advantages_equal_published() -> None:
 
 
 def test_surrogate_by_hand() -> None:
-    """ratio 1.5: a good action is clipped to 1.2, a bad one is not; ratio 0.5: the other way round."""
+    """At ratio 1.5 a good action is clipped to 1.2, and a bad one is not. At ratio 0.5 it is the other way round."""
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
     loss, clipped = clipped_surrogate(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2, 0.2)
     assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
@@ -183,7 +190,11 @@ def test_surrogate_by_hand() -> None:
 
 
 def test_value_by_hand() -> None:
-    """Old value 0, return 1: beyond the clip the held value's larger error counts, without gradient; moving away is never clipped."""
+    """Old value 0, return 1.
+
+    Beyond the clip the larger error of the clipped value counts, without a gradient. A value that moves away is never
+    clipped.
+    """
     values = torch.tensor([0.1, 0.5, -0.5], requires_grad=True)
     loss, clipped = clipped_value(values, torch.zeros(3), torch.ones(3), 0.2)
     assert loss.tolist() == pytest.approx([0.5 * 0.9**2, 0.5 * 0.8**2, 0.5 * 1.5**2])
@@ -194,7 +205,10 @@ def test_value_by_hand() -> None:
 
 
 def test_kl_by_hand() -> None:
-    """Policy twice as sure as the reference: log 2, its square over 2, 1/2 - 1 + log 2. And no Taylor series far away."""
+    """The policy's probability is twice the reference's: log 2, its square over 2, 1/2 - 1 + log 2.
+
+    The formulas also hold for large differences: they are not Taylor series.
+    """
     pair = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
     two = math.log(2)
     assert [kl_estimate(k, *pair).item() for k in ("k1", "k2", "k3")] == pytest.approx([two, two**2 / 2, two - 0.5])
@@ -211,7 +225,10 @@ def test_preference_by_hand() -> None:
 
 
 def test_gae_by_hand() -> None:
-    """Two tokens: the last sees its reward alone, the first the second's value and, by gamma lambda, its advantage."""
+    """With two tokens, the last gets its reward alone.
+
+    The first one gets the second's value and, times gamma lambda, its advantage.
+    """
     advantages, returns = gae(np.array([0.5, 1.0]), np.array([0.2, 0.4]), 0.9, 0.5)
     assert advantages.tolist() == pytest.approx([0.5 + 0.9 * 0.4 - 0.2 + 0.45 * 0.6, 0.6])
     assert returns.tolist() == pytest.approx([0.5 + 0.36 + 0.27, 1.0])

@@ -1,4 +1,4 @@
-"""GRPO: what it makes of rewards, step zero, and every key that it reads."""
+"""GRPO: advantages from rewards, the loss at step zero, and every key that it reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def advantages(samples: list[Sample], *overrides: str) -> list[float]:
 
 
 def test_grpo_advantages() -> None:
-    """The prompt gets none; a tie teaches nothing."""
+    """Prompt tokens have no advantage. A tie gives none either."""
     samples = responses([1.0, 0.0], 3) + responses([0.5, 0.5], 4) + responses([3.0, 1.0, 1.0, 1.0], 5)
     credited, sums = algorithm("grpo").credit(samples)
     wanted = [1.0, -1.0, 0.0, 0.0, math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
@@ -38,7 +38,11 @@ def test_grpo_advantage_kinds() -> None:
 
 
 def test_grpo_overlong() -> None:
-    """Of 10 tokens the last 4 are the buffer: 6 cost nothing, 8 a half, 10 one, and what was cut one at any length."""
+    """The last 4 of 10 tokens are the buffer.
+
+    A response of 6 tokens has no penalty, one of 8 tokens has a half, one of 10 has 1. A cut response has 1 at any
+    length.
+    """
     limit = ["rollout.max_tokens=10", "grpo.advantage=none"]
 
     def drawn() -> list[Sample]:
@@ -51,25 +55,28 @@ def test_grpo_overlong() -> None:
     wider = advantages(drawn(), *limit, "grpo.overlong=shape", "grpo.overlong_buffer=8")
     assert wider == pytest.approx([0.3125, 0.0625, -0.1875, -0.1875])
     answered = drawn()
-    answered[1].mask[3:5] = False  # what an environment has said counts
+    answered[1].mask[3:5] = False  # tokens of an environment count
     assert advantages(answered, *limit, "grpo.overlong=shape", "grpo.overlong_buffer=4") == shaped
     samples = drawn()
     samples[3].reward = 5.0
     assert (
         advantages(samples, *limit, "grpo.overlong=mask") == [-1.0] * 3
-    )  # it is no longer learned, but still in the mean of 2
+    )  # it is no longer learned, but still part of the mean of 2
     learned, _ = algorithm("grpo", *limit[:1], "grpo.overlong=mask", "grpo.advantage=global").credit(
         samples + responses([0.0, 2.0], 1)
     )
     assert len(learned) == 5
     assert not any(s.truncated for s in learned)
-    whitened = np.concatenate([s.advantages[s.mask] for s in learned])  # of what is learned, and of nothing else
+    whitened = np.concatenate([s.advantages[s.mask] for s in learned])  # of the learned tokens only
     assert (whitened.mean(), whitened.std()) == pytest.approx((0.0, 1.0), abs=1e-6)
 
 
 @pytest.mark.parametrize("unit", ["token", "sequence", "constant"])
 def test_grpo_step_zero(unit: str) -> None:
-    """Where policy, old policy and reference are one: ratio 1, nothing clipped, KL 0, loss minus the mean advantage."""
+    """Policy, old policy and reference are equal:
+
+    ratio 1, nothing is clipped, KL 0, loss is minus the mean advantage.
+    """
     found = means(
         algorithm("grpo", f"grpo.mean={unit}", "rollout.max_tokens=8").loss(
             "policy", packed(ref_logp="old_logp"), said("old_logp")
@@ -87,7 +94,10 @@ def test_grpo_step_zero(unit: str) -> None:
     "overrides", [[], ["grpo.ratio=sequence"], ["grpo.objective=cispo"], ["grpo.mismatch_cap=1.1"]], ids=" ".join
 )
 def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) -> None:
-    """Its log-probs are those of the policy that sampled: loss, gradient and metrics as with old log-probs that were scored."""
+    """With one update per step there is no score pass for old_logp.
+
+    The loss's own log-probs replace it: loss, gradient and metrics are the same.
+    """
     found = []
     for updates in (1, 2):
         made, out = algorithm("grpo", f"batch.minibatches={updates}", *overrides), said("logp")
@@ -103,7 +113,10 @@ def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) ->
 
 
 def grpo_loss(*overrides: str, sampler: float = 0.0) -> tuple[dict[str, float], list[float]]:
-    """One response of two tokens with ratios 1.5 and 0.9 and advantage 1, reference twice as likely; the loss and its gradient by token."""
+    """Return the loss and its gradient by token for one response of two tokens.
+
+    Ratios are 1.5 and 0.9, the advantage is 1, and the reference's probability is twice the policy's.
+    """
     streams = {
         "old_logp": np.zeros(2),
         "ref_logp": np.full(2, math.log(2)),
@@ -142,15 +155,19 @@ def test_grpo_clip_kl_mean_and_mismatch() -> None:
         found, _ = grpo_loss("grpo.kl=0.5", f"grpo.kl_kind={kind}")
         assert found["kl"] == pytest.approx(kl, abs=1e-6)
         assert found["loss"] == pytest.approx(-1.05 + 0.5 * kl, abs=1e-6)
-    found, _ = grpo_loss("grpo.mismatch_cap=4", sampler=math.log(0.5))  # the learner is twice as sure as the engine was
+    found, _ = grpo_loss(
+        "grpo.mismatch_cap=4", sampler=math.log(0.5)
+    )  # the learner's probability is twice the engine's
     assert (found["loss"], found["capped"]) == pytest.approx((-2.1, 0.0))
     found, _ = grpo_loss("grpo.mismatch_cap=1.5", "grpo.kl=0.5", "grpo.kl_kind=k1", sampler=math.log(0.5))
-    assert found["loss"] == pytest.approx(-1.05 * 1.5 + 0.5 * np.mean(k1), abs=1e-6)  # the weight is not on the KL
+    assert found["loss"] == pytest.approx(
+        -1.05 * 1.5 + 0.5 * np.mean(k1), abs=1e-6
+    )  # the weight does not apply to the KL
     assert found["capped"] == 1.0
 
 
 def test_rewards_that_float32_cannot_tell_apart_tie() -> None:
-    """0.1 + 0.2 and 0.3: no pair, and counted as tied, silent and not worth keeping alike."""
+    """0.1 + 0.2 and 0.3 are a tie: they give no pair, count as tied, and the group is not kept by the rounds."""
     samples = responses([0.1 + 0.2, 0.3], group=0)
     assert samples[0].reward != samples[1].reward
     assert pack(samples).pairs.shape == (2, 0)
@@ -173,7 +190,7 @@ def test_rewards_that_float32_cannot_tell_apart_tie() -> None:
     ],
 )
 def test_what_an_environment_says_within_a_response_changes_nothing(mode: str, role: str, overrides: list[str]) -> None:
-    """Tokens that are not learned between those that are: neither rewards nor losses see them."""
+    """Tokens that are not learned may lie between learned ones. They change neither rewards nor losses."""
     streams = ("old_logp", "ref_logp", "sampler_logp", "values")
     draw = np.random.default_rng(1)
     whole = [s for group in range(2) for s in responses([0.0, 1.0, 0.5], group, 5)]

@@ -1,4 +1,4 @@
-"""The rules of the house that CONTRIBUTING.md lists, read off the syntax tree of every file."""
+"""The rules of CONTRIBUTING.md, checked on the syntax tree of every file."""
 
 import ast
 import sys
@@ -24,7 +24,7 @@ EVERYTHING = SOURCES + [
     path for folder in ("tests", "tools", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
-# Imports point one way: a part of the package imports parts of lower layers only, and no sibling.
+# Imports go in one direction: a part of the package imports only parts of lower layers, and none of its own layer.
 LAYERS = (
     ("errors", "lazy", "phases", "config", "output"),
     ("contracts", "texts", "patches"),
@@ -40,7 +40,7 @@ LAYERS = (
     ("__main__",),
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
-SIBLINGS = {  # the exceptions: who may import which modules beside it
+SIBLINGS = {  # the exceptions: part -> modules of the same layer that it may import
     "metrics": ("parallel.mesh",),
     "weights": ("model.architecture", "model.families"),
     "checkpoint": ("train.learner",),
@@ -65,12 +65,12 @@ def name(path: Path) -> str:
 
 
 def part(path: Path) -> str:
-    """rlhf/train/learner.py -> train, rlhf/loop.py -> loop."""
+    """Return the part: rlhf/train/learner.py -> train, rlhf/loop.py -> loop."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of all that a file imports; `from a import b` is a.b."""
+    """Return the dotted names of all imports of a file. `from a import b` is a.b."""
     for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -84,7 +84,7 @@ def within(dotted: str, *modules: str) -> bool:
 
 
 def dotted_name(node: ast.AST | None) -> str:
-    """`a.b.c` as text; empty for anything but names and attributes."""
+    """Return `a.b.c` as text. It is empty for everything but names and attributes."""
     if isinstance(node, ast.Attribute):
         return f"{dotted_name(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
@@ -114,7 +114,10 @@ def test_imports_point_one_way():
 
 
 def test_algorithms_import_little():
-    """Formulas need neither process groups nor engines; and help, which reads these files, neither numpy nor torch."""
+    """Formulas need neither process groups nor engines.
+
+    The help reads these files, so they import neither numpy nor torch.
+    """
     allowed = (
         "errors",
         "lazy",
@@ -134,7 +137,11 @@ def test_algorithms_import_little():
 
 
 def test_a_mode_is_named_in_one_place():
-    """The table of rlhf/algorithms. Words that also name a role, a section or a metric ("reward", "dpo") count where a mode is compared."""
+    """Only the table in rlhf/algorithms contains the names of modes.
+
+    Some names are also those of a role, a section or a metric ("reward", "dpo"). They count only in comparisons of a
+    mode.
+    """
     own = {"sft", "online-dpo"}
     named = [
         (path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own
@@ -155,7 +162,7 @@ def test_a_mode_is_named_in_one_place():
 
 
 def test_a_family_is_named_in_one_place():
-    """Its row in rlhf/model/families.py has all that differs: nobody else asks which family a model is of."""
+    """Its row in rlhf/model/families.py has all differences, so no other file contains the name of a family."""
     own = {text for row in FAMILIES.values() for text in (row.name, row.classes)} | set(CLASSES)
     named = (
         (path, node) for path in MODULES for node in nodes(path) if isinstance(node, ast.Constant) and node.value in own
@@ -164,7 +171,7 @@ def test_a_family_is_named_in_one_place():
 
 
 def test_an_engine_has_one_owner():
-    """Its methods are called in rlhf/rollout/owner.py and, below it, by the engines themselves."""
+    """Only rlhf/rollout/owner.py and the engines themselves call its methods."""
     methods = {m for m in vars(Engine) if not m.startswith("_")} - {"parameters"}  # models have parameters, too
     assert methods == {"submit", "advance", "withdraw", "generate", "sleep", "wake_weights", "wake"}
     calls = [
@@ -203,7 +210,7 @@ def test_few_files_know(what):
 
 
 def test_private_names_are_replaced_by_patches_only():
-    """A plain assignment to a name of megatron-core or vLLM never fails, even if the installed version does not have that name."""
+    """A plain assignment to a name of megatron-core or vLLM never fails, even if that name does not exist."""
     wrong = []
     for path in MODULES:
         imported = [node for node in nodes(path) if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -240,7 +247,7 @@ def test_names_say_something():
 
 
 def test_log_probs_are_called_logp():
-    def ours(node: ast.AST) -> str:  # a name that this node gives to something
+    def ours(node: ast.AST) -> str:  # the name that this node defines
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             return node.name
         if isinstance(node, ast.arg):
@@ -271,7 +278,7 @@ def test_nobody_guesses_at_the_configuration():
 
 
 def sections() -> dict[str, type]:
-    """Name of a section of the configuration ("" for the top) -> its class."""
+    """Return the sections of the configuration, from name ("" for the top) to class."""
     return {"": Config} | {key: hint for key, hint in configuration.keys(Config).items() if is_dataclass(hint)}
 
 
@@ -294,7 +301,7 @@ def test_keys_are_few_and_explained():
 
 
 def assignments(path: Path) -> Iterator[tuple[str, str]]:
-    """Last identifiers of target and value: `a, self.b = x.c, d` gives (a, c) and (b, d)."""
+    """Return the last identifiers of target and value: `a, self.b = x.c, d` gives (a, c) and (b, d)."""
     for node in nodes(path):
         if isinstance(node, ast.Assign):
             for target in node.targets:
@@ -304,7 +311,10 @@ def assignments(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def owners(path: Path) -> dict[str, set[str]]:
-    """What a file may call each section: by its name, by a parameter of its class, or by a variable that it was assigned to."""
+    """Return the names that a file may use for each section.
+
+    These are the section's name, parameters of its class, and variables to which it was assigned.
+    """
     called = {section: {section or "config"} for section in sections()}
     for algorithm in ALGORITHMS.values():
         if algorithm.section and algorithm.__module__ == f"rlhf.{name(path).removesuffix('.py').replace('/', '.')}":
@@ -321,7 +331,7 @@ def owners(path: Path) -> dict[str, set[str]]:
 
 
 def test_no_key_is_accepted_and_ignored():
-    used = {"mode"}  # chooses the program itself
+    used = {"mode"}  # selects the program itself
     for path in MODULES:
         if name(path) == "config.py":
             continue

@@ -1,4 +1,7 @@
-"""A run goes on as what it was started as: what decides its result is refused by name where it differs, and all else may."""
+"""A run continues with the settings with which it started.
+
+Keys and inputs that decide its result must be equal, and all others may change.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ DATA = {"sft": "train_sft", "dpo": "train_sft", "reward": "train_sft", "grpo": "
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of one shape, one of another, and data."""
+    """Make two models of one shape, one of another shape, and data."""
     root = tmp_path_factory.mktemp("identity")
     demo_task.write(root / "data", num_sft=300, num_rl=20, num_heldout=20)
     demo_task.make_model(root / "model", root / "data")
@@ -56,7 +59,7 @@ def start(made: Path, out: Path, mode: str, *overrides: str) -> Inputs:
 
 
 def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
-    """As a checkpoint of step 7 tells it."""
+    """Write the checkpoint of step 7."""
     (out / "step_000007").mkdir(parents=True)
     meta = {
         **dict.fromkeys(folders.KEYS, 1),
@@ -96,7 +99,8 @@ def test_another_run_is_refused(made: Path, tmp_path: Path, mode: str, key: str,
     save(tmp_path, start(made, tmp_path, mode), mode)
     with pytest.raises(
         UserError,
-        match=f"step_000007 was saved with {said.format(made=made)}: start with the same settings and files, or set another out$",
+        match=f"step_000007 was saved with {said.format(made=made)}: "
+        "start with the same settings and files, or set another out$",
     ):
         start(made, tmp_path, mode, key)
 
@@ -105,13 +109,14 @@ def test_another_mode_is_refused(made: Path, tmp_path: Path) -> None:
     save(tmp_path, start(made, tmp_path, "sft"), "sft")
     with pytest.raises(
         UserError,
-        match=r"step_000007 was saved with mode=sft, this run has grpo: start with the same settings and files, or set another out$",
+        match=r"step_000007 was saved with mode=sft, this run has grpo: "
+        "start with the same settings and files, or set another out$",
     ):
         start(made, tmp_path, "grpo")
 
 
 def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None:
-    """Under the name that they had."""
+    """The error has the name that the files had."""
     data = tmp_path / "mine.jsonl"
     shutil.copy(made / "data/train_sft.jsonl", data)
     out = tmp_path / "run"
@@ -120,7 +125,8 @@ def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None
     shutil.copy(made / "data/train_sft_less.jsonl", data)
     with pytest.raises(
         UserError,
-        match=f"step_000007 was saved with another content of data.train={data}: start with the same settings and files",
+        match=f"step_000007 was saved with another content of data.train={data}: "
+        "start with the same settings and files",
     ):
         start(made, out, "sft", f"data.train={data}")
 
@@ -155,7 +161,7 @@ def test_what_may_differ_from_some_step_on_is_said(made: Path, tmp_path: Path) -
 
 
 def test_code_that_has_changed_is_said(made: Path, tmp_path: Path) -> None:
-    """Of a reward in a file: a person may have put it right."""
+    """A reward function in a file may change, because the user may have corrected it. The run prints that."""
     code, out = tmp_path / "mine.py", tmp_path / "run"
     code.write_text("def worth(*_):\n    return 1\n")
     key = f"reward.function={code}:worth"
@@ -166,7 +172,7 @@ def test_code_that_has_changed_is_said(made: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_before_are_continued_from(made: Path, tmp_path: Path) -> None:
-    """Which tell mode and seed alone."""
+    """Older checkpoints contain only mode and seed."""
     given = start(made, tmp_path, "sft")
     given.identity.clear()
     save(tmp_path, given, "sft")
@@ -175,6 +181,6 @@ def test_checkpoints_of_before_are_continued_from(made: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("mode", ALGORITHMS)
 def test_every_mode_has_a_folder_of_its_own(mode: str) -> None:
-    """Unless one is set."""
+    """This is the default, and `out` overrides it."""
     assert configuration.load(mode, []).out == configuration.load(mode, ["out="]).out == f"runs/{mode}"
     assert configuration.load(mode, ["out=mine"]).out == "mine"

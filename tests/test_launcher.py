@@ -1,4 +1,4 @@
-"""The processes of a node: what ranks are told, whose exit code counts, where signals go, and that nothing survives."""
+"""The processes of a node: environment of the ranks, exit codes, signals, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf import launcher
 launcher.GRACE = 2
 sys.exit(launcher.run([sys.executable, "-c", sys.argv[1]], [{**os.environ, "RANK": str(rank)} for rank in range(3)]))
 """
-# What ranks begin with. Each also starts a process of its own, and tells both ids.
+# The start of each rank's program. Each rank also starts a child process, and prints both process ids.
 RANK = """
 import os, signal, subprocess, sys, time
 rank = os.environ["RANK"]
@@ -35,7 +35,7 @@ def start(program: str) -> subprocess.Popen[str]:
 
 
 def ready(process: subprocess.Popen[str]) -> list[int]:
-    """Wait for the three ranks; the ids of their processes and of those that they started."""
+    """Wait for the three ranks. Return the ids of their processes and of their children."""
     return [int(word) for _ in range(3) for word in process.stdout.readline().split()[2:]]
 
 
@@ -62,7 +62,7 @@ def test_all_well():
 @pytest.mark.parametrize(
     ("end", "code", "said"),
     [
-        ("sys.exit(2)", 2, ""),  # it has told the user's mistake
+        ("sys.exit(2)", 2, ""),  # it has reported the user's mistake
         ("sys.exit(7)", 7, "rlhf: rank 1 ended with exit code 7; ending the other ranks\n"),
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
@@ -72,7 +72,10 @@ def test_all_well():
     ],
 )
 def test_the_first_failure_counts_and_ends_the_others(end: str, code: int, said: str):
-    """One of the others ends when it is told to, one is deaf; neither they nor what any of the three started survives."""
+    """One other rank ends at SIGTERM, and one ignores it.
+
+    All ranks and their children are ended.
+    """
     process = start(
         f'if rank == "0": signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n'
         f'if rank == "2": signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
@@ -85,7 +88,7 @@ def test_the_first_failure_counts_and_ends_the_others(end: str, code: int, said:
 
 
 def test_a_lost_rank_saves_no_step():
-    """The others, who remember signals, get none that they would take for a wish to save the step at hand, and end at once."""
+    """The other ranks get no signal that would make them save the current step. They end at once."""
     program = "from rlhf.interrupt import Interrupt\nInterrupt(told=rank == '0')\nready()\n"
     process = start(f"{program}if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
     pids, began = ready(process), time.monotonic()
@@ -97,7 +100,9 @@ def test_a_lost_rank_saves_no_step():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_every_rank(number: signal.Signals):
-    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"  # which the slower ones get when the first has ended
+    ignore = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)"  # the slower ranks get SIGTERM when the first one has ended
+    )
     process = start(
         f"{ignore}\nsignal.signal({number:d}, told)\nready()\nsignal.pause()\nchild.kill()\nsys.exit(128 + {number:d})"
     )
@@ -128,7 +133,7 @@ def test_the_second_sigint_ends_now_and_the_second_sigterm_does_not():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_before_the_loop_a_signal_ends_at_once(number: signal.Signals):
-    """Without a traceback, and without a word of a step that is saved."""
+    """There is no traceback, and no message that a step is saved."""
     begin = "import rlhf.__main__, types\n"
     busy = "sys.modules['rlhf.assemble'] = types.SimpleNamespace(run=lambda config: (ready(), time.sleep(60)))\n"
     config = "types.SimpleNamespace(parallel=types.SimpleNamespace(tp=1))"
@@ -145,7 +150,8 @@ def test_before_the_loop_a_signal_ends_at_once(number: signal.Signals):
 def test_in_the_loop_a_signal_is_remembered_and_told_once():
     program = "from rlhf.interrupt import Interrupt\ninterrupt = Interrupt(told=rank == '0')\nready()\n"
     process = start(
-        f"{program}while not interrupt.came: time.sleep(0.01)\nos.kill(os.getpid(), signal.SIGTERM)\nchild.kill()\nsys.exit(75)"
+        f"{program}while not interrupt.came: time.sleep(0.01)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\nchild.kill()\nsys.exit(75)"
     )
     pids = ready(process)
     process.send_signal(signal.SIGTERM)
@@ -165,11 +171,16 @@ def test_nothing_survives_the_launcher():
 
 
 def test_what_has_a_session_of_its_own_ends_too():
-    """Whether its rank is killed or ends well, and whoever its parent is by then. What ends meanwhile leaves no zombies."""
+    """This holds if its rank is killed or ends normally, and for any parent process.
+
+    Processes that end earlier leave no zombies.
+    """
     program = "own = subprocess.Popen(['sh', '-c', 'setsid sleep 60 & sleep 60'], start_new_session=True)\n"
     program += "for _ in range(5): subprocess.run(['sh', '-c', 'setsid true &'])\ntime.sleep(1.5)\n"
-    program += "found = subprocess.run(['pgrep', '-x', 'sleep', '-P', str(own.pid)], capture_output=True, text=True).stdout.split()\n"
-    program += "zombies = subprocess.run(['ps', '-o', 'stat=', '--ppid', str(os.getppid())], capture_output=True, text=True).stdout\n"
+    program += "found = subprocess.run(['pgrep', '-x', 'sleep', '-P', str(own.pid)], "
+    program += "capture_output=True, text=True).stdout.split()\n"
+    program += "zombies = subprocess.run(['ps', '-o', 'stat=', '--ppid', str(os.getppid())], "
+    program += "capture_output=True, text=True).stdout\n"
     program += "assert 'Z' not in zombies, zombies\n"
     program += "os.write(1, f'{rank} runs {own.pid} {\" \".join(found)}\\n'.encode())\n"
     process = start(program + "if rank == '1': time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)")
@@ -186,7 +197,7 @@ def test_it_loads_no_torch():
 
 
 def test_a_rank_tells_why_it_ends():
-    """Its traceback is seen, although torch.distributed wraps the hook that prints it."""
+    """Its traceback is printed, although torch.distributed replaces the hook that prints it."""
     program = """
 import sys
 from rlhf.__main__ import fail

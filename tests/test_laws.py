@@ -1,4 +1,4 @@
-"""The laws of the design, at every layout: one launch per number of ranks, all families inside."""
+"""The models equal transformers at every layout: one launch per number of ranks, with all families."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             4,
             ["tp2-pp2-sp1", "tp2-cp2-sp1:phi3", "pp2-dp2:llama3-tied", "tp4:phi3"],
-        ),  # tp4: more ranks than key/value heads
+        ),  # tp4: more ranks than kv heads
     ],
     ids=lambda value: f"{value}ranks" if isinstance(value, int) else "",
 )
 def test_laws(folders: Path, ranks: int, layouts: list[str]) -> None:
-    """Logits, log-probs, engine, gradients and export equal transformers' (see tests/ranks/laws.py)."""
+    """Logits, log-probs, engine, gradients and export equal those of transformers (see tests/ranks/laws.py)."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*torchrun, str(ROOT / "tests/ranks/laws.py"), str(folders), *layouts]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

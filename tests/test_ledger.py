@@ -1,4 +1,4 @@
-"""The memory ledger: numbers by hand, live tensors' shapes, and what it decides for every shipped configuration."""
+"""The memory ledger: numbers by hand, shapes of real tensors, and its decisions for every shipped configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = {
 
 
 def ledger(mode: str, size: str, *overrides: str, device: float = 80.0) -> Ledger:
-    """Of a mode and a size as they are shipped, with a reward model of the policy's size where one is needed."""
+    """Return the ledger of a shipped mode and size. Its reward model, if any, has the size of the policy."""
     folder = f"{ROOT}/configs/models/llama2-{size}"
     needed = [f"reward.load={folder}"] if mode in ("rlhf", "online-dpo") else []
     files = [f"{ROOT}/configs/{mode}.toml", f"{ROOT}/configs/llama2-{size}.toml"]
@@ -43,7 +43,10 @@ def made(config: Config, world: int, device: float) -> Ledger:
 
 
 def test_7b_by_hand() -> None:
-    """6.74e9 parameters over tp 4: 2 bytes of weights, 4 of gradients, 12 of optimizer over dp 2; norms are whole on every rank."""
+    """6.74e9 parameters over tp 4: 2 bytes of weights, 4 of gradients, 12 of optimizer over dp 2.
+
+    Every rank has all norms.
+    """
     count = (SIZES["7B"][1] - 65 * 4096) // 4 + 65 * 4096
     tenants = ledger("sft", "7B").tenants[0]
     assert tenants[WEIGHTS] * GIB == 2 * count == pytest.approx(3.37e9, rel=1e-3)
@@ -55,12 +58,12 @@ def test_7b_by_hand() -> None:
     assert CONTEXT + sum(rollout[name] for name in ("engine weights", "engine cache", "engine work")) == pytest.approx(
         0.7 * 80
     )
-    # One token's keys and values: 2 x 32 layers x 4096 x 2 bytes = 512 KiB.
+    # Keys and values of one token: 2 x 32 layers x 4096 x 2 bytes = 512 KiB.
     assert ledger("grpo", "7B").sequences() == pytest.approx(rollout["engine cache"] * 2**30 / (1024 * 512 * 2**10))
 
 
 def test_tensor_parallel_ranks_exchange_hidden_states() -> None:
-    """A micro-batch's, 4096 wide and 2 bytes each, in every slot."""
+    """Each slot holds the hidden states of a micro-batch: 4096 wide, 2 bytes each."""
     from rlhf.parallel.exchange import SLOTS
 
     shape = ("parallel.tp=2", "parallel.dp=4", "batch.tokens=8192")
@@ -70,7 +73,10 @@ def test_tensor_parallel_ranks_exchange_hidden_states() -> None:
 
 
 def test_activations_by_hand() -> None:
-    """7B on one rank keeps, per token and layer, 4 x 4096 around norms, 6 x 4096 of attention and 3 x 11008 of the MLP, 2 bytes each."""
+    """7B on one rank keeps, per token and layer, 4 x 4096 of norms, 6 x 4096 of attention and 3 x 11008 of the MLP.
+
+    Each has 2 bytes.
+    """
     shape = ("parallel.tp=1", "parallel.dp=8", "batch.tokens=8192")
     works = [
         ledger("sft", "7B", *shape, f"parallel.recompute={r}").rows(LEARN, 0)["work"]
@@ -79,12 +85,15 @@ def test_activations_by_hand() -> None:
     token = 2 * (10 * 4096 + 3 * 11008)
     assert (works[0] - works[1]) * GIB == pytest.approx(
         32 * 8192 * 2 * 2 * 4096
-    )  # rotated queries and keys are made again
+    )  # rotated queries and keys are computed again
     assert (works[0] - works[2]) * GIB == pytest.approx(8192 * (32 * token - 32 * 2 * 4096 - token))
 
 
 def test_tokens_of_the_largest_micro_batch() -> None:
-    """batch.tokens, or a text that is longer, or two of them where a pair shares a micro-batch; context-parallel ranks split it."""
+    """The size is batch.tokens, or the longest text, or two of them if a pair shares a micro-batch.
+
+    Context-parallel ranks split it.
+    """
     for mode, texts in (("sft", 1), ("grpo", 1), ("reward", 2), ("dpo", 2), ("online-dpo", 2)):
         for longest in (512, 4096):
             keys = ("parallel.tp=1", "parallel.dp=8", "rollout.max_tokens=256")
@@ -96,19 +105,22 @@ def test_tokens_of_the_largest_micro_batch() -> None:
     split = [ledger("reward", "7B", *shape, f"parallel.cp={cp}", f"parallel.dp={8 // cp}") for cp in (1, 2)]
     whole, half = (
         made.rows(Visit(Phase.LEARN, "reward"), 0)["work"] for made in split
-    )  # of a model without logits, which come in chunks
+    )  # of a model without logits, which are computed in chunks
     assert whole == pytest.approx(2 * half)
 
 
 def test_sequence_parallel_ranks_split_norms_and_residuals() -> None:
-    """Under tp 2 a token and layer of 7B keeps 4 x 4096 around norms whole without it, and half of them with it."""
+    """7B at tp 2 keeps, per token and layer, 4 x 4096 of norms. Sequence parallelism keeps half of them."""
     shape = ("parallel.tp=2", "parallel.dp=4", "batch.tokens=8192")
     whole, split = (ledger("sft", "7B", *shape, f"parallel.sp={sp}").rows(LEARN, 0)["work"] for sp in ("false", "true"))
     assert (whole - split) * GIB == pytest.approx(32 * 8192 * 2 * 4 * 4096 / 2)
 
 
 def test_activations_of_pipeline_stages() -> None:
-    """Under 1F1B the first of two stages has two micro-batches in flight, the last one: what a layer saves counts as often."""
+    """With 1F1B the first of two stages has two micro-batches in flight, and the last has one.
+
+    The saved tensors of a layer count once for each.
+    """
     shape = ("parallel.tp=1", "parallel.pp=2", "parallel.dp=4", "batch.tokens=8192")
     made = [ledger("sft", "7B", *shape, f"parallel.recompute={recompute}") for recompute in ("none", "selective")]
     saved = [[each.rows(LEARN, stage)["work"] * GIB for stage in range(2)] for each in made]
@@ -118,7 +130,10 @@ def test_activations_of_pipeline_stages() -> None:
 
 @pytest.mark.parametrize(("tp", "heads"), [(4, 2), (8, 1), (16, 1)])
 def test_cache_of_grouped_queries(tp: int, heads: int) -> None:
-    """70B keeps keys and values of 8 heads of 128 for its 64 query heads; ranks that outnumber them have a whole one each."""
+    """70B has 64 query heads, and keeps keys and values of 8 heads of 128.
+
+    If there are more ranks than kv heads, each rank has a whole one.
+    """
     made = ledger("grpo", "70B", f"rollout.tp={tp}", "rollout.cache=10", "data.max_tokens=4096")
     assert made.rows(ROLLOUT, 0)["engine cache"] == 10.0
     assert made.sequences() == pytest.approx(10 * GIB / (4096 * 2 * 80 * heads * 128 * 2))
@@ -126,7 +141,7 @@ def test_cache_of_grouped_queries(tp: int, heads: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_sizes(size: str) -> None:
-    """Ranks share all parameters but norms; the first and the last stage have a table of the vocabulary each."""
+    """Ranks share all parameters except norms. The first and the last stage have a table of the vocabulary each."""
     arch = architecture.read(ROOT / f"configs/models/llama2-{size}")
     assert arch.num_parameters() == SIZES[size][1]
     norms = (2 * arch.layers + 1) * arch.hidden
@@ -136,7 +151,7 @@ def test_published_sizes(size: str) -> None:
 
 
 def test_a_remedy_is_a_split_that_the_model_has() -> None:
-    """Of the 32 heads of 7B on 8 ranks."""
+    """7B has 32 heads, and the run has 8 ranks."""
     made = ledger("grpo", "7B")
     fits = [
         tp
@@ -149,7 +164,10 @@ def test_a_remedy_is_a_split_that_the_model_has() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mode", MODES)
 def test_shipped_configurations_fit(mode: str, size: str) -> None:
-    """Every mode at every size on the tutorial's machine; what is offloaded is needed for that, and nothing else is."""
+    """Every mode fits at every size on the tutorial's machine.
+
+    A tenant is offloaded only if it does not fit otherwise.
+    """
     shipped = ledger(mode, size)
     shipped.check()
     for tenant in shipped.offload:
@@ -163,12 +181,12 @@ def test_70b_ppo_offloads_its_optimizers() -> None:
 
 
 def test_what_is_offloaded() -> None:
-    """Nothing where there is room, everything on demand, and the cheapest first."""
+    """Nothing is offloaded if there is room, everything on demand, and otherwise the cheapest first."""
     assert not ledger("rlhf", "7B", device=1000.0).offload
     assert not ledger("rlhf", "7B", "memory.offload=none").offload
     everything = ledger("rlhf", "7B", "memory.offload=all")
     assert everything.offload == everything.tenants[0].keys()
-    assert len(everything.offload) == 8  # two trained roles with three kinds, two frozen ones with one
+    assert len(everything.offload) == 8  # two trained roles with three tenants, two frozen ones with one
     assert ledger("grpo", "7B").offload == {GRADIENTS}
 
 
@@ -194,7 +212,7 @@ def test_refusals_name_the_phase_and_the_knob(mode: str, size: str, overrides: l
 
 
 def test_a_device_in_use_is_refused() -> None:
-    """What the process itself has at the start, its context, is not asked for again."""
+    """The memory that the process itself uses at the start, its context, is not counted twice."""
     sft = ledger("sft", "7B")
     most = sft.need(LEARN)
     sft.check(free=most - CONTEXT + 0.1)
@@ -222,7 +240,7 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_dry_run_of_a_fresh_clone(tmp_path: Path) -> None:
-    """Without GPU, weights or data; what it prints as configuration loads to what it was."""
+    """It needs no GPU, weights or data. The configuration that it prints can be loaded, and is the same."""
     done = dry_run("rlhf", "configs/rlhf.toml", "configs/llama2-70B.toml", "optim.clip=0.7")
     assert done.returncode == 0, done.stderr
     assert "32 ranks: tp 8 x pp 4 x cp 1 x dp 1; 4 engines of 8" in done.stdout

@@ -1,4 +1,7 @@
-"""The linear layers that exchange tokens equal whole products, forward and backward, by messages (see tests/ranks/linear.py)."""
+"""The linear layers that exchange tokens equal whole matrix products, forward and backward.
+
+Here they exchange messages (see tests/ranks/linear.py).
+"""
 
 from __future__ import annotations
 

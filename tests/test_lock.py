@@ -1,4 +1,7 @@
-"""Who holds a file, with locks and on a file system without: what lives is told, what is dead is no hindrance."""
+"""One process holds a file, with locks and on a file system without locks.
+
+A living holder is named, and a dead one does not block others.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ sys.stdin.read()
 
 
 def start(path: Path, kind: str) -> subprocess.Popen[str]:
-    """A process that tells whether it holds the file, and ends when its input does."""
+    """Start a process that prints whether it holds the file, and ends when its standard input is closed."""
     command = [sys.executable, "-c", PROGRAM, str(path), kind]
     return subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -41,7 +44,10 @@ def said(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("kind", ["lock", "lease"])
 def test_one_holds_it_until_it_ends(tmp_path: Path, kind: str) -> None:
-    """The others are told who; one that is killed leaves nothing that stops them, nor does one that ends well."""
+    """Other processes get the name of the holder.
+
+    After it has ended or was killed, another process can hold the file.
+    """
     path = tmp_path / "run.lock"
     first = start(path, kind)
     assert said(first) == "held"
@@ -70,7 +76,7 @@ def test_of_several_that_come_at_once_one_has_it(tmp_path: Path, kind: str) -> N
 
 
 def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
-    """As Slurm starts a requeued job at once."""
+    """This happens when Slurm starts a requeued job at once."""
     first = start(tmp_path / "run.lock", "lock")
     assert said(first) == "held"
     second = start(tmp_path / "run.lock", "lock")
@@ -82,7 +88,7 @@ def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_process_that_was_stopped_for_long_does_not_go_on(tmp_path: Path) -> None:
-    """Another one has taken its lease meanwhile, and writes there."""
+    """Another process has taken its lease in the meantime, and writes into the folder."""
     first = start(tmp_path / "run.lock", "lease")
     assert said(first) == "held"
     first.send_signal(signal.SIGSTOP)

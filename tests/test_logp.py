@@ -1,4 +1,4 @@
-"""Chunked, vocabulary-parallel log-probs: values, gradients, and the memory they were made for."""
+"""Chunked, vocabulary-parallel log-probs: values, gradients and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf.model.logp import token_logp
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> dist.ProcessGroup:
-    if not dist.is_initialized():  # a test before this one may have made a world, and some engines never let it go
+    if not dist.is_initialized():  # an earlier test may have initialized it, and some engines never destroy it
         dist.init_process_group(
             "gloo", init_method=f"file://{tmp_path_factory.mktemp('store')}/store", rank=0, world_size=1
         )
@@ -27,7 +27,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> dist.ProcessGroup:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 64 * 5)  # chunks of 5 tokens, the last one shorter
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 64 * 5)  # chunks of 5 tokens, the last one is shorter
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
     labels, upstream = torch.randint(0, 60, (23,)), torch.randn(23)
@@ -45,7 +45,10 @@ def test_values_and_gradients(group: dist.ProcessGroup, monkeypatch: pytest.Monk
 
 
 def test_memory_does_not_grow_with_tokens() -> None:
-    """128k vocabulary x 8k tokens, forward and backward: whole logits would be 4.2 GB in float32. We allow 1.5 GB beyond the gradients."""
+    """Forward and backward of 8k tokens with a vocabulary of 128k take at most 1.5 GB beyond the gradients.
+
+    Whole logits would need 4.2 GB in float32.
+    """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,6 @@
-"""The loop's arithmetic by itself: which samples meet in which update, at which learning rate, and who scores what.
+"""The training loop without models: samples of each update, learning rates, and scores.
 
-Roles and metrics only write down what they are told. made() is the one place that knows how a Run is put together.
+Roles and metrics only record their arguments. Only made() builds a Run.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Update(NamedTuple):
     """One call of Roles.learn()."""
 
     role: str
-    samples: list[tuple[int, int]]  # (group, number of the sibling)
+    samples: list[tuple[int, int]]  # (group, index of the response in the group)
     lr: float
 
 
 class Roles:
-    """Models that remember what they were to learn, and say as a stream who they are."""
+    """Models that record their samples, and return the name of their role as a stream."""
 
     NAMES = ("policy", "critic", "reference")
 
@@ -62,14 +62,14 @@ class Roles:
 
 
 class Metrics:
-    """Nothing is written."""
+    """Metrics that write nothing."""
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
         pass
 
 
 def made(config: Config) -> tuple[Run, Roles]:
-    """A run that can learn, on no device."""
+    """Return a run that can learn, without a device."""
     run: Any = object.__new__(Run)
     run.config, run.algorithm, run.metrics = config, ALGORITHMS[config.mode](config), Metrics()
     run.roles = Roles([name for name, use in run.algorithm.models.items() if use == "train"])
@@ -77,7 +77,10 @@ def made(config: Config) -> tuple[Run, Roles]:
 
 
 def samples(groups: int = GROUPS, siblings: int = SIBLINGS) -> list[Sample]:
-    """Of groups whose numbers have gaps, as where some were left out; the reward tells siblings apart."""
+    """Return samples of groups. Group numbers have gaps, as after dropped groups.
+
+    The reward is the index in the group.
+    """
     tokens, mask = np.arange(4, dtype=np.int32), np.ones(3, bool)
     return [Sample(tokens, mask, group=3 * g, reward=float(k)) for g in range(groups) for k in range(siblings)]
 
@@ -85,7 +88,7 @@ def samples(groups: int = GROUPS, siblings: int = SIBLINGS) -> list[Sample]:
 def learned(
     mode: str, *overrides: str, steps: Sequence[int] = (0,), given: list[Sample] | None = None
 ) -> list[list[Update]]:
-    """The updates of each step."""
+    """Return the updates of each step."""
     run, roles = made(configuration.load(mode, [*FOLDERS, *overrides]))
     found = []
     for step in steps:
@@ -97,7 +100,7 @@ def learned(
 
 @pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 4), (2, 5)])
 def test_every_pass_sees_every_sample_once(epochs: int, minibatches: int) -> None:
-    """In `minibatches` updates of equally many groups (or one less), and a group is in one of them."""
+    """The pass has `minibatches` updates of equally many groups, or one less. Each group is in one of them."""
     (updates,) = learned("grpo", f"batch.epochs={epochs}", f"batch.minibatches={minibatches}")
     assert len(updates) == epochs * minibatches
     everything = [(s.group, int(s.reward)) for s in samples()]
@@ -112,7 +115,7 @@ def test_every_pass_sees_every_sample_once(epochs: int, minibatches: int) -> Non
 
 
 def test_minibatches_are_drawn_anew() -> None:
-    """Another order in every pass of every step and for every seed, and the same again for the same."""
+    """The order differs between passes, steps and seeds. It is the same for the same ones."""
     keys = ["batch.epochs=3", "batch.minibatches=3"]
 
     def passes(*overrides: str) -> list[tuple]:
@@ -133,7 +136,10 @@ def rates(updates: list[Update], role: str) -> list[float]:
 
 
 def test_the_schedule_ends_with_the_last_update() -> None:
-    """Of steps x epochs x minibatches updates, at min_lr after the last; linear, by hand."""
+    """There are steps x epochs x minibatches updates. After the last one the rate is min_lr.
+
+    The numbers are by hand.
+    """
     keys = [
         "optim.lr=1",
         "optim.min_lr=0.2",
@@ -150,7 +156,10 @@ def test_the_schedule_ends_with_the_last_update() -> None:
 
 
 def test_the_critic_warms_up_alone() -> None:
-    """For ppo.critic_warmup steps the policy waits; then its schedule begins, and it ends with the critic's."""
+    """For ppo.critic_warmup steps the policy is not trained.
+
+    Then its schedule begins, and it ends at the same step as the critic's.
+    """
     keys = [
         "optim.lr=1",
         "optim.schedule=linear",
@@ -171,7 +180,7 @@ def test_the_critic_warms_up_alone() -> None:
 
 
 def test_the_critic_has_a_learning_rate_of_its_own() -> None:
-    """critic.lr, or optim.lr where that is 0; nobody else has it."""
+    """It is critic.lr, or optim.lr if that is 0. It applies to no other role."""
     for keys, wanted in ((["critic.lr=3"], 3.0), ([], 1.0)):
         (updates,) = learned("rlhf", "optim.lr=1", *keys)
         assert rates(updates, "policy") == [1.0]
@@ -182,7 +191,10 @@ def test_the_critic_has_a_learning_rate_of_its_own() -> None:
 
 
 def test_few_groups() -> None:
-    """Mini-batches without a group are no updates, and no samples at all nobody's turn; the schedule goes on as if they were."""
+    """Mini-batches without groups cause no updates, and a step without samples trains no role.
+
+    The schedule still counts them.
+    """
     keys = ["optim.lr=1", "optim.schedule=linear", "steps=2", "batch.minibatches=4"]
     few, none = learned("online-dpo", *keys, given=samples(3)), learned("online-dpo", *keys, given=[])
     assert [len({group for group, _ in update.samples}) for update in few[0]] == [1, 1, 1]
@@ -217,7 +229,7 @@ def test_who_scores_what(mode: str, speakers: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("mode", ALGORITHMS)
 def test_a_model_of_no_numbers_is_refused_in_every_role(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """Of every mode, whoever holds it; tests/test_ruin.py has whole runs."""
+    """This holds for every mode, and for any rank. tests/test_ruin.py has whole runs."""
     config = configuration.load(mode, FOLDERS)
     uses = ALGORITHMS[mode](config).models | {"reward": "frozen"}
     found: Any = {name: SimpleNamespace(use=use, folder=f"folder of the {name}") for name, use in uses.items()}
@@ -243,7 +255,7 @@ def test_a_model_of_no_numbers_is_refused_in_every_role(monkeypatch: pytest.Monk
     ],
 )
 def test_what_is_ruined_is_not_saved(ruined: str, said: str) -> None:
-    """Weights, optimizer state, what a forward pass says, and the algorithm's own numbers: on any rank."""
+    """Weights, optimizer state, outputs and the algorithm's state are checked, on all ranks."""
     run, roles = made(configuration.load("rlhf", FOLDERS))
     learner = SimpleNamespace(sound=lambda optimizer: ruined != "weights")
     roles.visit = lambda phase: iter([("policy", learner)])  # type: ignore[method-assign, assignment, return-value]

@@ -1,4 +1,4 @@
-"""What becomes of a step's sums: over ranks, over phases, and in metrics.jsonl when a run goes on or begins again."""
+"""The sums of a step: over ranks, over phases, and in metrics.jsonl of a new and of a resumed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf.metrics import Metrics
 
 
 def made(out: Path, start: int = 0, rank: int = 0, others: tuple[dict, ...] = (), *overrides: str) -> Metrics:
-    """On a rank that hears of the others' sums."""
+    """Return metrics of a rank that receives the sums of other ranks."""
     mesh = SimpleNamespace(rank=rank, all_gather=lambda mine: [mine, *others])
     return Metrics(configuration.load("sft", [f"out={out}", "steps=9", *overrides]), mesh, start)  # type: ignore[arg-type]
 
@@ -28,12 +28,12 @@ def steps(out: Path) -> list[int]:
 
 @pytest.mark.parametrize(("start", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (-1, [])])
 def test_lines_that_a_run_will_write_again_are_dropped(tmp_path: Path, start: int, kept: list[int]) -> None:
-    """A run that begins again says everything anew, step 0 too; one that goes on keeps what was said up to its checkpoint."""
+    """A new run removes all lines. A resumed run keeps the lines up to its checkpoint."""
     before = made(tmp_path)
     for step in range(4):
         before.write(step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # torn
+        file.write('{"step": 4, "lo')  # incomplete
     made(tmp_path, start).write(max(start, -1) + 1)
     assert steps(tmp_path) == [*kept, max(start, -1) + 1]
 
@@ -44,7 +44,10 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
 
 
 def test_sums_run_over_ranks_and_calls(tmp_path: Path) -> None:
-    """A mean is one quotient of two sums, whoever brought them; what every rank knows alike counts once; no count is no number."""
+    """A mean is one quotient of two sums over all ranks.
+
+    Sums that all ranks have count once, and without a count there is no number.
+    """
     for rank in range(2):
         metrics = made(tmp_path, 0, rank, ({"loss": (5.0, 1.0), "theirs": (1.0, 2.0)},))
         metrics.add({"loss": (1.0, 2.0), "never": (0.0, 0.0)})
@@ -55,13 +58,13 @@ def test_sums_run_over_ranks_and_calls(tmp_path: Path) -> None:
         assert values["theirs"] == 0.5
         assert "never" not in values
         assert values.get("reward") == (1.5 if rank == 0 else None)
-        again = metrics.write(2)  # what was written is forgotten; the others bring theirs again
+        again = metrics.write(2)  # the sums of this rank were reset; the other ranks send theirs again
         assert again["loss"] == 5.0
         assert "reward" not in again
 
 
 def test_times(tmp_path: Path) -> None:
-    """Phases of one name add up; a step begins where begin() says; tokens per second are of the whole step."""
+    """Times of a phase are added. A step begins at begin(). Tokens per second are of the whole step."""
     start = time.perf_counter()
     metrics = made(tmp_path)
     time.sleep(0.2)
@@ -78,7 +81,7 @@ def test_times(tmp_path: Path) -> None:
 
 
 def test_lines_for_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every log.every steps, and the last; metrics.jsonl has them all."""
+    """They are printed every log.every steps, and after the last step. metrics.jsonl has all lines."""
     metrics = made(tmp_path, 0, 0, (), "log.every=4")
     for step in range(10):
         metrics.add({"loss": (0.5, 1.0), "grad_norm": (1.0, 1.0)})
@@ -90,7 +93,7 @@ def test_lines_for_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_every_line_is_json(tmp_path: Path) -> None:
-    """A number that is not finite is left out; the others of its step are said."""
+    """A number that is not finite is omitted. The other numbers of its step are kept."""
     metrics = made(tmp_path)
     metrics.add({"loss": (math.nan, 1.0), "kl": (math.inf, 1.0), "reward": (1.0, 2.0)})
     values = metrics.write(1)
@@ -100,7 +103,7 @@ def test_every_line_is_json(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Beside a training run's, and a table in place of a line; the next one replaces them."""
+    """They lie beside those of a training run, and a table is printed. The next evaluation replaces them."""
     made(tmp_path).write(1)
     config = configuration.load("evaluate", [f"out={tmp_path}", "policy.load=model", "data.eval=dev.jsonl"])
     for reward in (0.25, 1 / 3):
@@ -134,7 +137,7 @@ def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.Captu
     ids=range(11),
 )
 def test_a_damaged_line_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    """And told; the others are kept."""
+    """It is reported, and the other lines are kept."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + damage + '\n{"step": 3}\n{"step": 4}\n')
     made(tmp_path, 3)
@@ -144,7 +147,7 @@ def test_a_damaged_line_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_kill_while_lines_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    """Leaves every line that was there; the next run drops them as this one would have."""
+    """All lines are kept, and the next run drops the same ones."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(5)))
 

@@ -1,4 +1,4 @@
-"""The laws of every mode, by the loop itself: step zero, the same metrics at every layout, and a bitwise resume."""
+"""Every mode in the training loop: step zero, equal metrics at every layout, and a bitwise resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def length(prompt, response, record):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data of every mode, random weights to begin with, other ones as the SFT model, and a reward model with a head that is not 0."""
+    """Write data for every mode, two sets of random weights, and a reward model whose head is not 0."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(ranks: int, program: str, *arguments: str) -> str:
-    """What ranks of tests/ranks/ say."""
+    """Return the output of a program in tests/ranks/."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*torchrun, str(ROOT / "tests/ranks" / program), *arguments]
@@ -73,7 +73,7 @@ def launch(ranks: int, program: str, *arguments: str) -> str:
     ids=["data", "engine", "two"],
 )
 def test_modes(folder: Path, ranks: int, layouts: list[str]) -> None:
-    """See tests/ranks/modes.py; the last case compares with the metrics of the others."""
+    """See tests/ranks/modes.py. The last case compares its metrics with those of the others."""
     assert "modes agree" in launch(ranks, "modes.py", str(folder), *layouts)
 
 
@@ -84,7 +84,7 @@ def test_programs(folder: Path, ranks: int, layout: str) -> None:
 
 
 def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
-    """The exported folder gives every text the score, to the last token, by which the run measured its held-out loss."""
+    """The exported folder gives every text, at its last token, the score that the run used for its held-out loss."""
     import torch
     import transformers
 
@@ -111,7 +111,7 @@ def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
 
 
 def test_judged_texts_have_the_scores_of_transformers(folder: Path) -> None:
-    """What a run says of prompts by its reward model."""
+    """The scores are those of a run with a reward model."""
     import torch
     import transformers
 
@@ -126,7 +126,7 @@ def test_judged_texts_have_the_scores_of_transformers(folder: Path) -> None:
             )
 
 
-# file of the public data -> the task that prepares it -> what each kind of its lines is for
+# file of the public data -> the task that prepares it -> the modes for each kind of its lines
 PUBLIC = {
     "hh_harmless_test.jsonl.gz": (
         "hh",
@@ -139,7 +139,7 @@ PUBLIC = {
 
 
 def test_a_step_on_every_public_file(folder: Path, shared_data: Path, tmp_path: Path) -> None:
-    """Through tools/prepare_data.py, and one update of each mode that the files are for."""
+    """tools/prepare_data.py converts each file, and each mode of its lines makes one update."""
     import prepare_data
 
     assert PUBLIC.keys() <= {path.name for path in shared_data.iterdir()}

@@ -1,26 +1,24 @@
-"""Files that are damaged or wrong in any way: one line for the user, or something that works; no other exception, and no hang.
+"""Files that are damaged or wrong in any way are refused in one line, or they work.
 
-Examples are drawn alike in every run. MUTATIONS=5000 draws so many of each kind.
+No other exception is raised, and no call hangs. Every run draws the same examples. MUTATIONS=5000 draws that many of
+each kind.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import shutil
-import signal
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from mutations import OTHERS, check, damaged, mutations, texts
 from vocabularies import write_byte_level, write_sentencepiece
 
 from rlhf import configuration, folders
@@ -29,7 +27,6 @@ from rlhf.config import Data
 from rlhf.data.forms import FORMS
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.errors import UserError
 from rlhf.identity import compare
 from rlhf.model import architecture
 from rlhf.weights import files, names
@@ -39,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import demo_task
 
-LIMIT = 30  # seconds that one example may take, also on a machine that is busy
 SHAPE = {
     "vocab_size": 384,
     "hidden_size": 16,
@@ -54,105 +50,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-mutations = settings(
-    max_examples=int(os.environ.get("MUTATIONS", "40")),
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-
-
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-TEXTS = st.text(max_size=8) | st.sampled_from(["\0", "\ud800", "../x", "a" * 300, "true", "Infinity", "</s>"])
-NUMBERS = (
-    st.integers()
-    | st.floats()
-    | st.sampled_from([0, -1, 1, 2, 2**31, 2**32, 2**63, 2**64, 10**9, 10**400, 1e39, 1e300])
-)
-PLAIN = st.none() | st.booleans() | NUMBERS | TEXTS
-OTHERS = st.recursive(
-    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=4
-)
-OTHERS |= st.sampled_from([150, 400, 900]).map(nested)
-
-
-def leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, (dict, list)) and tree:
-        return [leaf for inner in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(inner)]
-    return [tree]
-
-
-def changed(draw: Callable[[st.SearchStrategy], Any], tree: Any, whole: Any) -> Any:
-    """The tree with one place of it replaced, left out, or added to."""
-    if not isinstance(tree, (dict, list)) or not tree or not draw(st.integers(0, 7)):
-        return draw(OTHERS | st.sampled_from(leaves(whole)))
-    key = draw(st.sampled_from(list(tree) if isinstance(tree, dict) else range(len(tree))))
-    how = draw(st.sampled_from(["within", "within", "within", "without", "added"]))
-    if how == "within":
-        tree[key] = changed(draw, tree[key], whole)
-    elif how == "without":
-        del tree[key]
-    elif isinstance(tree, dict):
-        tree[draw(TEXTS)] = tree[key]
-    else:
-        tree.append(tree[key])
-    return tree
-
-
-@st.composite
-def documents(draw: Callable[[st.SearchStrategy], Any], tree: Any) -> Any:
-    """JSON trees that differ from this one in one to three places."""
-    found = copy.deepcopy(tree)
-    for _ in range(draw(st.integers(1, 3))):
-        found = changed(draw, found, tree)
-    return found
-
-
-@st.composite
-def damaged(draw: Callable[[st.SearchStrategy], Any], content: bytes) -> bytes:
-    """Bytes that differ from these at some places, or are cut."""
-    found = bytearray(content)
-    for _ in range(draw(st.integers(1, 3))):
-        at, piece = (
-            draw(st.integers(0, len(found))),
-            draw(st.binary(max_size=4) | st.sampled_from([b"\xff", b"\0", b"[" * 5000, b"9" * 5000])),
-        )
-        end = draw(st.sampled_from([at, at + 1, at + len(piece), len(found)]))
-        found[at:end] = piece
-    return bytes(found)
-
-
-def texts(tree: Any) -> st.SearchStrategy[bytes]:
-    """Contents of a JSON file that held this tree."""
-    return documents(tree).map(lambda found: json.dumps(found).encode()) | damaged(json.dumps(tree).encode())
-
-
-def check(call: Callable[[], Any]) -> None:
-    """It works, or is refused in one line."""
-
-    def late(number: int, frame: object) -> None:
-        pytest.fail(f"no answer within {LIMIT} seconds")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(LIMIT)
-    try:
-        call()
-    except UserError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-    finally:
-        signal.alarm(0)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with weights and a tokenizer.json, and a sentencepiece tokenizer beside it."""
+    """Make a model with weights and a tokenizer.json, and a sentencepiece tokenizer beside it."""
     root = tmp_path_factory.mktemp("mutations")
     write_byte_level(root / "model")
     (root / "model/config.json").write_text(json.dumps(demo_task.MODEL | SHAPE | {"rope_scaling": LLAMA3}))
@@ -167,7 +69,7 @@ def model(made: Path, tmp_path: Path) -> Path:
 
 
 def read(model: Path) -> None:
-    """As a run does with policy.load: described, opened, every tensor read."""
+    """Read a model as a run does with policy.load: its description, and every tensor."""
     arch = architecture.read(model)
     source, tiling = files.open_folder(model, arch), names.tiles(arch, "hf")
     source.read(tiling, {name: torch.empty(shape) for name, shape in names.shapes(tiling).items()})
@@ -179,7 +81,7 @@ def write_header(path: Path, header: bytes, data: bytes) -> None:
 
 
 def parts(path: Path) -> tuple[bytes, bytes]:
-    """Header and data of a safetensors file."""
+    """Return header and data of a safetensors file."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     return content[8:start], content[start:]
@@ -225,7 +127,7 @@ def test_index(model: Path) -> None:
 
 
 def speak(folder: Path) -> None:
-    """As a run does with policy.tokenizer."""
+    """Use a tokenizer as a run does with policy.tokenizer."""
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("How many eggs? <|im_end|> é🙂", control=True) + tokenizer.encode(" 12", continues=True)
     tokenizer.decode(ids)
@@ -330,7 +232,10 @@ def test_toml(tmp_path: Path, mode: str) -> None:
 
 
 def test_meta_json(tmp_path: Path) -> None:
-    """A damaged description has another checksum; one without, as older checkpoints have, must do by itself."""
+    """A damaged description has a wrong checksum.
+
+    Older checkpoints have no checksum, so the content itself is checked too.
+    """
     config = configuration.load("sft", [])
     run_is = {"keys": {"optim.lr": 1e-6, "steps": 3, "rollout.stop": []}, "read": {"data.train": ["a.jsonl", "0123"]}}
     meta = {"step": 7, "state": {"kl": 0.1}, "mode": "sft", "seed": 1, "dtype": "torch.float32", "zero": True}

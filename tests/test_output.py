@@ -1,4 +1,4 @@
-"""Printing never ends a process: what nobody can read, or nobody reads, is lost."""
+"""Printing never ends a process. Text that cannot be encoded or has no reader is dropped."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def test_a_mistake_is_one_even_if_nobody_hears_of_it(target):
 
 
 def test_errors_are_seen_at_once():
-    """Also in a file or a pipe: why the others of a run are being ended is no news for its end."""
+    """Also in a file or a pipe: the reason why ranks are ended must not appear only at the end of the run."""
     program = "import os, sys; from rlhf import output; output.secure(); print('seen', file=sys.stderr); os._exit(0)"
     assert (
         subprocess.run([sys.executable, "-c", program], env=HERE, capture_output=True, timeout=60).stderr == b"seen\n"

@@ -1,4 +1,4 @@
-"""Packing: what every rank trains on, and how it is cut."""
+"""Packing: the samples of each rank, and their micro-batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf.roles import Roles
 
 
 def test_alignment_by_hand() -> None:
-    """inputs and labels are the tokens one apart, every stream belongs to its label, and padding is a segment of its own."""
+    """Labels are the next tokens, streams are aligned with labels, and padding is a separate segment."""
     first, second = samples(2)
     batch = pack([first, second], multiple=64)
     n = len(first.mask)
@@ -43,7 +43,7 @@ def test_context_parallel_slices_make_the_row(size: int) -> None:
         row[part.places] = part.inputs
     total = sum(len(s.mask) for s in made)
     assert row[:total].tolist() == whole.inputs[:total].tolist()
-    for part in parts:  # every query of a span sits at the end of its keys
+    for part in parts:  # the last query of a span is the last of its keys
         spans = part.spans
         assert sum(spans.q_lengths) == len(part.inputs)
         for q, nq, k, nk in zip(spans.q_starts, spans.q_lengths, spans.k_starts, spans.k_lengths, strict=True):
@@ -96,7 +96,7 @@ def test_balance_is_even() -> None:
 
 
 def balance_by_hand(costs: Sequence[float], shares: int) -> list[list[int]]:
-    """balance() as it was at first: every item looks at all loads."""
+    """The first version of balance(): every item looks at all loads."""
     loads, dealt = [0.0] * shares, [[] for _ in range(shares)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         share = min(range(shares), key=lambda s: (loads[s], s))
@@ -106,7 +106,7 @@ def balance_by_hand(costs: Sequence[float], shares: int) -> list[list[int]]:
 
 
 def fill_by_hand(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]:
-    """fill() as it was at first: every item looks at all bins."""
+    """The first version of fill(): every item looks at all bins."""
     count = max(least, -(-sum(lengths) // budget))
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while True:
@@ -125,7 +125,10 @@ def fill_by_hand(lengths: Sequence[int], budget: int, least: int = 1) -> list[li
 def cut_by_hand(
     samples: Sequence[Sample], dp: int, hidden: int, budget: int, whole_groups: bool
 ) -> list[list[list[Sample]]]:
-    """shares() and microbatches() as they were at first: the number of bins grows by one until every share fits."""
+    """The first version of shares() and microbatches().
+
+    The number of bins grows by one until every share fits.
+    """
     members = groups(samples)
     dealt = balance_by_hand([sum(cost(len(s.mask), hidden) for s in group) for group in members], dp)
     shared = [[sample for i in items for sample in members[i]] for items in dealt]
@@ -143,7 +146,7 @@ def test_heaps_deal_and_fill_as_by_hand() -> None:
     for _ in range(300):
         lengths = rng.integers(
             1, rng.choice([3, 30, 300]), rng.integers(0, 60)
-        ).tolist()  # many of them equal, where few are possible
+        ).tolist()  # many equal lengths, because few are possible
         count, budget = int(rng.integers(1, 9)), int(rng.integers(1, 400))
         costs = [cost(n, 8) for n in lengths]
         assert balance(costs, count) == balance_by_hand(costs, count)
@@ -151,7 +154,10 @@ def test_heaps_deal_and_fill_as_by_hand() -> None:
 
 
 def test_microbatches_are_those_cut_by_hand() -> None:
-    """For all sorts of lengths, groups and layouts, of the samples and of their indices; where shares differ in what they need, too."""
+    """All kinds of lengths, groups and layouts are tested, with samples and with their indices.
+
+    Some shares need more micro-batches than others.
+    """
     rng = np.random.default_rng(2)
     (base,) = samples(1)
     apart = 0
@@ -169,7 +175,10 @@ def test_microbatches_are_those_cut_by_hand() -> None:
 
 
 def test_a_step_cuts_the_same_samples_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every role of one width and every pass; others of the same lengths and groups get their own samples back."""
+    """The plan is reused for every role of the same width, and for every pass.
+
+    Other samples with the same lengths and groups get their own plan.
+    """
     calls = []
     monkeypatch.setattr(roles, "plan", lambda *known: calls.append(known) or plan(*known))
     models = {

@@ -1,7 +1,8 @@
-"""Pickles of every Python: a member of an enum has several spellings, all of them are read, and none of them opens a door.
+"""Pickles of every Python version: an enum member is written in several ways, and all of them are read safely.
 
-Python 3.11.2 (Debian 12) writes getattr(enum, name), and members of signal.Signals as globals; Python 3.11.7 and later write enum(value).
-tests/fixtures/enums-by-name.* and enums-by-value.* are what each of the two wrote (see make), with the packages of requirements/cpu.txt:
+Python 3.11.2 (Debian 12) writes getattr(enum, name), and writes members of signal.Signals as globals. Python 3.11.7 and
+later write enum(value). tests/fixtures/enums-by-name.* and enums-by-value.* were written by these two versions (see
+make), with the packages of requirements/cpu.txt:
 
     PYTHONPATH=. python tests/test_pickles.py tests/fixtures
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_convert import hf_folder, run, tensors_of
-from test_megatron import Malice, foreign, save_as_megatron_does
+from test_megatron_damage import Malice, foreign, save_as_megatron_does
 from test_tiles import LLAMA
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -44,7 +45,7 @@ SPELLINGS = {
 
 
 def content() -> Metadata:
-    """The metadata of a checkpoint with one tensor, and with the plan that Megatron-LM keeps in it."""
+    """Return the metadata of a checkpoint with one tensor, and with the plan that Megatron-LM keeps in it."""
     size = torch.Size([2, 3])
     tensor = TensorStorageMetadata(
         TensorProperties(torch.bfloat16), size, [ChunkStorageMetadata(torch.Size([0, 0]), size)]
@@ -57,7 +58,7 @@ def content() -> Metadata:
 
 
 def make(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Write both files as this Python spells members of enums."""
+    """Write both files, with enum members as this Python writes them."""
     backend = foreign(patch, ATTENTION)
     spelling = "name" if backend.__reduce_ex__(2)[0] is getattr else "value"
     (folder / f"enums-by-{spelling}.metadata").write_bytes(pickle.dumps(content()))
@@ -66,7 +67,10 @@ def make(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def globals_of(pickled: bytes) -> set[str]:
-    """The globals of a pickle of protocol 2, and the texts of later ones, among which theirs are."""
+    """Return the globals of a pickle of protocol 2.
+
+    For later protocols, return its texts, which include the globals.
+    """
     return {
         str(argument).replace(" ", ".") for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)
     }
@@ -89,7 +93,7 @@ def test_what_another_python_wrote_is_read(spelling: str):
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_checkpoints_of_either_spelling_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str):
-    """Written and read by this Python, as if it were another."""
+    """This Python writes and reads them in both ways."""
     monkeypatch.setattr(Enum, "__reduce_ex__", SPELLINGS[spelling])
     wanted = hf_folder(tmp_path / "hf", LLAMA)
     run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist", "--verify")
@@ -102,13 +106,13 @@ def test_checkpoints_of_either_spelling_convert(tmp_path: Path, monkeypatch: pyt
 
 
 class Call(Malice):
-    """A call, which may be what another call calls."""
+    """A call in a pickle. Its function may be the result of another call."""
 
     def __call__(self) -> None: ...
 
 
 def attribute(owner: object, *path: object) -> object:
-    """getattr(getattr(owner, path[0]), path[1]), and so on, once it is read."""
+    """Return what is getattr(getattr(owner, path[0]), path[1]) and so on after reading."""
     for name in path:
         owner = Call(getattr, owner, name)
     return owner
@@ -145,7 +149,7 @@ def test_getattr_reaches_members_of_enums_only(tmp_path: Path, asked: object):
 
 @pytest.mark.parametrize("path", ["__subclasses__", "__class__", "_member_map_", "second.value", "second second", 7])
 def test_getattr_of_a_stand_in_looks_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: object):
-    """pt.py imports no class of Megatron's, so that a name can be no more than a name; one that no member has is refused all the same."""
+    """pt.py imports no class of Megatron, so names stay names. A name that no member has is refused too."""
     enum = type(foreign(monkeypatch, ATTENTION))
     torch.save({"args": attribute(enum, path)}, tmp_path / "common.pt")
     with pytest.raises(UserError, match="it asks for getattr"):

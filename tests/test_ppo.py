@@ -1,4 +1,4 @@
-"""PPO: what it makes of rewards, step zero, and every key that it reads."""
+"""PPO: rewards per token, the loss at step zero, and every key that it reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from rlhf.data.packing import pack
 
 
 def ppo_samples(rewards: list[float], values: float = 0.0, gap: float = 0.1, length: int = 2) -> list[Sample]:
-    """Old policy and reference differ by `gap` at every response token, and by nonsense in the prompt."""
+    """Return samples whose old policy and reference differ by `gap` in the response.
+
+    In the prompt they differ by much more, which must not matter.
+    """
     made = responses(rewards, 0, length)
     for s in made:
         s.old_logp = np.where(s.mask, -1.0, 50.0).astype(np.float32)
@@ -24,12 +27,15 @@ def ppo_samples(rewards: list[float], values: float = 0.0, gap: float = 0.1, len
 
 
 def returns(samples: list[Sample], *overrides: str) -> list[list[float]]:
-    """With gamma and lambda 1 and values 0: the rewards from each token on."""
+    """Return the sum of the rewards from each token on: gamma and lambda are 1, values are 0."""
     return [s.returns[s.mask].tolist() for s in algorithm("rlhf", "ppo.lam=1", *overrides).credit(samples)[0]]
 
 
 def test_ppo_rewards_by_hand() -> None:
-    """The worth at the last token, minus coefficient times KL at every token; no KL of the prompt; nothing learned there."""
+    """The last token has the reward, and every response token minus coefficient times KL.
+
+    Prompt tokens have no KL and are not learned.
+    """
     samples = ppo_samples([1.0])
     (found,) = returns(samples, "ppo.kl=0.5")
     assert found == pytest.approx([1 - 0.5 * 0.2, 1 - 0.5 * 0.1], abs=1e-6)
@@ -45,7 +51,7 @@ def test_ppo_rewards_by_hand() -> None:
 
 
 def test_ppo_truncated_response_gets_no_bonus() -> None:
-    """Cut or not, the reward stands at the last token that was sampled."""
+    """In complete and truncated responses, the last sampled token has the reward."""
     cut = ppo_samples([1.0])
     cut[0].truncated = True
     assert returns(cut) == returns(ppo_samples([1.0]))
@@ -63,7 +69,7 @@ def test_ppo_gamma_and_lam() -> None:
 
 
 def test_ppo_whitening_and_returns() -> None:
-    """Mean 0 and deviation 1 over all response tokens of the step; returns are of the raw advantages."""
+    """Advantages have mean 0 and deviation 1 over all response tokens of the step. Returns use the raw advantages."""
     samples = ppo_samples([1.0, 0.0, 3.0], values=0.5, length=3) + ppo_samples([2.0], length=7)
     plain, _ = algorithm("rlhf", "ppo.whiten=false").credit(samples)
     raw, wanted = np.concatenate([s.advantages[s.mask] for s in plain]), [s.returns for s in plain]
@@ -77,7 +83,10 @@ def test_ppo_whitening_and_returns() -> None:
 
 
 def test_ppo_reward_clip_and_scale() -> None:
-    """Scaled by the deviation of all rewards so far, then clipped; the deviation is carried from step to step."""
+    """Rewards are divided by the deviation of all rewards so far, then clipped.
+
+    The deviation is kept from step to step.
+    """
     assert [r[-1] for r in returns(ppo_samples([5.0, -5.0, 0.5]), "ppo.kl=0", "ppo.reward_clip=2")] == [2.0, -2.0, 0.5]
     ppo = algorithm("rlhf", "ppo.kl=0", "ppo.lam=1", "ppo.reward_scale=true", "ppo.reward_clip=1.5")
     seen: list[float] = []
@@ -94,7 +103,7 @@ def test_ppo_reward_clip_and_scale() -> None:
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 2.7, -0.7])
 def test_ppo_scale_of_equal_rewards(reward: float) -> None:
-    """Their mean may differ from them by a rounding error: that is no deviation to divide by."""
+    """Their mean may differ from them by a rounding error. The program does not divide by such a deviation."""
     ppo = algorithm("rlhf", "ppo.kl=0", "ppo.lam=1", "ppo.reward_scale=true")
     for count in (3, 7, 10, 100):
         assert [s.returns[-1] for s in ppo.credit(ppo_samples([reward] * count))[0]] == pytest.approx([reward] * count)
@@ -110,7 +119,10 @@ def test_ppo_ngram_penalty() -> None:
 
 
 def test_ppo_adaptive_kl() -> None:
-    """KL of whole responses (length 4 x 0.1) to the reference against the target: the error is held to 0.2, n / horizon of it acts."""
+    """The KL of whole responses (length 4 x 0.1) is compared with the target.
+
+    The error is clipped to 0.2, and n / horizon of it is applied.
+    """
 
     def run(target: float, horizon: float = 20) -> list[float]:
         ppo = algorithm(
@@ -133,7 +145,7 @@ def test_ppo_adaptive_kl() -> None:
 
 
 def test_ppo_metrics() -> None:
-    """Shaped reward is a response's sum; values that are the returns explain all of their variance."""
+    """The shaped reward is the sum over a response. Values that equal the returns explain all of their variance."""
     _, sums = algorithm("rlhf", "ppo.kl=0.5").credit(ppo_samples([1.0, 3.0]))
     assert sums["shaped_reward"] == pytest.approx((4 - 0.5 * 0.4, 2.0), abs=1e-6)
     assert sums["kl"] == pytest.approx((0.4, 2.0), abs=1e-6)
@@ -147,7 +159,7 @@ def test_ppo_metrics() -> None:
 
 
 def test_ppo_losses_and_keys() -> None:
-    """Ratio 1 at step zero; the policy's and the value's clips act; critic_warmup holds the policy back."""
+    """Ratio 1 at step zero. The clips of policy and value apply. critic_warmup delays the policy."""
     found = means(algorithm("rlhf").loss("policy", packed(), said("old_logp")))
     assert (found["drift"], found["clipped"]) == (0.0, 0.0)
     assert found["loss"] == pytest.approx(-np.concatenate(rows("advantages")).mean(), abs=1e-6)
@@ -170,8 +182,11 @@ def test_ppo_losses_and_keys() -> None:
 
 
 def test_ppo_weighs_tokens_by_who_drew_them() -> None:
-    """Policy before the update over sampler, truncated; of a single update without a KL nobody is asked beforehand."""
-    learner, sampler = np.array([-1.0, -1.0]), np.array([-2.0, -0.5])  # e more likely to the learner, and less
+    """The weight is the ratio of policy before the update to sampler, truncated.
+
+    With a single update and no KL there is no score pass for it.
+    """
+    learner, sampler = np.array([-1.0, -1.0]), np.array([-2.0, -0.5])  # one is more likely to the learner, and one less
     named = {"sampler_logp": sampler, "old_logp": learner, "advantages": np.array([1.0, 3.0])}
     batch = pack(
         [
@@ -197,7 +212,7 @@ def test_ppo_weighs_tokens_by_who_drew_them() -> None:
 
 
 def test_prompts_cannot_overflow() -> None:
-    """A policy that drifted on the prompt by e^200 does not make the loss of the response NaN."""
+    """The policy has drifted on the prompt by e^200: the loss of the response is still not NaN."""
     for mode, overrides in (("rlhf", []), ("grpo", ["grpo.mismatch_cap=2"])):
         made, samples = algorithm(mode, *overrides), ppo_samples([1.0, 0.0])
         for s in samples:

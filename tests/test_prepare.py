@@ -1,4 +1,4 @@
-"""The models of a run, from config.json alone: which folder each role has, what it is for, and with which head."""
+"""The models of a run, from config.json alone: the folder, use and head of each role."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CONTEXT = {
     "reward": 144,
     "critic": 152,
     "classifier": 160,
-}  # tells the folders' architectures apart
+}  # differs between the folders
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per name with a config.json and nothing else."""
+    """Make a folder per name, with only a config.json."""
     root = tmp_path_factory.mktemp("shapes")
     for name, context in CONTEXT.items():
         (root / name).mkdir()
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shapes(root: Path, mode: str, *overrides: str) -> dict[str, tuple[str, str, bool, bool]]:
-    """Role -> (use, folder's name, has an output layer, has a scalar head)."""
+    """Return role -> (use, name of the folder, has an output layer, has a scalar head)."""
     common = [f"policy.load={root}/policy", "data.max_tokens=64", "rollout.max_tokens=16"]
     arch, roles = prepare.shapes(
         configuration.load(mode, [*common, *(text.replace("ROOT", str(root)) for text in overrides)]), 1

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import prepare_data
 
 MODES = {"sft": "sft", "reward": "reward", "dpo": "dpo", "alignment": "rlhf", "math": "grpo"}
-FORMS = {"text": "plain", "messages": "human"}  # how dialogues are written, and the template that they are for
+FORMS = {"text": "plain", "messages": "human"}  # how conversations are written, and the template for them
 
 
 def run(*arguments):
-    """Exit code, and what the tool says."""
+    """Return the exit code and the output of the tool."""
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         code = told("prepare_data", lambda: prepare_data.main([str(argument) for argument in arguments]))
@@ -52,7 +52,7 @@ ASKED = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Four?\n\nAssistant:"
 
 
 def test_hh_as_text(tmp_path):
-    """The files of the tutorial."""
+    """These are the files of the tutorial."""
     write(tmp_path / "in.jsonl", HH)
     command = [sys.executable, prepare_data.__file__, "hh", "--from", tmp_path / "in.jsonl", "--to", tmp_path]
     assert (
@@ -98,7 +98,10 @@ def test_lines_of_hh_that_are_left_out(tmp_path):
         pair(" Yes.", " No.", "Hi\n\nAssistant:"),
     ]
     write(tmp_path / "in.jsonl", *lines)
-    for form, kept in (("text", 1), ("messages", 0)):  # two turns of one speaker can be text, but no messages
+    for form, kept in (
+        ("text", 1),
+        ("messages", 0),
+    ):  # two turns of one speaker in a row are possible as text, but not as messages
         code, said = run("hh", "--from", tmp_path / "in.jsonl", "--to", tmp_path / form, "--as", form)
         counts = {
             kind: len(rows(tmp_path / form / kind / "train.jsonl")) for kind in ("sft", "reward", "dpo", "alignment")
@@ -112,7 +115,10 @@ def test_lines_of_hh_that_are_left_out(tmp_path):
 
 
 def test_folders_and_what_is_held_out(tmp_path):
-    """Files called test are held out; --dev takes a share of the other prompts, whatever their order, with all lines of a prompt."""
+    """Files named test are held out.
+
+    --dev holds out a share of the other prompts, in any order, with all lines of a prompt.
+    """
     lines = [{"question": f"What is {n % 200} + 1?", "answer": f"{n}\n#### {n + 1}"} for n in range(400)]
     (tmp_path / "in" / "main").mkdir(parents=True)
     write(tmp_path / "in" / "main" / "train.jsonl", *lines)
@@ -172,7 +178,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.fixture(scope="module", params=FORMS)
 def prepared(request, tmp_path_factory, shared_data):
-    """(folder, template): all of the real files, each in a folder of its own."""
+    """Return (folder, template) of all real files, each in a folder of its own."""
     folder = tmp_path_factory.mktemp("prepared")
     tasks = {"hh_harmless_test.jsonl.gz": "hh", "gsm8k_test.jsonl.gz": "gsm8k", "gsm8k_train_2000.jsonl.gz": "gsm8k"}
     tasks["mt_bench_question.jsonl"] = "mtbench"
@@ -184,7 +190,7 @@ def prepared(request, tmp_path_factory, shared_data):
 
 
 def head(file, count):
-    """A file of its first lines: the tokenizers of the tests are slow."""
+    """Write the first lines of a file, because the tokenizers of the tests are slow."""
     return write(file.with_name("head.jsonl"), *rows(file)[:count])
 
 
@@ -204,7 +210,10 @@ def test_every_line_of_the_real_files_has_a_form_of_its_mode(prepared, llama2):
 
 
 def test_real_hh(prepared, llama2, shared_data):
-    """2,312 lines: 4 end with two turns of the assistant and 4 more have two in a row, 4 have an empty response, 1 has two prompts."""
+    """Of 2,312 lines, 4 end with two turns of the assistant and 4 more have two in a row.
+
+    4 have an empty response, and 1 has two prompts.
+    """
     folder, template = prepared
     folder = folder / "hh_harmless_test.jsonl.gz"
     counts = {kind: len(rows(folder / kind / "train.jsonl")) for kind in ("sft", "reward", "dpo", "alignment")}

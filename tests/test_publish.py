@@ -1,4 +1,4 @@
-"""The real executor, on four ranks: every reshaping of training shards into engine shards, and a folder written from them."""
+"""A publish on four ranks: from every training layout to engine shards, and a folder written from them."""
 
 import json
 import os
@@ -32,7 +32,7 @@ RESHARDS = {
     "PP4 -> TP4": (1, 4, 4),
     "TP1 -> TP2": (1, 1, 2),
 }
-SMALL = 24 << 10  # bytes of a bucket, so that there are many rounds and tensors are cut
+SMALL = 24 << 10  # bytes of a bucket, small so that there are many rounds and tensors are cut
 SPLIT = {"mcore": {"tp": 2, "pp": 2}, "mcore-local": {"tp": 4}, "legacy": {"tp": 1, "pp": 4}}
 EXPORTED = replace(LLAMA, kv_heads=2, vocab=1000)
 
@@ -46,8 +46,9 @@ def on_rank(rank: int, folder: str) -> None:
     parameters = model_ranks(EXPORTED, random_hf(EXPORTED), "megatron", WORLD, 2, 2)[rank]
     for format in FORMATS:
         export.write(
-            f"{folder}/{format}", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "megatron", WORLD, 2, 2), parameters, format=format,
-            rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, shard=20 << 10, bucket=SMALL, **SPLIT.get(format, {}),
+            f"{folder}/{format}", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "megatron", WORLD, 2, 2),
+            parameters, format=format, rank=rank, nodes=[0] * WORLD, dtype=torch.bfloat16, shard=20 << 10, bucket=SMALL,
+            **SPLIT.get(format, {}),
         )  # fmt: skip
     export.write(
         f"{folder}/scaled", EXPORTED, {"model_type": "llama"}, tilings(EXPORTED, "megatron", WORLD, 2, 2), parameters,
@@ -62,7 +63,7 @@ def scaled(local: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_transform(moves: Plan, rank: int, source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
-    """A publish with a transform equals one of tensors that were scaled before, and leaves the sender's as they were."""
+    """Check that a publish with a transform equals a publish of scaled tensors. The sender's tensors do not change."""
     before, asked = {name: tensor.clone() for name, tensor in source.items()}, set()
 
     def recording(local: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -85,7 +86,7 @@ def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
     moves = Plan(tilings(arch, "megatron", WORLD, tp, pp), tilings(arch, "vllm", WORLD, engine_tp), [0] * WORLD)
     publisher = Publisher(moves, rank, torch.bfloat16, SMALL)
     hf = random_hf(arch)
-    for update in range(2):  # the same publisher serves every step
+    for update in range(2):  # the same publisher is used in every step
         hf = {name: tensor + update for name, tensor in hf.items()}
         wanted = model_ranks(arch, hf, "vllm", WORLD, engine_tp, 1)[rank]
         target = blank([{name: tensor.bfloat16() for name, tensor in wanted.items()}])[0]
@@ -110,7 +111,7 @@ def check_publish(arch, tp: int, pp: int, engine_tp: int, rank: int) -> None:
 
 
 def test_four_ranks(tmp_path: Path):
-    mp.spawn(on_rank, (str(tmp_path),), WORLD)  # raises what a rank raised
+    mp.spawn(on_rank, (str(tmp_path),), WORLD)  # raises the exceptions of the ranks
 
     folder, hf = tmp_path / "hf", random_hf(EXPORTED)
     for format in FORMATS:
@@ -163,13 +164,16 @@ def test_a_checksum_sees_what_changed_places():
 @pytest.mark.parametrize("limit", [50, 1000, 100_000])
 @pytest.mark.parametrize("nodes", [[0, 0, 0, 0], [0, 0, 1, 1]])
 def test_rounds_carry_everything_within_the_limit(limit: int, nodes: list[int]):
-    """And in an order in which no rank waits for ever: each does its rounds one after the other, and a message needs both of its ends."""
+    """The order causes no deadlock.
+
+    Each rank does its rounds one after another, and a message needs both of its ranks.
+    """
     moves = Plan(tilings(LLAMA, "megatron", WORLD, 2, 2), tilings(LLAMA, "vllm", WORLD, 4), nodes)
     ranks = [_rounds(moves.received(rank) + moves.sent(rank), WORLD, limit) for rank in range(WORLD)]
     assert all(sum(message.numel for message in messages) <= limit for rounds in ranks for messages in rounds)
     begun: list[Counter] = [
         Counter() for _ in ranks
-    ]  # by rank: (source, target) -> messages that it has begun to send or to receive
+    ]  # by rank: (source, target) -> messages that the rank has begun to send or to receive
     turn, sizes = [-1] * WORLD, Counter()
 
     def waits(rank: int) -> bool:
@@ -189,7 +193,7 @@ def test_rounds_carry_everything_within_the_limit(limit: int, nodes: list[int]):
 
 
 def test_rounds_fill_both_directions():
-    """Two ranks that exchange halves: neither waits for the other's direction to be done."""
+    """Two ranks exchange halves: both directions are used at the same time."""
     moves = Plan(tilings(LLAMA, "megatron", 2, 2), tilings(LLAMA, "vllm", 2, 1), [0, 0])
     rounds = _rounds(moves.received(0) + moves.sent(0), 2, 10_000)
     assert len(rounds) > 4
@@ -197,7 +201,7 @@ def test_rounds_fill_both_directions():
 
 
 def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPatch):
-    """Between any two rounds a fair share; and all messages of all rounds lie in one bucket."""
+    """Each round copies an equal share of the local boxes. All messages of all rounds use one bucket."""
     training, engines = tilings(LLAMA, "megatron", 2, 2), tilings(LLAMA, "vllm", 2, 1)
     source, target = (
         {name: torch.zeros(shape) for name, shape in shapes(tiling[0]).items()} for tiling in (training, engines)
@@ -236,7 +240,7 @@ def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("layout", "crossing"), [("--train-tp=2", 1 / 2), ("--train-pp=2 --engine-tp=2", 1 / 4)])
 def test_benchmark_runs(layout: str, crossing: float):
-    """On two ranks; of the model, each receives the half that it lacks, or the quarter."""
+    """On two ranks, each receives the half of the model that it lacks, or a quarter."""
     command = [
         sys.executable,
         "-m",
@@ -260,13 +264,13 @@ def test_benchmark_runs(layout: str, crossing: float):
     whole = 2 * 1_059_968  # bytes: bfloat16 parameters of the toy model
     assert result["bytes_crossing_per_rank"] == pytest.approx(
         whole * crossing, rel=0.1
-    )  # norms are everywhere, tables at one end
+    )  # every stage has the norms, and one stage each table
     assert result["seconds"] > 0
 
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of each of three families, and what transformers says after some prompts."""
+    """Make two models of each of three families, and the greedy continuations of transformers for some prompts."""
     root = tmp_path_factory.mktemp("greedy")
     prompts, tokens = [[5, 9, 33], [7], [500, 0, 64, 65, 1, 2, 3]], {}
     for family in ("llama3-tied", "qwen3", "phi3"):
@@ -290,7 +294,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda value: value.replace(" ", ","),
 )
 def test_engines_say_what_transformers_says(greedy: Path, engine: str, tp: str, model: str, layouts: str):
-    """After each publish to four ranks, from every training layout (TP x PP) in turn."""
+    """After each publish to four ranks, for every training layout (TP x PP) in turn."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
     command = [*torchrun, "tests/ranks/publishing.py", str(greedy), engine, tp, model, *layouts.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

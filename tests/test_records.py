@@ -1,4 +1,4 @@
-"""Records: files, limits, and the laws of drawing."""
+"""Records: files, limits, and the order of drawing."""
 
 import gzip
 import os
@@ -25,7 +25,7 @@ def tokenizer(llama3):
 
 
 def test_files_and_folders(tmp_path, tokenizer):
-    """Files of a folder in the order of their names, blank lines skipped, other files left alone."""
+    """Files of a folder are read in the order of their names. Blank lines and other files are skipped."""
     write(tmp_path / "b.jsonl.gz", {"prompt": "three"}, "", {"prompt": "four"})
     write(tmp_path / "a.jsonl", {"prompt": "one"}, "  ", {"prompt": "two"})
     write(tmp_path / "c.json", {"prompt": "fünf 🙂"})
@@ -91,7 +91,10 @@ def test_overlong_prompts(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("fixture", ["llama3", "llama2"])
 def test_overlong_conversations(tmp_path, request, fixture):
-    """The prompt gives way from the left; only a response that does not fit beside bos and cue is cut, and loses its eos."""
+    """The prompt is cut from the left.
+
+    A response is cut only if it does not fit beside bos and cue, and then has no eos.
+    """
     tokenizer = request.getfixturevalue(fixture)
     prompt, response = "the question is what they mean by it " * 6, "the answer is five"
     file = write(tmp_path / "a.jsonl", {"prompt": prompt, "response": response})
@@ -110,7 +113,7 @@ def test_overlong_conversations(tmp_path, request, fixture):
 
     for limit in range(cue + 2, len(ids) + 2):
         sample = load(limit)
-        left = max(cue, min(limit, len(ids)) - (len(ids) - start) - 1)  # of the prompt, beside its bos
+        left = max(cue, min(limit, len(ids)) - (len(ids) - start) - 1)  # tokens of the prompt, beside its bos
         kept = min(limit - 1 - left, len(ids) - start)
         assert sample.tokens.tolist() == [tokenizer.bos, *ids[start - left : start + kept]]
         assert sample.tokens[1:][sample.mask].tolist() == ids[start : start + kept]
@@ -119,7 +122,10 @@ def test_overlong_conversations(tmp_path, request, fixture):
 
 @pytest.mark.parametrize("fixture", ["llama3", "llama2"])
 def test_plain_texts_keep_the_cue_that_they_spell(tmp_path, request, fixture):
-    """The tutorial's dialogues are texts, markers and all: a response as long as the limit leaves room for the cue alone."""
+    """The tutorial's dialogues are texts with markers.
+
+    If the response is as long as the limit, only the cue remains of the prompt.
+    """
     tokenizer = request.getfixturevalue(fixture)
     asked, response = "\n\nHuman: what do they mean by it?\n\nAssistant:", " the answer is five" * 9
     file = write(
@@ -156,7 +162,7 @@ def test_overlong_dialogues_keep_their_last_response(tmp_path, tokenizer):
 
 
 def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
-    """The second load takes what the first one wrote: the same samples, and nothing is tokenized."""
+    """The second load reads the tokens that the first one wrote: the samples are equal, and nothing is tokenized."""
     rows = [{"query": f"Q {n}?", "response": ["four", "five" * n, "é"], "score": [n, 0.5, -1]} for n in range(1, 9)]
     file = write(
         tmp_path / "a.jsonl", *rows, {"query": "Q?", "response": ["the answer is four " * 9, "no"], "score": [1, 0]}
@@ -177,7 +183,7 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Give every small file to as many processes, a few lines at a time."""
+    """Tokenize even small files with several processes, a few lines at a time."""
 
     def set_processes(count):
         monkeypatch.setattr(reader, "CHUNK", 200)
@@ -188,7 +194,7 @@ def processes(monkeypatch):
 
 @pytest.mark.parametrize("fixture", ["llama3", "llama2"])
 def test_many_processes_make_what_one_makes(tmp_path, request, fixture, processes, monkeypatch):
-    """The files of tokens are bitwise equal, whole chunks of dropped lines and all."""
+    """The files of tokens are bitwise equal, also if all lines of a chunk are dropped."""
     rows = [{"query": f"Q {n}?", "response": ["four " * (n % 7 + 1), "é"], "score": [n, -1]} for n in range(40)]
     rows[10:20] = [{"query": "Q?", "response": ["the answer is four " * 30, "no"], "score": [1, 0]}] * 10
     file = write(tmp_path / "a.jsonl.gz", *rows[:25], "", *rows[25:])
@@ -221,7 +227,7 @@ def test_many_processes_tell_the_first_mistake(tmp_path, tokenizer, processes):
 
 
 def die(reader, connection):
-    """As when memory runs out: before anything is read, in the middle, or when an answer is half written."""
+    """End as if memory ran out: before anything is read, in the middle, or in the middle of an answer."""
     if reader.data.learn == "last":
         connection.recv()
         os.write(connection.fileno(), b"\0\0")
@@ -240,11 +246,12 @@ def test_a_killed_process_is_told(tmp_path, tokenizer, processes, monkeypatch, l
 
 
 def test_processes_end_with_the_one_that_started_them():
-    """Whoever inherited the output has to end before it does."""
+    """They must end, because they have inherited its standard output, and a reader waits until all of them close it."""
     code = (
         "import os; from rlhf.data.reader import *; from rlhf.data.reader import _serve\n"
         "ours, theirs = get_context('spawn').Pipe()\n"
-        "get_context('spawn').Process(target=_serve, args=(Reader('prompts', None, Data(), None, ()), theirs)).start()\n"
+        "get_context('spawn').Process(target=_serve, "
+        "args=(Reader('prompts', None, Data(), None, ()), theirs)).start()\n"
         "ours.send([])\n"
         "print(len(ours.recv()), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -268,7 +275,7 @@ def rows(samples):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 10, 25])
 def test_every_record_comes_once_per_epoch(ten, count):
-    """Steps cut a chain of permutations, wherever the epochs end."""
+    """Steps are parts of a chain of permutations, and an epoch may end within a step."""
     drawn = [row for step in range(20) for row in rows(ten.draw(step, count, seed=7))]
     epochs = [drawn[i : i + 10] for i in range(0, len(drawn) - 9, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)

@@ -1,4 +1,4 @@
-"""Reward functions of the user: what they may do wrong, in real processes."""
+"""Reward functions of the user: their mistakes, in real processes."""
 
 import os
 import signal
@@ -44,7 +44,8 @@ def act(prompt, response, record):
         return len(sys.stdin.read())
     if response == "process":
         return os.getpid()
-    return {"nan": float("nan"), "text": "1", "none": None, "infinite": 10**400, "yes": True, "half": half(prompt)}.get(response, 0)
+    wrong = {"nan": float("nan"), "text": "1", "none": None, "infinite": 10**400, "yes": True}
+    return (wrong | {"half": half(prompt)}).get(response, 0)
 
 def echo(prompt, response, record):
     time.sleep(record["seconds"])
@@ -55,7 +56,7 @@ def echo(prompt, response, record):
 @pytest.fixture
 def file(tmp_path) -> Path:
     (tmp_path / "neighbour.py").write_text("def half(text):\n    return len(text) / 2\n")
-    (tmp_path / "json.py").write_text(FUNCTIONS)  # a file may be called like a module that is loaded already
+    (tmp_path / "json.py").write_text(FUNCTIONS)  # a file may have the name of a module that is already imported
     return tmp_path / "json.py"
 
 
@@ -64,7 +65,7 @@ def items(*responses: str) -> list[rewards.worker.Item]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, or ends within three seconds."""
+    """Return whether a process has ended, or ends within three seconds."""
     for _ in range(60):
         stat = Path(f"/proc/{pid}/stat")
         try:
@@ -123,7 +124,7 @@ def test_the_first_failure_is_kept(file, response, says):
 
 
 def test_memory_is_bounded(file):
-    """What takes more fails, and the next one goes on; without a limit it does not."""
+    """A function that needs more fails, and the next call works. Without a limit it does not fail."""
     with Rewards(f"{file}:act", timeout=5, workers=1, memory=0.5) as function:
         assert function.score(items("take memory", "half")) == [Score(0.0, True), Score(1.5, False)]
         assert function.failure.splitlines()[-1] == "MemoryError"
@@ -156,7 +157,7 @@ def test_processes_are_kept_and_replaced(file):
 
 
 def test_a_time_out_ends_what_the_function_started(file, tmp_path):
-    """The whole group of processes, and nothing of them stays open here."""
+    """Its whole process group is ended, and no pipes of it stay open here."""
     before = set(os.listdir("/proc/self/fd"))
     with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
         given = ("abc", "hang with a child", {"file": str(tmp_path / "child")})
@@ -170,7 +171,7 @@ def test_a_time_out_ends_what_the_function_started(file, tmp_path):
 
 
 def test_a_module_may_load_longer_than_a_response_may_take(file):
-    """As those that import torch do: the limit is one for each response."""
+    """Modules that import torch are slow to load. The limit applies to each response only."""
     (file.parent / "slow.py").write_text(
         "import time\ntime.sleep(1.2)\n\ndef one(prompt, response, record):\n    return 1\n"
     )
@@ -179,7 +180,7 @@ def test_a_module_may_load_longer_than_a_response_may_take(file):
 
 
 def test_results_of_an_interrupted_call_do_not_reach_the_next(file):
-    """Ctrl-C while a function works on a response; its process has been used before, and would be used again."""
+    """Ctrl-C comes while a function works on a response. Its process was used before, and would be used again."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -208,7 +209,10 @@ def test_a_process_that_ended_while_idle_fails_one_response_only(file):
 
 
 def test_no_process_survives_the_parent(file, tmp_path):
-    """Killed without warning while one function waits on a process of its own, one hangs inside C code and one is idle."""
+    """The parent is killed.
+
+    At this time one function waits for its own child process, one hangs in C code, and one is idle.
+    """
     program = f"""
 from rlhf.rewards import Rewards
 function = Rewards({str(file) + ":act"!r}, timeout=60, workers=3)
@@ -279,7 +283,10 @@ def test_the_current_folder_may_be_gone(file, monkeypatch):
 
 
 def test_modules_of_the_current_folder_come_last(file):
-    """They are found, although launch.sh starts Python with -P, and stand in for no module that another one imports: json.py is there."""
+    """They are found although launch.sh uses Python's -P.
+
+    They do not replace a module that another one imports, such as json.py.
+    """
     program = "import sys\nfrom rlhf.rewards import Rewards, check\ncheck(sys.argv[1])\n"
     program += "with Rewards(sys.argv[1], 5, 1) as function: print(function.score([('abc', '', {})])[0].value)"
     command = [sys.executable, "-P", "-c", program, "neighbour:whole"]
@@ -290,7 +297,7 @@ def test_modules_of_the_current_folder_come_last(file):
 
 
 def test_a_function_may_print_where_nobody_reads(file):
-    """Or print what the terminal cannot show: that is no failure of it."""
+    """It may also print characters that the terminal cannot show. The function does not fail."""
     (file.parent / "talks.py").write_text(
         "def talk(prompt, response, record):\n    print(response * 9999, flush=True)\n    return 1\n"
     )
@@ -303,11 +310,12 @@ def test_a_function_may_print_where_nobody_reads(file):
 
 
 def test_check_starts_fast_and_without_torch(file):
-    program = f"import sys\nfrom rlhf import rewards\nrewards.check({str(file) + ':act'!r})\nassert 'torch' not in sys.modules"
+    program = f"import sys\nfrom rlhf import rewards\nrewards.check({str(file) + ':act'!r})\n"
+    program += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
     start = time.monotonic()
     rewards.check(f"{file}:act")
-    assert time.monotonic() - start < 3  # about 0.1 s on an idle machine; torch alone would take longer
+    assert time.monotonic() - start < 3  # about 0.1 s on an idle machine; importing torch would take longer
 
 
 def test_math_compares_with_the_answer_of_the_record():

@@ -1,4 +1,4 @@
-"""Rotary tables equal transformers' bit for bit, at every position, for every way to stretch them."""
+"""Rotary tables equal those of transformers bitwise, at every position and for every kind of scaling."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from rlhf.model.rope import Rope
 CONTEXT = 1 << 17
 YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
 SHAPE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 96,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
 }  # fmt: skip
 
 
@@ -65,13 +66,16 @@ def test_tables(tmp_path: Path, rope: dict[str, Any]) -> None:
 
 
 def test_usual_numbers_are_not_kept(tmp_path: Path) -> None:
-    """One model, however much of it config.json spells out."""
+    """The model is the same if config.json has some keys with their default values."""
     spelled = {**YARN, "beta_fast": 32.0, "beta_slow": 1, "truncate": True, "attention_factor": None}
     assert read(tmp_path, spelled) == read(tmp_path, YARN)
 
 
 def test_the_original_context(tmp_path: Path) -> None:
-    """It is the context where the scaling does not say it. A second one outside of the scaling must say the same."""
+    """It is max_position_embeddings if the scaling does not contain it.
+
+    A second one outside of the scaling must be equal.
+    """
     outer = "original_max_position_embeddings"
     assert read(tmp_path, {"rope_type": "yarn", "factor": 4.0}).rope_scaling[outer] == CONTEXT
     assert read(tmp_path, YARN, **{outer: 4096}) == read(tmp_path, YARN)
@@ -83,7 +87,7 @@ def test_the_original_context(tmp_path: Path) -> None:
 
 
 def test_yarn_reaches_as_far_as_its_factor(tmp_path: Path) -> None:
-    """vLLM's tables end there, whatever max_position_embeddings says."""
+    """vLLM's tables end there, for any value of max_position_embeddings."""
     assert read(tmp_path, {**YARN, "factor": 4.0}).context == 4 * 4096
 
 

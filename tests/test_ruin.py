@@ -1,4 +1,4 @@
-"""Updates and models that are no numbers any more: told in one line, and never saved over what is good."""
+"""Updates and models with values that are not finite are reported in one line, and never saved."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(made: Path, mode: str, *overrides: str, room: int = resource.RLIM_INFINITY) -> tuple[int, str]:
-    """Exit code and stderr. room: the largest file that can be written, in bytes."""
+    """Return exit code and stderr. room: the largest file that can be written, in bytes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     data = {"sft": "train=data/train_sft", "grpo": "train=data/train_rl", "evaluate": "eval=data/heldout"}[mode]
     command = [sys.executable, "-m", "rlhf", mode, *KEYS, "policy.load=model", f"data.{data}.jsonl", *overrides]
@@ -69,7 +69,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def test_a_first_update_that_is_no_number(made: Path) -> None:
-    """AdamW without epsilon divides 0 by 0 wherever a gradient is 0."""
+    """AdamW without epsilon divides 0 by 0 where a gradient is 0."""
     code, said = call(made, "sft", "out=epsilon", "steps=1", "optim.eps=0")
     assert code == 1
     (line,) = said.splitlines()
@@ -81,7 +81,7 @@ def test_a_first_update_that_is_no_number(made: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["parallel.dp=1", "parallel.dp=2"])
 def test_an_update_that_ruins_the_weights(made: Path, layout: str) -> None:
-    """The checkpoint before stays the newest, the message names it, and what it advises works. All ranks end."""
+    """The checkpoint before stays the newest. The message names it, and its advice works. All ranks end."""
     keys = [f"out={layout}", layout, "checkpoint.keep=1"]
     assert call(made, "sft", *keys, "steps=2")[0] == 0
     code, said = call(made, "sft", *keys, "steps=4", "optim.eps=0")
@@ -98,7 +98,10 @@ def test_an_update_that_ruins_the_weights(made: Path, layout: str) -> None:
 
 
 def check_a_full_disk(made: Path, out: str, *keys: str) -> None:
-    """Both ranks meet it in the next checkpoint, and one tells. What was there stays, and is gone on from."""
+    """Check that both ranks fail in the next checkpoint, and one rank reports it.
+
+    Older checkpoints stay, and the run continues from them.
+    """
     code, said = call(made, "sft", *keys, "steps=4", room=100_000)
     assert code == 1, said
     (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
@@ -110,7 +113,7 @@ def check_a_full_disk(made: Path, out: str, *keys: str) -> None:
 
 @pytest.mark.parametrize("write", ["torch.save", "a tree", "its end"])
 def test_a_file_that_cannot_be_written(write: str) -> None:
-    """Whatever torch makes of it, the error is the system's, with the path."""
+    """For any exception of torch, the error is that of the system, with the path."""
     path, tree = Path("/dev/full"), {"weights": torch.ones(100_000 if write == "torch.save" else 1)}
     with pytest.raises(OSError, match="/dev/full") as error:  # noqa: PT012
         if write == "a tree":
@@ -131,7 +134,7 @@ def test_a_file_that_cannot_be_written(write: str) -> None:
     ],
 )
 def test_a_model_of_no_numbers(made: Path, tmp_path: Path, mode: str, value: float, keys: list[str]) -> None:
-    """In every role, and for an engine that reads the folder by itself."""
+    """Every role is tested, and an engine that reads the folder itself."""
     shutil.copytree(made / "model", tmp_path / "model")
     tensors = load_file(made / "model/model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = value

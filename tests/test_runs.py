@@ -1,4 +1,4 @@
-"""Whole runs through the command line with the real engines: resume, layouts, the demo, and the demo on noise."""
+"""Whole runs with the real engines: resume, layouts, the demo, and the demo with a random reward."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(mode: str, *arguments: str) -> str:
 
 
 def metrics(out: Path, name: str = "metrics") -> list[dict[str, float]]:
-    """Every step's numbers but times and memory."""
+    """Return the numbers of every step, without times and memory."""
     rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
@@ -54,7 +54,10 @@ def metrics(out: Path, name: str = "metrics") -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """The demo, run as its command does; accuracies by stage. Later tests start from the models it leaves in runs/demo."""
+    """Run the demo's command. Return the accuracies by stage.
+
+    Later tests start from its models in runs/demo.
+    """
     done = subprocess.run(
         [sys.executable, "tools/demo.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
@@ -65,14 +68,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 def test_demo_learns(demo: dict[str, float]) -> None:
-    """A mediocre model becomes a good one on prompts it never saw, and a fresh process that loads the exported folder finds it so."""
+    """The model improves on held-out prompts, and a new process that loads the exported folder gets the same result."""
     assert 0.3 <= demo["sft"] <= 0.6, demo
     assert demo["grpo"] > 0.9, demo
     assert demo["fresh"] == demo["grpo"], demo
 
 
 def test_noise_does_not_teach(demo: dict[str, float], tmp_path: Path) -> None:
-    """The same run with a coin for a reward only drifts: what the demo gains (some 0.5) comes from the verifier."""
+    """The same run with a random reward does not improve: the demo's gain (about 0.5) comes from the verifier."""
     keys = [
         "reward.function=tools/demo_task.py:noise",
         "evaluate.function=math",
@@ -85,7 +88,7 @@ def test_noise_does_not_teach(demo: dict[str, float], tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_exported_folder_loads_in_transformers() -> None:
-    """Tokenizer and model: the greedy answers that vLLM gave come out of transformers too."""
+    """Tokenizer and model are loaded: the greedy responses are those of vLLM."""
     folder = ROOT / "runs/demo/grpo/hf"
     model, tokenizer = (
         transformers.AutoModelForCausalLM.from_pretrained(folder),
@@ -103,9 +106,10 @@ def test_exported_folder_loads_in_transformers() -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_resume_is_bitwise(tmp_path: Path) -> None:
-    """Six steps at once, and six steps with SIGKILL to all ranks in the middle: the same weights and the same numbers, bit by bit.
+    """Six steps in one run equal six steps with SIGKILL to all ranks in the middle, bitwise.
 
-    With responses in flight between the steps, which both engines take up again from the checkpoint; and more evaluations in between.
+    Weights and numbers are compared. Responses are in flight between the steps, and both engines continue them from
+    the checkpoint. The second run has more evaluations.
     """
     common = [
         *GRPO,
@@ -140,7 +144,10 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_layouts_agree(tmp_path: Path) -> None:
-    """TP2 x PP2 with two engines of TP2 says what one rank says, for the same seed: samples, losses, gradients, within float32 noise."""
+    """TP2 x PP2 with two engines of TP2 equals one rank for the same seed, within float32 noise.
+
+    Samples, losses and gradients are compared.
+    """
     for name, layout in (("one", ["parallel.tp=1"]), ("four", ["parallel.tp=2", "parallel.pp=2", "rollout.tp=2"])):
         run("grpo", *GRPO, *layout, "steps=3", "grpo.kl=0.04", f"out={tmp_path}/{name}")
     for one, four in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
@@ -150,7 +157,10 @@ def test_layouts_agree(tmp_path: Path) -> None:
 
 
 def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
-    """A model that mostly guesses products learns to ask. Where the answers are noise, nothing helps."""
+    """A model that guesses most products learns to use the calculator.
+
+    If its results are random, the model does not improve.
+    """
     subprocess.run([sys.executable, "tools/calculator_task.py"], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=100)
     run("sft", "configs/calculator/sft.toml")
     accuracies = {}

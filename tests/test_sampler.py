@@ -1,4 +1,4 @@
-"""The sampler over real engines: seeds, groups, stops, rewards, and samples that do not depend on the number of ranks."""
+"""The sampler with real engines: seeds, groups, stop strings, rewards, and the same samples for any number of ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def launch(folder: Path, ranks: int) -> str:
-    """What was drawn."""
+    """Return the samples that the program printed."""
     command = [
         sys.executable,
         "-m",
@@ -47,14 +47,17 @@ def launch(folder: Path, ranks: int) -> str:
 
 
 def test_sampler_on_one_and_two_ranks(tmp_path: Path) -> None:
-    """See tests/ranks/sampling.py; one engine and two draw the same."""
+    """See tests/ranks/sampling.py. One engine and two engines draw the same samples."""
     demo_task.write(tmp_path, num_sft=300, num_rl=20, num_heldout=20)
     demo_task.make_model(tmp_path / "model", tmp_path)
     assert launch(tmp_path, 1) == launch(tmp_path, 2)
 
 
 def test_a_special_token_may_be_a_stop_string(tmp_path: Path) -> None:
-    """<|im_end|> of a tokenizer whose eos is another: alone it stops the engine, as a part of a longer string it is seen in the tokens."""
+    """<|im_end|> of a tokenizer with another eos: alone it stops the engine.
+
+    As part of a longer string it is found in the tokens.
+    """
     tokenizer = Tokenizer.load(write_byte_level(tmp_path, eos="<|endoftext|>"))
     config = configuration.load("grpo", ['rollout.stop=["<|im_end|>", "<|im_end|>\\n", "e l"]'])
     sampler = Sampler(config, None, None, tokenizer)
@@ -70,7 +73,10 @@ def test_a_special_token_may_be_a_stop_string(tmp_path: Path) -> None:
 
 
 def write_byte_fallback(folder: Path) -> Path:
-    """A tokenizer.json that spells bytes as Llama 2's does: a run of them that is not valid as a whole is broken as a whole."""
+    """Write a tokenizer.json with bytes as in Llama 2:
+
+    if several bytes together are not valid, all of them are broken.
+    """
     pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"\u2581{c}" for c in "ab"), *"ab\u2581"]
     backend = Backend(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
@@ -85,7 +91,7 @@ def write_byte_fallback(folder: Path) -> Path:
 
 
 def every_prefix(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> int | None:
-    """Where a response ends, as it was found at first: the text of every prefix is read."""
+    """The first version of the search for the end: the text of every prefix is decoded."""
 
     def stopped(tokens: list[int]) -> bool:
         text = tokenizer.decode(tokens, skip_special=False)
@@ -95,14 +101,14 @@ def every_prefix(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> i
 
 
 def kinds(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Tokens to draw from: all (and two beyond the vocabulary), and those that make texts with characters of several bytes."""
+    """Return tokens to draw from: all (and two beyond the vocabulary), and those of characters with several bytes."""
     spelled = [i for text in ("a b\n a\tb", "\n\u6f22\u5b57 \u00e9\n", "\U0001f642\n") for i in tokenizer.encode(text)]
     return {"all": [*range(tokenizer.vocab + 2)], "spelled": spelled, "ascii": tokenizer.encode("a b\n a\tb")}
 
 
 @pytest.mark.parametrize("write", [write_byte_level, write_sentencepiece, write_byte_fallback])
 def test_the_end_is_the_first_prefix_with_a_stop_string(tmp_path: Path, write: Callable[[Path], Path]) -> None:
-    """Of random tokens, whole and broken characters among them; also for stop strings with a broken character in them."""
+    """The tokens are random, with valid and broken characters. Some stop strings have a broken character."""
     tokenizer = Tokenizer.load(write(tmp_path / "tokenizer"))
     rng = np.random.default_rng(1)
     found = dict.fromkeys(("none", "late", "hidden"), 0)
@@ -111,7 +117,7 @@ def test_the_end_is_the_first_prefix_with_a_stop_string(tmp_path: Path, write: C
             tokens = rng.choice(among, rng.integers(1, 32)).tolist()
             text = tokenizer.decode(tokens, skip_special=False)
             start = int(rng.integers(0, max(1, len(text) - 2)))
-            said = text[start : start + int(rng.integers(1, 4))] or "x"  # one that is there, if only in the end
+            said = text[start : start + int(rng.integers(1, 4))] or "x"  # a substring of the text, or else "x"
             stops = [[said], [said, "a"], ["\n"], ["b\n", " a"], ["\ufffd"], ["\n", "\ufffd\n"]][turn % 6]
             end = every_prefix(tokenizer, tokens, stops)
             assert Stops(tokenizer, stops).end(tokens) == end, (tokens, stops)
@@ -123,7 +129,10 @@ def test_the_end_is_the_first_prefix_with_a_stop_string(tmp_path: Path, write: C
 
 
 def test_a_long_response_is_decoded_a_few_times(llama3: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once without its stop string, about log2 of its tokens with it, and not at all where there is no stop string to find."""
+    """A response without its stop string is decoded once, and one with it about log2 of its tokens times.
+
+    Without stop strings there is no decoding.
+    """
     decoded: list[int] = []
     decode = Tokenizer.decode
     monkeypatch.setattr(

@@ -1,6 +1,6 @@
-"""A real Slurm of two nodes on this machine: sbatch over both, requeue after a signal and after preemption, a task per rank, mistakes.
+"""A real Slurm of two nodes on one machine: sbatch, requeue after signals and preemption, a task per rank, mistakes.
 
-Skipped where Slurm is not installed (on Debian and Ubuntu: apt install slurmctld slurmd slurm-client munge).
+The tests are skipped if Slurm is not installed (on Debian and Ubuntu: apt install slurmctld slurmd slurm-client munge).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import demo_task
 ROOT = Path(__file__).parents[1]
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATH = f"{os.environ['PATH']}:/usr/sbin"
-NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve, as a cluster's do
+NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve, as those of a cluster do
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -60,7 +60,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Slurm:
-    """The cluster: its daemons, started in the foreground so that they can be ended, and the commands of its users."""
+    """The cluster: its daemons in the foreground, so that they can be ended, and the commands of its users."""
 
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, []
@@ -124,7 +124,7 @@ class Slurm:
         return done.stdout.strip()
 
     def submit(self, *command: str) -> str:
-        """The id of a batch job over both nodes; what it says goes to ID.out."""
+        """Submit a batch job over both nodes. Return its id. Its output goes to ID.out."""
         return self.call("sbatch", "--parsable", "--nodes=2", f"--output={self.folder}/%j.out", *command)
 
     def state(self, job: str) -> dict[str, str]:
@@ -140,7 +140,10 @@ class Slurm:
         return self.state(job)
 
     def requeued(self, job: str) -> None:
-        """Wait until it runs again, and spare it the two minutes that Slurm lets a requeued job rest: a second is enough for the nodes."""
+        """Wait until the job runs again.
+
+        Slurm delays a requeued job by two minutes. This test sets the delay to a second, which is enough for the nodes.
+        """
         wait(
             lambda: self.state(job)["JobState"] == "PENDING" and self.idle(),
             60,
@@ -177,7 +180,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def sft(slurm: Slurm) -> list[str]:
-    """Arguments of a run on two data-parallel ranks, without out and steps. A step takes a good part of a second."""
+    """Return the arguments of a run on two data-parallel ranks, without out and steps.
+
+    A step takes a considerable part of a second.
+    """
     demo_task.write(slurm.folder / "data", num_sft=200, num_rl=1, num_heldout=1)
     demo_task.make_model(slurm.folder / "model", slurm.folder / "data")
     keys = (
@@ -197,7 +203,10 @@ def steps(out: Path) -> list[int]:
 
 
 def test_a_signalled_job_over_two_nodes_goes_on(slurm: Slurm, sft: list[str], tmp_path: Path):
-    """USR1 to the job, as sbatch --signal sends it: the step at hand is saved, launch.sh requeues, the job continues."""
+    """The job gets USR1, as with sbatch --signal:
+
+    the current step is saved, launch.sh requeues, and the job continues.
+    """
     job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", "steps=12")
     wait(lambda: len(steps(tmp_path)) >= 2, 300, lambda: slurm.said(job))
     slurm.call("scancel", "--signal=USR1", job)
@@ -213,13 +222,16 @@ def test_a_signalled_job_over_two_nodes_goes_on(slurm: Slurm, sft: list[str], tm
 
 
 def test_a_task_per_rank(slurm: Slurm, sft: list[str], tmp_path: Path):
-    """srun python -m rlhf, without launch.sh: each task is a rank."""
+    """srun python -m rlhf works without launch.sh: each task is a rank."""
     slurm.call("srun", "--nodes=1", "--ntasks=2", sys.executable, "-m", "rlhf", *sft, f"out={tmp_path}", "steps=1")
     assert steps(tmp_path) == [1]
 
 
 def test_a_job_that_slurm_preempts_is_saved_and_requeued_once(slurm: Slurm, sft: list[str], tmp_path: Path):
-    """SIGTERM, twice, with Slurm's usual grace before SIGKILL. The launcher must not requeue what Slurm has requeued."""
+    """Slurm sends SIGTERM twice, with its usual time before SIGKILL.
+
+    Slurm has requeued the job, so the launcher must not.
+    """
     job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", "steps=1000")
     wait(lambda: len(steps(tmp_path)) >= 1, 300, lambda: slurm.said(job))
     slurm.submit("--partition=high", "--wrap=sleep 1")
@@ -240,5 +252,5 @@ def test_a_mistake_is_one_line_and_not_requeued(slurm: Slurm, sft: list[str], tm
     on_the_nodes = slurm.submit("launch.sh", *sft, f"data.train={tmp_path}/none.jsonl")
     assert (
         slurm.wait_state(on_the_nodes, "FAILED")["Restarts"] == "0"
-    )  # srun ends the other node, and says the higher exit code
+    )  # srun ends the other node, and returns the higher exit code
     assert len([line for line in slurm.said(on_the_nodes).splitlines() if line.startswith("rlhf: ")]) == 1

@@ -1,4 +1,4 @@
-"""The split law in plain torch: how a step is cut into rows and ranks changes neither loss, count and metrics nor the gradient."""
+"""The split of a step into rows and ranks does not change loss, count, metrics or gradient (in plain torch)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = [
 
 
 def drawn() -> list[Sample]:
-    """Four groups, of one to four responses of very different lengths; one group ties."""
+    """Return four groups of one to four responses with very different lengths. One group ties."""
     rng, made = np.random.default_rng(5), []
     for group, rewards in enumerate(([1.0, 0.0], [0.5, 2.0, 0.5, -1.0], [1.0, 1.0], [3.0])):
         for reward in rewards:
@@ -51,13 +51,16 @@ def drawn() -> list[Sample]:
 
 
 def model(weights: Tensor, batch: Batch) -> Output:
-    """A bigram model [3, VOCAB]: what it says of a token depends on the token and the one before it alone."""
+    """A bigram model [3, VOCAB]: its output for a token depends only on this token and the one before."""
     logp = logsigmoid(weights[0, batch.labels] + weights[1, batch.inputs])
     return Output(logp=logp, entropy=-logp.exp() * logp, value=weights[2, batch.inputs] + 0.1 * batch.positions)
 
 
 def on_two_ranks(samples: Sequence[Sample], found: Callable[[Batch], None]) -> None:
-    """found(batch) for both slices of a row at once. cp_sum adds the other thread's tensor, so gradients reach both, as in mesh.cp_sum."""
+    """Call found(batch) for both slices of a row at once.
+
+    cp_sum adds the tensor of the other thread, so gradients reach both, as with mesh.cp_sum.
+    """
     slots: list[Tensor] = [torch.empty(0)] * 2
     barrier = Barrier(2, timeout=20)
 
@@ -76,7 +79,7 @@ def on_two_ranks(samples: Sequence[Sample], found: Callable[[Batch], None]) -> N
 
 
 def learn(made: Algorithm, role: str, rows: list[list[Sample]], ranks: int) -> dict[str, np.ndarray]:
-    """Gradient and metrics as (sum, count), and the loss, over all rows and ranks, as the learner adds them up."""
+    """Return gradient, metrics as (sum, count), and loss over all rows and ranks, summed as in the learner."""
     weights = (torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)) * 0.3).requires_grad_()
     losses = []
     for row in rows:
@@ -103,7 +106,7 @@ def learn(made: Algorithm, role: str, rows: list[list[Sample]], ranks: int) -> d
     ("mode", "overrides"), CASES, ids=lambda case: case if isinstance(case, str) else " ".join(case)
 )
 def test_splits(mode: str, overrides: list[str]) -> None:
-    """One row; groups in rows of their own; one more row that is all padding; samples in rows of their own; and two CP ranks."""
+    """The splits: one row, one row per group, an additional row of padding, one row per sample, and two CP ranks."""
     made = algorithm(mode, "rollout.max_tokens=20", *overrides)
     samples, _ = made.credit(drawn())
     groups = [[s for s in samples if s.group == g] for g in sorted({s.group for s in samples})]

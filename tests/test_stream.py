@@ -1,4 +1,4 @@
-"""Responses that are used as soon as they are complete: rewards beside generation, early ends, progress, and the samples that are kept."""
+"""Responses are used as soon as they are complete: rewards during generation, early ends, progress, kept samples."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class SlowEngine:
 
 
 def test_rewards_are_given_beside_generation(tmp_path: Path, llama2: Tokenizer) -> None:
-    """12 responses of 0.5 s each for two processes, one in every 0.3 s: after the last token only the rest of the queue is awaited."""
+    """12 responses need 0.5 s each in two processes, and one is complete every 0.3 s.
+
+    After the last token the step waits only for the rest of the queue.
+    """
     (tmp_path / "slow.py").write_text(SLOW)
     data = write(tmp_path / "train.jsonl", *({"prompt": f"What is {n}?"} for n in range(12)))
     config = configuration.load(
@@ -89,14 +92,14 @@ def test_scores_are_taken_when_they_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", ["ef g", "g", "öß", "<|im_end|>\n"])
 def test_a_stop_string_is_seen_when_its_last_token_comes(qwen: Tokenizer, stop: str) -> None:
-    """What is watched in each step ends a response where cutting it afterwards would."""
+    """A check after each token ends a response at the same place as a cut of the whole response."""
     stops = Stops(qwen, [stop])
     tokens = qwen.encode(f"abc d öä {stop[:-1]} and then ef {stop} and more {stop}", control=True)
     end = next(n for n in range(1, len(tokens) + 1) if stop in qwen.decode(tokens[:n], skip_special=False))
     assert [stops.ends(tokens[:n]) for n in range(1, end + 1)] == [False] * (end - 1) + [True]
     assert stops.end(tokens[:end]) == end
     if stops.watched:
-        for held in range(end):  # a response that was held goes on with tokens of its own
+        for held in range(end):  # a withdrawn response continues with its own tokens
             asked = stops.after(tokens[:held])
             assert [asked(tokens[held:n]) for n in range(held + 1, end + 1)] == [False] * (end - held - 1) + [True]
 
@@ -168,14 +171,17 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("start", "left"), [(0, []), (2, [1, 2]), (-1, [1, 2, 3])])
 def test_a_run_writes_no_step_twice(tmp_path: Path, start: int, left: list[int]) -> None:
-    """What a resumed run will do again is removed, of a new run everything, and mode evaluate (-1) removes nothing."""
+    """A resumed run removes the files of steps that it will do again, and a new run removes all.
+
+    Mode evaluate (-1) removes nothing.
+    """
     recorder = Recorder(tmp_path, -1, start=0)
     for step in (1, 2, 3):
         recorder.keep("train", [sampled(float(step))] * 3)
         recorder.write(step)
     recorder.finish()
     assert len(lines(tmp_path / "samples/step_000003.jsonl")) == 3
-    (tmp_path / "samples/step_best.jsonl").touch()  # of somebody else
+    (tmp_path / "samples/step_best.jsonl").touch()  # not written by a run
     Recorder(tmp_path, -1, start=start)
     kept = [*(f"step_{step:06}.jsonl" for step in left), "step_best.jsonl"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept

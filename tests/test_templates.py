@@ -1,4 +1,4 @@
-"""Templates: the text that the model reads, and exactly the tokens that it learns to say."""
+"""Templates: the text for the model, and the tokens that it learns."""
 
 import gzip
 import json
@@ -16,13 +16,16 @@ AGAIN, FINAL = {"role": "user", "content": "Sure?"}, {"role": "assistant", "cont
 SYSTEM = {"role": "system", "content": "Be terse."}
 DIALOGUE = [SYSTEM, USER, ANSWER, AGAIN, FINAL]
 
-# eos stands for the token, which differs
+# eos stands for the tokenizer's eos token
 WRITTEN = {
     "plain": "Be terse.What is 2 + 2?It is four.{eos}Sure?Yes, sure.{eos}",
-    "human": "Be terse.\n\nHuman: What is 2 + 2?\n\nAssistant: It is four.\n\nHuman: Sure?\n\nAssistant: Yes, sure.{eos}",
-    "llama2": "[INST] <<SYS>>\nBe terse.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] It is four. {eos}{bos}[INST] Sure? [/INST] Yes, sure. {eos}",
+    "human": "Be terse.\n\nHuman: What is 2 + 2?\n\nAssistant: It is four.\n\n"
+    "Human: Sure?\n\nAssistant: Yes, sure.{eos}",
+    "llama2": "[INST] <<SYS>>\nBe terse.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] It is four. {eos}"
+    "{bos}[INST] Sure? [/INST] Yes, sure. {eos}",
     "chatml": "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
-    "<|im_start|>assistant\nIt is four.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes, sure.<|im_end|>\n",
+    "<|im_start|>assistant\nIt is four.<|im_end|>\n"
+    "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes, sure.<|im_end|>\n",
 }
 WRITTEN["tokenizer"] = WRITTEN["chatml"]
 LEARNED = {
@@ -42,7 +45,7 @@ CUE = {
 
 
 def runs(tokenizer, ids, learn):
-    """The texts of the learned runs."""
+    """Return the texts of consecutive learned tokens."""
     found, run = [], []
     for token, learned in [*zip(ids, learn, strict=True), (0, False)]:
         if learned:
@@ -62,11 +65,14 @@ def test_what_is_written_and_what_is_learned(qwen, template):
 
 @pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
 def test_bos_and_eos(llama3, template):
-    """bos once, at the start (llama2: of every exchange); eos at the end of every response (human: of the last)."""
+    """bos comes once, at the start (llama2: of every exchange).
+
+    eos comes at the end of every response (human: of the last one).
+    """
     ids, learn = encode(llama3, template, DIALOGUE)
     begin, end = "<|begin|>", "<|endoftext|>"
     text = llama3.decode(ids, skip_special=False)
-    if template == "chatml":  # its <|im_end|> is said, and then the eos
+    if template == "chatml":  # its <|im_end|> is learned, and then the eos
         assert runs(llama3, ids, learn) == ["It is four.<|im_end|>" + end, "Yes, sure.<|im_end|>" + end]
         assert text.replace(end, "") == begin + WRITTEN[template]
     else:
@@ -95,7 +101,7 @@ def test_learning_the_last_response_changes_no_token(qwen, llama2, template):
 
 @pytest.mark.parametrize("template", ["plain", "human", "llama2"])
 def test_sentencepiece_reads_one_text(llama2, template):
-    """No space creeps in where the response starts: the tokens are those of prompt and response in one."""
+    """No space is added where the response starts: the tokens are those of prompt and response as one text."""
     ids, learn = encode(llama2, template, [USER, {"role": "assistant", "content": "four, it is"}])
     text = {
         "plain": "What is 2 + 2?four, it is",
@@ -128,7 +134,7 @@ def test_what_users_write_cannot_end_a_turn(qwen):
 
 
 def test_plain_texts_may_spell_special_tokens(qwen, llama3):
-    """Prompts that were rendered before: their special tokens count, and neither bos nor eos is doubled."""
+    """Such prompts were rendered before. Their special tokens are read, and neither bos nor eos is doubled."""
     rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     messages = [{"role": "user", "content": rendered}, {"role": "assistant", "content": "hello<|im_end|>"}]
     ids, learn = encode(qwen, "plain", messages)
@@ -144,7 +150,7 @@ def test_human_rejects_text_that_has_its_headers(qwen):
 
 
 def test_human_is_the_format_of_the_real_data(qwen, llama2, shared_data):
-    """Dialogues of HH-RLHF taken apart into turns and written again."""
+    """Dialogues of HH-RLHF are split into turns and written again."""
     with gzip.open(shared_data / "hh_harmless_test.jsonl.gz") as lines:
         dialogues = [json.loads(line)["chosen"] for _, line in zip(range(200), lines, strict=False)]
     names = {"Human": "user", "Assistant": "assistant"}
@@ -155,7 +161,7 @@ def test_human_is_the_format_of_the_real_data(qwen, llama2, shared_data):
             {"role": names[name], "content": content} for name, content in zip(parts[::2], parts[1::2], strict=True)
         ]
         if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
-            continue  # two turns of one speaker
+            continue  # two turns of one speaker in a row
         num_checked += 1
         for tokenizer in (qwen, llama2):
             ids, learn = encode(tokenizer, "human", messages)
@@ -182,7 +188,10 @@ def test_own_template_that_rewrites_turns(tmp_path):
 
 
 def test_own_template_learns_thoughts_that_it_adds_and_stops_at_the_stop_token(tmp_path):
-    """Like Qwen 3: an empty thought before the answer, a newline behind the end of the turn."""
+    """The template is like that of Qwen 3:
+
+    an empty thought before the answer, and a newline after the end of the turn.
+    """
     template = CHATML.replace(
         "message['content']", "('<t></t>' if message['role'] == 'assistant' else '') + message['content']"
     )
@@ -194,14 +203,17 @@ def test_own_template_learns_thoughts_that_it_adds_and_stops_at_the_stop_token(t
 
 
 def test_own_template_without_a_stop_token_gets_the_eos(llama3):
-    """A base model whose eos is not the end of a turn in its chat template would never stop."""
+    """A base model whose eos does not end a turn of its chat template would never stop."""
     ids, learn = encode(llama3, "tokenizer", DIALOGUE)
     assert ids == [*llama3.chat(DIALOGUE, cue=False), llama3.eos]
     assert runs(llama3, ids, learn)[-1] == "Yes, sure.<|im_end|>\n<|endoftext|>"
 
 
 def test_a_sampled_turn_is_answered_as_a_dialogue_is_written(qwen, llama2, llama3):
-    """In the same tokens, whichever token has ended it; what of its end was not sampled is added."""
+    """The tokens are the same for any token that ended the turn.
+
+    The part of the turn's end that was not sampled is added.
+    """
     for template in ("plain", "llama2", "chatml", "tokenizer"):
         for tokenizer in (qwen, llama3, llama2) if template != "tokenizer" else (qwen,):
             ids, learn = encode(tokenizer, template, DIALOGUE)

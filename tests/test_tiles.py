@@ -1,4 +1,4 @@
-"""Weights: any layout to any other is bitwise, the plan moves no byte twice, and the layouts are those of the engines."""
+"""Weights: every conversion of layouts is bitwise, the plan moves no byte twice, and the layouts equal the engines'."""
 
 import time
 from dataclasses import replace
@@ -37,7 +37,7 @@ def random_hf(arch: Architecture) -> Tensors:
 
 
 def apart(arch: Architecture, hf: Tensors) -> Tensors:
-    """The tensors of a folder with q, k, v, gate and up each by itself."""
+    """Return the tensors of a folder with q, k, v, gate and up as separate tensors."""
     found, heads = {}, [arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.kv_heads * arch.head_dim]
     for name, tensor in hf.items():
         if "qkv_proj" in name:
@@ -50,7 +50,7 @@ def apart(arch: Architecture, hf: Tensors) -> Tensors:
 
 
 def mcore_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int], pp: tuple[int, int]) -> Tensors:
-    """What a megatron-core GPTModel holds on one rank, by concatenating and chunking whole tensors."""
+    """Return the shard of a megatron-core GPTModel, by concatenation and chunks of whole tensors."""
     hf, (t, num_t), (p, num_p) = apart(arch, hf), tp, pp
     depth = arch.layers // num_p
 
@@ -99,7 +99,7 @@ def mcore_layer(arch: Architecture, hf: Tensors, t: int, num_t: int) -> Tensors:
 
 
 def vllm_rank(arch: Architecture, hf: Tensors, tp: tuple[int, int]) -> Tensors:
-    """What a vLLM engine holds on one rank; each kv head lives on several ranks where there are more ranks than kv heads."""
+    """Return the shard of a vLLM engine. If there are more ranks than kv heads, several ranks hold each kv head."""
     hf, (t, num_t) = apart(arch, hf), tp
 
     def table(name: str) -> torch.Tensor:
@@ -152,7 +152,7 @@ def carry_out(moves: Plan, sources: list[Tensors], targets: list[Tensors]) -> No
 
 
 def blank(tensors: list[Tensors]) -> list[Tensors]:
-    """Zeros, as a model builder leaves the rows that pad the vocabulary."""
+    """Return zeros, as a new model has in the rows that pad the vocabulary."""
     return [{name: torch.zeros_like(tensor) for name, tensor in mine.items()} for mine in tensors]
 
 
@@ -162,7 +162,7 @@ def assert_equal(got: list[Tensors], wanted: list[Tensors]) -> None:
             assert torch.equal(mine[name], right[name]), f"rank {rank}: {name}"
 
 
-# ---- the algebra
+# Boxes and moves
 
 
 def test_boxes():
@@ -200,7 +200,7 @@ def test_the_busiest_link_says_how_long():
     assert far.volume() == near.volume() == (0, 12)
 
 
-# ---- the layouts
+# Layouts
 
 
 @pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
@@ -215,7 +215,7 @@ def test_layouts_match_the_engines(arch: Architecture, layout: str, tp: int, pp:
     engine, folder = tilings(arch, layout, world, tp, pp), [tiles(arch, "hf")] + [[]] * (world - 1)
     assert [{tile.local for tile in mine} for mine in engine] == [
         {name for name in right if right[name].any()} for right in wanted
-    ]  # a rank that holds nothing but padding needs no tile
+    ]  # a rank that holds only padding needs no tile
     got = blank(wanted)
     carry_out(Plan(folder, engine, [0] * world), [hf] + [{}] * (world - 1), got)
     assert_equal(got, wanted)
@@ -250,7 +250,7 @@ def test_resharding_is_bitwise_and_moves_nothing_twice(
     carry_out(moves, sources, got)
     assert_equal(got, wanted)
 
-    # The least that can cross: what a rank's engine needs and its training shard lacks, counted element by element.
+    # A lower bound on the moved elements: those that a rank's engine needs and its training shard lacks.
     lacking = 0
     for rank in range(world):
         need, have = marks(arch, engine[rank]), marks(arch, train[rank])
@@ -260,7 +260,7 @@ def test_resharding_is_bitwise_and_moves_nothing_twice(
     for nodes in (
         [0] * world,
         [rank // 2 for rank in range(world)],
-    ):  # what a rank sends is what the others await of it, in order
+    ):  # the sent boxes of a rank are those that the others expect from it, in order
         moves = Plan(train, engine, nodes)
         crossing = [move for move in moves.moves if move.source != move.target]
         assert [moves.sent(rank) for rank in range(world)] == [
@@ -269,7 +269,7 @@ def test_resharding_is_bitwise_and_moves_nothing_twice(
 
 
 def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
-    """Name -> True where the rank holds an element."""
+    """Return name -> True where the rank holds an element."""
     whole = {tile.name: tile for tile in tiles(arch, "hf")}
     marked = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in hf_shapes(arch).items()}
     for tile in tiling:
@@ -277,7 +277,7 @@ def marks(arch: Architecture, tiling: list[Tile]) -> Tensors:
     return marked
 
 
-# ---- at full size, by planning only
+# Real sizes, without data
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_plan_of_70b_takes_seconds(world: int, tp: int, pp: int, engine_tp: int)
         boxes = [intersect(tile.box, box) for tile in engine[rank] for box in have.get(tile.name, [])]
         local -= sum(numel(box) for box in boxes if box)
         remote -= sum(numel(tile.box) for tile in engine[rank]) - sum(numel(box) for box in boxes if box)
-    assert (local, remote) == (0, 0)  # only what a rank does not hold crosses, once
+    assert (local, remote) == (0, 0)  # only elements that a rank does not hold are moved, once
     sent = [0] * world
     for move in moves.moves:
         sent[move.source] += move.numel * (move.source != move.target)

@@ -1,4 +1,4 @@
-"""The tokenizer speaks the ids of transformers and of sentencepiece, and says what is wrong with a folder."""
+"""The tokenizer equals transformers and sentencepiece, and reports what is wrong with a folder."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def sentencepiece_file(tmp_path):
 
 
 def auto(folder):
-    """transformers' own reading of a folder."""
+    """Read a folder with transformers."""
     transformers = pytest.importorskip("transformers")
     if not (folder / "config.json").exists():
         (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -58,7 +58,11 @@ def test_chat_equals_transformers(byte_level, cue):
 
 
 def test_chat_template_has_what_transformers_gives_it(tmp_path):
-    """Block trimming, tojson without escapes, loop controls, generation blocks, special tokens as variables, the default of several."""
+    """Chat templates have all features of transformers.
+
+    These are block trimming, tojson without escapes, loop controls, generation blocks, special tokens as variables, and
+    the default of several templates.
+    """
     template = (
         "{{ bos_token }}{% for message in messages %}\n    {% if loop.index > 3 %}{% break %}{% endif %}\n"
         "{% generation %}{{ message | tojson }}{% endgeneration %}{{ eos_token }}\n{% endfor %}\n"
@@ -152,7 +156,10 @@ def test_saved_sentencepiece_equals_transformers(tmp_path, sentencepiece_file):
 
 
 def test_metaspace_json_equals_transformers(tmp_path, sentencepiece_file):
-    """What transformers makes of the sentencepiece file: Llama 2's tokenizer.json. It is preferred to the file beside it."""
+    """The tokenizer.json is that of transformers for the sentencepiece file, as for Llama 2.
+
+    It is used instead of the file beside it.
+    """
     exported, folder = tmp_path / "exported", tmp_path / "llama2"
     exported.mkdir()
     Tokenizer.load(sentencepiece_file).save(exported)
@@ -165,7 +172,7 @@ def test_metaspace_json_equals_transformers(tmp_path, sentencepiece_file):
 
 
 def prefixed(folder, kind):
-    """The tokenizers that put a space before a text, in their several spellings."""
+    """Return the tokenizers that put a space before a text. There are several ways to write this."""
     file = write_sentencepiece(folder / "sp")
     if kind == "sentencepiece":
         return Tokenizer.load(file)

@@ -1,4 +1,4 @@
-"""Megatron's sharded checkpoints (torch_dist): both ways with megatron-core itself, and as older and newer releases write them."""
+"""Megatron's sharded checkpoints (torch_dist): exchanged with megatron-core, and as other releases write them."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_convert import ROOT, hf_folder, run, tensors_of
-from test_megatron import Malice
+from test_megatron_damage import Malice
 from test_tiles import LLAMA, mcore_rank
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -24,7 +24,7 @@ from rlhf.weights.formats import inspect
 
 
 def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
-    """torch_dist at TP2 through megatron-core's own dist_checkpointing, in both directions."""
+    """Folders at TP2 are exchanged with megatron-core's dist_checkpointing, in both directions."""
     arch = replace(LLAMA, vocab=128)
     wanted = hf_folder(tmp_path / "hf", arch, torch.float32)
     run("--from", tmp_path / "hf", "--to", tmp_path / "ours", "--format", "torch_dist")
@@ -51,7 +51,7 @@ def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
 
 
 def test_args_may_lie_among_the_shards(tmp_path: Path):
-    """megatron-core 0.19 writes no common.pt: what was in it is one more object in a file of shards."""
+    """megatron-core 0.19 writes no common.pt: its content is an additional object in a file of shards."""
     hf_folder(tmp_path / "hf", LLAMA)
     run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist", "--iteration", 4)
     folder = tmp_path / "sharded/iter_0000004"
@@ -74,7 +74,7 @@ def test_args_may_lie_among_the_shards(tmp_path: Path):
 
 
 def test_metadata_of_older_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """megatron-core up to 0.15 derived its metadata and its plans from torch's."""
+    """megatron-core up to 0.15 derived its metadata and its plans from classes of torch."""
     hf_folder(tmp_path / "hf", LLAMA)
     run("--from", tmp_path / "hf", "--to", tmp_path / "sharded", "--format", "torch_dist")
     path = tmp_path / "sharded/iter_0000001/.metadata"

@@ -1,4 +1,7 @@
-"""tools/torture.py: a run that is broken again and again ends as one that was left alone. docs/faults.md has a long one."""
+"""tools/torture.py: a run that is broken repeatedly ends like an undisturbed run.
+
+docs/faults.md has a long one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an update does to weights, and what a checkpoint brings back of it."""
+"""The effect of an update on weights, and resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_updates_and_resume(tmp_path: Path) -> None:
-    """AdamW and clipping of torch; resume bitwise, in both precisions, with and without the distributed optimizer."""
+    """AdamW and clipping equal torch's.
+
+    Resume is bitwise in both precisions, with and without the distributed optimizer.
+    """
     alone = {
         "RANK": "0",
         "LOCAL_RANK": "0",

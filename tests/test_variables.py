@@ -1,4 +1,4 @@
-"""The tutorial's variables: which keys they set in which mode, and who wins."""
+"""The tutorial's variables: the keys that they set in each mode, and their priority."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def test_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_folders(tmp_path: Path):
-    """As the tutorial lays them out: train.jsonl and dev.jsonl in a data folder, iterations in a checkpoint folder."""
+    """The folders are those of the tutorial:
+
+    train.jsonl and dev.jsonl in a data folder, iterations in a checkpoint folder.
+    """
     (tmp_path / "train.jsonl").write_text("")
     assert variables.settings("sft", {"DATASET_PATH": str(tmp_path)}) == {"data.train": f"{tmp_path}/train.jsonl"}
     (tmp_path / "dev.jsonl").write_text("")
@@ -128,7 +131,7 @@ def test_sizes_that_are_shipped(size: str):
 
 
 def test_demo_and_tutorial_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Who has the tutorial's variables exported gets the models and data that these commands make, all the same."""
+    """These commands use their own models and data, also if the tutorial's variables are exported."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     import demo
     import tutorial
@@ -152,11 +155,11 @@ def test_demo_and_tutorial_do_without(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_modes_that_are_shipped():
-    """What the tutorial's scripts do where the papers, and so the defaults, do otherwise."""
+    """The shipped files have the values of the tutorial's scripts where these differ from the defaults."""
     grpo, online = (configuration.load(mode, [f"{ROOT}/configs/{mode}.toml"]) for mode in ("grpo", "online-dpo"))
     assert (grpo.sections["grpo"].kl, grpo.sections["grpo"].mean) == (
         0.1,
         "token",
-    )  # its KL has the weight of dpo, its mean is over a micro-batch's tokens
+    )  # its KL has the weight of dpo, its mean is over the tokens of a micro-batch
     assert (SECTIONS["grpo"]().kl, SECTIONS["grpo"]().mean) == (0.04, "sequence")
     assert (online.sections["dpo"].pairs, online.sections["dpo"].beta) == ("all", 0.1)

@@ -1,4 +1,4 @@
-"""The math verifier against pairs judged by people, rules stated in docs/verifier.md, hostile answers and public data."""
+"""The math verifier: pairs judged by people, the rules of docs/verifier.md, hostile answers and public data."""
 
 import gzip
 import json
@@ -168,7 +168,7 @@ def test_what_is_not_stated_earns_nothing(response):
 
 
 def test_rules():
-    """Pairs of our own for the rules of docs/verifier.md, in both directions."""
+    """Pairs for the rules of docs/verifier.md, in both directions."""
     pairs = lines("answer_rules")
     assert len(pairs) > 300
     both = [
@@ -186,9 +186,7 @@ def test_pairs_judged_by_people():
     said = [verify(f"So \\boxed{{{pair['boxed']}}}.", pair["answer"]) == 1.0 for pair in pairs]
     missed = [pair for pair, right in zip(pairs, said, strict=True) if pair["equal"] and not right]
     accepted = [pair for pair, right in zip(pairs, said, strict=True) if right and not pair["equal"]]
-    assert (
-        missed == accepted == []
-    )  # these pairs were seen while the rules were written; the issue asks for 15 % and one
+    assert missed == accepted == []  # these pairs were known when the rules were written; the limits are 15 % and one
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
@@ -197,7 +195,7 @@ def test_hostile_answers_take_little_time(answer):
     for response in (f"#### {answer}", f"\\boxed{{{answer}}}", f"The answer is {answer}"):
         for right in ("18", answer):
             seconds.append(shortest(lambda response=response, right=right: verify(response, right)))
-    assert sorted(seconds)[len(seconds) // 2] < 0.05  # the middle one, for a machine may be busy
+    assert sorted(seconds)[len(seconds) // 2] < 0.05  # the median, because the machine may be busy
     assert max(seconds) < 0.2
 
 

@@ -1,4 +1,4 @@
-"""vLLM against transformers, with live weights that are written in place."""
+"""vLLM against transformers, with weights that are written in place."""
 
 import os
 import tempfile
@@ -28,7 +28,10 @@ from rlhf.weights.tiles import Tile
 
 
 def check_parameters(engine: Engine, tiling: list[Tile]) -> None:
-    """They are exactly those that are written; one that is fused otherwise is missed, and seen."""
+    """Check that the tiles cover exactly the engine's parameters.
+
+    A parameter that is fused differently is reported.
+    """
     held = dict(engine.parameters())
     assert mismatch(held, tiling, torch.float32) == ""
     assert mismatch(held, tiling, torch.bfloat16).endswith("torch.bfloat16 is written")
@@ -38,7 +41,10 @@ def check_parameters(engine: Engine, tiling: list[Tile]) -> None:
 
 @pytest.fixture(scope="module")
 def vllm_engine():
-    """Makes vLLM engines of one rank, in the world of this process; they live on because the first to go takes the world along."""
+    """Return a function that makes vLLM engines of one rank in this process's world.
+
+    They live until the end, because the first one to end would destroy the world.
+    """
     vllm = pytest.importorskip("rlhf.rollout.vllm", exc_type=ImportError)
     os.environ.update(RANK="0", LOCAL_RANK="0")
     engines = []
@@ -52,7 +58,7 @@ def vllm_engine():
     with tempfile.TemporaryDirectory() as path:
         dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 1), rank=0, world_size=1)
         yield make
-    for name in ("RANK", "LOCAL_RANK"):  # the commands that later tests start are not ranks
+    for name in ("RANK", "LOCAL_RANK"):  # so that commands of later tests do not count as ranks
         del os.environ[name]
 
 
@@ -85,7 +91,10 @@ def test_vllm_with_tied_embeddings_and_no_weights_in_the_folder(vllm_engine, tmp
 
 
 def test_ranks_of_an_engine_leave_nothing_in_shared_memory(vllm_engine):
-    """What vLLM's CPU backend leaves there ends the next run of several ranks on the machine: it is told that ranks cannot share any."""
+    """Segments that vLLM's CPU backend leaves there would end the machine's next run of several ranks.
+
+    The engine is told that ranks cannot share memory.
+    """
     from rlhf.rollout.vllm_private import CpuCommunicator
 
     assert CpuCommunicator._all_group_ranks_share_shm_group_name(None) is False

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that models come with, trained on the spot."""
+"""Small tokenizers of the common kinds, trained by the tests."""
 
 import json
 from pathlib import Path
@@ -33,11 +33,18 @@ CHATML = (
     "{%- endif %}\n"
 )
 
-PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Qwen splits
+# as Qwen splits
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def write_sentencepiece(folder: Path, kind: str = "bpe") -> Path:
-    """folder/tokenizer.model as Llama 2 has it: byte fallback, single digits, no normalization. kind: bpe or unigram."""
+    """Write folder/tokenizer.model as in Llama 2: byte fallback, single digits, no normalization.
+
+    kind: bpe or unigram.
+    """
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +67,7 @@ def write_sentencepiece(folder: Path, kind: str = "bpe") -> Path:
 def write_byte_level(
     folder: Path, *, eos: str = "<|im_end|>", bos: str | None = None, template: str | None = CHATML
 ) -> Path:
-    """A folder with a byte-level BPE tokenizer.json as Qwen (bos None) or Llama 3 have it."""
+    """Write a folder with a byte-level BPE tokenizer.json as in Qwen (bos None) or Llama 3."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,8 @@ def report(seconds: dict[str, float], total: float) -> None:
     for first in range(0, len(rewards), 10):
         part = rewards[first : first + 10]
         print(
-            f"  {first + 1:3}-{first + len(part):3}  {sum(part) / len(part):6.1%}  {'#' * round(40 * sum(part) / len(part))}"
+            f"  {first + 1:3}-{first + len(part):3}  {sum(part) / len(part):6.1%}  "
+            f"{'#' * round(40 * sum(part) / len(part))}"
         )
     phases = sorted(
         {name for row in grpo for name in row if name.startswith("time/")} - {"time/step", "time/switch", "time/reward"}

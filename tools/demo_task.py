@@ -84,7 +84,7 @@ MODEL: dict[str, Any] = {
 def make_model(
     folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({}), pieces: int = MODEL["vocab_size"]
 ) -> None:
-    """Write a Hugging Face folder without weights: config.json (MODEL | changes), and a tokenizer of the demonstrations."""
+    """Write config.json (MODEL | changes), and a tokenizer trained on the demonstrations. Weights are not written."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 python tools/explain_answer.py ANSWER RESPONSE
 
-ANSWER is the answer of the record. RESPONSE is the whole response of a model. "-" reads one of them from standard input.
+ANSWER is the answer of the record. RESPONSE is the whole response of a model. "-" instead of one of them reads it from
+standard input.
 """
 
 import sys

@@ -45,8 +45,8 @@ HELD_OUT = re.compile(r"(?:^|[_.-])(?:test|dev|valid|validation)(?:[_.-]|$)")
 def hh(row: Row, as_text: bool) -> Made:
     """Convert a line of HH-RLHF.
 
-    chosen and rejected are whole conversations that differ in the assistant's last turn. Prompts and demonstrations come
-    from chosen.
+    chosen and rejected are whole conversations that differ in the assistant's last turn. Prompts and demonstrations
+    come from chosen.
     """
     (prompt, _, better), (other, _, worse) = (_text(row, key).rpartition(ASSISTANT) for key in ("chosen", "rejected"))
     turns = _turns(prompt)

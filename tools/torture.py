@@ -1,10 +1,15 @@
-"""Break a small run on purpose, again and again: python tools/torture.py OUT [--kills N] [--seed S] [--mode grpo|sft] [--inflight X].
+"""Break a small run on purpose, repeatedly.
 
-A run of two ranks on the CPU is left alone. The same run, in another folder, is killed, stopped, run out of storage or damaged, and started
-again with the same command until it is done. A break is survived if exit code and message are the right ones, if no process is left behind,
-and if the run ends with the numbers of every step, the samples and the weights of the run that was left alone, bit by bit. Prints each
-break, a table by kind, and a line of JSON. Exit code 1 if one was not survived. What is broken, and when, derives from the seed; how far
-the run is by then depends on the machine.
+python tools/torture.py OUT [--kills N] [--seed S] [--mode grpo|sft] [--inflight X]
+
+First a run of two ranks on the CPU runs undisturbed. Then the same run, in another folder, is killed, stopped, limited
+in storage or damaged. After each break the same command starts it again, until it is done.
+
+The run survives a break if exit code and message are right, and no process is left behind. At the end, the numbers of
+every step, the samples and the weights must equal those of the undisturbed run bitwise.
+
+Prints each break, a table by kind, and a line of JSON. The exit code is 1 if a break was not survived. The seed decides
+the kinds and times of the breaks. The step that the run has reached by then depends on the machine.
 """
 
 from __future__ import annotations
@@ -63,14 +68,14 @@ MODES = {
     "grpo": ["data.train=data/train_rl.jsonl", "data.eval=data/heldout.jsonl", "grpo.kl=0.04", *ROLLOUT],
     "sft": ["data.train=data/train_sft.jsonl", "data.eval=data/train_sft.jsonl"],
 }
-LARGEST = 140_000  # bytes: a little less than the largest file of a checkpoint has
+LARGEST = 140_000  # bytes: a little less than the largest file of a checkpoint
 
 
-# When a run is broken. Each waits for it, and returns when it is.
+# The moments at which a run is broken. Each function waits for its moment, and returns its description.
 
 
 def at_a_moment(run: Run, draw: random.Random) -> str:
-    """In one of four cases while the run starts, else in one of its steps."""
+    """Wait for a random moment: in one of four cases while the run starts, else in one of its steps."""
     run.ranks()
     if not run.begun() and draw.random() < 0.25:
         time.sleep(draw.uniform(0, run.startup))
@@ -81,7 +86,10 @@ def at_a_moment(run: Run, draw: random.Random) -> str:
 
 
 def at_a_file_event(run: Run, draw: random.Random) -> str:
-    """When a file was made, replaced or deleted: in one of five cases any that comes, else one of a save."""
+    """Wait until a file is made, replaced or deleted.
+
+    In one of five cases it is any file, else a file of a save.
+    """
     run.ranks()
     if draw.random() < 0.8:
         run.steps_on(1)
@@ -99,18 +107,19 @@ def at_a_file_event(run: Run, draw: random.Random) -> str:
     return re.sub(r"\d{6}", "N", event)
 
 
-# What breaks a run, whether it runs or not. Each returns what happened, when the run has ended or goes on alone. Raises Done and Fault.
+# The breaks. Each function returns a description when the run has ended, or continues by itself. It raises Done and
+# Fault.
 
 Moment = Callable[[Run, random.Random], str]
 KILLED = {
     "all ranks": [137],
     "one rank": [137, 1],
     "the launcher": [-9],
-}  # exit codes; 1: the other rank has noticed it before the launcher
+}  # exit codes; 1: the other rank noticed it before the launcher
 
 
 def kill(target: str, moment: Moment, run: Run, draw: random.Random) -> str:
-    """SIGKILL."""
+    """Send SIGKILL."""
     pids = run.ranks()
     when = moment(run, draw)
     for pid in {"all ranks": pids, "one rank": [draw.choice(pids)], "the launcher": [run.start().pid]}[target]:
@@ -121,7 +130,10 @@ def kill(target: str, moment: Moment, run: Run, draw: random.Random) -> str:
 
 
 def interrupt(number: signal.Signals, run: Run, draw: random.Random) -> str:
-    """A signal of a scheduler. The run saves the step at hand and says so by its exit code; while it starts, it says that it does not."""
+    """Send a signal of a scheduler.
+
+    The run saves the current step, and its exit code tells this. While it starts, it prints that it saved nothing.
+    """
     when = at_a_moment(run, draw)
     run.start().send_signal(number)
     text = run.end(SAVED, 128 + number)
@@ -133,7 +145,7 @@ def interrupt(number: signal.Signals, run: Run, draw: random.Random) -> str:
 
 
 def pause(run: Run, draw: random.Random) -> str:
-    """SIGSTOP to a rank, SIGCONT seconds later: the run goes on by itself."""
+    """Send SIGSTOP to a rank, and SIGCONT seconds later. The run continues by itself."""
     when, pid = at_a_moment(run, draw), draw.choice(run.ranks())
     os.kill(pid, signal.SIGSTOP)
     time.sleep(draw.uniform(1, 5))
@@ -143,7 +155,7 @@ def pause(run: Run, draw: random.Random) -> str:
 
 
 def fill(run: Run, draw: random.Random) -> str:
-    """No rank can write a file beyond some size, as on a full disk: one line and exit code 1."""
+    """Limit the size of files, as on a full disk. The run prints one line and ends with exit code 1."""
     run.steps_on(draw.randint(1, 4))
     room = draw.randrange(LARGEST)
     for pid in run.ranks():
@@ -153,7 +165,10 @@ def fill(run: Run, draw: random.Random) -> str:
 
 
 def told(text: str, wanted: str) -> str:
-    """The file in the one line that tells what went wrong, beside the launcher's. Raises Fault."""
+    """Return the file in the one line that reports the fault.
+
+    Lines of the launcher do not count. Raises Fault if there is not exactly one such line with `wanted`.
+    """
     found = [
         line for line in text.splitlines() if line.startswith("rlhf: ") and not re.match("rlhf: rank . ended", line)
     ]
@@ -178,7 +193,10 @@ def cut(held: bytes, draw: random.Random) -> bytes:
 
 
 def damage(spoil: Callable[[bytes, random.Random], bytes] | None, run: Run, draw: random.Random) -> str:
-    """A file of the newest checkpoint, while the run is down (None: it is removed): one line, exit code 2, and its remedy works."""
+    """Change a file of the newest checkpoint while the run is down (spoil=None: remove the file).
+
+    The next run prints one line with a remedy, and ends with exit code 2. The remedy is applied.
+    """
 
     def older() -> list[Path]:
         return [
@@ -222,7 +240,7 @@ KINDS: dict[str, Callable[[Run, random.Random], str]] = {
 
 
 def torture(whole: Run, kinds: list[str], draw: random.Random) -> Iterator[Run]:
-    """Runs that were broken, one kind after the other, and then went on to their end."""
+    """Yield runs. Each was broken, one kind after the other, and then continued to its end."""
     while kinds:
         run = replace(whole, name="broken", breaks=[])
         shutil.rmtree(run.out, ignore_errors=True)
@@ -235,7 +253,7 @@ def torture(whole: Run, kinds: list[str], draw: random.Random) -> Iterator[Run]:
 
 
 def break_once(run: Run, kind: str, draw: random.Random) -> Break:
-    """One break, and a line of it."""
+    """Break the run once, and print a line about it."""
     began, before, happened, fault = time.monotonic(), run.step(), "", ""
     try:
         happened = KINDS[kind](run, draw)
@@ -249,7 +267,7 @@ def break_once(run: Run, kind: str, draw: random.Random) -> Break:
 
 
 def finish(run: Run) -> None:
-    """Let it go on to its end. Raises Done."""
+    """Let the run continue to its end. Raises Done."""
     try:
         run.end()
     except Fault as error:
@@ -258,7 +276,7 @@ def finish(run: Run) -> None:
 
 
 def table(breaks: list[Break]) -> str:
-    """A row for each kind of break, in Markdown."""
+    """Return a Markdown table with a row for each kind of break."""
     rows = ["| break | times | survived bitwise |", "|---|---|---|"]
     for kind in (*KINDS, "all"):
         if faults := [found.fault for found in breaks if kind in (found.kind, "all")]:

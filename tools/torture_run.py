@@ -1,4 +1,4 @@
-"""A small run on the CPU, in a folder of its own, that is started again and again: what tools/torture.py breaks."""
+"""A small run on the CPU in a folder of its own, which is started repeatedly. tools/torture.py breaks it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ sys.path.insert(0, str(ROOT))
 
 from rlhf import variables  # noqa: E402
 
-PATIENCE = 300.0  # seconds that anything may take before the run counts as hanging
+PATIENCE = 300.0  # seconds until the run counts as hanging
 
 
 class Fault(Exception):  # noqa: N818
-    """A break was not survived."""
+    """The run did not survive a break."""
 
 
 class Done(Exception):  # noqa: N818
-    """The run ended well before it could be broken."""
+    """The run ended successfully before it could be broken."""
 
 
 @dataclass
 class Break:
-    """What was done to a run. fault: why it was not survived; empty: it was."""
+    """A break of a run. `fault` is the reason why the run did not survive, or empty."""
 
     kind: str
     happened: str
@@ -41,7 +41,7 @@ class Break:
 
 @dataclass
 class Run:
-    """A run in a folder of its own, which is started again and again."""
+    """A run in a folder of its own, which is started repeatedly."""
 
     root: Path
     name: str
@@ -49,14 +49,14 @@ class Run:
     arguments: list[str]
     startup: float = 0.0  # seconds from the first process of a rank to the first step
     process: subprocess.Popen[str] | None = None
-    before: int = 0  # the file of its numbers when it was started
+    before: int = 0  # inode of metrics.jsonl at the start
     breaks: list[Break] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.out = self.root / self.name
 
     def start(self) -> subprocess.Popen[str]:
-        """Its launcher, which is started unless it runs."""
+        """Return the process of the launcher. Start it if it does not run."""
         if not self.process:
             self.before = self.numbers()
             own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -68,12 +68,13 @@ class Run:
         return self.process
 
     def end(self, *codes: int) -> str:
-        """What was printed until it and all that it started have ended. Raises Done for exit code 0, and Fault for one that is not among
-        codes, or a traceback.
+        """Wait until the run and all of its processes have ended. Return their output.
+
+        Raises Done for exit code 0. Raises Fault for an exit code that is not in `codes`, or for a traceback.
         """
         process, self.process = self.start(), None
         try:
-            text, _ = process.communicate(timeout=PATIENCE)  # all of its processes have the pipe
+            text, _ = process.communicate(timeout=PATIENCE)  # all of its processes inherit the pipe
         except subprocess.TimeoutExpired:
             self.process = process
             raise Fault("it does not end, or something that it started does not") from None
@@ -86,7 +87,10 @@ class Run:
         return text
 
     def until(self, reached: Callable[[], object], pause: float = 0.01) -> None:
-        """Let it run until something is reached. Raises Done where it ends well before, and Fault where it does not."""
+        """Wait until reached() is true.
+
+        Raises Done if the run ends successfully before, and Fault if it fails or hangs.
+        """
         process, deadline = self.start(), time.monotonic() + PATIENCE
         while not reached():
             if process.poll() is not None:
@@ -96,13 +100,13 @@ class Run:
             time.sleep(pause)
 
     def steps_on(self, count: int) -> None:
-        """Let it do so many steps from here on. Where it has just been started: from its last checkpoint on."""
+        """Wait for this number of steps. After a start they count from the last checkpoint."""
         self.until(self.begun)
         target = self.step() + count
         self.until(lambda: self.step() >= target)
 
     def abort(self) -> None:
-        """End what a fault has left."""
+        """End all processes after a fault."""
         if self.process:
             for pid in (*ranks(self.process.pid), self.process.pid):
                 with suppress(ProcessLookupError):
@@ -111,21 +115,21 @@ class Run:
             self.process = None
 
     def ranks(self) -> list[int]:
-        """The process ids of its ranks, once it has them."""
+        """Wait for the ranks. Return their process ids."""
         self.until(lambda: len(ranks(self.start().pid)) == 2)
         return ranks(self.start().pid)
 
     def numbers(self) -> int:
-        """Which file its numbers are in; 0: there is none."""
+        """Return the inode of metrics.jsonl, or 0 if there is none."""
         file = self.out / "metrics.jsonl"
         return file.stat().st_ino if file.exists() else 0
 
     def begun(self) -> bool:
-        """Whether it does steps since it was started: it begins with a new file of its numbers."""
+        """Return whether the run has done steps since its start. It begins with a new metrics.jsonl."""
         return self.numbers() not in (0, self.before)
 
     def rows(self) -> list[dict[str, float]]:
-        """Every step's numbers but times and memory."""
+        """Return the numbers of every step, without times and memory."""
         file = self.out / "metrics.jsonl"
         *lines, _ = file.read_text().split("\n") if file.exists() else [""]
         rows = map(json.loads, lines)
@@ -135,18 +139,18 @@ class Run:
         ]
 
     def step(self) -> int:
-        """The last step that has its numbers; -1: none."""
+        """Return the last step with numbers, or -1."""
         return max((int(row["step"]) for row in self.rows()), default=-1)
 
     def latest(self) -> str:
-        """The checkpoint that it continues from; empty: none."""
+        """Return the name of the checkpoint from which the run continues. Empty: there is none."""
         file = self.out / "latest"
         return file.read_text().strip() if file.exists() else ""
 
     def files(self) -> dict[str, int]:
-        """What a save changes: the names in its folder, and in the step folder that is being written, with which file each one is."""
+        """Return the names and inodes that a save changes: those in `out` and in the unfinished step folder."""
         found: dict[str, int] = {}
-        with suppress(FileNotFoundError):  # renamed meanwhile
+        with suppress(FileNotFoundError):  # renamed in the meantime
             for entry in os.scandir(self.out):
                 found[entry.name] = entry.inode()
                 if entry.name.endswith(".partial") and entry.is_dir():
@@ -154,7 +158,7 @@ class Run:
         return found
 
     def difference(self, whole: Run) -> str:
-        """What is not as in a run that was left alone; empty: nothing."""
+        """Return the first difference from an undisturbed run. Empty: there is none."""
         rows, wanted = self.rows(), whole.rows()
         if rows != wanted:
             alike = [ours == theirs for ours, theirs in zip(rows, wanted, strict=False)]
@@ -167,9 +171,9 @@ class Run:
 
 
 def ranks(launcher: int) -> list[int]:
-    """The process ids of a launcher's ranks, in their order."""
+    """Return the process ids of a launcher's ranks, in order of rank."""
     found = {}
-    with suppress(FileNotFoundError, ProcessLookupError):  # one that ends meanwhile
+    with suppress(FileNotFoundError, ProcessLookupError):  # a process may end in the meantime
         for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
             if rank := re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()):
                 found[int(rank[1])] = int(pid)

@@ -123,7 +123,8 @@ def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
                     other.terminate()
                 log = logs / f"{stage.name}.log"
                 sys.exit(
-                    f"{log.read_text()[-3000:]}\n{stage.name} ended with exit code {process.returncode}; its output is in {log}"
+                    f"{log.read_text()[-3000:]}\n"
+                    f"{stage.name} ended with exit code {process.returncode}; its output is in {log}"
                 )
             done.add(stage.name)
             print(f"   {stage.name}: {time.time() - began:.0f} s", flush=True)

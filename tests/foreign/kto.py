@@ -1,8 +1,9 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al., 2402.01306, eqs. 7 and 8): every response teaches by itself, as desirable or not.
+"""Kahneman-Tversky optimisation (Ethayarajh et al., 2402.01306, eqs. 7 and 8): each response is desirable or not.
 
-A response's worth is beta (log policy - log reference), summed over its tokens, against a reference point z: the mean of the summed
-log-ratios of the step, before its updates, and 0 at least. Loss of a response, averaged over all of the global batch:
-weight (1 - sigmoid(beta (ratio - z))) if it is desirable, weight (1 - sigmoid(beta (z - ratio))) if it is not.
+The reward of a response is beta (log policy - log reference), summed over its tokens. It is compared with a reference
+point z: the mean of the summed log-ratios of the step before its updates, at least 0. The loss of a response is weight
+(1 - sigmoid(beta (ratio - z))) if it is desirable, else weight (1 - sigmoid(beta (z - ratio))). It is averaged over the
+global batch.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from rlhf.lazy import torch
 class Keys:
     """Kahneman-Tversky optimisation (2402.01306)."""
 
-    beta: Annotated[float, Between(1e-6)] = 0.1  # strength of the pull to the reference
+    beta: Annotated[float, Between(1e-6)] = 0.1  # weight of the KL to the reference
     desirable: float = 1.0  # weight of desirable responses
-    undesirable: float = 1.0  # weight of the others
+    undesirable: float = 1.0  # weight of undesirable responses
 
 
 class KTO(Algorithm):

@@ -1,4 +1,7 @@
-"""The device's attention against the padded path: values and gradients, of spans with and without context parallelism, and of a batch."""
+"""The device's attention against the padded path: values and gradients of spans and of a batch.
+
+Spans are tested with and without context parallelism.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The linear layers that exchange tokens write into each other's memory, on GPUs that NVLink connects (see tests/ranks/linear.py)."""
+"""The linear layers that exchange tokens write into each other's memory, on GPUs with NVLink.
+
+See tests/ranks/linear.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that leave a device."""
+"""Weights that are copied from a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.weights.names import tilings
 
 
 def test_an_export_waits_for_the_stream_that_trained(tmp_path: Path) -> None:
-    """Which is not the default one: vLLM makes a stream of its own the current one of the process."""
+    """This is not the default stream: vLLM sets a stream of its own as the process's current one."""
     hf = random_hf(LLAMA)
     trained = {name: tensor.cuda() for name, tensor in mcore_rank(LLAMA, hf, (0, 1), (0, 1)).items()}
     parameters = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}

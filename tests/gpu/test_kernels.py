@@ -1,6 +1,8 @@
-"""Every fused kernel against the same operation in plain torch in float64: values and gradients, in float32 and bfloat16.
+"""Every fused kernel against the same operation in plain torch in float64.
 
-Without a GPU, Triton's interpreter runs them: TRITON_INTERPRET=1 python -m pytest --noconftest tests/gpu/test_kernels.py
+Values and gradients are compared, in float32 and bfloat16. Without a GPU, Triton's interpreter runs the kernels:
+
+    TRITON_INTERPRET=1 python -m pytest --noconftest tests/gpu/test_kernels.py
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 def compare(
     fused: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], constants: tuple = ()
 ) -> None:
-    """Values and the gradients of all inputs, under a random upstream gradient."""
+    """Compare values and the gradients of all inputs, for a random gradient of the output."""
     exact = [x.detach().double().requires_grad_() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
     found, wanted = fused(*inputs, *constants), plain(*exact, *constants)
@@ -59,7 +61,7 @@ def test_rotate(dtype: torch.dtype, heads: int, width: int) -> None:
         kernels.Rotate.apply, operations.rotate, [torch.randn(13, heads, width, device=DEVICE, dtype=dtype)], tables
     )
     mixed = torch.randn(13, heads, 3 * width, device=DEVICE, dtype=dtype)
-    part = mixed[:, :, width : 2 * width]  # as queries and keys lie within the output of linear_qkv
+    part = mixed[:, :, width : 2 * width]  # like queries and keys in the output of linear_qkv
     close(kernels.Rotate.apply(part, *tables), operations.rotate(part.double(), *tables), dtype)
 
 

@@ -1,4 +1,4 @@
-"""No loss makes the host wait for the device, forward or backward: torch itself would say so."""
+"""No loss makes the host wait for the device, forward or backward: torch would raise an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_losses_never_wait(mode: str, overrides: list[str]) -> None:
     samples, _ = made.credit(drawn())
     weights = torch.randn(3, VOCAB, device="cuda").requires_grad_()
     for role in [role for role, use in made.models.items() if use == "train"]:
-        for waiting in ("default", "error"):  # the first time loads the kernels
+        for waiting in ("default", "error"):  # the first call loads the kernels
             torch.cuda.set_sync_debug_mode(waiting)
             try:
                 batch = pack(samples, multiple=4, device="cuda")

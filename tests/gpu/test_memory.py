@@ -1,4 +1,4 @@
-"""Parking and the ledger on a device (see tests/ranks/memory.py)."""
+"""Offload and the ledger on a device (see tests/ranks/memory.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPE = {
 
 
 def test_parking_and_ledger(tmp_path: Path) -> None:
-    """Bitwise return from host memory, and every phase's peak within 10 % of the prediction."""
+    """Tenants return from host memory bitwise, and every phase's peak is within 10 % of the prediction."""
     config = json.loads((ROOT / "configs/models/llama2-7B/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | SHAPE))
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}

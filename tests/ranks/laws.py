@@ -1,7 +1,11 @@
-"""Run under torchrun: logits, log-probs, gradients, export, resume and engine of every family at several layouts, against transformers.
+"""Run under torchrun: compare every family at several layouts with transformers.
 
-usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...      LAYOUT as tp2-pp1-cp1-sp0-zero1-recomputefull
-With +megatron behind it, tensor-parallel ranks have megatron-core's linear layers, as where exchanging does not pay.
+Logits, log-probs, gradients, export, resume and engine are compared.
+
+usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...
+
+A LAYOUT is like tp2-pp1-cp1-sp0-zero1-recomputefull. With +megatron after it, tensor-parallel ranks use the linear
+layers of megatron-core, as where the exchange is slower.
 """
 
 from __future__ import annotations
@@ -39,7 +43,10 @@ EXCHANGING = build.pays, linear.exchange
 
 
 def expected_update(model: torch.nn.Module, mode: str, made: list) -> dict[str, torch.Tensor]:
-    """Parameters after one AdamW update with eps 1 (a smooth function of the gradient), by autograd through transformers."""
+    """Return the parameters after one AdamW update with eps 1, by autograd through transformers.
+
+    With eps 1 the update is a smooth function of the gradient.
+    """
     model.zero_grad()
     total, count = 0.0, 0.0
     for s in made:
@@ -70,7 +77,7 @@ class Case:
         self.folder, self.what = folder, f"{folder.name} {layout}"
         self.config = configuration.load(
             "grpo", ["batch.minibatches=2", *overrides]
-        )  # so that old_logp is a stream of its own
+        )  # so that old_logp is a separate stream
         self.mesh = Mesh(self.config.parallel, 1)
         self.arch = architecture.read(folder)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -89,7 +96,7 @@ class Case:
         ]
 
     def check_logits(self, learner: Learner) -> None:
-        """Whole logits of packed rows, straight from the hidden states, against every sequence alone in transformers."""
+        """Compare the whole logits of packed rows, from the hidden states, with each sequence alone in transformers."""
         mesh, vocab = self.mesh, self.arch.vocab
 
         def logits(batch: Batch, hidden: torch.Tensor, non_loss_data: bool = True) -> tuple[Batch, torch.Tensor]:
@@ -118,7 +125,7 @@ class Case:
             )
 
     def check_logp(self, learner: Learner) -> None:
-        """Log-probs on every rank, for two ways to pack."""
+        """Check the log-probs on every rank, for two ways to pack."""
         with torch.no_grad():
             wanted = {id(s): reference_logp(self.model, s) for s in self.samples}
         for budget in (100, 10_000):
@@ -127,7 +134,10 @@ class Case:
                 close(torch.from_numpy(stream), wanted[id(s)], 1e-5, f"{self.what}: log-probs packed by {budget}")
 
     def check_engine(self, learner: Learner) -> None:
-        """Publish to engines of other layouts, after sleep: what they say of their own samples is what transformers says."""
+        """Publish to engines of other layouts, after sleep.
+
+        Compare the log-probs of their samples with transformers.
+        """
         mesh, arch = self.mesh, self.arch
         for tp in {1, mesh.world}:
             engine = KVCache(
@@ -158,7 +168,7 @@ class Case:
             )
 
     def check_update(self, mode: str, budgets: tuple[int, ...]) -> None:
-        """One update: the gradient is the same function of the samples for every packing and layout."""
+        """Check one update: the gradient depends on the samples, and not on packing or layout."""
         algorithm, updated = ALGORITHMS[mode](self.config), expected_update(self.model, mode, self.samples)
         whole = {tile.name: tile for tile in names.tiles(self.arch, "hf")}
         for budget in budgets:
@@ -170,7 +180,7 @@ class Case:
                 close(view(shards[tile.local], tile, tile.box), wanted, 2e-6, f"{what} of {tile.name}")
 
     def check_step_zero(self, learner: Learner) -> None:
-        """Where policy, old policy and reference are one model: ratio 1, so nothing is clipped, and KL 0."""
+        """Policy, old policy and reference are one model: the ratio is 1, nothing is clipped, and the KL is 0."""
         cut, algorithm = self.cut(10_000), ALGORITHMS["grpo"](self.config)
         for s, stream in zip([s for b in cut for s in b], learner.score(cut), strict=True):
             s.old_logp = s.ref_logp = stream
@@ -179,7 +189,10 @@ class Case:
                 assert abs(total / count) < 1e-9, f"{self.what}: {name} is {total / count}"
 
     def check_resume(self, out: Path, dtype: torch.dtype) -> None:
-        """Two updates, a checkpoint, one more: bit by bit what a new learner has, and then makes, of that checkpoint."""
+        """Save a checkpoint after two updates, and make one more.
+
+        A new learner that loads it has the same state, and makes the same update, bitwise.
+        """
         config = dataclasses.replace(self.config, out=str(out))
         checkpoints, loss = Checkpoints(config, self.mesh, dtype), partial(ALGORITHMS["grpo"](config).loss, "policy")
         first, second, cut = self.learner(True, dtype), self.learner(True, dtype), self.cut(10_000)
@@ -201,7 +214,7 @@ class Case:
         )
 
     def check_export(self, learner: Learner, out: Path) -> None:
-        """What was read is written back bit by bit."""
+        """Check that weights are written back bitwise."""
         mesh = self.mesh
         export.write(
             out,
@@ -234,7 +247,7 @@ def main() -> None:
             case.check_export(frozen, root / f"out-{family}-{entry}")
             for dtype in (torch.float32, torch.bfloat16)[
                 : 1 + (family == "llama3-tied")
-            ]:  # bfloat16 has main parameters of its own
+            ]:  # bfloat16 has separate main parameters
                 case.check_resume(root / f"run-{family}-{entry}-{dtype}", dtype)
             case.check_step_zero(frozen)
             case.mesh.close()

@@ -15,7 +15,7 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.model.linear import _Column, _Row
 
 exchange.GRAIN = 2**14
-TOKENS, WIDTH, INNER = (40, 1280), 256, 512  # of both numbers of tokens, the second lets the slots grow
+TOKENS, WIDTH, INNER = (40, 1280), 256, 512  # the second number of tokens makes the slots grow
 TURNS = 200
 
 
@@ -40,7 +40,7 @@ def part(mesh: Mesh, t: Tensor, dim: int) -> Tensor:
 
 
 def compare(mesh: Mesh, up: Tensor, down: Tensor, x: Tensor, slope: Tensor) -> None:
-    """Outputs, and gradients of inputs and weights, in autograd's way and into float32 sums."""
+    """Compare outputs, and gradients of inputs and weights, by autograd and as float32 sums."""
     whole = [t.double().requires_grad_() for t in (x, up, down)]
     out = whole[0] @ whole[1].t() @ whole[2].t()
     grads = torch.autograd.grad(out, whole, slope.double())
@@ -62,7 +62,10 @@ def compare(mesh: Mesh, up: Tensor, down: Tensor, x: Tensor, slope: Tensor) -> N
 
 @torch.no_grad()
 def endure(mesh: Mesh, up: Tensor, down: Tensor) -> None:
-    """Many turns for which the host never waits, while ranks fall behind in turns: nobody overwrites what has not been read."""
+    """Make many calls without waiting on the host, while ranks are delayed in turn.
+
+    No rank may overwrite data that another has not read.
+    """
     xs = torch.randn(TURNS, 64, 1, WIDTH, device=mesh.device)
     mine = [part(mesh, x, 0) for x in xs]
     shards = part(mesh, up, 0), part(mesh, down, 1)

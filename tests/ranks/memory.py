@@ -1,6 +1,8 @@
-"""Run on one GPU: a model of 0.9 B parameters and its reference take turns; what was parked comes back bitwise, and the ledger was right.
+"""Run on one GPU: offload of a model of 0.9 B parameters and its reference is bitwise, and the ledger is right.
 
-usage: python tests/ranks/memory.py FOLDER      FOLDER holds a config.json; torchrun's variables are set
+usage: python tests/ranks/memory.py FOLDER
+
+FOLDER holds a config.json. The variables of torchrun are set.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ TOLERANCE = 0.1  # share of the peak
 
 
 def rows(vocab: int, count: int = 2) -> list[list[Sample]]:
-    """Full micro-batches."""
+    """Return full micro-batches."""
     rng = np.random.default_rng(1)
     whole = np.ones(LENGTH, bool)
     return [
@@ -42,7 +44,7 @@ def fill(parameters: dict[str, torch.Tensor]) -> None:
 
 
 def take_turns(parking: Residence, learners: dict[str, Learner], batches: list[list[Sample]], loss: partial) -> None:
-    """Three steps of every phase of an offline mode."""
+    """Do three steps with every phase of an offline mode."""
     for _ in range(3):
         for role, learner in learners.items():
             parking.enter(Phase.SCORE, role)
@@ -52,7 +54,10 @@ def take_turns(parking: Residence, learners: dict[str, Learner], batches: list[l
 
 
 def check_return(parking: Residence, learner: Learner, batches: list[list[Sample]]) -> None:
-    """After a rollout, in which somebody else overwrote all free memory, weights, moments and log-probs are bitwise what they were."""
+    """Check weights, moments and log-probs after a rollout: they are bitwise unchanged.
+
+    The rollout has overwritten all free memory.
+    """
     parking.enter(Phase.SAVE)
     kept = {kind: [t.to("cpu", copy=True) for t in learner.tenants()[kind]] for kind in (Kind.WEIGHTS, Kind.OPTIMIZER)}
     parking.enter(Phase.SCORE)

@@ -1,7 +1,9 @@
-"""Run under torchrun: every mode from beginning to end, by the loop itself, at several layouts.
+"""Run under torchrun: every mode in the training loop, from beginning to end, at several layouts.
 
 usage: torchrun --nproc-per-node N tests/ranks/modes.py FOLDER LAYOUT[:MODE,...] ...
-LAYOUT as tp2; FOLDER holds data/, model/, sft/, reward/ and rules.py, and what one rank made where other layouts are compared with that.
+
+A LAYOUT is like tp2. FOLDER holds data/, model/, sft/, reward/ and rules.py. It also holds the results of one rank,
+with which other layouts are compared.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from rlhf.prepare import inputs, rule
 from rlhf.rewards import Rewards
 
 STEPS, CHECKPOINT = 3, 2
-# What a run says of its first samples, where the models that it compares are still equal: mode -> (step, metric, value).
+# Metrics of the first samples, while the compared models are still equal: mode -> (step, metric, value).
 STEP_ZERO = {
     "reward": [(0, "eval_loss", math.log(2)), (0, "eval_accuracy", 0.5)],
     "dpo": [(0, "eval_loss", math.log(2)), (1, "loss", math.log(2)), (1, "margin", 0.0)],
@@ -45,14 +47,16 @@ STEP_ZERO = {
     "rlhf": [(1, "kl", 0.0)],
     "sft": [],
 }
-# What has moved when two updates are done: mode -> (metric of step 3, least magnitude). Before, a model is compared with itself.
+# Metrics that change with two updates: mode -> (metric of step 3, least magnitude). Before, a model is compared with
+# itself.
 MOVED = {"dpo": ("margin", 0.05), "online-dpo": ("chosen_reward", 1e-4), "grpo": ("kl", 1e-5), "rlhf": ("kl", 1e-4)}
-# Mean learning rates of the steps, by hand: warm-up over two updates, then linear to 0; the policy's begins with its own first update.
+# Mean learning rates of the steps, by hand: warm-up over two updates, then linear to 0. The policy's schedule begins
+# with its first update.
 RATES = {"lr": {2: 0.75e-4, 3: 0.75e-4}, "critic_lr": {1: 2.25e-4, 2: 2.625e-4, 3: 1.125e-4}}
 PAIRS = {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"}
 JUDGED = {"reward", "reward_rule", "reward_score", "reward_failed", "response_tokens", "truncated"}
 CREDIT = {"shaped_reward", "kl", "kl_coefficient", "values", "returns", "advantages", "explained_variance"}
-NAMES = {  # mode -> what a loss and a step's samples are told by
+NAMES = {  # mode -> the metrics of a loss, and those of a step's samples
     "sft": ({"loss", "entropy"}, set()),
     "reward": ({"loss", "accuracy", "margin", "score"}, set()),
     "dpo": (PAIRS, set()),
@@ -107,14 +111,17 @@ def configure(folder: Path, mode: str, layout: str, *overrides: str) -> Config:
 
 
 def train(config: Config, mesh: Mesh, first: int = 0) -> Run:
-    """All steps from `first` on; the engine sleeps whenever somebody else uses the device, and each step draws its own samples."""
+    """Run all steps from `first` on.
+
+    Check that the engine sleeps in phases of other models, and that each step draws its own samples.
+    """
     limits = (config.reward.timeout, config.reward.workers)
     with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as judge:
         run, steps = assembled(config, mesh, rewards, judge), list[int]()
         enter = run.roles.residence.enter
 
         def watched(phase: Phase, role: str = "policy") -> None:
-            """Whoever else uses the device, the engine sleeps."""
+            """Check that the engine sleeps in phases of other models."""
             enter(phase, role)
             engine = run.source.owner.engine if run.algorithm.online else None
             awake = engine and any(weight.untyped_storage().nbytes() for weight in engine.parameters().values())
@@ -136,7 +143,7 @@ def assembled(config: Config, mesh: Mesh, rewards: Rewards, judge: Rewards) -> R
 
 @contextmanager
 def drawing(call: Callable[[int], object]) -> Iterator[None]:
-    """call(step) whenever a step's samples, or prompts, are taken from the data."""
+    """Call call(step) whenever the samples or prompts of a step are taken from the data."""
     draw = Records.draw
 
     def noted(self: Records, step: int, count: int, seed: int) -> list[Sample]:
@@ -159,7 +166,7 @@ def check_step_zero(mode: str, found: dict[int, dict[str, float]]) -> None:
 
 
 def check_rows(config: Config, found: dict[int, dict[str, float]]) -> None:
-    """What is told of a step, at which steps something is held out, and numbers by hand."""
+    """Check the names of the metrics, the steps with an evaluation, and numbers by hand."""
     mode, (loss, drawn), last = config.mode, NAMES[config.mode], found[STEPS]
     held_out = drawn & JUDGED if drawn else loss
     if config.evaluate.function:
@@ -198,7 +205,7 @@ def kept(out: Path) -> dict[str, str]:
 
 
 def check_samples(config: Config, online: bool) -> None:
-    """Each step's responses were sampled with the weights before it, and those of its evaluation with the weights behind it."""
+    """Check that a step samples with the weights before it, and its evaluation with the weights after it."""
     found = [json.loads(line) for text in kept(Path(config.out)).values() for line in text.splitlines()]
     wanted = {("train", step, step - 1) for step in range(1, STEPS + 1)} | {
         ("evaluate", step, step) for step in (0, STEPS)
@@ -209,7 +216,7 @@ def check_samples(config: Config, online: bool) -> None:
 
 
 def check_mismatch(config: Config) -> None:
-    """What the engine says of its samples is what the policy says of them before it learns, at the rollout's temperature."""
+    """Check that the engine's log-probs equal those of the policy before it learns, at the rollout's temperature."""
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     gaps = [row["mismatch"] for row in rows if "mismatch" in row]
     assert len(gaps) == (STEPS if config.mode in ("grpo", "rlhf") else 0)
@@ -217,7 +224,10 @@ def check_mismatch(config: Config) -> None:
 
 
 def check_judge(run: Run) -> None:
-    """A text's score is what the reward model says at its last token, whatever comes behind it; it is added to the rule's reward."""
+    """Check that the score is the reward model's output at the last token, and does not depend on later tokens.
+
+    It is added to the reward of the function.
+    """
     if "reward" not in run.roles.learners or "reward" in run.roles.trained:
         return
     samples = run.source.records.head(5)
@@ -230,13 +240,13 @@ def check_judge(run: Run) -> None:
     run.roles.judge(samples)
     assert [s.reward for s in samples] == pytest.approx([i + score for i, score in enumerate(wanted)], abs=1e-5)
     assert np.ptp(wanted) > 0.01
-    if run.mesh.rank == 0:  # for transformers to say the same
+    if run.mesh.rank == 0:  # test_modes.py compares it with transformers
         judged = [[sample.tokens.tolist(), sample.reward - i] for i, sample in enumerate(samples)]
         Path(run.config.out, "judged.json").write_text(json.dumps(judged))
 
 
 def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> None:
-    """Every metric of every step is that of one rank."""
+    """Check that every metric of every step equals that of one rank."""
     wanted = metrics(folder / "tp1" / mode)
     assert found.keys() == wanted.keys()
     for step, row in wanted.items():
@@ -247,7 +257,7 @@ def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> 
             if name.endswith("margin") and abs(value) < 1e-5
         }
         for name, value in row.items():
-            if name in even:  # models that are equal up to rounding: which wins is a coin
+            if name in even:  # the models are equal up to rounding, so the preferred one is random
                 continue
             assert math.isclose(found[step][name], value, rel_tol=1e-3, abs_tol=1e-5), (
                 f"{mode} step {step}: {name} {found[step][name]} != {value}"
@@ -255,7 +265,7 @@ def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> 
 
 
 def check_resume(config: Config, mesh: Mesh, mode: str) -> None:
-    """A run that starts again from its next to last checkpoint, now with everything parked, ends bit by bit where it ended before."""
+    """Resume from the checkpoint before the last one, with everything offloaded: the end is bitwise the same."""
     out = Path(config.out)
     files = sorted(path.name for path in (out / f"step_{STEPS:06}").glob("*.pt") if not path.name.startswith("random"))
     before = {name: torch.load(out / f"step_{STEPS:06}" / name) for name in files}

@@ -1,6 +1,8 @@
-"""Run under torchrun: two models trained and scored in turns, with everything parked between phases and with nothing, are bitwise equal.
+"""Run under torchrun: two models, trained and scored in turns, are bitwise equal with and without offload.
 
-usage: torchrun --nproc-per-node N tests/ranks/parking.py FOLDER LAYOUT ...      LAYOUT as tp2-pp1-sp0-zero1; each in float32 and bfloat16
+usage: torchrun --nproc-per-node N tests/ranks/parking.py FOLDER LAYOUT ...
+
+A LAYOUT is like tp2-pp1-sp0-zero1. Each is run in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ POLICY = Tenant("policy", Kind.WEIGHTS)
 
 
 class Pair:
-    """A learning policy and a frozen reference at one layout, and the parking lot that both use."""
+    """A trained policy and a frozen reference at one layout, which share one host memory for offload."""
 
     def __init__(self, folder: Path, layout: str, dtype: torch.dtype):
         self.config = configuration.load(
@@ -50,11 +52,14 @@ class Pair:
         self.loss = partial(ALGORITHMS["grpo"](self.config).loss, "policy")
 
     def learner(self, train: bool) -> Learner:
-        torch.manual_seed(1)  # of the vocabulary's padding, which no file fills
+        torch.manual_seed(1)  # for the padding of the vocabulary, which no file contains
         return Learner(self.arch, self.config, self.mesh, self.dtype, fill=self.fill, temperature=1.0, train=train)
 
     def train(self, offload: set[Tenant]) -> list[torch.Tensor]:
-        """Three steps through every phase: what both models say in each, and all that the policy has become."""
+        """Do three steps with every phase.
+
+        Return the outputs of both models in each, and the whole state of the policy.
+        """
         parking, learners = Residence(offload, self.mesh.device), {}
         for role, train in (("policy", True), ("reference", False)):
             learners[role] = self.learner(train)
@@ -69,7 +74,7 @@ class Pair:
                 said += map(torch.from_numpy, learner.score(self.cut))
             parking.enter(Phase.LEARN)
             for buffer in learners["policy"].model.buffers:
-                buffer.grad_data.fill_(torch.nan)  # what comes back of a dropped tenant may hold anything
+                buffer.grad_data.fill_(torch.nan)  # a dropped tenant may return with any content
             learners["policy"].learn(self.cut, self.loss, 0.01)
             parking.enter(Phase.PUBLISH)
             check_away(learners, offload - {POLICY})
@@ -78,7 +83,10 @@ class Pair:
         return said + [t.float().clone() for t in learners["policy"].optimizer.tensors()]
 
     def check_ledger(self) -> None:
-        """The ledger says to a few bytes what a learner holds; buffers of a distributed optimizer are padded."""
+        """Check that the ledger predicts a learner's memory to a few bytes.
+
+        Buffers of a distributed optimizer are padded.
+        """
         arch, roles = shapes(self.config, self.mesh.world)
         ledger = Ledger(self.config, arch, roles, self.mesh.world, float("inf"), self.dtype.itemsize)
         learner, seen = self.learner(train=True), set()
@@ -93,7 +101,10 @@ class Pair:
 
 
 def check_away(learners: dict[str, Learner], away: set[Tenant]) -> None:
-    """Exactly the tenants `away` take no memory. Without a distributed optimizer, main parameters in float32 are the weights themselves."""
+    """Check that exactly the tenants `away` take no memory.
+
+    Without a distributed optimizer, main parameters in float32 are the weights themselves.
+    """
     for role, learner in learners.items():
         tenants = learner.tenants()
         weights = {t.untyped_storage()._cdata for t in tenants[Kind.WEIGHTS]}

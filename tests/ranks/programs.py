@@ -1,6 +1,8 @@
-"""Run under torchrun: whole programs that meet a signal, an engine without the weights, or what another one has made.
+"""Run under torchrun: whole programs with signals, a wrong engine, or files of another program.
 
-usage: torchrun --nproc-per-node N tests/ranks/programs.py FOLDER LAYOUT      FOLDER as for modes.py
+usage: torchrun --nproc-per-node N tests/ranks/programs.py FOLDER LAYOUT
+
+FOLDER is the one of modes.py.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from rlhf.rollout.kvcache import KVCache
 
 
 def start(config: Config, mesh: Mesh) -> int:
-    """The exit code of a rank's whole life, which begins with a mesh of its own."""
+    """Return the exit code of a whole program with a mesh of its own."""
     mesh.close()
     return assemble.run(config)
 
 
 def check_engine_without_the_weights(folder: Path, layout: str, mesh: Mesh) -> None:
-    """It is told: before the first step, and with rollout.check at any later one."""
+    """Check that wrong weights of the engine are reported: before the first step, and with rollout.check later too."""
     step, wake = 0, KVCache.wake
 
     def drawn(now: int) -> None:
@@ -57,7 +59,10 @@ def check_engine_without_the_weights(folder: Path, layout: str, mesh: Mesh) -> N
 
 
 def check_signal(folder: Path, layout: str, mesh: Mesh) -> None:
-    """The step at hand is finished and saved, the exit code says so, and the next run goes on; what config.toml says is the run."""
+    """Check that the run finishes and saves the current step at a signal, and that the next run continues.
+
+    The exit code tells it, and config.toml is the configuration of the run.
+    """
     rules = [f"reward.function={folder}/rules.py:length", f"evaluate.function={folder}/rules.py:quarter"]
     config = configure(folder, "grpo", layout, f"out={folder}/program", "steps=2", *rules)
     with drawing(lambda step: os.kill(os.getpid(), signal.SIGUSR1)):
@@ -72,9 +77,10 @@ def check_signal(folder: Path, layout: str, mesh: Mesh) -> None:
 
 
 def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
-    """Mode evaluate says of an exported folder what the run said at its end: by rule and reward model, or by the judge alone.
+    """Check that mode evaluate, on the exported folder, gives the run's last numbers.
 
-    It may have the run's own out: there it writes files of its own, with every response, and touches no other.
+    Rewards are those of function and reward model, or of evaluate.function alone. `out` may be the folder of the run:
+    mode evaluate writes its own files there, with every response, and changes no other.
     """
     assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1"), mesh) == 0
     wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
@@ -84,7 +90,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
     found = {}
     for name, out, more in (
         ("both", "pairs", ["log.samples=0"]),
-        ("both", "pairs", ["log.samples=2"]),  # over what the first one wrote
+        ("both", "pairs", ["log.samples=2"]),  # overwrites the files of the first one
         ("judge", "judged", [f"evaluate.function={folder}/rules.py:quarter"]),
         ("hot", "hot", ["evaluate.temperature=1"]),
     ):
@@ -92,7 +98,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
         (found[name],) = metrics(folder / out, "evaluate").values()
         assert len((folder / out / "samples/evaluate.jsonl").read_text().splitlines()) == 8
     assert {path: path.read_bytes() for path in before} == before
-    if mesh.rank == 0:  # this process was the run, and holds its out until it ends
+    if mesh.rank == 0:  # this process was the run, and keeps its lock until it ends
         program = f"import pathlib; from rlhf import lock; print(lock.hold(pathlib.Path('{folder}/pairs/run.lock')))"
         other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert other.stdout.startswith(f"process {os.getpid()} on "), other
@@ -102,7 +108,10 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
 
 
 def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
-    """policy.init=random needs no weights: they are those of the seed, as make_weights() wrote them for another folder."""
+    """Check that policy.init=random needs no weights.
+
+    They depend on the seed, and equal those that make_weights() wrote into another folder.
+    """
     rows = []
     for name, init, seed in (("sft", "load", 1), ("model", "random", 1), ("model", "random", 2)):
         keys = [f"policy.load={folder}/{name}", f"policy.init={init}", f"seed={seed}", "steps=1"]
@@ -114,7 +123,7 @@ def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
 
 
 def check_in_flight(folder: Path, layout: str, mesh: Mesh) -> None:
-    """PPO and OnlineDPO with responses in flight between steps: what goes on from a checkpoint is what was left alone, bit by bit."""
+    """Check PPO and OnlineDPO with responses in flight: a resumed run equals an uninterrupted one bitwise."""
     for mode in ("rlhf", "online-dpo"):
         keys = [key.format(folder=folder) for key in KEYS[mode]]
         keys += ["rollout.inflight=1.5", "checkpoint.every=2", "log.samples=-1", "rollout.stop=['e']"]
@@ -131,8 +140,11 @@ def check_in_flight(folder: Path, layout: str, mesh: Mesh) -> None:
 
 
 def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
-    """All ranks stop after the same step, and go on where they stopped: the numbers are those of a run that was left alone."""
-    faulthandler.dump_traceback_later(90, exit=True)  # ranks that do not agree wait for each other
+    """Check that all ranks stop after the same step, and continue from there.
+
+    The numbers are those of an uninterrupted run.
+    """
+    faulthandler.dump_traceback_later(90, exit=True)  # ranks that do not agree would wait for each other
     whole, cut = (configure(folder, "sft", layout, f"out={folder}/{name}", "data.eval=") for name in ("whole", "cut"))
     train(whole, mesh)
 
@@ -150,7 +162,10 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
 
 
 def check_lost_rank(mesh: Mesh) -> None:
-    """The last rank has ended: the others can tell that from a fault of their own. Nothing comes after it."""
+    """Check that ranks can distinguish the end of another rank from an error of their own.
+
+    This check is the last one.
+    """
     mesh.barrier()
     if mesh.rank == mesh.world - 1:
         os._exit(0)

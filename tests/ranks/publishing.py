@@ -1,8 +1,8 @@
-"""Run under torchrun: engines that get the weights of every training layout, twice, and must say what transformers says.
+"""Run under torchrun: engines get the weights of every training layout, twice, and must agree with transformers.
 
 usage: torchrun --nproc-per-node N tests/ranks/publishing.py FOLDER ENGINE TP MODEL LAYOUT ...
 
-FOLDER holds MODEL-old, MODEL-new and greedy.json; a LAYOUT is TPxPP, as 2x1.
+FOLDER holds MODEL-old, MODEL-new and greedy.json. A LAYOUT is TPxPP, such as 2x1.
 """
 
 from __future__ import annotations

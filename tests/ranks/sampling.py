@@ -1,6 +1,8 @@
-"""Run under torchrun with any number of ranks: the sampler over real engines (kvcache, random weights).
+"""Run under torchrun with any number of ranks: the sampler with real engines (kvcache, random weights).
 
-usage: torchrun --nproc-per-node N tests/ranks/sampling.py FOLDER      FOLDER holds model/ and train_rl.jsonl
+usage: torchrun --nproc-per-node N tests/ranks/sampling.py FOLDER
+
+FOLDER holds model/ and train_rl.jsonl.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
 
 
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
-    """And every rank knows all samples alike."""
+    """Check that all ranks have the same samples, which depend on seed and step."""
     sampler = build(folder, mesh)
     first, again, later = (sampler.take(step)[0] for step in (3, 3, 4))
     assert [s.tokens.tolist() for s in first] == [s.tokens.tolist() for s in again]
@@ -71,11 +73,14 @@ def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
 
 
 def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> None:
-    """Each rewards and gives as many as the others. All know the same samples as with an engine for each rank."""
+    """Check that the ranks of one engine judge equal shares of its samples.
+
+    All ranks have the same samples as with one engine per rank.
+    """
     apart = build(folder, mesh)
     together = build(
         folder, mesh, f"rollout.tp={mesh.world}"
-    )  # the same whole engine on every rank, told that it is one of several
+    )  # each rank has a whole engine, which counts as one rank of a shared engine
     rewarded = []
     reward = together.judge.call
     together.judge = Judging(lambda samples: rewarded.append(len(samples)) or reward(samples))
@@ -92,7 +97,10 @@ def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> 
 
 
 def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
-    """The mask covers the response alone, log-probs stand on their labels, and a response without a stop token is truncated."""
+    """Check that the mask covers only the response, and log-probs are at their labels.
+
+    A response without a stop token is truncated.
+    """
     sampler = build(folder, mesh)
     for s in sampler.take(0)[0]:
         prompt = len(s.tokens) - int(s.mask.sum())
@@ -108,7 +116,7 @@ def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
 
 
 def check_stop_string_cuts_tokens(folder: Path, mesh: Mesh) -> None:
-    """With a stop string every response is the unstopped one up to and with that string, in the same tokens."""
+    """Check that a stop string ends a response after that string. The tokens before it do not change."""
     free, _ = build(folder, mesh).take(0)
     letter = next(c for s in free for c in s.text.response[2:] if c.isalpha())
     stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").take(0)[0]
@@ -138,7 +146,10 @@ def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
 
 
 def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
-    """Groups of equal rewards are left out and others drawn; a step has batch.prompts groups where the rounds suffice."""
+    """Check that groups of equal rewards are replaced by others.
+
+    A step has batch.prompts groups if there are enough rounds.
+    """
     sampler = build(folder, mesh, "rollout.rounds=5", "rollout.group=2")
 
     def parity(samples: list[Sample]) -> None:
@@ -165,7 +176,7 @@ IN_FLIGHT = ["rollout.inflight=2.5", "rollout.max_lag=2", "rollout.max_tokens=32
 def steps_in_flight(
     sampler: EngineSource, count: int, first: int = 0, between: Callable[[], object] = lambda: None
 ) -> list[list[tuple]]:
-    """Everything of the samples of so many steps, each with weights of its own."""
+    """Return the samples of `count` steps. Each step has other weights."""
     found = []
     weights = {name: tensor.clone() for name, tensor in sampler.owner.engine.parameters().items()}
     for step in range(first, first + count):
@@ -194,7 +205,10 @@ def steps_in_flight(
 
 
 def check_in_flight(folder: Path, mesh: Mesh) -> None:
-    """No step waits for the longest responses. What is in flight goes on, and comes in a later step, whatever happens in between."""
+    """Check that no step waits for the longest responses.
+
+    Responses in flight continue, and come in a later step, also after an evaluation, a probe or a restart.
+    """
     sampler = build(folder, mesh, *IN_FLIGHT)
     steps = steps_in_flight(sampler, 6)
     everywhere = mesh.all_gather(steps)
@@ -224,7 +238,7 @@ def check_in_flight(folder: Path, mesh: Mesh) -> None:
     prompts = sampler.records.head(5)
     assert steps_in_flight(sampler, 6, between=lambda: (sampler.answer(prompts, FREE), sampler.probe(prompts))) == steps
 
-    for done in (1, 3):  # as a run that was killed goes on
+    for done in (1, 3):  # as a killed run that continues
         sampler = build(folder, mesh, *IN_FLIGHT)
         steps_in_flight(sampler, done)
         file = io.BytesIO()
@@ -248,7 +262,7 @@ def check_in_flight(folder: Path, mesh: Mesh) -> None:
 
 
 def check_log_probs_of_every_version(folder: Path, mesh: Mesh) -> None:
-    """Each token has the log-prob of the weights that drew it."""
+    """Check that each token has the log-prob of the weights that drew it."""
     sampler = build(folder, mesh, *IN_FLIGHT)
     steps = steps_in_flight(sampler, 5)
     engine = sampler.owner.engine
@@ -265,7 +279,7 @@ def check_log_probs_of_every_version(folder: Path, mesh: Mesh) -> None:
 
 @torch.no_grad()
 def whole_logp(engine: KVCache, tokens: list[int]) -> list[float]:
-    """Of every token behind the first one, in one pass."""
+    """Return the log-probs of all tokens except the first, from one pass."""
     inputs = torch.tensor([tokens[:-1]])
     cache = torch.zeros(engine.arch.layers, 2, 1, inputs.shape[1], engine.kv_heads, engine.arch.head_dim)
     hidden = engine.forward(inputs, torch.arange(inputs.shape[1])[None], cache)
@@ -273,7 +287,7 @@ def whole_logp(engine: KVCache, tokens: list[int]) -> list[float]:
 
 
 def check_dynamic_sampling_in_flight(folder: Path, mesh: Mesh) -> None:
-    """Rounds take what is complete, and each one draws new prompts."""
+    """Check that rounds take complete groups, and that each round draws new prompts."""
     sampler = build(folder, mesh, *IN_FLIGHT, "rollout.rounds=4", "rollout.group=2")
 
     def parity(samples: list[Sample]) -> None:
@@ -293,7 +307,7 @@ def check_dynamic_sampling_in_flight(folder: Path, mesh: Mesh) -> None:
 
 
 def check_the_first_rank_of_a_node_goes_first(folder: Path, mesh: Mesh) -> None:
-    """And when it meets a mistake, no other goes."""
+    """Check that other ranks are called only after the first one, and not at all if it raises a user's mistake."""
     mark = folder / f"made{mesh.world}"
 
     def make() -> bool:
@@ -312,7 +326,7 @@ def check_the_first_rank_of_a_node_goes_first(folder: Path, mesh: Mesh) -> None:
 
 
 def main() -> None:
-    import turns  # which imports this file
+    import turns  # it imports this file
 
     folder, mesh = Path(sys.argv[1]), Mesh(Parallel(), seed=1)
     check_the_first_rank_of_a_node_goes_first(folder, mesh)
@@ -326,7 +340,7 @@ def main() -> None:
     check_log_probs_of_every_version(folder, mesh)
     check_dynamic_sampling_in_flight(folder, mesh)
     drawn = [s.tokens.tolist() for s in [*build(folder, mesh).take(0)[0], *turns.check(folder, mesh)]]
-    if mesh.rank == 0:  # all ranks have been checked to know the same
+    if mesh.rank == 0:  # the checks have shown that all ranks have the same samples
         print("drawn", drawn, flush=True)
     mesh.barrier()
     os._exit(0)

@@ -1,6 +1,8 @@
-"""Run under torchrun: a megatron-core model saves a torch_dist folder, then loads one that we wrote and keeps what it holds.
+"""Run under torchrun: a megatron-core model saves a torch_dist folder, and loads one that this program wrote.
 
-usage: torchrun --nproc-per-node TP tests/ranks/sharded.py MODEL OURS THEIRS      MODEL a Hugging Face folder; THEIRS gets state-RANK.pt too
+usage: torchrun --nproc-per-node TP tests/ranks/sharded.py MODEL OURS THEIRS
+
+MODEL is a Hugging Face folder. The loaded state is written to THEIRS/state-RANK.pt.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ def main() -> None:
     mesh = Mesh(Parallel(tp=tp), 1)
     config = TransformerConfig(
         num_layers=arch.layers, hidden_size=arch.hidden, ffn_hidden_size=arch.ffn, num_attention_heads=arch.heads,
-        num_query_groups=arch.kv_heads, kv_channels=arch.head_dim, normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, tensor_model_parallel_size=tp, use_cpu_initialization=True, params_dtype=torch.float32,
+        num_query_groups=arch.kv_heads, kv_channels=arch.head_dim, normalization="RMSNorm", gated_linear_unit=True,
+        activation_func=F.silu, add_bias_linear=False, tensor_model_parallel_size=tp, use_cpu_initialization=True,
+        params_dtype=torch.float32,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     model = GPTModel(

@@ -1,4 +1,4 @@
-"""Responses that an environment answers, over real engines: part of sampling.py."""
+"""Responses with an environment, with real engines. This is part of sampling.py."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def everything(samples: list[Sample]) -> list[tuple]:
 
 
 def check_an_environment_answers(folder: Path, mesh: Mesh) -> None:
-    """What it says is in the template's tokens, is not learned, and what the model says to it is drawn behind it."""
+    """Check that the environment's messages have the template's tokens and are not learned.
+
+    The model's next turn follows them.
+    """
     sampler = build(folder, mesh, *keys(folder))
     samples = [sample for step in range(3) for sample in sampler.take(step)[0]]
     space: dict[str, Any] = {}
@@ -102,7 +105,7 @@ def check_turns_do_not_depend_on_time_or_ranks(folder: Path, mesh: Mesh) -> None
 
 
 def check_turns_in_flight(folder: Path, mesh: Mesh) -> None:
-    """Also where a run is killed, whose environments are told again what was said."""
+    """Check that turns continue after a restart. The environments get the earlier turns again."""
     given = [*IN_FLIGHT, *keys(folder)]
     steps = steps_in_flight(build(folder, mesh, *given), 4)
     assert any(-1 in s[2][s[2].index(next(v for v in s[2] if v >= 0)) :] for step in steps for s in step), (
@@ -123,7 +126,7 @@ def check_turns_in_flight(folder: Path, mesh: Mesh) -> None:
 
 
 def check(folder: Path, mesh: Mesh) -> list[Sample]:
-    """The samples of a step."""
+    """Run all checks. Return the samples of a step."""
     if mesh.rank == 0:
         (folder / "echo.py").write_text(ENVIRONMENT)
     mesh.barrier()

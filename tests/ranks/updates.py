@@ -1,6 +1,8 @@
-"""Run on one rank: what an update does to weights, against torch's AdamW and clipping, and what a checkpoint brings back.
+"""Run on one rank: compare an update with torch's AdamW and clipping, and check resume.
 
-usage: python tests/ranks/updates.py FOLDER ZERO ...      ZERO as parallel.zero; each in float32 and bfloat16. FOLDER is for checkpoints
+usage: python tests/ranks/updates.py FOLDER ZERO ...
+
+ZERO is parallel.zero. Each is run in float32 and bfloat16. FOLDER is for checkpoints.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ SIZES = {
     "intermediate_size": 48,
     "vocab_size": 64,
     "architectures": ["Qwen2ForCausalLM"],
-}  # which has biases
+}  # a model with biases
 LR, BETAS, EPS, DECAY = (
     0.03,
     (0.8, 0.6),
     0.01,
     0.4,
-)  # an eps that is no trifle: Adam forgives a gradient's scale almost entirely
+)  # a large eps: with a small one Adam hardly depends on the gradient's scale
 KEYS = [f"optim.beta1={BETAS[0]}", f"optim.beta2={BETAS[1]}", f"optim.eps={EPS}", f"optim.weight_decay={DECAY}"]
 
 
@@ -56,13 +58,13 @@ class Case:
 
         def fill(parameters: dict[str, torch.Tensor]) -> None:
             source = torch.Generator().manual_seed(seed)
-            for p in parameters.values():  # norms and biases too, so that a decay of them would be seen
+            for p in parameters.values():  # norms and biases too, so that weight decay of them would be visible
                 p.copy_(torch.randn(p.shape, generator=source) * 0.2 + 0.5)
 
         return Learner(self.arch, config, self.mesh, self.dtype, fill=fill, temperature=1.0, train=True)
 
     def update(self, learner: Learner, scale: float, seed: int) -> tuple[float, dict[str, torch.Tensor]]:
-        """One update from random gradients; the norm that it tells, and the gradients."""
+        """Make one update from random gradients. Return the reported norm, and the gradients."""
         learner.model.zero_grad_buffer()
         learner.optimizer.zero_grad()
         source, gradients = torch.Generator().manual_seed(seed), {}
@@ -72,7 +74,10 @@ class Case:
         return learner.optimizer.step(LR), gradients
 
     def check_update(self, clip: float) -> None:
-        """Gradients above and below the limit, by turns: clipping and AdamW of torch, decaying matrices only."""
+        """Compare with torch's clipping and AdamW, with weight decay for matrices only.
+
+        Gradients are above and below the limit in turn.
+        """
         learner = self.learner(f"optim.clip={clip}")
         wanted = {name: p.float().clone().requires_grad_() for name, p in learner.parameters().items()}
         groups = [
@@ -96,7 +101,7 @@ class Case:
         assert not clip or min(norms) < clip < max(norms), norms
 
     def check_gradients_that_are_no_numbers(self) -> None:
-        """They are told, and spoil nothing."""
+        """Check that gradients that are not finite are reported, and change nothing."""
         learner = self.learner()
         before = {name: p.clone() for name, p in learner.parameters().items()}
         for scale in (torch.inf, torch.nan):
@@ -105,7 +110,10 @@ class Case:
         assert all(torch.equal(p, before[name]) for name, p in learner.parameters().items())
 
     def check_resume(self) -> None:
-        """A learner of other weights is, after resume(), bit by bit the one that was saved, and learns as that does."""
+        """Check that a learner of other weights equals the saved one bitwise after resume().
+
+        It also learns in the same way.
+        """
         loss = partial(ALGORITHMS["sft"](configuration.load("sft", [])).loss, "policy")
         checkpoints = Checkpoints(configuration.load("sft", [f"out={self.out}"]), self.mesh, self.dtype)
         first, second = self.learner(), self.learner(seed=2)
@@ -131,7 +139,7 @@ def samples() -> list[Sample]:
 
 
 def snapshot(learner: Learner) -> list[torch.Tensor]:
-    """Copies of weights, main parameters, moments and numbers of updates."""
+    """Return copies of weights, main parameters, moments and numbers of updates."""
     weights, optimizer = learner.state()
     found = [*weights.values(), *(p for main in optimizer["main"] for p in main)]
     for adam in optimizer["adam"]:
