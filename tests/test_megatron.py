@@ -162,7 +162,8 @@ os._exit(0)
     assert done.returncode == 0, done.stderr[-3000:]
     engine, name, extension, kind = done.stdout.splitlines()
     assert engine.startswith(
-        "rollout.engine=kvcache: the installed version has other parameters than expected (it also has model.scale): install"
+        "rollout.engine=kvcache: the installed version has other parameters than expected "
+        "(it also has model.scale): install"
     )
     assert re.match(
         r"megatron-core \S+: megatron.core.transformer.mlp has no bias_swiglu_impl, "
