@@ -92,22 +92,8 @@ def data_cache(sizes: list[int]) -> dict[int, Result]:
 
 def plan(sizes: list[int]) -> dict[int, Result]:
     """Plan what one of `size` ranks, 8 per node, sends and receives: Llama-3 70B from TP8 PP4 to engines of TP8."""
-    arch = Architecture(
-        "llama",
-        80,
-        8192,
-        28672,
-        64,
-        8,
-        128,
-        128256,
-        8192,
-        eps=1e-5,
-        tied=False,
-        qkv_bias=False,
-        qk_norm=False,
-        rope_theta=5e5,
-    )
+    sizes_70b = {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "head_dim": 128}
+    arch = Architecture("llama", **sizes_70b, vocab=128256, context=8192, eps=1e-5, tied=False, rope_theta=5e5)
     found = {}
     for size in sizes:
         slowest = moves = 0.0

@@ -43,27 +43,13 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         shutil.copytree(made / "model", root / name)
     (root / "weights/model.safetensors").write_bytes(bytes(16))
     (root / "folder").mkdir()
-    for name in (
-        "iter/mp_rank_00/model_optim_rng.pt",
-        "latest/latest",
-        "meta/latest",
-        "meta/step_000001/meta.json",
-        "c.toml",
-        "d.jsonl",
-        "folder/d.jsonl",
-    ):
+    ranks = "iter/mp_rank_00/model_optim_rng.pt"
+    runs = ["latest/latest", "meta/latest", "meta/step_000001/meta.json"]
+    for name in [ranks, *runs, "c.toml", "d.jsonl", "folder/d.jsonl"]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("step_000001")
-    closed = (
-        "config/config.json",
-        "weights/model.safetensors",
-        "iter/mp_rank_00/model_optim_rng.pt",
-        "latest/latest",
-        "meta/step_000001",
-        "c.toml",
-        "d.jsonl",
-        "folder",
-    )
+    closed = ["config/config.json", "weights/model.safetensors", ranks, "latest/latest", "meta/step_000001"]
+    closed += ["c.toml", "d.jsonl", "folder"]
     for name in closed:
         (root / name).chmod(0)
     calls = [
@@ -73,19 +59,13 @@ def refusals(made: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         ("folder/d.jsonl", [f"data.train={root}/folder/d.jsonl"]),
         ("config/config.json", [f"policy.load={root}/config"]),
         ("weights/model.safetensors", [f"policy.load={root}/weights", "policy.init=load"]),
-        ("iter/mp_rank_00/model_optim_rng.pt", [f"policy.load={root}/iter", "policy.init=load"]),
+        (ranks, [f"policy.load={root}/iter", "policy.init=load"]),
         ("latest/latest", [f"out={root}/latest"]),
         ("meta/step_000001", [f"out={root}/meta"]),
         ("d.jsonl/", [f"out={root}/d.jsonl/run"]),
     ]
-    good = [
-        "sft",
-        f"policy.load={made}/model",
-        "policy.init=random",
-        f"data.train={data}",
-        "data.max_tokens=128",
-        f"out={root}/run",
-    ]
+    good = ["sft", f"policy.load={made}/model", "policy.init=random", f"data.train={data}"]
+    good += ["data.max_tokens=128", f"out={root}/run"]
     program = "import contextlib, io, json, sys\nfrom rlhf.__main__ import main\n"
     program += "for call in json.load(sys.stdin):\n"
     program += "    with contextlib.redirect_stderr(io.StringIO()) as said: code = main(call)\n"

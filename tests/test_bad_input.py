@@ -31,7 +31,7 @@ from rlhf.errors import UserError
         ("sft", "batch.prompts=0", ["batch.prompts", "at least 1", "0"]),
         ("sft", "optim.lr=nan", ["optim.lr", "at least 0", "nan"]),
         ("sft", "optim.beta2=1", ["optim.beta2", "at most 0.99999", "got 1"]),
-        ("grpo", "rollout.temperature=0", ["rollout.temperature=0", "above 0"]),
+        ("grpo", "rollout.temperature=0", ["rollout.temperature=0", "0.01 or more"]),
         ("grpo", "rollout.top_p=0", ["rollout.top_p", "at least 0.01 and at most 1", "got 0"]),
         ("grpo", "rollout.top_p=1.5", ["rollout.top_p", "at most 1", "1.5"]),
         ("sft", "optim.schedule=fast", ["optim.schedule", "constant, linear, cosine", "'fast'"]),
@@ -217,7 +217,7 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
 def test_world_that_does_not_divide(fail, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert "parallel.tp=2 x pp=1 x cp=1 does not make 3 ranks" in fail("sft", "parallel.tp=2")
+    assert "parallel.tp=2 x pp=1 x cp=1 does not fit 3 ranks" in fail("sft", "parallel.tp=2")
 
 
 @pytest.mark.parametrize("name", ["GPUS_PER_NODE", "WORLD_SIZE"])

@@ -63,7 +63,7 @@ LLAMA3 = {
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers 1000000000", "up to 4096"]),
         ({"vocab_size": 10**30}, ["vocab_size 1000", "up to 2147483647"]),
         ({"num_key_value_heads": 0}, ["num_key_value_heads 0 is not"]),
-        ({"head_dim": 31}, ["31 dimensions"]),
+        ({"head_dim": 31}, ["head_dim 31 is not even"]),
         ({"tie_word_embeddings": "false"}, ["tie_word_embeddings 'false' is neither true nor false"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5 is not supported"]),
         ({"architectures": [[1]]}, ["not a valid config.json of a model"]),

@@ -44,6 +44,7 @@ SIBLINGS = {  # the exceptions: part -> modules of the same layer that it may im
     "metrics": ("parallel.mesh",),
     "weights": ("model.architecture", "model.families"),
     "checkpoint": ("train.learner",),
+    "variables": ("cluster",),
 }
 ONLY_IN = {
     "vllm": {"rollout/vllm.py", "rollout/vllm_private.py"},

@@ -250,7 +250,7 @@ def test_a_model_of_no_numbers_is_refused_in_every_role(monkeypatch: pytest.Monk
     ("ruined", "said"),
     [
         ("weights", "the policy's weights or its optimizer's state are no longer finite"),
-        ("stream", "what the policy says of this step's samples is no longer finite"),
+        ("stream", "the policy's outputs for this step's samples are no longer finite"),
         ("state", "the state of rlhf is no longer finite"),
     ],
 )

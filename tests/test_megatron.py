@@ -18,92 +18,8 @@ from rlhf.model import architecture
 from rlhf.weights import files
 from rlhf.weights.formats import FORMATS, Target, args, inspect, megatron, recognise
 
-
-def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):
-    arch = replace(LLAMA, kv_heads=2, family="qwen2", rope_theta=1e6)
-    wanted = hf_folder(tmp_path / "hf", arch)
-    run(
-        "--from",
-        tmp_path / "hf",
-        "--to",
-        tmp_path / "old",
-        "--format",
-        "legacy",
-        "--tp",
-        2,
-        "--pp",
-        2,
-        "--iteration",
-        7,
-        "--dtype",
-        "fp16",
-    )
-    assert (tmp_path / "old" / megatron.TRACKER).read_text() == "7"
-    folders = sorted(path.name for path in (tmp_path / "old/iter_0000007").iterdir())
-    assert folders == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
-    tree = load(tmp_path / "old/iter_0000007/mp_rank_01_001/model_optim_rng.pt")
-    assert (tree["checkpoint_version"], tree["iteration"]) == (3.0, 7)
-    model = tree["model"]["language_model"]
-    assert model.keys() == {"encoder", "output_layer"}
-    assert model["output_layer"]["_extra_state"] is None
-    layer = {
-        name.removeprefix("layers.1."): value
-        for name, value in model["encoder"].items()
-        if name.startswith("layers.1.")
-    }
-    linears = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    tensors = {
-        "input_norm.weight",
-        "post_attention_norm.weight",
-        "self_attention.query_key_value.bias",
-        *(f"{x}.weight" for x in linears),
-    }
-    assert layer.keys() == tensors | {f"{linear}._extra_state" for linear in linears}
-    prefix = "model.layers.3."  # the second layer of the second stage
-    gate, up = (wanted[f"{prefix}mlp.{x}_proj.weight"].half().chunk(2)[1] for x in ("gate", "up"))
-    assert torch.equal(layer["mlp.dense_h_to_4h.weight"], torch.cat([gate, up]))
-    assert torch.equal(model["encoder"]["final_norm.weight"], wanted["model.norm.weight"].half())
-    head = wanted["lm_head.weight"].half()
-    rows = head[-1:].expand(
-        256 - 101, -1
-    )  # 101 rows are not divisible by 2: copies of the last row pad them to 128 x 2
-    assert torch.equal(model["output_layer"]["weight"], torch.cat([head, rows])[128:])
-    args = tree["args"]
-    assert (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads) == (4, 32, 48, 8)
-    assert (args.group_query_attention, args.num_query_groups, args.kv_channels, args.add_qkv_bias) == (
-        True,
-        2,
-        8,
-        True,
-    )
-    assert (args.rotary_base, args.norm_epsilon, args.normalization, args.swiglu) == (1000000, 1e-5, "RMSNorm", True)
-    assert (args.padded_vocab_size, args.make_vocab_size_divisible_by, args.untie_embeddings_and_output_weights) == (
-        256,
-        128,
-        True,
-    )
-    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
-    assert (args.params_dtype, args.fp16, args.bf16) == (torch.float16, True, False)
-
-
-def test_a_tied_table_is_copied_to_the_last_stage(tmp_path: Path):
-    wanted = hf_folder(tmp_path / "hf", replace(LLAMA, tied=True, vocab=128))["model.embed_tokens.weight"]
-    for format, key in (("legacy", "word_embeddings_for_head.weight"), ("mcore", "output_layer.weight")):
-        run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--pp", 2)
-        first, last = inspect(tmp_path / format).shards
-        assert key in last
-        assert key not in first
-        tree = load(tmp_path / format / "iter_0000001/mp_rank_00_001/model_optim_rng.pt")["model"]
-        held = tree["word_embeddings_for_head"]["weight"] if format == "legacy" else tree[key]
-        assert torch.equal(held, wanted)
-
-
-def test_a_core_checkpoint_is_the_state_of_a_gpt_model(tmp_path: Path):
-    """The names are those of mcore-local.
-
-    The state is exactly what a megatron-core model without Transformer Engine saves and loads.
-    """
-    script = """
+# Loads folders of mcore-local into megatron-core. Then asks what other installed versions would be refused with.
+GPT_MODEL = """
 import os, sys, torch
 from rlhf.config import Parallel
 from rlhf.parallel.mesh import Mesh
@@ -139,6 +55,66 @@ refused(megatron_private.become, model.embedding, torch.nn.Linear)
 sys.stdout.flush()
 os._exit(0)
 """
+
+
+def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):
+    arch = replace(LLAMA, kv_heads=2, family="qwen2", rope_theta=1e6)
+    wanted = hf_folder(tmp_path / "hf", arch)
+    options = "--format legacy --tp 2 --pp 2 --iteration 7 --dtype fp16"
+    run("--from", tmp_path / "hf", "--to", tmp_path / "old", *options.split())
+    assert (tmp_path / "old" / megatron.TRACKER).read_text() == "7"
+    folders = sorted(path.name for path in (tmp_path / "old/iter_0000007").iterdir())
+    assert folders == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
+    tree = load(tmp_path / "old/iter_0000007/mp_rank_01_001/model_optim_rng.pt")
+    assert (tree["checkpoint_version"], tree["iteration"]) == (3.0, 7)
+    model = tree["model"]["language_model"]
+    assert model.keys() == {"encoder", "output_layer"}
+    assert model["output_layer"]["_extra_state"] is None
+    states = model["encoder"].items()
+    layer = {name.removeprefix("layers.1."): state for name, state in states if name.startswith("layers.1.")}
+    linears = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    tensors = {
+        "input_norm.weight",
+        "post_attention_norm.weight",
+        "self_attention.query_key_value.bias",
+        *(f"{x}.weight" for x in linears),
+    }
+    assert layer.keys() == tensors | {f"{linear}._extra_state" for linear in linears}
+    prefix = "model.layers.3."  # the second layer of the second stage
+    gate, up = (wanted[f"{prefix}mlp.{x}_proj.weight"].half().chunk(2)[1] for x in ("gate", "up"))
+    assert torch.equal(layer["mlp.dense_h_to_4h.weight"], torch.cat([gate, up]))
+    assert torch.equal(model["encoder"]["final_norm.weight"], wanted["model.norm.weight"].half())
+    head = wanted["lm_head.weight"].half()
+    rows = head[-1:].expand(256 - 101, -1)  # 101 is not divisible by 2: copies of the last row pad it to 128 x 2
+    assert torch.equal(model["output_layer"]["weight"], torch.cat([head, rows])[128:])
+    args = tree["args"]
+    assert (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads) == (4, 32, 48, 8)
+    assert (args.group_query_attention, args.num_query_groups, args.kv_channels) == (True, 2, 8)
+    assert args.add_qkv_bias
+    assert (args.rotary_base, args.norm_epsilon, args.normalization, args.swiglu) == (1000000, 1e-5, "RMSNorm", True)
+    assert (args.padded_vocab_size, args.make_vocab_size_divisible_by) == (256, 128)
+    assert args.untie_embeddings_and_output_weights
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
+    assert (args.params_dtype, args.fp16, args.bf16) == (torch.float16, True, False)
+
+
+def test_a_tied_table_is_copied_to_the_last_stage(tmp_path: Path):
+    wanted = hf_folder(tmp_path / "hf", replace(LLAMA, tied=True, vocab=128))["model.embed_tokens.weight"]
+    for format, key in (("legacy", "word_embeddings_for_head.weight"), ("mcore", "output_layer.weight")):
+        run("--from", tmp_path / "hf", "--to", tmp_path / format, "--format", format, "--pp", 2)
+        first, last = inspect(tmp_path / format).shards
+        assert key in last
+        assert key not in first
+        tree = load(tmp_path / format / "iter_0000001/mp_rank_00_001/model_optim_rng.pt")["model"]
+        held = tree["word_embeddings_for_head"]["weight"] if format == "legacy" else tree[key]
+        assert torch.equal(held, wanted)
+
+
+def test_a_core_checkpoint_is_the_state_of_a_gpt_model(tmp_path: Path):
+    """The names are those of mcore-local.
+
+    The state is exactly what a megatron-core model without Transformer Engine saves and loads.
+    """
     folders = []
     for family in ("gqa", "tied, head_dim apart", "qk norm"):
         arch = replace(FAMILIES[family], vocab=128)
@@ -157,7 +133,7 @@ os._exit(0)
         "MASTER_PORT": "29655",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", script, *map(str, folders)]
+    command = [sys.executable, "-c", GPT_MODEL, *map(str, folders)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     engine, name, extension, kind = done.stdout.splitlines()

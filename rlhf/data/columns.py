@@ -128,7 +128,7 @@ def read(folder: Path) -> Columns | None:
             **{name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in _files(folder).items()}
         )
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be read ({error}); delete it, and it will be made again") from None
+        raise UserError(f"{folder}: cannot be read ({error}); delete it, and the next run will write it") from None
 
 
 def write(folder: Path, columns: Columns) -> None:

@@ -149,13 +149,13 @@ def _header(path: Path) -> dict[str, Entry]:
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="np"):  # this validates the header and reads no tensor
-            pass
-    except SafetensorError as error:
-        why = f"{error}; {path.stat().st_size} bytes"
-        raise UserError(f"{path}: damaged, or not a safetensors file ({why}); download it again") from None
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # an error of this call has the path, an error of the library has not
+        try:
+            with safe_open(path, framework="np"):  # this validates the header and reads no tensor
+                pass
+        except SafetensorError as error:
+            why = f"{error}; {path.stat().st_size} bytes"
+            raise UserError(f"{path}: damaged, or not a safetensors file ({why}); download it again") from None
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
