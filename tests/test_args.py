@@ -30,7 +30,7 @@ def test_args_say_what_no_tensor_shows(tmp_path: Path, monkeypatch: pytest.Monke
     save_as_megatron_does(tmp_path / "window", monkeypatch, LLAMA, 102, window_size=(8, 0))
     assert files.read_architecture(tmp_path / "window") == replace(LLAMA, family="mistral", window=9)
     for args, said in (
-        ({"window_size": (8, 8)}, r"window_size \(8, 8\), and only \(tokens, 0\) is supported"),
+        ({"window_size": (8, 8)}, r"window_size \(8, 8\), but only \(tokens, 0\) is supported"),
         (
             {"window_size": (8, 0), "qk_layernorm": True},
             r"qk_layernorm True, window_size \(8, 0\), but no supported family has this combination",

@@ -199,7 +199,7 @@ MISTAKES = {
     ),
     "a shard missing": (
         unlisted,
-        r"model-00002-of-00003.safetensors: missing, though model.safetensors.index.json lists it",
+        r"model-00002-of-00003.safetensors: missing, but model.safetensors.index.json lists it",
     ),
     "a tensor missing": (
         edit(lambda hf: {k: v for k, v in hf.items() if k != NORM}),

@@ -106,7 +106,7 @@ def check_a_full_disk(made: Path, out: str, *keys: str) -> None:
     assert code == 1, said
     (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
     assert re.match(
-        rf"rlhf: {out}/step_000004.partial/[a-z_0-9]*.pt: File too large; put that right and start again", line
+        rf"rlhf: {out}/step_000004.partial/[a-z_0-9]*.pt: File too large; fix this and start again", line
     ), line
     assert (made / out / "latest").read_text() == "step_000003"
 
