@@ -173,7 +173,7 @@ def test_getattr_of_a_stand_in_looks_nothing_up(tmp_path: Path, monkeypatch: pyt
 def test_other_globals_are_refused(tmp_path: Path, named: str):
     path = tmp_path / ".metadata"
     path.write_bytes(b"\x80\x04c%s\n." % named.replace(" ", "\n").encode())
-    with pytest.raises(UserError, match=rf"\.metadata: it asks for {named.replace(' ', '.')}, and only"):
+    with pytest.raises(UserError, match=rf"\.metadata: it asks for {named.replace(' ', '.')}, but only"):
         inspect(tmp_path)
 
 
