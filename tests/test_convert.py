@@ -336,7 +336,7 @@ def test_the_tutorials_variables(tmp_path: Path):
         (["--to", "x", "--format", "mcore", "--tp", "0"], "must be at least 1"),
         (
             ["--to", "x", "--format", "mcore", "--tp", "two"],
-            "argument --tp: invalid int value: 'two'; ./launch.sh convert --help tells",
+            "argument --tp: invalid int value: 'two'; see ./launch.sh convert --help",
         ),
         (["--to", "x"], "the following arguments are required: --format"),
         (["--to", "hf/model.safetensors/x", "--format", "mcore"], "--to hf/model.safetensors/x: .*Not a directory"),
