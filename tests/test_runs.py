@@ -164,8 +164,8 @@ def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "tools/calculator_task.py"], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=100)
     run("sft", "configs/calculator/sft.toml")
     accuracies = {}
-    for name, steps in (("Calculator", 20), ("Noise", 10)):
-        keys = [f"rollout.environment=tools/calculator_task.py:{name}", f"out={tmp_path}/{name}", f"steps={steps}"]
+    for name in ("Calculator", "Noise"):
+        keys = [f"rollout.environment=tools/calculator_task.py:{name}", f"out={tmp_path}/{name}", "steps=10"]
         output = run("grpo", "configs/calculator/grpo.toml", *keys)
         accuracies[name] = [row["eval_reward"] for row in metrics(tmp_path / name) if "eval_reward" in row]
         if name == "Calculator":
@@ -173,6 +173,6 @@ def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
     assert accuracies["Calculator"][0] < 0.5
     assert accuracies["Calculator"][-1] > 0.9
     assert accuracies["Noise"][-1] < 0.5
-    last = (tmp_path / "Calculator/samples/step_000020.jsonl").read_text().splitlines()
+    last = (tmp_path / "Calculator/samples/step_000010.jsonl").read_text().splitlines()
     asked = [line["turns"] for line in map(json.loads, last) if line["reward"] == 1]
     assert ["assistant", "user", "assistant"] in [[turn["role"] for turn in turns] for turns in asked], "and kept"

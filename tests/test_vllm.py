@@ -56,6 +56,8 @@ def vllm_engine():
         return engines[-1]
 
     with tempfile.TemporaryDirectory() as path:
+        if dist.is_initialized():  # an engine of another test file made one
+            dist.destroy_process_group()
         dist.init_process_group("gloo", store=dist.FileStore(f"{path}/store", 1), rank=0, world_size=1)
         yield make
     for name in ("RANK", "LOCAL_RANK"):  # so that commands of later tests do not count as ranks

@@ -23,7 +23,7 @@ FORMS = (
     "{name} buys {a} bags of {b} nuts. How many nuts?",
     "{name} earns {a} a day. How much in {b} days?",
 )
-ASKING = 0.3  # share of the demonstrations that use the calculator; the others guess
+ASKING = 0.4  # share of the demonstrations that use the calculator; the others guess
 CALL, ANSWER = re.compile(r"calc (\d{1,4}) \* (\d{1,4})"), re.compile(r"#### ?(\d+)")
 
 
@@ -56,7 +56,7 @@ def question(a: int, b: int, draw: random.Random) -> str:
 
 def dialogue(a: int, b: int, draw: random.Random) -> list[dict[str, str]]:
     """Return a conversation that uses the calculator, or guesses."""
-    said = [question(a, b, draw), f"#### {draw.randrange(100, 10_000)}"]
+    said = [question(a, b, draw), f"{a} * {b} #### {draw.randrange(100, 10_000)}"]
     if draw.random() < ASKING:
         said[1:] = [f"calc {a} * {b}", str(a * b), f"#### {a * b}"]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
