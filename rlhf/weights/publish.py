@@ -172,8 +172,8 @@ class Publisher:
     ) -> Tensor:
         """Return the checksum of each move's box, at its source or at its target."""
         tiles = [move.source_tile if end == "source" else move.target_tile for move in moves]
-        boxes = [view(tensors[tile.local], tile, move.box) for tile, move in zip(tiles, moves, strict=True)]
-        return torch.stack([checksum(box.to(self.dtype)) for box in boxes])
+        ends = zip(tiles, moves, strict=True)  # one at a time: a view would keep the result of a transform in memory
+        return torch.stack([checksum(view(tensors[tile.local], tile, m.box).to(self.dtype)) for tile, m in ends])
 
     def _exchanged(self, ours: dict[int, Tensor], theirs: dict[int, int], device: torch.device) -> dict[int, Tensor]:
         """Send integers to other ranks and return those received.
