@@ -1,4 +1,4 @@
-"""Calls of launch.sh with the interpreter of the tests."""
+"""Calls of launch.sh, and of the programs in tests/ranks on one rank, with the interpreter of the tests."""
 
 import os
 import resource
@@ -9,6 +9,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # The command line runs with the interpreter of these tests. Nothing is installed.
 HERE = {**os.environ, "RLHF_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+
+
+# The variables of a world of one rank.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def run_alone(program: str, *arguments: str, threads: int, timeout: float) -> str:
+    """Run a program of tests/ranks as one rank, and return what it prints. The program must succeed."""
+    environment = {**os.environ, **ALONE, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, str(ROOT / f"tests/ranks/{program}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
 
 
 def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run_alone
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -151,16 +152,5 @@ def test_a_step_on_every_public_file(folder: Path, shared_data: Path, tmp_path: 
                 path for path in (tmp_path / name / kind).iterdir() if path.stat().st_size
             )  # train or dev, by its name
             jobs += [f"{mode}={file}" for mode in modes]
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, str(ROOT / "tests/ranks/steps.py"), str(folder), *jobs]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count("stepped") == len(jobs) == 9
+    printed = run_alone("steps", str(folder), *jobs, threads=2, timeout=900)
+    assert printed.count("stepped") == len(jobs) == 9

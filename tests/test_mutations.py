@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import OTHERS, check, damaged, mutations, texts
+from test_bad_models import LLAMA3
 from vocabularies import write_byte_level, write_sentencepiece
 
 from rlhf import configuration, folders
@@ -42,13 +43,6 @@ SHAPE = {
     "intermediate_size": 24,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 
 
