@@ -17,12 +17,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from rlhf.interrupt import SIGNALS
+from rlhf.interrupt import SIGNALS, srun_reports
 
 
 def leave(number: int, frame: FrameType | None) -> None:
     """End the process when a signal comes during the imports of this program."""
-    os.write(2, f"rlhf: ended by {signal.Signals(number).name} before anything began\n".encode())
+    if not srun_reports(number, os.environ):
+        os.write(2, f"rlhf: ended by {signal.Signals(number).name} before anything began\n".encode())
     os._exit(128 + number)
 
 
@@ -100,6 +101,8 @@ def tell(line: str, code: int) -> None:
     Most errors occur on all ranks. Rank 0 prints at once. Other ranks wait a second before they print. In this second,
     the launcher or srun usually ends them.
     """
+    if srun_reports(code - 128, os.environ):
+        return
     if os.environ.get("RANK", os.environ.get("SLURM_NODEID", "0")) != "0":
         signal.signal(signal.SIGTERM, lambda *_: end(code))
         time.sleep(1)

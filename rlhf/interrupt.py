@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 
@@ -11,6 +12,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # from a scheduler, C
 # EX_TEMPFAIL of sysexits.h: the run resumes when it is started again. It is not 128 + signal, because ranks also end
 # with that code when another node has crashed.
 SAVED = 75
+
+
+def srun_reports(number: int, env: Mapping[str, str]) -> bool:
+    """Return whether srun itself prints that this signal has ended the process.
+
+    srun sends SIGTERM to all tasks of a step when one task has failed, and prints that it cancels the step.
+    """
+    return number == signal.SIGTERM and env.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 class Interrupt:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from rlhf.interrupt import SAVED, SIGNALS
+from rlhf.interrupt import SAVED, SIGNALS, srun_reports
 from rlhf.rewards.child import die_with_parent
 
 GRACE = 10.0  # seconds that the other ranks have to end by themselves, after a signal or a code in TOLD
@@ -64,8 +64,9 @@ def run(command: list[str], environments: list[Mapping[str, str]]) -> int:
     _end_others()
     code = code or next((_exit_code(rank.returncode) for rank in ranks if rank.returncode), 0)
     # The ranks were killed before or without saving. When they finish a step and save it, rlhf.interrupt prints that.
-    if seen and code > 128 and environments[0]["RANK"] == "0":
-        names = " and ".join(number.name for number in sorted(seen))
+    told = [number for number in sorted(seen) if not srun_reports(number, environments[0])]
+    if told and code > 128 and environments[0]["RANK"] == "0":
+        names = " and ".join(number.name for number in told)
         print(f"rlhf: ended by {names}; nothing new is saved", file=sys.stderr)
     return code
 

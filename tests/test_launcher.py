@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -29,9 +30,9 @@ def ready(): os.write(1, f"{rank} runs {os.getpid()} {child.pid}\\n".encode())
 """
 
 
-def start(program: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", LAUNCHER, RANK + program]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(program: str, **variables: str) -> subprocess.Popen[str]:
+    command, env = [sys.executable, "-c", LAUNCHER, RANK + program], {**os.environ, **variables}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def ready(process: subprocess.Popen[str]) -> list[int]:
@@ -113,6 +114,28 @@ def test_a_signal_reaches_every_rank(number: signal.Signals):
     assert errors == f"rlhf: ended by {number.name}; nothing new is saved\n"
     assert process.returncode == 128 + number
     assert gone(pids)
+
+
+@pytest.mark.parametrize(("number", "tasks"), [("SIGTERM", 2), ("SIGTERM", 1), ("SIGUSR1", 2)])
+def test_srun_prints_that_it_ends_a_step(number: str, tasks: int):
+    """srun sends SIGTERM to the other tasks when one has failed, so no task prints a line about it.
+
+    This holds during the imports of the program, before the ranks start, and while they run.
+    """
+    env, wanted = {"SLURM_STEP_NUM_TASKS": str(tasks)}, 128 + signal.Signals[number]
+    end = f"lambda *_: os.kill(os.getpid(), signal.{number})"
+    for handler, said in (("leave", "before anything began"), ("interrupt", "nothing more was saved")):
+        program = f"import os, signal, sys, rlhf.__main__ as m\nm.answer(m.{handler})\nm.carry_out = {end}\n"
+        command = [sys.executable, "-c", f"{program}sys.exit(m.main([]))"]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+        quiet = number == "SIGTERM" and tasks > 1
+        assert done.returncode == wanted
+        assert (said in done.stderr, bool(done.stderr)) == (not quiet, not quiet)
+    process = start("ready()\nsignal.pause()", **env)
+    ready(process)
+    process.send_signal(signal.Signals[number])
+    assert process.communicate(timeout=20)[1] == ("" if quiet else f"rlhf: ended by {number}; nothing new is saved\n")
+    assert process.returncode == wanted
 
 
 def test_the_second_sigint_ends_now_and_the_second_sigterm_does_not():
