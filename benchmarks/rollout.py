@@ -80,7 +80,7 @@ class Free:
 
 
 def measure(a: argparse.Namespace, source: EngineSource) -> None:
-    """Measure four ways to generate the same number of tokens."""
+    """Measure four ways to generate the same number of tokens, each after an uncounted call."""
     from vllm import SamplingParams
 
     rng = np.random.default_rng(1)
@@ -90,9 +90,9 @@ def measure(a: argparse.Namespace, source: EngineSource) -> None:
     llm = source.owner.engine.llm
     plain = {"temperature": 1.0, "max_tokens": a.new, "ignore_eos": True, "detokenize": False}
 
-    def alone(seeded: bool, count: int = a.prompts, **more: Any) -> None:
-        requests = [SamplingParams(**plain, **more, seed=i if seeded else None) for i in range(count)]
-        llm.generate([{"prompt_token_ids": t.tolist()} for t in tokens[:count]], requests, use_tqdm=False)
+    def alone(seeded: bool, **more: Any) -> None:
+        requests = [SamplingParams(**plain, **more, seed=i if seeded else None) for i in range(a.prompts)]
+        llm.generate([{"prompt_token_ids": t.tolist()} for t in tokens], requests, use_tqdm=False)
 
     def ours() -> None:
         samples = source.sample(prompts, source.sampler.sampling(), 1, 0, Free())
@@ -106,10 +106,13 @@ def measure(a: argparse.Namespace, source: EngineSource) -> None:
         "sampler": ours,
     }
     first = 0.0
-    alone(True, count=1 + a.prompts // 16, logprobs=0, flat_logprobs=True)
-    for name, way in ways.items():
+
+    def uncached(way: Callable[[], None]) -> None:
         llm.reset_prefix_cache()
-        taken = record.seconds(way, 1, warm=0)
+        way()
+
+    for name, way in ways.items():
+        taken = record.seconds(partial(uncached, way), 1)
         rate = (made[-1] if made else a.prompts * a.new) / taken  # a few of the sampler's responses may end early
         first = first or rate
         result = {

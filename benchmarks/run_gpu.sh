@@ -42,7 +42,7 @@ run attention 40 benchmarks/attention.py
 SHOW=140 run train 150 benchmarks/train.py --kernels fused --profile
 run plain 80 benchmarks/train.py --kernels plain --cases fixed --repeat 2
 run publish 40 benchmarks/publish.py
-run switch 210 benchmarks/switch.py --rollout
+run switch 260 benchmarks/switch.py --rollout
 scratch=$(mktemp -d)
 step=(benchmarks/step.py "$scratch")
 run step 240 "${step[@]}" --limit 225

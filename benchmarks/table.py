@@ -82,6 +82,13 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
     ),
     ("rollout of 16 such groups, time per token", "tail", "16 groups, 1 in flight", lambda x, _: tail(x), ""),
     (
+        "the same, with 1.5 times the groups in flight",
+        "tail",
+        "16 groups, 1.5 in flight",
+        lambda x, _: tail(x),
+        "1.9 x",
+    ),
+    (
         "publish 7B",
         "publish",
         "",

@@ -138,7 +138,14 @@ def test_a_signal_before_there_are_ranks(
     keys += ["data.max_tokens=128", "rollout.max_tokens=32", f"reward.function={tmp_path}/reward.py:f"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", "-m", "rlhf", "grpo", *keys]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # shells ignore it in background
+    )
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
