@@ -1,9 +1,11 @@
-"""Writes and loads checkpoints. A run resumes from one with bitwise equal results, if the parallel layout is the same.
+"""Writes and loads checkpoints. A run resumes from one at any parallel layout.
+
+At the layout of the checkpoint, the results are bitwise equal. At another layout, weights and optimizer state are
+bitwise equal as whole tensors, and the next steps are equal up to rounding.
 
     out/step_000100/meta.json           step, layout, seed, dtype, algorithm's state; size and checksum of every file
-                    model_*.pt          the weights of one (tp, pp) shard, per trained role
-                    optimizer_*.pt      the optimizer shard of one rank, per trained role
-                    random_*.pt         the random state of one rank
+                    ROLE_rank*.safetensors  weights and optimizer state of a trained role on one rank (weights.shards)
+                    random_rank*.pt     the random state of one rank
                     flight.pt           the groups in flight of all engines (rollout.inflight > 1)
                     hf/, mcore/, ...    exports of the policy (or reward model) (checkpoint.export, checkpoint.format)
     out/latest                          name of the newest complete folder
@@ -15,7 +17,6 @@ chooses the folder to resume from and the folders to delete.
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -29,10 +30,12 @@ from rlhf.config import Config
 from rlhf.errors import UserError, failure
 from rlhf.identity import OTHER_RUN
 from rlhf.metrics import say
-from rlhf.parallel.mesh import Mesh
+from rlhf.parallel.mesh import Layout, Mesh
 from rlhf.train.learner import Learner
+from rlhf.weights.names import Axis
 
 FLIGHT = "flight.pt"
+REMARK = "so the next steps are equal up to rounding, and random states begin again from the seed"
 
 
 class Checkpoints:
@@ -44,19 +47,14 @@ class Checkpoints:
         self.out = Path(config.out)
         self.last: Path | None = None  # the folder that was loaded or saved last
         self.run = {"run": run or {}, "steps": config.steps}
-        self.meta = {
-            "mode": config.mode,
-            "seed": config.seed,
-            "dtype": str(dtype),
-            "zero": config.parallel.zero,
-            **asdict(mesh.layout),
-        }
+        self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype)}
+        self.layout = {**asdict(mesh.layout), "zero": config.parallel.zero}
 
     def resume(self, learners: Iterable[tuple[str, Learner]], state: dict[str, float]) -> int:
         """Load the newest checkpoint into the trained learners and the algorithm's state.
 
         Return the number of steps done; 0 if there is no checkpoint. Raises UserError if the checkpoint is damaged or
-        was saved with another layout, seed, dtype or mode.
+        was saved with another seed, dtype or mode.
         """
         folder, remark = folders.newest(self.out)
         if folder is None:
@@ -67,14 +65,22 @@ class Checkpoints:
         for key, value in self.meta.items():
             if meta[key] != value:
                 raise UserError(f"{folder} was saved with {key}={meta[key]}, this run has {value}: {OTHER_RUN}")
+        before = {key: meta[key] for key in self.layout}
+        if before != self.layout and self.mesh.rank == 0:
+            say(f"{folder.name} was saved at {_axes(before)}; the run continues at {_axes(self.layout)}, {REMARK}")
+        # Each list is ordered by rank. So a rank checks the files that it reads if the layout is the same.
+        self._check(folder, *self._share(_ranked(meta, "random")), *self._share(folders.exported(folder)))
         for role, learner in learners:
-            self._check(folder, self._model(role), self._optimizer(role))
-            learner.load(self._load(folder / self._model(role)), self._load(folder / self._optimizer(role)))
-        self._check(folder, self._random(), *self._share(folders.exported(folder)))
-        random = self._load(folder / self._random())
-        torch.set_rng_state(random["cpu"].cpu())
-        if "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"].cpu())
+            files = _ranked(meta, role)
+            if not files:
+                raise UserError(f"{folder} was saved by an older version of rlhf: continue with it, or set another out")
+            self._check(folder, *self._share(files))
+            learner.load([(folder / name, *place) for name, place in self._sorted(files, before)])
+        if before == self.layout:
+            random = torch.load(folder / self._random(), weights_only=True)
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"])
         state.update(meta["state"])
         self.last = folder
         return meta["step"]
@@ -84,7 +90,7 @@ class Checkpoints:
         if not self.last or not (self.last / FLIGHT).exists():
             return None
         self._check(self.last, FLIGHT)
-        return self._load(self.last / FLIGHT, torch.device("cpu"))
+        return torch.load(self.last / FLIGHT, weights_only=True)
 
     def save(
         self,
@@ -107,10 +113,11 @@ class Checkpoints:
         self.mesh.barrier()
         files: dict[str, dict[str, int]] = {}  # sizes and checksums of the files that this rank writes
         for role, learner in learners:
-            weights, optimizer = learner.state()
-            if self.mesh.dp_rank == self.mesh.cp_rank == 0:
-                files[self._model(role)] = self._save(weights, partial / self._model(role))
-            files[self._optimizer(role)] = self._save(optimizer, partial / self._optimizer(role))
+            if self.layout["zero"] or self.mesh.dp_rank == self.mesh.cp_rank == 0:
+                name = f"{role}_rank{self.mesh.rank}.safetensors"
+                with folders.writing(partial / name) as hashed:
+                    learner.state().write(hashed.write)
+                files[name] = hashed.found
         random = {"cpu": torch.get_rng_state()}
         if self.mesh.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
@@ -127,7 +134,9 @@ class Checkpoints:
         if self.mesh.rank == 0:
             _write(
                 partial / "meta.json",
-                folders.describe({"step": step, "state": state, **self.meta, **self.run, "files": written}),
+                folders.describe(
+                    {"step": step, "state": state, **self.meta, **self.layout, **self.run, "files": written}
+                ),
             )
             shutil.rmtree(folder, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
             partial.rename(folder)
@@ -138,11 +147,21 @@ class Checkpoints:
         self.last = folder
         self.mesh.barrier()
 
-    def _model(self, role: str) -> str:
-        return f"model_{role}_tp{self.mesh.tp_rank}_pp{self.mesh.pp_rank}.pt"
+    def _sorted(self, files: list[str], layout: Mapping[str, int]) -> list[tuple[str, tuple[Axis, Axis]]]:
+        """Return the files of a role and the places (tp, pp) of the ranks that wrote them at a layout.
 
-    def _optimizer(self, role: str) -> str:
-        return f"optimizer_{role}_rank{self.mesh.rank}.pt"
+        The files of this rank's place come first, and of these its own. So at the same layout no other file is read.
+        """
+        saved, own = (
+            Layout(*(layout[axis] for axis in ("tp", "pp", "cp", "dp"))),
+            (self.mesh.tp_rank, self.mesh.pp_rank),
+        )
+        found = []
+        for name in files:
+            rank = int(name.rpartition("_rank")[2].partition(".")[0])
+            tp, _, _, pp = saved.coordinates(rank)
+            found.append((((tp, pp) != own, rank != self.mesh.rank), name, ((tp, saved.tp), (pp, saved.pp))))
+        return [(name, place) for _, name, place in sorted(found)]
 
     def _random(self) -> str:
         return f"random_rank{self.mesh.rank}.pt"
@@ -160,20 +179,20 @@ class Checkpoints:
             problem = failure(error, folder) or str(error)
         self.mesh.agree(problem)
 
-    def _load(self, path: Path, device: torch.device | None = None) -> Any:
-        try:
-            return torch.load(path, map_location=device or self.mesh.device, weights_only=True, mmap=True)
-        # checkpoints of older versions have no checksums, so damage may show only here
-        except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{path} is damaged ({str(error).splitlines()[0]}); {folders.remedy(path.parent)}"
-            ) from None
-
     def _save(self, state: Any, path: Path) -> dict[str, int]:
         """Write a file. Return its size and checksum, computed from the data in memory."""
         with folders.writing(path) as hashed:
             torch.save(state, hashed)  # type: ignore[arg-type]  # torch.save only calls write() and flush()
-        return {"size": hashed.size, "crc32": hashed.crc32}
+        return hashed.found
+
+
+def _ranked(meta: Mapping[str, Any], kind: str) -> list[str]:
+    """Return the files that ranks wrote for themselves, of a role or of `random`, in order of rank."""
+    return [name for name in meta.get("files", {}) if name.startswith(f"{kind}_rank")]
+
+
+def _axes(layout: Mapping[str, int]) -> str:
+    return " ".join(f"{axis} {int(size)}" for axis, size in layout.items())
 
 
 def _write(path: Path, text: str) -> None:

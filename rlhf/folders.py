@@ -97,7 +97,12 @@ class Hashed:
         self.file, self.size, self.crc32 = file, 0, 0
         self.error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    @property
+    def found(self) -> dict[str, int]:
+        """The size and checksum, in the form of `files` in meta.json."""
+        return {"size": self.size, "crc32": self.crc32}
+
+    def write(self, data: bytes | memoryview) -> int:
         self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
         try:
             return self.file.write(data)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Identity = dict[str, dict[str, Any]]
 # Sections and keys that may differ when a run resumes. Files and folders are compared by their content instead of their
@@ -76,9 +79,14 @@ def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity
     return remarks
 
 
-def description(arch: object) -> str:
-    """Return a fingerprint of an architecture."""
-    return hashlib.blake2b(repr(arch).encode(), digest_size=8).hexdigest()
+def description(arch: DataclassInstance) -> str:
+    """Return a fingerprint of an architecture. It does not change if a new version adds a field with a default."""
+    set_fields = {
+        each.name: getattr(arch, each.name)
+        for each in fields(arch)
+        if getattr(arch, each.name) != (each.default if each.default_factory is MISSING else each.default_factory())
+    }
+    return hashlib.blake2b(repr(sorted(set_fields.items())).encode(), digest_size=8).hexdigest()
 
 
 def weights(files: Iterable[Path]) -> str:

@@ -11,6 +11,8 @@ import torch
 from rlhf import configuration
 from rlhf.checkpoint import Checkpoints
 from rlhf.parallel.mesh import Layout, Mesh
+from rlhf.weights.names import Axis
+from rlhf.weights.shards import LiveShard, StoredShard
 
 PLACE = {"rank": 0, "dp_rank": 0, "cp_rank": 0, "tp_rank": 0, "pp_rank": 0}
 MESH = SimpleNamespace(
@@ -30,11 +32,13 @@ class Learner:
     def __init__(self, weight: float = 0.0) -> None:
         self.weight, self.updates = torch.tensor([weight]), 0
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        return {"weight": self.weight}, {"updates": self.updates}
+    def state(self) -> LiveShard:
+        return LiveShard(self.updates, [], {"weight": 0}, {"main": {"weight": self.weight}})
 
-    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, int]) -> None:
-        self.weight, self.updates = weights["weight"].clone(), optimizer["updates"]
+    def load(self, files: list[tuple[Path, Axis, Axis]]) -> None:
+        stored = StoredShard(files[0][0], [])
+        self.weight = stored.view("main", "weight", ((1,), (1,), 0)).clone()
+        self.updates = stored.updates
 
 
 class Run:

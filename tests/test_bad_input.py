@@ -181,11 +181,6 @@ def test_a_run_without_a_whole_checkpoint(fail, tmp_path: Path) -> None:
         ("mode", "sft", "reward"),
         ("seed", 2, 1),
         ("dtype", "torch.bfloat16", "torch.float32"),
-        ("zero", False, True),
-        ("tp", 4, 2),
-        ("pp", 2, 1),
-        ("cp", 2, 1),
-        ("dp", 2, 1),
     ],
 )
 def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: object, here: object) -> None:
@@ -198,7 +193,7 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     (tmp_path / "latest").write_text("step_000007")
     (tmp_path / "step_000007").mkdir()
     (tmp_path / "step_000007/meta.json").write_text(
-        json.dumps({**checkpoints.meta, "step": 7, "state": {}, key: saved})
+        json.dumps({**checkpoints.meta, **checkpoints.layout, "step": 7, "state": {}, key: saved})
     )
     with pytest.raises(
         UserError,

@@ -12,9 +12,9 @@ import pytest
 import torch
 from saved import MESH, Run, check_resumes_at
 
-from rlhf import checkpoint
 from rlhf.errors import UserError
 from rlhf.parallel.mesh import Layout
+from rlhf.weights.shards import LiveShard
 
 
 def test_a_run_without_checkpoints_starts_from_the_first_step(tmp_path: Path) -> None:
@@ -90,14 +90,15 @@ def while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Crash in the second file of the checkpoint, after a part of it is written."""
     written = []
 
-    def save(state: object, file: object) -> None:
-        written.append(state)
-        file.write(b"half") if len(written) == 2 else torch_save(state, file)  # type: ignore[attr-defined]
+    def write(shard: LiveShard, call: Callable[[bytes], object]) -> None:
+        written.append(shard)
         if len(written) == 2:
+            call(b"half")
             crash()
+        whole(shard, call)
 
-    torch_save = torch.save
-    monkeypatch.setattr(checkpoint.torch, "save", save)
+    whole = LiveShard.write
+    monkeypatch.setattr(LiveShard, "write", write)
 
 
 @pytest.mark.parametrize(
@@ -136,22 +137,39 @@ def test_a_crash_leaves_a_whole_checkpoint(
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("zero", [True, False])
 @pytest.mark.parametrize("rank", range(4))
-def test_every_rank_saves_what_is_its_own(tmp_path: Path, rank: int) -> None:
-    """Weights are saved once per (tp, pp) shard, optimizer and random state by every rank."""
+def test_every_rank_saves_what_is_its_own(tmp_path: Path, rank: int, zero: bool) -> None:
+    """Every rank saves its random state. Without ZeRO, one rank of each (tp, pp) place saves the training state."""
     layout = Layout(2, 1, 1, 2)
     tp, cp, dp, pp = layout.coordinates(rank)
     (tmp_path / "step_000001.partial").mkdir()
-    run = Run(tmp_path)
+    run = Run(tmp_path, f"parallel.zero={zero}".lower())
     run.checkpoints.mesh = SimpleNamespace(  # type: ignore[assignment]
         **{**vars(MESH), "rank": rank, "layout": layout, "tp_rank": tp, "cp_rank": cp, "dp_rank": dp, "pp_rank": pp}
     )
     run.save(1)
     (folder,) = tmp_path.glob("step_*")
-    wanted = {f"random_rank{rank}.pt"} | {f"optimizer_{role}_rank{rank}.pt" for role in run.roles}
-    wanted |= {f"model_{role}_tp{tp}_pp0.pt" for role in run.roles} if dp == 0 else set()
-    assert {path.name for path in folder.glob("*.pt")} == wanted
+    wanted = {f"{role}_rank{rank}.safetensors" for role in run.roles} if zero or dp == 0 else set()
+    assert {path.name for path in folder.glob("*_rank*")} == wanted | {f"random_rank{rank}.pt"}
     assert (folder / "meta.json").exists() == (tmp_path / "latest").exists() == (rank == 0)
+
+
+def test_another_layout_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The random state is not restored then, and one line says so."""
+    run, other = Run(tmp_path), Run(tmp_path)
+    run.save(1)
+    state = torch.get_rng_state()
+    other.checkpoints.layout |= {"dp": 2, "zero": False}
+    torch.rand(3)
+    moved = torch.get_rng_state()
+    assert other.checkpoints.resume(other.roles.items(), {}) == 1
+    assert torch.equal(torch.get_rng_state(), moved)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "was saved at tp 1 pp 1 cp 1 dp 1 zero 1; the run continues at tp 1 pp 1 cp 1 dp 2 zero 0, so" in line
+    assert run.checkpoints.resume(run.roles.items(), {}) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not capsys.readouterr().out
 
 
 def test_what_was_just_written_stays(tmp_path: Path) -> None:

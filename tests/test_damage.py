@@ -62,9 +62,8 @@ def swap(file: Path) -> None:
 
 
 FILES = [
-    "model_policy_tp0_pp0.pt",
-    "model_critic_tp0_pp0.pt",
-    "optimizer_policy_rank0.pt",
+    "policy_rank0.safetensors",
+    "critic_rank0.safetensors",
     "random_rank0.pt",
     "meta.json",
 ]
@@ -135,22 +134,19 @@ def test_a_file_that_cannot_be_read_is_not_damaged(
         raise error
 
     monkeypatch.setattr(folders, "checksum", refuse)
-    with pytest.raises(UserError, match=rf"^{tmp_path}/step_000001/model_policy_tp0_pp0.pt: {error.strerror}$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/step_000001/random_rank0.pt: {error.strerror}$"):
         run.checkpoints.resume(run.roles.items(), {})
 
 
-def test_checkpoints_of_before_are_read(tmp_path: Path) -> None:
-    """Older checkpoints have a meta.json without checksums.
-
-    A file that torch cannot read is reported in one line, too.
-    """
+def test_checkpoints_of_before_are_refused(tmp_path: Path) -> None:
+    """Older checkpoints have other files."""
     run = Run(tmp_path)
-    for step in (1, 2):
-        run.save(step)
-        meta = json.loads((tmp_path / f"step_{step:06}/meta.json").read_text())
-        del meta["files"], meta["crc32"]
-        (tmp_path / f"step_{step:06}/meta.json").write_text(json.dumps(meta))
-    check_resumes_at(tmp_path, 2)
-    cut(tmp_path / "step_000002/optimizer_critic_rank0.pt")
-    with pytest.raises(UserError, match=r"step_000002/optimizer_critic_rank0.pt is damaged \(.*echo step_000001"):
-        Run(tmp_path).checkpoints.resume(Run(tmp_path).roles.items(), {})
+    run.save(1)
+    meta = json.loads((tmp_path / "step_000001/meta.json").read_text())
+    for name in [name for name in meta["files"] if name.endswith(".safetensors")]:
+        meta["files"][f"model_{name}"] = meta["files"].pop(name)
+        (tmp_path / "step_000001" / name).rename(tmp_path / "step_000001" / f"model_{name}")
+    del meta["crc32"]
+    (tmp_path / "step_000001/meta.json").write_text(folders.describe(meta))
+    with pytest.raises(UserError, match=r"step_000001 was saved by an older version of rlhf: .*, or set another out$"):
+        run.checkpoints.resume(run.roles.items(), {})

@@ -5,8 +5,9 @@ Importing this module runs install(), so it must be imported before a model is b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ import rlhf.parallel.mesh  # noqa: F401  (must be first: megatron-core can then 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import mlp
 
@@ -65,8 +68,38 @@ def gradient_buffers(model: DistributedDataParallel) -> list[Tensor]:
 
 def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """Return the torch optimizers that it consists of; an empty list on a rank without parameters to update."""
+    return [part.optimizer for part in _parts(optimizer)]
+
+
+def main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Yield (parameter, start, main): this rank updates the elements of the parameter from `start` on, in main."""
+    for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            require(part, "model_float16_groups", "model_fp32_groups", "_get_model_param_range_map")
+            for parameter, main in (
+                *_pairs(part.model_float16_groups, part.shard_fp32_from_float16_groups),
+                *_pairs(part.model_fp32_groups, part.shard_fp32_groups),
+            ):
+                yield parameter, part._get_model_param_range_map(parameter)["param"].start, main
+        elif isinstance(part, Float16OptimizerWithFloat16Params):
+            require(part, "float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups")
+            for parameter, main in (
+                *_pairs(part.float16_groups, part.fp32_from_float16_groups),
+                *_pairs(part.fp32_from_fp32_groups, part.fp32_from_fp32_groups),
+            ):
+                yield parameter, 0, main
+        else:
+            yield from ((p, 0, p) for group in part.optimizer.param_groups for p in group["params"])
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Return the optimizers that it consists of, without those of a rank without parameters to update."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part.optimizer for part in parts if part.optimizer is not None]
+    return [part for part in parts if part.optimizer is not None]
+
+
+def _pairs(parameters: list[list[Tensor]], mains: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(chain(*parameters), chain(*mains), strict=True)
 
 
 def replace_step(inner: torch.optim.Optimizer, step: Callable[..., Any], *arguments: Any) -> None:

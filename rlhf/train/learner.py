@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch import Tensor
 from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums
 from rlhf.data.packing import pack, unpack
-from rlhf.errors import UserError
 from rlhf.model import megatron_private, operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.build import Decoder
@@ -21,6 +21,8 @@ from rlhf.model.logp import token_logp
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Kind
 from rlhf.train.optimizer import Optimizer
+from rlhf.weights.names import Axis
+from rlhf.weights.shards import MAIN, MOMENTS, LiveShard, StoredShard, fill, tiling
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -59,14 +61,14 @@ class Learner:
             return
         # With overlap, gradients are reduced during the backward pass of the last micro-batch.
         overlap = mesh.layout.dp * mesh.layout.cp > 1
-        zero = config.parallel.zero
+        self.zero = config.parallel.zero
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=zero, overlap_grad_reduce=overlap
+            grad_reduce_in_fp32=True, use_distributed_optimizer=self.zero, overlap_grad_reduce=overlap
         )
         self.model = DistributedDataParallel(self.decoder.config, ddp, self.decoder)
         if overlap:
             self.decoder.config.no_sync_func = self.model.no_sync
-        self.optimizer = Optimizer(config.optim, self.model, dtype, config.parallel.zero)
+        self.optimizer = Optimizer(config.optim, self.model, dtype, self.zero)
         self.decoder.config.finalize_model_grads_func = finalize_model_grads
         self.decoder.config.grad_scale_func = self.optimizer.megatron.scale_loss
 
@@ -82,9 +84,17 @@ class Learner:
         gradients = megatron_private.gradient_buffers(self.model)
         return {Kind.WEIGHTS: weights, Kind.GRADIENTS: gradients, Kind.OPTIMIZER: self.optimizer.tensors()}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return this rank's weights and optimizer state. The tensors are not copies."""
-        return self.parameters(), self.optimizer.state()
+    def state(self) -> LiveShard:
+        """Return this rank's part of the training state. The tensors are not copies."""
+        names = {id(p): name for name, p in self.decoder.named_parameters()}
+        held = [(names[id(p)], start, tensors) for p, start, tensors in self.optimizer.shards()]
+        kinds = (MAIN, *MOMENTS) if self.optimizer.updates else (MAIN,)
+        return LiveShard(
+            self.optimizer.updates,
+            tiling(self.arch, *self._place),
+            {name: start for name, start, _ in held},
+            {kind: {name: tensors[kind] for name, _, tensors in held} for kind in kinds},
+        )
 
     def sound(self, optimizer: bool = False) -> bool:
         """Return whether this rank's weights are finite and not too large to compute with (operations.sound).
@@ -95,23 +105,19 @@ class Learner:
             optimizer and not operations.finite(self.optimizer.tensors())
         )
 
-    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Load a state() that the same rank of the same layout has saved.
+    @torch.no_grad()
+    def load(self, files: Sequence[tuple[Path, Axis, Axis]]) -> None:
+        """Load the training state that the ranks of any layout have saved. Every rank calls it.
 
-        Raises UserError if the weights are those of another architecture.
+        files: (path, tp, pp) of each rank; of several files with the same elements, the first is read.
         """
-        shapes = [{name: tuple(tensor.shape) for name, tensor in held.items()} for held in (self.parameters(), weights)]
-        if shapes[0] != shapes[1]:
-            odd = min(
-                name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
-            )
-            raise UserError(
-                f"the checkpoint in out has another architecture (it differs in {odd}): load a model with the same "
-                "architecture, or set another out"
-            )
-        for name, tensor in self.parameters().items():
-            tensor.copy_(weights[name])
-        self.optimizer.load(optimizer)
+        stored = [StoredShard(path, tiling(self.arch, tp, pp)) for path, tp, pp in files]
+        self.optimizer.restart(stored[0].updates)
+        fill(self.state(), stored, self.arch)
+        for p, start, tensors in self.optimizer.shards():
+            p.data.view(-1)[start : start + len(tensors[MAIN])].copy_(tensors[MAIN])
+        if self.zero:
+            self.model.start_param_sync()  # gathers the weights, as after an update
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
@@ -164,6 +170,11 @@ class Learner:
 
         with torch.no_grad():
             return self._total(self._schedule(map(self._pack, microbatches), len(microbatches), metrics, train=False))
+
+    @property
+    def _place(self) -> tuple[Axis, Axis]:
+        layout = self.mesh.layout
+        return (self.mesh.tp_rank, layout.tp), (self.mesh.pp_rank, layout.pp)
 
     def _pack(self, samples: Sequence[Sample]) -> Batch:
         layout = self.mesh.layout

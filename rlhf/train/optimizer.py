@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 import rlhf.parallel.mesh  # noqa: F401  (must be first: megatron-core can then be imported without CUDA)
 
@@ -15,8 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from rlhf.config import Optim
 from rlhf.model import megatron_private, operations
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from rlhf.weights.shards import MAIN, MOMENTS
 
 
 def learning_rate(optim: Optim, update: int, updates: int) -> float:
@@ -52,6 +52,7 @@ class Optimizer:
             [model],
         )
         self.inner = megatron_private.torch_optimizers(self.megatron)
+        self.updates = 0  # made so far
 
     def step(self, lr: float) -> float:
         """Make one update with the reduced gradients. Return their global norm before clipping.
@@ -71,35 +72,31 @@ class Optimizer:
                 group["weight_decay"] = self.weight_decay * group["wd_mult"]
             megatron_private.replace_step(inner, adamw, min(1.0, shrink))
         self.megatron.step_with_ready_grads()
+        self.updates += 1
         return float(norm)
 
     def zero_grad(self) -> None:
         self.megatron.zero_grad()
 
-    def state(self) -> dict[str, Any]:
-        """Return moments, step counts and main parameters of this rank's shard. The tensors are not copies."""
-        return {
-            "adam": [inner.state_dict() for inner in self.inner],
-            "main": [[p.detach() for group in inner.param_groups for p in group["params"]] for inner in self.inner],
-        }
+    def shards(self) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+        """Yield (parameter, start, tensors): the state of the parameter's elements from `start` on.
 
-    @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
-        """Load a state() that the same rank of the same layout has saved. Keep betas and eps of the configuration."""
-        for inner, adam, main in zip(self.inner, state["adam"], state["main"], strict=True):
-            configured = [{name: group[name] for name in ("betas", "eps")} for group in inner.param_groups]
-            inner.load_state_dict(adam)
-            for group, own in zip(inner.param_groups, configured, strict=True):
-                group.update(own)
-            # Copies are needed, because the loaded tensors may be mapped files, whose memory cannot be freed and
-            # allocated again.
-            for moments in inner.state.values():
-                moments.update({name: moments[name].clone() for name in MOMENTS if name in moments})
-                moments["step"] = moments["step"].cpu().clone()
-            for p, saved in zip((p for group in inner.param_groups for p in group["params"]), main, strict=True):
-                p.copy_(saved)
+        tensors: MAIN [n] and, after the first update, MOMENTS [n]. They are not copies.
+        """
+        states = {p: state for inner in self.inner for p, state in inner.state.items()}
+        for p, start, main in megatron_private.main_parameters(self.megatron):
+            held = {MAIN: main.detach(), **{name: states[main][name] for name in MOMENTS if self.updates}}
+            yield p, start, {name: tensor.view(-1) for name, tensor in held.items()}
 
-    def tensors(self) -> list[torch.Tensor]:
+    def restart(self, updates: int) -> None:
+        """Make the state as after a number of updates, with moments of 0."""
+        self.updates = updates
+        for inner in self.inner:
+            inner.state.clear()
+            for p in (p for group in inner.param_groups for p in group["params"] if updates):
+                inner.state[p] = _fresh(p, updates)
+
+    def tensors(self) -> list[Tensor]:
         """Return main parameters and moments of this rank's shard. There are no moments before the first update."""
         main = [p.data for inner in self.inner for group in inner.param_groups for p in group["params"]]
         return main + [
@@ -119,7 +116,7 @@ def adamw(optimizer: torch.optim.Optimizer, scale: float) -> None:
                 continue
             state = optimizer.state[p]
             if not state:
-                state.update({"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in MOMENTS}})
+                state.update(_fresh(p, 0))
             state["step"] += 1
             moments = [state[name] for name in MOMENTS]
             operations.adamw(
@@ -133,3 +130,8 @@ def adamw(optimizer: torch.optim.Optimizer, scale: float) -> None:
                 group["weight_decay"],
                 scale,
             )
+
+
+def _fresh(p: Tensor, updates: int) -> dict[str, Tensor]:
+    """Return the state of torch.optim.AdamW for a parameter, with moments of 0."""
+    return {"step": torch.tensor(float(updates)), **{name: torch.zeros_like(p) for name in MOMENTS}}

@@ -84,6 +84,37 @@ def split(box: Box, limit: int) -> list[Box]:
     return [piece for half in halves for piece in split(half, limit)]
 
 
+def within(tile: Tile, start: int, stop: int) -> list[Box]:
+    """Return the parts of tile.box that are in the elements start : stop of the flattened local tensor.
+
+    The boxes are disjoint, and at most two per dimension and one more.
+    """
+    first = tile.start * prod(tile.shape) // tile.rows  # the flat index of the tile's first row
+    region = tuple((at, at + high - low) for at, (low, high) in zip(tile.at, tile.box, strict=True))
+    found = []
+    for part in _ranges(tile.shape, max(0, start - first), min(prod(tile.shape), stop - first)):
+        if common := intersect(part, region):
+            moved = zip(common, tile.at, tile.box, strict=True)
+            found.append(tuple((a - at + low, b - at + low) for (a, b), at, (low, _) in moved))
+    return found
+
+
+def _ranges(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """Return disjoint boxes of indices that cover the elements start : stop of a contiguous tensor."""
+    if start >= stop:
+        return []
+    if len(shape) == 1:
+        return [((start, stop),)]
+    row = prod(shape[1:])
+    low, high = -(-start // row), stop // row  # rows low : high are complete
+    if low > high:  # the elements are inside one row
+        return [((high, low), *box) for box in _ranges(shape[1:], start - high * row, stop - high * row)]
+    head = [((low - 1, low), *box) for box in _ranges(shape[1:], start - (low - 1) * row, row)] if start % row else []
+    whole = [((low, high), *((0, n) for n in shape[1:]))] if low < high else []
+    tail = [((high, high + 1), *box) for box in _ranges(shape[1:], 0, stop % row)]
+    return head + whole + tail
+
+
 def geometry(tile: Tile, box: Box) -> Geometry:
     """Return the location of `box`, which must be inside tile.box, in the contiguous local tensor."""
     stride, strides = 1, []

@@ -1,6 +1,6 @@
 """Run under torchrun: compare every family at several layouts with transformers.
 
-Logits, log-probs, gradients, export, resume and engine are compared.
+Logits, log-probs, gradients, export, resume and engine are compared. Then checkpoints resume at other layouts.
 
 usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import resharding
 from models import FAMILIES, layout_keys, reference_logits, reference_logp, samples
 
 from rlhf import configuration
@@ -251,6 +252,10 @@ def main() -> None:
                 case.check_resume(root / f"run-{family}-{entry}-{dtype}", dtype)
             case.check_step_zero(frozen)
             case.mesh.close()
+    build.pays, linear.exchange = EXCHANGING
+    world = int(os.environ["WORLD_SIZE"])
+    for dtype in (torch.float32, torch.bfloat16):
+        resharding.check(partial(Case, root / "llama3-tied"), world, root / f"layouts-{dtype}", dtype, LR)
     print("laws hold", flush=True)
     os._exit(0)
 

@@ -140,10 +140,9 @@ def samples() -> list[Sample]:
 
 def snapshot(learner: Learner) -> list[torch.Tensor]:
     """Return copies of weights, main parameters, moments and numbers of updates."""
-    weights, optimizer = learner.state()
-    found = [*weights.values(), *(p for main in optimizer["main"] for p in main)]
-    for adam in optimizer["adam"]:
-        found += [torch.as_tensor(value) for moments in adam["state"].values() for value in moments.values()]
+    state = learner.state()
+    found = [*learner.parameters().values(), *(t for held in state.tensors.values() for t in held.values())]
+    found += [inner.state[p]["step"] for inner in learner.optimizer.inner for p in inner.state]
     return [tensor.clone() for tensor in found]
 
 

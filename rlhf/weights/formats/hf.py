@@ -1,12 +1,7 @@
-"""Hugging Face's format: a folder of safetensors files and a config.json.
-
-A safetensors file has three parts: the length of the header (8 bytes, little-endian), the header (JSON: name -> dtype,
-shape, data_offsets), and the bytes of the tensors.
-"""
+"""Hugging Face's format: a folder of safetensors files and a config.json."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 from rlhf.model.families import CAUSAL, SCALAR
-from rlhf.weights import names
+from rlhf.weights import header, names
 from rlhf.weights.entries import Entry, Shape, groups, intact, kind, some
 from rlhf.weights.formats.format import Contents, Format, Target
 from rlhf.weights.tiles import Tile, by_local
@@ -62,17 +57,11 @@ class HuggingFace(Format):
         return {title: [tile for name in share for tile in whole[name]] for title, share in held}
 
     def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        stop = 0
-        for name, shape in shapes.items():
-            start, stop = stop, stop + prod(shape) * target.dtype.itemsize
-            header[name] = {"dtype": kind(target.dtype), "shape": shape, "data_offsets": (start, stop)}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # align the data
+        text, size = header.text({name: (kind(target.dtype), shape) for name, shape in shapes.items()})
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + stop)
-        return _header(path)
+            file.write(text)
+            file.truncate(len(text) + size)
+        return header.entries(path)
 
     def finish(self, target: Target, folder: Path, config: Mapping[str, Any]) -> None:
         if len(target.files) > 1:
@@ -115,7 +104,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
     """
     found: dict[str, Entry] = {}
     for path in _paths(folder):
-        more = _header(path)
+        more = header.entries(path)
         if twice := found.keys() & more.keys():
             first = found[min(twice)].path.name
             raise UserError(f"{path}: tensors {some(sorted(twice))} are in {first} too; download the folder again")
@@ -140,27 +129,3 @@ def _paths(folder: Path) -> list[Path]:
         if not path.is_file():
             raise UserError(f"{path}: missing, but {INDEX} lists it; download it again")
     return paths
-
-
-def _header(path: Path) -> dict[str, Entry]:
-    """Return the locations of all tensors of a file.
-
-    The safetensors library validates the header. It does not return offsets, so the header is parsed again here.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    with path.open("rb") as file:  # an error of this call has the path, an error of the library has not
-        try:
-            with safe_open(path, framework="np"):  # this validates the header and reads no tensor
-                pass
-        except SafetensorError as error:
-            why = f"{error}; {path.stat().st_size} bytes"
-            raise UserError(f"{path}: damaged, or not a safetensors file ({why}); download it again") from None
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, at in header.items():
-        start, stop = (8 + length + offset for offset in at["data_offsets"])
-        found[name] = Entry(path, at["dtype"], tuple(at["shape"]), start, stop)
-    return found
