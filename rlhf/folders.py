@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf import texts
+from rlhf import progress, texts
 from rlhf.errors import STORAGE, UserError
 
 KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # keys that every meta.json has
@@ -98,6 +98,7 @@ class Hashed:
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        progress.move()
         self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
         try:
             return self.file.write(data)
