@@ -30,7 +30,7 @@ from rlhf import progress, watchdog
 from rlhf.config import Watchdog
 rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
 
-def looping(): 
+def looping():
     while True: pass
 
 def call():
