@@ -210,7 +210,8 @@ class Watcher:
             else:
                 own.stack = main_thread(os.pread(stack, 1 << 20, 0).decode(errors="replace"))
         present = self.exchange.present()
-        if present[0] is not own:
+        knows = meets or own.still >= 0.3 * limit + 3 * max(self.exchange.interval, PERIOD)
+        if present[0] is not own or not knows:  # a living watcher has changed its file by then
             return
         lost = [rank for rank in range(self.exchange.world) if rank not in {status.rank for status in present}]
         if meets and own.still >= min(SAID, limit / 2) and not self.warned:
