@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def answer(handler: Callable[[int, FrameType | None], None]) -> None:
 if __name__ == "__main__":
     answer(leave)
 
-from rlhf import cluster, configuration, convert, launcher, output, variables  # noqa: E402, because imports are slow
+from rlhf import cluster, configuration, convert, launcher, output, variables, watchdog  # noqa: E402, because imports are slow
 from rlhf.algorithms import ALGORITHMS, ALIASES  # noqa: E402
 from rlhf.config import Config  # noqa: E402
 from rlhf.errors import LostError, UserError, said, told  # noqa: E402
@@ -61,7 +62,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line and return the exit code.
 
     0: success. 2: a mistake of the user. 1: a fault during the run. 128 + signal: a signal ended the command.
-    interrupt.SAVED: a signal ended the run after a checkpoint. Mistakes and known faults print one line.
+    interrupt.SAVED: a signal ended the run after a checkpoint. interrupt.HUNG: no rank made progress.
+    Mistakes and known faults print one line.
     """
     return told("rlhf", lambda: carry_out(arguments), tell)
 
@@ -88,7 +90,7 @@ def carry_out(arguments: list[str]) -> int:
     if dry:
         return explain(config)
     if cluster.in_allocation(os.environ):
-        return cluster.step([*COMMAND, *arguments], os.environ)
+        return cluster.step([*COMMAND, *arguments], os.environ, config.watchdog.requeue)
     os.environ.update(task := cluster.task(os.environ))
     if task and gpus() == 1:
         os.environ["LOCAL_RANK"] = "0"  # with srun --gpus-per-task=1 each rank sees only its own GPU
@@ -214,7 +216,15 @@ def join(config: Config, has_own: bool) -> int:
 
 
 def run(config: Config) -> int:
-    """Run one rank. Returns its exit code."""
+    """Run one rank under its watchdog. Returns its exit code."""
+    env, place = os.environ, "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+    folder = Path(config.out, "watchdog", place.replace("/", "_"))
+    rank, world = (cluster.number(env, name) for name in ("RANK", "WORLD_SIZE"))
+    return watchdog.supervised(config.watchdog, folder, rank, world, place, lambda: run_rank(config))
+
+
+def run_rank(config: Config) -> int:
+    """Run one rank in this process. Returns its exit code."""
     import logging
     import warnings
 

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import configuration, lock
+from rlhf import configuration, lock, progress
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -20,7 +20,7 @@ from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
 from rlhf.metrics import Metrics, own_name, say
-from rlhf.parallel.mesh import Mesh
+from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, inputs, readable, rule
@@ -45,8 +45,10 @@ def run(config: Config) -> int:
 
     Return the exit code: 0, or SAVED if a signal ended a training run early.
     """
-    mesh = Mesh(config.parallel, config.seed)
+    # The watchdog ends a run earlier, with a report. A collective that waits in vain is only the last resort.
+    mesh = Mesh(config.parallel, config.seed, max(PATIENCE, 2 * config.watchdog.timeout, 2 * config.watchdog.start))
     mesh.agree(claim(config) if mesh.rank == 0 else "")
+    progress.enter("reading the data")
     # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
@@ -125,6 +127,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
         say(f"{given.records.counts} of {config.data.eval}")
+    progress.begin("evaluation")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
     values = metrics.write(step=0)
     metrics.close()
@@ -214,6 +217,7 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
     In all other cases the weights are undefined until they are published or filled in. Raises UserError on all ranks if
     the engine's parameters are not exactly those that a publish writes.
     """
+    progress.enter("starting the engine")
     engine, tp = _engine(config, mesh, given, dtype, load), config.rollout.tp
     tiling = names.tiles(given.arch, "vllm", (mesh.rank % tp, tp), pad=True)
     problem = mismatch(engine.parameters(), tiling, dtype)

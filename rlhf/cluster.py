@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from rlhf.errors import UserError
-from rlhf.interrupt import SAVED, SIGNALS
+from rlhf.interrupt import HUNG, SAVED, SIGNALS
 
 REQUEUE = (SAVED, 128 + signal.SIGUSR1)  # exit codes of a preempted run: during the loop, or before it
 NO_STEP = 0xFFFFFFF0  # Slurm gives special meanings to step ids from here on
@@ -112,10 +112,11 @@ def in_allocation(env: Environment) -> bool:
     return bool(env.get("SLURM_JOB_ID")) and not in_step(env) and not {"LOCAL_RANK", "WORLD_SIZE"} & env.keys()
 
 
-def step(command: list[str], env: Environment) -> int:
+def step(command: list[str], env: Environment, hung: bool = False) -> int:
     """Run the command once per node of the allocation with srun, and return the highest exit code.
 
-    If this is a batch job and the run was preempted, requeue the job before returning.
+    If this is a batch job and the run was preempted, requeue the job before returning. hung: requeue it also if the
+    watchdog has ended the run.
     """
     nodes, job = number(env, "SLURM_NNODES", least=1), env["SLURM_JOB_ID"]
     options = [
@@ -136,7 +137,7 @@ def step(command: list[str], env: Environment) -> int:
         signal.signal(signal_number, lambda *_: srun.send_signal(signal.SIGUSR1))
     code = srun.wait()
     batch = "SLURM_PROCID" in env  # a shell of salloc has no SLURM_PROCID
-    if code in REQUEUE and batch and _running(job):
+    if (code in REQUEUE or (hung and code == HUNG)) and batch and _running(job):
         subprocess.run(["scontrol", "requeue", job], check=False)
     return code
 

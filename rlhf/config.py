@@ -180,6 +180,15 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Watchdog:
+    """The end of a run in which no rank makes progress (docs/faults.md). The exit code is then 76."""
+
+    timeout: float = 1800.0  # seconds without progress of any rank after which the run is ended; 0: never
+    start: Annotated[float, Between(1)] = 3600.0  # the same before the first step: for loading, and for vLLM to start
+    requeue: bool = False  # on Slurm, requeue the job after such an end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The configuration of one run."""
 
@@ -202,4 +211,5 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     log: Log = field(default_factory=Log)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     sections: Mapping[str, Any] = field(default_factory=dict)  # of the algorithms: section name -> its Keys

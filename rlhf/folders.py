@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf import texts
+from rlhf import progress, texts
 from rlhf.errors import STORAGE, UserError
 
 KEYS = {"step", "state", "mode", "seed", "dtype", "zero", "tp", "pp", "cp", "dp"}  # keys that every meta.json has
@@ -103,6 +103,7 @@ class Hashed:
         return {"size": self.size, "crc32": self.crc32}
 
     def write(self, data: bytes | memoryview) -> int:
+        progress.move()
         self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
         try:
             return self.file.write(data)

@@ -12,6 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # from a scheduler, C
 # EX_TEMPFAIL of sysexits.h: the run resumes when it is started again. It is not 128 + signal, because ranks also end
 # with that code when another node has crashed.
 SAVED = 75
+HUNG = 76  # no rank has made progress (rlhf.watchdog)
 
 
 def srun_reports(number: int, env: Mapping[str, str]) -> bool:

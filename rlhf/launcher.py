@@ -16,11 +16,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from rlhf.interrupt import SAVED, SIGNALS, srun_reports
+from rlhf.interrupt import HUNG, SAVED, SIGNALS, srun_reports
 from rlhf.rewards.child import die_with_parent
 
 GRACE = 10.0  # seconds that the other ranks have to end by themselves, after a signal or a code in TOLD
-TOLD = (2, SAVED)  # exit codes that all ranks of a run share: a user's mistake, or a signal
+TOLD = (2, SAVED, HUNG)  # exit codes that all ranks of a run share: a user's mistake, a signal, or no progress
 WAITED = {*SIGNALS, signal.SIGCHLD}
 PR_SET_CHILD_SUBREAPER = 36  # from Linux's prctl.h
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf import folders
+from rlhf import folders, progress
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, Optim
 from rlhf.contracts import Algorithm, Sample
@@ -46,6 +46,7 @@ class Run:
     def train(self) -> bool:
         """Run the steps from `start` on. Return False if a signal stopped the run before its last step."""
         config, metrics, start = self.config, self.metrics, self.start
+        progress.begin("before the first step")
         self.offer(start, check=True)
         if self.evaluation and start == 0:
             self.evaluation(metrics)
@@ -65,6 +66,7 @@ class Run:
         Raises FloatingPointError if values of a model are no longer finite. It is raised before anything is saved.
         """
         config, metrics, done = self.config, self.metrics, step + 1
+        progress.begin(f"step {done}")
         metrics.begin()
         tokens = self.step(step, check=step == self.start)
         if self.evaluation and due(done, config.evaluate.every, config.steps):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from rlhf import texts
+from rlhf import progress, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.contracts import Sample
@@ -79,6 +79,7 @@ class Metrics:
     def time(self, phase: str) -> Iterator[None]:
         """Measure the wall time of rank 0 in a phase, in seconds. Times of phases with the same name add up."""
         start = time.perf_counter()
+        progress.enter(phase)
         yield
         seconds, _ = self.sums.get(f"time/{phase}", (0.0, 1.0))
         if self.mesh.rank == 0:

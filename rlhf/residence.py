@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from rlhf import progress
 from rlhf.phases import ENGINE, POLICY, Kind, Phase, Tenant, Visit
 
 WRITES = Phase.LEARN  # the only phase that changes tenants; copies in host memory stay valid in all others
@@ -81,6 +82,7 @@ class Residence:
         """
         self.measure()
         visit = Visit(phase, role)
+        progress.enter(str(visit))
         self._wait()
         start = time.perf_counter()
         self._settle(visit)

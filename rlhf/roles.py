@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf import progress
 from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums, scored
 from rlhf.data.packing import plan
@@ -46,6 +47,7 @@ class Roles:
         self.residence = residence
         self.learners: dict[str, Learner] = {}
         for name, role in roles.items():
+            progress.enter(f"loading the {name}")
             self.learners[name] = self._learner(role)
             # checked here, because add() may offload the weights at once
             mesh.agree("" if self.learners[name].sound() else f"{role.folder}: {UNSOUND}")

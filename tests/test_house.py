@@ -26,13 +26,13 @@ EVERYTHING = SOURCES + [
 
 # Imports go in one direction: a part of the package imports only parts of lower layers, and none of its own layer.
 LAYERS = (
-    ("errors", "lazy", "phases", "config", "output"),
+    ("errors", "lazy", "phases", "config", "output", "progress"),
     ("contracts", "texts", "patches"),
     ("algorithms", "recorder", "folders", "lock"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
     ("train", "rollout", "checkpoint"),
-    ("prepare", "convert", "cluster", "launcher", "variables"),
+    ("prepare", "convert", "cluster", "launcher", "variables", "watchdog"),
     ("roles", "ledger"),
     ("evaluate", "dryrun"),
     ("loop",),

@@ -159,7 +159,8 @@ def test_before_the_loop_a_signal_ends_at_once(number: signal.Signals):
     """There is no traceback, and no message that a step is saved."""
     begin = "import rlhf.__main__, types\n"
     busy = "sys.modules['rlhf.assemble'] = types.SimpleNamespace(run=lambda config: (ready(), time.sleep(60)))\n"
-    config = "types.SimpleNamespace(parallel=types.SimpleNamespace(tp=1))"
+    begin += "os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='1', WORLD_SIZE='3')\n"
+    config = "rlhf.config.Config(out='/nowhere')"
     process = start(
         f"{begin}{busy}import rlhf\nrlhf.assemble = sys.modules['rlhf.assemble']\nrlhf.__main__.run({config})"
     )

@@ -170,11 +170,15 @@ class Run:
         return ""
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def ranks(launcher: int) -> list[int]:
-    """Return the process ids of a launcher's ranks, in order of rank."""
+    """Return the process ids of a launcher's ranks, in order of rank. Each is the child of its watcher."""
     found = {}
     with suppress(FileNotFoundError, ProcessLookupError):  # a process may end in the meantime
-        for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        for pid in (child for watcher in children(launcher) for child in children(watcher)):
             if rank := re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()):
-                found[int(rank[1])] = int(pid)
+                found[int(rank[1])] = pid
     return [found[rank] for rank in sorted(found)]

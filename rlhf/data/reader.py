@@ -19,6 +19,7 @@ from threading import Thread
 
 import numpy as np
 
+from rlhf import progress
 from rlhf.config import Data
 from rlhf.contracts import Form
 from rlhf.data import forms, jsonl, templates
@@ -158,6 +159,7 @@ def _deal(chunks: list[list[Line]], connections: list[Connection]) -> list[Colum
             return [answers[i] for i in range(following)]
         ready = wait(list(asked))
         for connection in [connection for connection in asked if connection in ready]:
+            progress.move()
             answers[asked.pop(connection)] = connection.recv()
             idle.append(connection)
 

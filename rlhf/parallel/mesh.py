@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf import progress
 from rlhf.config import Parallel
 from rlhf.errors import UserError
 from rlhf.parallel import cpu
@@ -25,6 +26,7 @@ cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the CPU hook)
 
+PATIENCE = 3600.0  # seconds
 T = TypeVar("T")
 
 
@@ -47,8 +49,11 @@ class Layout:
 class Mesh:
     """This rank's coordinates and process groups, and the collectives of the program."""
 
-    def __init__(self, parallel: Parallel, seed: int):
-        """Initialize torch.distributed (with RANK, WORLD_SIZE, MASTER_* as torchrun sets them) and make all groups."""
+    def __init__(self, parallel: Parallel, seed: int, patience: float = PATIENCE):
+        """Initialize torch.distributed (with RANK, WORLD_SIZE, MASTER_* as torchrun sets them) and make all groups.
+
+        patience: seconds that a collective waits for the other ranks.
+        """
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world)))
@@ -63,7 +68,8 @@ class Mesh:
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            _meet("nccl" if self.device.type == "cuda" else "gloo")
+            _meet("nccl" if self.device.type == "cuda" else "gloo", patience)
+        progress.enter("making the process groups")
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
@@ -183,10 +189,11 @@ class Mesh:
         return dist.new_subgroups(size)[0]
 
 
-def _meet(backend: str) -> None:
+def _meet(backend: str, patience: float = PATIENCE) -> None:
     """Initialize torch.distributed. Raises UserError if the ranks cannot connect."""
+    progress.enter(progress.MEETING)
     try:
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]

@@ -12,6 +12,7 @@ from multiprocessing.connection import Pipe, wait
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
+from rlhf import progress
 from rlhf.errors import UserError
 from rlhf.rewards import answers, child
 
@@ -206,6 +207,7 @@ class Pool(Generic[Given, Found]):
                 for worker in busy:
                     key, outcome = worker.item, worker.advance()
                     if key is not None and outcome is not None:
+                        progress.move()
                         value, error = outcome
                         found[key] = self._result(value, bool(error))
                         self.failure, self.late = self.failure or error, self.late or error == LATE

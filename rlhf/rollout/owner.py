@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from rlhf import progress
 from rlhf.contracts import Completion, Engine, Request
 from rlhf.model import operations
 from rlhf.phases import Kind, Phase
@@ -71,6 +72,7 @@ class EngineOwner:
         with uncollected():
             while self._waiting:
                 found = self.engine.advance()
+                progress.move()
                 self._waiting -= len(found)
                 yield found
 

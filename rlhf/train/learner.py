@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf import progress
 from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums
 from rlhf.data.packing import pack, unpack
@@ -215,6 +216,7 @@ class Learner:
         """
 
         def forward(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+            progress.move()
             batch = next(iterator)
             return model(batch), partial(read, batch)
 

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import progress
 from rlhf.model.architecture import Architecture
 from rlhf.weights import names
 from rlhf.weights.entries import DTYPES, Entry, Shape, groups, kind, store
@@ -133,6 +134,7 @@ def write_batches(
 
 def _store(entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]) -> None:
     for local, tensor in tensors.items():
+        progress.move()
         store(entries[local], tensor)
 
 

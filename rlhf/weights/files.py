@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import texts
+from rlhf import progress, texts
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
@@ -53,6 +53,7 @@ class Source:
         wanted, last = {tile.name for tile in tiling}, None
         with torch.no_grad():
             for move in self._moves(tiling, wanted):
+                progress.move()
                 entry = self.contents.shards[move.source][move.source_tile.local]
                 if entry != last:
                     last, stored = entry, mapped(entry)
