@@ -11,15 +11,18 @@ bitwise equal as whole tensors, and the next steps are equal up to rounding.
     out/latest                          name of the newest complete folder
     out/hf, out/mcore, ...              links to the newest exports
 
-A folder is written under a temporary name and renamed when all ranks are done. `latest` is replaced last. rlhf.folders
-chooses the folder to resume from and the folders to delete.
+A folder is written under a temporary name, on a thread of each rank (rlhf.writer), while the run goes on. At the end of
+a later step, when all ranks have written their files, it is renamed and `latest` is replaced. rlhf.folders chooses the
+folder to resume from and the folders to delete.
 """
 
 from __future__ import annotations
 
+import io
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,20 @@ from rlhf.metrics import say
 from rlhf.parallel.mesh import Layout, Mesh
 from rlhf.train.learner import Learner
 from rlhf.weights.names import Axis
+from rlhf.writer import Files, Writer
 
 FLIGHT = "flight.pt"
 REMARK = "so the next steps are equal up to rounding, and random states begin again from the seed"
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """A save in flight."""
+
+    step: int
+    state: dict[str, float]  # of the algorithm
+    formats: Sequence[str]  # exports
+    exported: Files  # files of the exports, of which this rank has computed the checksums
 
 
 class Checkpoints:
@@ -45,7 +59,11 @@ class Checkpoints:
         """run: the identity of the run (rlhf.identity), which is saved in every checkpoint."""
         self.keep, self.formats, self.mesh = config.checkpoint.keep, config.checkpoint.format, mesh
         self.out = Path(config.out)
-        self.last: Path | None = None  # the folder that was loaded or saved last
+        self.last: Path | None = None  # the complete folder that was loaded or saved last
+        self.saving: Saving | None = None
+        self.deletion: Future[None] | None = None  # of old folders
+        background = config.checkpoint.background
+        self.writer = Writer(background, mesh.device, mesh.ranks_per_node, told=mesh.rank == 0)
         self.run = {"run": run or {}, "steps": config.steps}
         self.meta = {"mode": config.mode, "seed": config.seed, "dtype": str(dtype)}
         self.layout = {**asdict(mesh.layout), "zero": config.parallel.zero}
@@ -100,52 +118,68 @@ class Checkpoints:
         export: Callable[[Path], None] | None = None,
         flight: dict[str, Any] | None = None,
     ) -> None:
-        """Write the folder of a step, set `latest` to it, and delete old folders (checkpoint.keep).
+        """Begin to write the folder of a step. settle() completes it.
 
-        Every rank calls it. `flight` is the state of the groups in flight, identical on every rank.
+        Before, it waits for the save in flight, if there is one. The learners may change when it returns. Exports are
+        complete then. Every rank calls it. `flight` is the state of the groups in flight, identical on every rank.
         """
-        folder = self.out / f"step_{step:06}"
-        partial = folder.with_suffix(".partial")
+        self.settle(wait=True)
+        partial = self._folder(step).with_suffix(".partial")
         if self.mesh.rank == 0:
             for old in self.out.glob("step_*.partial"):  # left by killed runs
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
         self.mesh.barrier()
-        files: dict[str, dict[str, int]] = {}  # sizes and checksums of the files that this rank writes
         for role, learner in learners:
             if self.layout["zero"] or self.mesh.dp_rank == self.mesh.cp_rank == 0:
-                name = f"{role}_rank{self.mesh.rank}.safetensors"
-                with folders.writing(partial / name) as hashed:
-                    learner.state().write(hashed.write)
-                files[name] = hashed.found
+                self.writer.add(partial / f"{role}_rank{self.mesh.rank}.safetensors", learner.state())
         random = {"cpu": torch.get_rng_state()}
         if self.mesh.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
-        files[self._random()] = self._save(random, partial / self._random())
+        self._add(partial / self._random(), random)
         if flight and self.mesh.rank == 0:
-            files[FLIGHT] = self._save(flight, partial / FLIGHT)
+            self._add(partial / FLIGHT, flight)
+        exported: Files = {}  # of this rank's share
+        formats = self.formats if export else ()
         if export:
-            for name in self.formats:
+            for name in formats:
                 export(partial / name)
             self.mesh.barrier()  # several ranks have written these files
-            files |= folders.checksums(partial, self._share(folders.exports(partial, self.formats)))
-        # the gather also waits until all ranks have written their files
-        written = {name: file for files in self.mesh.all_gather(files) for name, file in files.items()}
-        if self.mesh.rank == 0:
-            _write(
-                partial / "meta.json",
-                folders.describe(
-                    {"step": step, "state": state, **self.meta, **self.layout, **self.run, "files": written}
-                ),
-            )
-            shutil.rmtree(folder, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
-            partial.rename(folder)
-            _replace(self.out / "latest", folder.name)
-            for name in self.formats if export else ():
-                _link(self.out / name, Path(folder.name) / name)
-            folders.retire(self.out, step, self.keep)
-        self.last = folder
-        self.mesh.barrier()
+            exported = folders.checksums(partial, self._share(folders.exports(partial, formats)))
+        self.saving = Saving(step, dict(state), formats, exported)
+
+    def settle(self, wait: bool = False) -> None:
+        """Complete the save in flight if all ranks have written its files. Every rank calls it.
+
+        Set `latest` to its folder, and begin to delete old folders (checkpoint.keep). wait: wait for the files, and
+        until the old folders are deleted. Raises OSError if a file could not be written.
+        """
+        if self.saving and (wait or all(self.mesh.all_gather(self.writer.done()))):
+            saving, self.saving = self.saving, None
+            # This gather waits for the files of all ranks.
+            files = self.mesh.all_gather(self.writer.take() | saving.exported)
+            if self.mesh.rank == 0:
+                self._complete(saving, {name: file for each in files for name, file in each.items()})
+            self.last = self._folder(saving.step)
+            self.mesh.barrier()
+        if wait and self.deletion:
+            self.deletion.result()
+
+    def _complete(self, saving: Saving, files: Files) -> None:
+        """Rename the folder, and set `latest` and the links to it. Delete old folders on the writer's thread."""
+        folder = self._folder(saving.step)
+        partial = folder.with_suffix(".partial")
+        meta = {"step": saving.step, "state": saving.state, **self.meta, **self.layout, **self.run, "files": files}
+        _write(partial / "meta.json", folders.describe(meta))
+        shutil.rmtree(folder, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
+        partial.rename(folder)
+        _replace(self.out / "latest", folder.name)
+        for name in saving.formats:
+            _link(self.out / name, Path(folder.name) / name)
+        self.deletion = self.writer.call(lambda: folders.retire(self.out, saving.step, self.keep))
+
+    def _folder(self, step: int) -> Path:
+        return self.out / f"step_{step:06}"
 
     def _sorted(self, files: list[str], layout: Mapping[str, int]) -> list[tuple[str, tuple[Axis, Axis]]]:
         """Return the files of a role and the places (tp, pp) of the ranks that wrote them at a layout.
@@ -179,11 +213,10 @@ class Checkpoints:
             problem = failure(error, folder) or str(error)
         self.mesh.agree(problem)
 
-    def _save(self, state: Any, path: Path) -> dict[str, int]:
-        """Write a file. Return its size and checksum, computed from the data in memory."""
-        with folders.writing(path) as hashed:
-            torch.save(state, hashed)  # type: ignore[arg-type]  # torch.save only calls write() and flush()
-        return hashed.found
+    def _add(self, path: Path, state: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.writer.add_bytes(path, lambda call: call(buffer.getbuffer()))
 
 
 def _ranked(meta: Mapping[str, Any], kind: str) -> list[str]:

@@ -154,6 +154,7 @@ class Checkpoint:
     """Checkpoints, and the export of the trained model."""
 
     every: int = 100  # steps between checkpoints; the last step always writes one; 0: only the last step
+    background: bool = True  # write files while the next steps run, from a copy in host memory
     keep: Count = 2  # how many checkpoints to keep; older ones are deleted
     export: bool = True  # export the trained model with each checkpoint, not only with the last
     format: Formats = ("hf",)  # of an export: hf, mcore (Transformer Engine's names), mcore-local, legacy, torch_dist

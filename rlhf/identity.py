@@ -23,6 +23,7 @@ Identity = dict[str, dict[str, Any]]
 # paths. rlhf.checkpoint compares the layout and the dtype.
 FREE = {
     *("out", "steps", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
+    "watchdog",
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
     *("reward.timeout", "reward.workers", "reward.memory"),

@@ -145,11 +145,21 @@ class Ledger:
         if self.offload:
             memory = f"which needs {self.host(stage):.1f} GiB of host memory"
             note = f"tenants with * are offloaded in the phases that do not use them, {memory}"
+        if copies := self.copies(stage):
+            note += f"; a save copies {copies:.1f} GiB to host memory"
         return "\n".join([*text, f"({room}; pipeline stage {stage} of {len(self.tenants)}; {note})"])
 
     def host(self, stage: int) -> float:
         """Return the GiB of host memory for a rank's offloaded tenants. Gradients need none, as they start at 0."""
         return sum(self.tenants[stage][tenant] for tenant in self.offload if tenant.kind != Kind.GRADIENTS)
+
+    def copies(self, stage: int) -> float:
+        """Return the GiB of host memory for a rank's copies of the training state (rlhf.writer)."""
+        p = self.config.parallel
+        trained = [role.arch for role in self.roles.values() if role.use == "train"]
+        count = sum(parameters(arch, "megatron", p.tp, p.pp, stage) for arch in trained)
+        # main parameters and two moments in float32
+        return 12 * count / self.shards / GIB * self.config.checkpoint.background
 
     def _tenants(self, stage: int) -> Iterator[tuple[Tenant, float]]:
         """Yield each tenant of the roles and its GiB."""

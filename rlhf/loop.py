@@ -55,10 +55,12 @@ class Run:
             try:
                 stop = self.whole_step(step)
             except FloatingPointError as error:
+                self.checkpoints.settle(wait=True)
                 raise SpoiltError(f"step {step + 1}: {error}; nothing of it is saved. {self._advice(step)}") from None
-            if stop and step + 1 < config.steps:
-                return False
-        return True
+            if stop:
+                break
+        self.checkpoints.settle(wait=True)
+        return step + 1 == config.steps
 
     def whole_step(self, step: int) -> bool:
         """Run one step, counted from 0, with evaluation, metrics and checkpoint. Return whether a signal came.
@@ -77,6 +79,7 @@ class Run:
         )  # mean over ranks
         metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # included in the other times
         metrics.write(done, tokens)
+        self.checkpoints.settle()
         stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to one rank stops all after the same step
         if stop or due(done, config.checkpoint.every, config.steps):
             self.save(done)
@@ -123,7 +126,7 @@ class Run:
         self.source.offer(self.roles.learners[self.roles.subject].parameters(), version, check)
 
     def save(self, done: int) -> None:
-        """Write the checkpoint after `done` steps.
+        """Begin the checkpoint after `done` steps. checkpoints.settle() completes it.
 
         Raises FloatingPointError, before anything is written, if a model or the state of the mode is not finite.
         """

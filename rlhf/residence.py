@@ -174,7 +174,7 @@ class Residence:
 
         The block of the last time is used again, unless the tenant has grown: the first update allocates the moments.
         """
-        size = sum(_aligned(size) for _, size in self._parked[tenant])
+        size = sum(aligned(size) for _, size in self._parked[tenant])
         if tenant not in self._host or len(self._host[tenant].bytes) < size:
             self._host.pop(tenant, None)
             self._host[tenant] = HostMemory(size, pinned=self.device.type == "cuda")
@@ -205,7 +205,7 @@ class HostMemory:
     def _parts(self, held: list[tuple[torch.UntypedStorage, int]]) -> list[Tensor]:
         starts = [0]
         for _, size in held:
-            starts.append(starts[-1] + _aligned(size))
+            starts.append(starts[-1] + aligned(size))
         return [self.bytes[start : start + size] for start, (_, size) in zip(starts, held, strict=False)]
 
 
@@ -219,7 +219,8 @@ def unused(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else float("inf")
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Return a number of bytes, rounded up so that copies in host memory are aligned."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -19,6 +19,7 @@ MESH = SimpleNamespace(
     **PLACE,
     layout=Layout(1, 1, 1, 1),
     device=torch.device("cpu"),
+    ranks_per_node=1,
     barrier=lambda: None,
     all_gather=lambda x: [x],
     world=1,
@@ -53,6 +54,7 @@ class Run:
             learner.weight, learner.updates = learner.weight + 1, step
         self.state["coefficient"] = step / 2
         self.checkpoints.save(step, self.roles.items(), self.state, self.export if export else None)
+        self.checkpoints.settle(wait=True)
 
     def export(self, folder: Path) -> None:
         folder.mkdir()

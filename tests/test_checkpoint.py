@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Timer
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from saved import MESH, Run, check_resumes_at
@@ -153,6 +157,84 @@ def test_every_rank_saves_what_is_its_own(tmp_path: Path, rank: int, zero: bool)
     wanted = {f"{role}_rank{rank}.safetensors" for role in run.roles} if zero or dp == 0 else set()
     assert {path.name for path in folder.glob("*_rank*")} == wanted | {f"random_rank{rank}.pt"}
     assert (folder / "meta.json").exists() == (tmp_path / "latest").exists() == (rank == 0)
+
+
+class Slow:
+    """Makes every write of a shard wait for release()."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole, event = LiveShard.write, Event()
+
+        def write(shard: LiveShard, call: Callable[[memoryview], object]) -> None:
+            assert event.wait(10)
+            whole(shard, call)
+
+        monkeypatch.setattr(LiveShard, "write", write)
+        self.release = event.set
+
+
+def test_the_run_goes_on_while_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files have the state of the save, though the learners change in place before the files are written."""
+    run, slow = Run(tmp_path), Slow(monkeypatch)
+    saved = run.checkpoints
+    saved.save(1, run.roles.items(), run.state)
+    for learner in run.roles.values():
+        learner.weight.add_(5)
+    run.state["coefficient"] = 7.0
+    saved.settle()
+    assert saved.last is None
+    assert not (tmp_path / "latest").exists()
+    slow.release()
+    while not saved.last:
+        saved.settle()
+    assert (tmp_path / "latest").read_text() == "step_000001"
+    again = Run(tmp_path)
+    assert again.checkpoints.resume(again.roles.items(), again.state) == 1
+    assert [float(learner.weight) for learner in again.roles.values()] == [0.0, 100.0]
+    assert again.state == {"coefficient": 0.0}
+
+
+def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, slow = Run(tmp_path), Slow(monkeypatch)
+    run.checkpoints.save(1, run.roles.items(), run.state)
+    Timer(0.2, slow.release).start()
+    run.checkpoints.save(2, run.roles.items(), run.state)
+    assert run.checkpoints.last == tmp_path / "step_000001"
+    run.checkpoints.settle(wait=True)
+    assert run.folders() == [1, 2]
+
+
+@pytest.mark.parametrize("why", ["key", "memory"])
+def test_without_copies_a_save_waits_for_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    """Without copies, the files are complete before the learners change. Too little memory is said once."""
+    run = Run(tmp_path, *(["checkpoint.background=false"] if why == "key" else []))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    run.checkpoints.save(1, run.roles.items(), run.state)
+    for learner in run.roles.values():
+        learner.weight.add_(5)
+    run.save(2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (why == "memory")
+    said = "0.0 GiB of free host memory, and copies of the training state need 0.0: each save waits"
+    assert all(said in line for line in lines)
+    check_resumes_at(tmp_path, 2)
+    (tmp_path / "latest").write_text("step_000001")
+    again = Run(tmp_path)
+    assert again.checkpoints.resume(again.roles.items(), again.state) == 1
+    assert [float(learner.weight) for learner in again.roles.values()] == [0.0, 100.0]
+
+
+def test_a_failed_write_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the thread is raised on the main thread, with the path, and `latest` stays."""
+    run = Run(tmp_path)
+    run.save(1)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    run.checkpoints.save(2, run.roles.items(), run.state)
+    with pytest.raises(OSError, match=r"No space left on device: '.*step_000002.partial/policy_rank0.safetensors'"):
+        run.checkpoints.settle(wait=True)
+    assert (tmp_path / "latest").read_text() == "step_000001"
 
 
 def test_another_layout_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,7 @@ def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None], name: str
 def test_damage_to_what_was_in_flight(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.checkpoints.save(1, run.roles.items(), run.state, flight={"drawn": 1})
+    run.checkpoints.settle(wait=True)
     assert run.checkpoints.flight() == {"drawn": 1}
     flip(tmp_path / "step_000001/flight.pt")
     with pytest.raises(UserError, match=r"step_000001/flight.pt is damaged: its checksum is wrong"):

@@ -200,6 +200,7 @@ class Case:
         for _ in range(2):
             first.learn(cut, loss, LR)
         checkpoints.save(2, {"policy": first}.items(), {"coefficient": 0.1})
+        checkpoints.settle(wait=True)
         saved = {name: p.clone() for name, p in first.parameters().items()}
         first.learn(cut, loss, LR)
         state: dict[str, float] = {}

@@ -53,14 +53,15 @@ def check(case_of: Callable[[str], Any], world: int, root: Path, dtype: torch.dt
         learner = case.learner(True, dtype)
         for _ in range(STEP):
             update(case, learner, rate)
-        checkpoints(case, base, dtype).save(STEP, {"policy": learner}.items(), {})
+        save(case, learner, base, dtype)
         losses = [update(case, learner, rate) for _ in range(2)]
         if case.mesh.rank == 0:
             wanted.write_text(repr(losses))
             last.write_text(str(base))
         case.mesh.barrier()
         case.mesh.close()
-    for layout in LAYOUTS[world]:
+    # With float32 the main parameters are the weights. With bfloat16 they are others, so fewer layouts are enough.
+    for layout in LAYOUTS[world][:: 1 if dtype == torch.float32 else 3]:
         case = case_of(layout)
         learner = case.learner(True, dtype)
         right, found = (load(case, learner, folder, dtype) for folder in (base, Path(last.read_text())))
@@ -68,7 +69,7 @@ def check(case_of: Callable[[str], Any], world: int, root: Path, dtype: torch.dt
         odd = [name for name in right if not torch.equal(found[name], right[name])]
         assert not odd, f"{case.what}: {last.read_text()} differs in {odd}"
         out = root / f"at-{layout}"
-        checkpoints(case, out, dtype).save(STEP, {"policy": learner}.items(), {})
+        save(case, learner, out, dtype)
         if case.mesh.rank == 0:
             last.write_text(str(out))
         near = 1e-6 if dtype == torch.float32 else 2e-2
@@ -76,6 +77,12 @@ def check(case_of: Callable[[str], Any], world: int, root: Path, dtype: torch.dt
             changed = update(case, learner, rate)
             assert abs(changed - loss) < near, f"{case.what}: loss {changed} instead of {loss}"
         case.mesh.close()
+
+
+def save(case: Any, learner: Learner, folder: Path, dtype: torch.dtype) -> None:
+    saved = checkpoints(case, folder, dtype)
+    saved.save(STEP, {"policy": learner}.items(), {})
+    saved.settle(wait=True)
 
 
 def load(case: Any, learner: Learner, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

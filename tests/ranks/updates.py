@@ -120,6 +120,7 @@ class Case:
         for _ in range(2):
             first.learn([samples()], loss, LR)
         checkpoints.save(2, {"policy": first}.items(), {"coefficient": 0.1})
+        checkpoints.settle(wait=True)
         saved, random = snapshot(first), torch.get_rng_state()
         torch.rand(3)
         first.learn([samples()], loss, LR)
