@@ -43,7 +43,6 @@ DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 SIBLINGS = {  # the exceptions: part -> modules of the same layer that it may import
     "metrics": ("parallel.mesh",),
     "weights": ("model.architecture", "model.families"),
-    "checkpoint": ("train.learner",),
     "variables": ("cluster",),
 }
 ONLY_IN = {
