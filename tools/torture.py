@@ -107,6 +107,15 @@ def at_a_file_event(run: Run, draw: random.Random) -> str:
     return re.sub(r"\d{6}", "N", event)
 
 
+def in_a_save(run: Run, draw: random.Random) -> str:
+    """Wait until a save is in flight: its files are being written, or wait for the end of a step."""
+    run.ranks()
+    run.steps_on(1)
+    run.until(lambda: any(run.out.glob("step_*.partial")), 0.0005)
+    time.sleep(draw.uniform(0, 0.1))
+    return "with a save in flight" if any(run.out.glob("step_*.partial")) else "after a save"
+
+
 # The breaks. Each function returns a description when the run has ended, or continues by itself. It raises Done and
 # Fault.
 
@@ -226,7 +235,7 @@ KINDS: dict[str, Callable[[Run, random.Random], str]] = {
     **{
         f"SIGKILL {target}, {name}": partial(kill, target, moment)
         for target in KILLED
-        for name, moment in (("any moment", at_a_moment), ("a file event", at_a_file_event))
+        for name, moment in (("any moment", at_a_moment), ("a file event", at_a_file_event), ("a save", in_a_save))
     },
     "SIGTERM": partial(interrupt, signal.SIGTERM),
     "SIGUSR1": partial(interrupt, signal.SIGUSR1),
