@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU in under nine minutes:  benchmarks/run_gpu.sh OUT [NAME ...]      (with names, only these)
 # What takes longer or needs more runs only where it is named: trl (a GRPO step beside TRL's, 8 minutes), ppo (20 steps of the largest PPO that a GPU
-# of 140 GiB and a host of 128 hold, and one of 1B), tail (rollouts of long-tailed lengths, 8 minutes), two, two_steps (what needs two GPUs, and whole
+# of 140 GiB and a host of 128 hold, and one of 1B), save (seconds of a checkpoint), tail (rollouts of long-tailed lengths, 8 minutes), two, two_steps (what needs two GPUs, and whole
 # steps on them) and train_tp4 (four).
 #
 # Each has a time limit of its own, so that one that fails does not take the others with it. OUT/results.jsonl collects the JSON lines, which
@@ -45,6 +45,7 @@ run publish 40 benchmarks/publish.py
 run switch 260 benchmarks/switch.py --rollout
 scratch=$(mktemp -d)
 step=(benchmarks/step.py "$scratch")
+extra save save 400 benchmarks/save.py "$scratch/save"
 run step 240 "${step[@]}" --limit 225
 extra ppo ppo 580 "${step[@]}" --mode rlhf --layers 20 --steps 20 --limit 560 batch.prompts=8
 extra ppo ppo_1b 180 "${step[@]}" --mode rlhf --model 1b --limit 165

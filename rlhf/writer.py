@@ -33,7 +33,7 @@ class Writer:
     def __init__(self, background: bool, device: torch.device, sharers: int = 1, told: bool = False):
         self.background, self.device, self.sharers, self.told = background, device, sharers, told
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._blocks: dict[str, HostMemory] = {}  # file name -> memory of its copy, used again by each save
+        self.blocks: dict[str, HostMemory] = {}  # file name -> memory of its copy, used again by each save
         self._jobs: dict[str, Future[dict[str, int]]] = {}
 
     def add(self, path: Path, shard: LiveShard) -> None:
@@ -64,16 +64,16 @@ class Writer:
     def _copied(self, name: str, shard: LiveShard) -> LiveShard | None:
         """Return a copy of a shard in host memory; None if there is too little memory."""
         size = sum(aligned(t.nbytes) for each in shard.tensors.values() for t in each.values())
-        if name not in self._blocks or len(self._blocks[name].bytes) < size:
-            self._blocks.pop(name, None)
+        if name not in self.blocks or len(self.blocks[name].bytes) < size:
+            self.blocks.pop(name, None)
             if size * self.sharers > psutil.virtual_memory().available:
                 self._say(size)
                 return None
-            self._blocks[name] = HostMemory(size, pinned=self.device.type == "cuda")
+            self.blocks[name] = HostMemory(size, pinned=self.device.type == "cuda")
         start, copies = 0, {what: dict(each) for what, each in shard.tensors.items()}
         for each in copies.values():
             for local, tensor in each.items():
-                part = self._blocks[name].bytes[start : start + tensor.nbytes].view(tensor.dtype)
+                part = self.blocks[name].bytes[start : start + tensor.nbytes].view(tensor.dtype)
                 each[local] = part.copy_(tensor, non_blocking=True)
                 start += aligned(tensor.nbytes)
         if self.device.type == "cuda":

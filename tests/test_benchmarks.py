@@ -42,6 +42,13 @@ def test_train() -> None:
         assert line["score_s"] > 0
 
 
+def test_save(tmp_path: Path) -> None:
+    (line,) = lines("save", str(tmp_path / "out"), "--model=toy", "--layers=1", "--tokens=256", "--length=64")
+    assert line["checkpoint_gb"] * 1e9 == pytest.approx(12 * line["parameters"], rel=0.02)
+    assert line["command"] == "benchmarks/save.py OUT --model=toy --layers=1 --tokens=256 --length=64"
+    assert line["held_by_copy"] == pytest.approx(line["held_s"] / line["copy_s"], rel=1e-3)
+
+
 def test_attention() -> None:
     found = lines("attention", "--tokens=256", "--length=64", "--heads=2", "--width=32", "--repeat=1")
     assert [line["case"] for line in found] == ["fixed, padded", "fixed, even", "lognormal, padded"]
