@@ -106,15 +106,16 @@ def main() -> None:
     at_once = bench.checkpoints(background=False)
     before = bench.save(at_once) + elapsed(lambda: at_once.settle(wait=True))
     checkpoints = bench.checkpoints(background=True)
-    held, writing, meanwhile = [], [], []
+    begun, settled, writing, meanwhile = [], [], [], []
     for _ in range(SAVES):
         begin = time.perf_counter()
-        seconds = bench.save(checkpoints)
+        begun.append(bench.save(checkpoints))
+        settled.append(0.0)
         while checkpoints.saving:
             meanwhile.append(bench.update())
-            seconds += elapsed(checkpoints.settle)
-        held.append(seconds)
+            settled[-1] += elapsed(checkpoints.settle)
         writing.append(time.perf_counter() - begin)
+    held = [sum(both) for both in zip(begun, settled, strict=True)]
     end = elapsed(lambda: checkpoints.settle(wait=True))
     copy = bench.copy(checkpoints)
     size = sum(path.stat().st_size for path in checkpoints.last.iterdir()) if checkpoints.last else 0
@@ -126,6 +127,8 @@ def main() -> None:
         "at_once_s": before,
         "first_s": held[0],
         "held_s": statistics.mean(held[1:]),
+        "begin_s": statistics.mean(begun[1:]),
+        "settle_s": statistics.mean(settled[1:]),
         "copy_s": copy,
         "held_by_copy": statistics.mean(held[1:]) / copy,
         "copy_gb_per_s": size / 1e9 / copy,

@@ -123,7 +123,7 @@ class Checkpoints:
         Before, it waits for the save in flight, if there is one. The learners may change when it returns. Exports are
         complete then. Every rank calls it. `flight` is the state of the groups in flight, identical on every rank.
         """
-        self.settle(wait=True)
+        self._settle_files(wait=True)
         partial = self._folder(step).with_suffix(".partial")
         if self.mesh.rank == 0:
             for old in self.out.glob("step_*.partial"):  # left by killed runs
@@ -154,6 +154,11 @@ class Checkpoints:
         Set `latest` to its folder, and begin to delete old folders (checkpoint.keep). wait: wait for the files, and
         until the old folders are deleted. Raises OSError if a file could not be written.
         """
+        self._settle_files(wait)
+        if wait and self.deletion:
+            self.deletion.result()
+
+    def _settle_files(self, wait: bool) -> None:
         if self.saving and (wait or all(self.mesh.all_gather(self.writer.done()))):
             saving, self.saving = self.saving, None
             # This gather waits for the files of all ranks.
@@ -162,8 +167,6 @@ class Checkpoints:
                 self._complete(saving, {name: file for each in files for name, file in each.items()})
             self.last = self._folder(saving.step)
             self.mesh.barrier()
-        if wait and self.deletion:
-            self.deletion.result()
 
     def _complete(self, saving: Saving, files: Files) -> None:
         """Rename the folder, and set `latest` and the links to it. Delete old folders on the writer's thread."""
@@ -176,6 +179,8 @@ class Checkpoints:
         _replace(self.out / "latest", folder.name)
         for name in saving.formats:
             _link(self.out / name, Path(folder.name) / name)
+        if self.deletion:
+            self.deletion.result()  # complete, because the thread has written the files after it
         self.deletion = self.writer.call(lambda: folders.retire(self.out, saving.step, self.keep))
 
     def _folder(self, step: int) -> Path:

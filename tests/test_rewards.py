@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 
 from rlhf import rewards
 from rlhf.errors import UserError
-from rlhf.rewards import Rewards, Score
+from rlhf.rewards import Rewards, Score, child
 
 FUNCTIONS = '''
 import json, os, re, subprocess, sys, time
@@ -233,6 +234,21 @@ function.score([("", response, {{}}) for response in ("hang inside C", "hang wit
     parent.kill()
     parent.wait()
     assert all(gone(pid) for pid in processes | grandchildren)
+
+
+def test_a_process_whose_parent_ended_prints_nothing(file, tmp_path):
+    """The parent's end of the connection closes while the functions load. SIGKILL may arrive only later."""
+    own, theirs = Pipe()
+    end, lifeline = os.pipe()
+    command = [sys.executable, "-P", child.__file__, str(theirs.fileno()), str(end)]
+    with subprocess.Popen(command, pass_fds=(theirs.fileno(), end), stderr=subprocess.PIPE, process_group=0) as process:
+        theirs.close()
+        own.send((sys.path, str(file), "act", "function", 0))
+        own.close()
+        assert process.communicate(timeout=30)[1] == b""
+    assert process.returncode == 0
+    os.close(end)
+    os.close(lifeline)
 
 
 def children(pid: int) -> set[int]:

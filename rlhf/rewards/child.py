@@ -62,10 +62,7 @@ def main() -> None:
         answer = KINDS[kind](load(place, name))
     connection.send((None, loading.error))
     while not loading.error:
-        try:
-            item = connection.recv()
-        except EOFError:
-            return
+        item = connection.recv()
         value = None
         with Attempt() as attempt:
             value = answer(*item)
@@ -179,4 +176,5 @@ def finite(value: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has ended
+        main()
