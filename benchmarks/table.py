@@ -110,6 +110,16 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
         "2 x",
     ),
     ("publish 7B on two GPUs, PP2 to TP2", "publish", "--train-pp 2 --engine-tp 2", lambda x, _: transfer(x), "2 x"),
+    (
+        "save a checkpoint: what the next step waits for",
+        "save",
+        "2.7B",
+        lambda x, _: (
+            f"{x['held_s']:.2f} s for {x['checkpoint_gb']:.0f} GB: {x['held_by_copy']:.2f} x their copy to host memory; "
+            f"the first save {x['first_s']:.0f} s; checkpoint.background=false {x['at_once_s']:.0f} s"
+        ),
+        "1.2 x",
+    ),
     ("forward and backward on two GPUs, DP2", "train", TWO, lambda x, lines: share(x, lines), "96 %"),
     ("forward and backward on two GPUs, TP2", "train", f"{TWO} --tp 2", lambda x, lines: share(x, lines), "92 %"),
     ("forward and backward on four GPUs, TP4", "train", f"{TWO} --tp 4", lambda x, lines: share(x, lines), ""),

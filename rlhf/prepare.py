@@ -62,7 +62,7 @@ def inputs(config: Config, world: int) -> Inputs:
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set another policy.tokenizer")
     if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
-    if 0 < config.watchdog.timeout <= config.reward.timeout:
+    if ALGORITHMS[config.mode].online and 0 < config.watchdog.timeout <= config.reward.timeout:
         times = f"watchdog.timeout={config.watchdog.timeout:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
     for key, function in _functions(config).items():

@@ -60,6 +60,7 @@ from rlhf.errors import UserError
         ("grpo", "evaluate.temperature=inf", ["evaluate.temperature", "at most 100", "inf"]),
         ("grpo", "rollout.temperature=1e-3", ["rollout.temperature=0.001", "0.01 or more"]),
         ("grpo", "reward.timeout=0", ["reward.timeout", "at least 0.01"]),
+        ("grpo", "watchdog.timeout=10", ["watchdog.timeout=10 is not above reward.timeout=10", "raise it"]),
         ("grpo", "reward.workers=100000", ["reward.workers", "at most 256"]),
         ("grpo", 'rollout.stop=["a", ""]', ["rollout.stop", "not empty"]),
         ("grpo", "rollout.stop=", ["rollout.stop", "not empty"]),

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on one machine: sbatch, requeue after signals and preemption, a task per rank, mistakes.
+"""A real Slurm of two nodes on one machine: sbatch, requeue after signals, preemption and hangs, tasks, mistakes.
 
 The tests are skipped if Slurm is not installed (on Debian and Ubuntu: apt install slurmctld slurmd slurm-client munge).
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -219,6 +222,33 @@ def test_a_signalled_job_over_two_nodes_goes_on(slurm: Slurm, sft: list[str], tm
     assert steps(tmp_path) == list(range(1, 13))
     assert "2 ranks on cpu in float32: tp 1 pp 1 cp 1 dp 2" in slurm.said(job)
     assert (tmp_path / "hf/model.safetensors").exists()
+
+
+def test_a_job_that_stands_still_is_ended_and_requeued(slurm: Slurm, sft: list[str], tmp_path: Path):
+    """A rank of the second node is stopped. The report names it, and the requeued job is done."""
+    keys = ("watchdog.timeout=10", "watchdog.requeue=true", "steps=6")
+    job = slurm.submit("launch.sh", *sft, f"out={tmp_path}", *keys)
+    wait(lambda: len(steps(tmp_path)) >= 2, 120, lambda: slurm.said(job))
+    os.kill(rank_process(tmp_path, 1), signal.SIGSTOP)
+    began = time.monotonic()
+    wait(lambda: "ending the run with exit code 76" in slurm.said(job), 60, lambda: slurm.said(job))
+    print(f"ended after {time.monotonic() - began:.1f} s")
+    assert re.search(r"rank 1 on \S+ is stopped \(SIGSTOP\)", slurm.said(job))
+    slurm.requeued(job)
+    assert slurm.wait_state(job, "COMPLETED")["Restarts"] == "1"
+    assert steps(tmp_path) == list(range(1, 7))
+
+
+def rank_process(out: Path, rank: int) -> int:
+    """Return the process id of a rank. Its parent process, the watcher, has the same command."""
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if f"out={out}" in process.info["cmdline"] and process.environ().get("RANK") == str(rank)
+    ]
+    parents = {process.ppid() for process in found}
+    (pid,) = (process.pid for process in found if process.pid not in parents)
+    return pid
 
 
 def test_a_task_per_rank(slurm: Slurm, sft: list[str], tmp_path: Path):
