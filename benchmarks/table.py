@@ -115,7 +115,7 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
         "save",
         "2.7B",
         lambda x, _: (
-            f"{x['held_s']:.2f} s for {x['checkpoint_gb']:.0f} GB: {x['held_by_copy']:.2f} x their copy to host memory; "
+            f"{x['held_s']:.2f} s for {x['checkpoint_gb']:.0f} GB: {x['held_by_copy']:.2f} x a copy to the host; "
             f"the first save {x['first_s']:.0f} s; checkpoint.background=false {x['at_once_s']:.0f} s"
         ),
         "1.2 x",

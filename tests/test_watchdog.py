@@ -98,7 +98,8 @@ class Run:
         pids = [int(file.read_text()) for file in files]
         if what == "stop":
             os.kill(pids[1], signal.SIGSTOP)
-        (self.folder / "told").write_text(what)
+        (self.folder / "partial").write_text(what)
+        (self.folder / "partial").rename(self.folder / "told")  # so that no rank reads an empty file
         self.began = time.monotonic()
         return pids
 

@@ -109,7 +109,6 @@ def at_a_file_event(run: Run, draw: random.Random) -> str:
 
 def in_a_save(run: Run, draw: random.Random) -> str:
     """Wait until a save is in flight: its files are being written, or wait for the end of a step."""
-    run.ranks()
     run.steps_on(1)
     run.until(lambda: any(run.out.glob("step_*.partial")), 0.0005)
     time.sleep(draw.uniform(0, 0.1))
