@@ -1,4 +1,4 @@
-"""Measure how host work grows with its size: stop strings, packing, loading tokens, and the plan of a publish.
+"""Measure how host work grows with its size: stop strings, packing, samples, loading tokens, and the publish plan.
 
     python benchmarks/host.py                                                   all, on one core
     python benchmarks/host.py --packing 1024 2048 --stop-strings --data-cache   these sizes; no sizes: skip
@@ -9,6 +9,7 @@ Results with another --commit were measured with this file in a checkout of that
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -16,27 +17,32 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import record
+import torch
+import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import vocabularies
 
-from rlhf.contracts import Sample
-from rlhf.data import columns
+from rlhf.contracts import Sample, Text
+from rlhf.data import columns, shares
 from rlhf.data.columns import Columns
-from rlhf.data.packing import microbatches, shares
+from rlhf.data.packing import microbatches
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.model.architecture import Architecture
+from rlhf.parallel import objects
 from rlhf.rollout.stops import Stops
 from rlhf.weights import names
 from rlhf.weights.plan import Plan
 
 Result = dict[str, float]
 ABSENT: Any = None
+GATHERED = 2048  # samples of 2,048 tokens
 SENTENCE, STOP = " The answer is four, and the question is what they mean by it.", " STOP"
 
 
@@ -73,8 +79,28 @@ def packing(sizes: list[int]) -> dict[int, Result]:
         lengths = np.clip(np.random.default_rng(1).lognormal(6, 0.8, size), 16, 4096).astype(int).tolist()
         samples = [Sample(np.empty(n + 1, np.int32), np.ones(n, bool), group=i // 8) for i, n in enumerate(lengths)]
         start = time.perf_counter()
-        cut = microbatches(shares(samples, 1, 4096), 16384, False)
-        found[size] = {"seconds": time.perf_counter() - start, "microbatches": len(cut[0])}
+        cut = microbatches(samples, 16384, False)
+        found[size] = {"seconds": time.perf_counter() - start, "microbatches": len(cut)}
+    return found
+
+
+def gather(sizes: list[int]) -> dict[int, Result]:
+    """Give the ranks that train on them 2,048 samples of 2,048 tokens, which `size` gloo ranks have sampled.
+
+    before: every rank got all samples with their records. now: each rank, a replica of its own, gets its share. The
+    time is that of the slowest rank, in the faster of two turns. The bytes are those that one rank receives.
+    """
+    found = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            context = get_context("fork")  # the ranks share the memory of the imported modules
+            results = context.SimpleQueue()
+            ranks = [context.Process(target=_gather, args=(rank, size, folder, results)) for rank in range(size)]
+            for process in ranks:
+                process.start()
+            found[size] = results.get()
+            for process in ranks:
+                process.join()
     return found
 
 
@@ -108,6 +134,61 @@ def plan(sizes: list[int]) -> dict[int, Result]:
             slowest, moves = max(slowest, time.perf_counter() - start), max(moves, count)
         found[size] = {"seconds": slowest, "moves": moves}
     return found
+
+
+def _gather(rank: int, size: int, folder: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    mesh: Any = SimpleNamespace(
+        world=size,
+        replicas=[[r] for r in range(size)],
+        all_gather=lambda value: objects.gather(value, None, size),
+        exchange=lambda parts: objects.exchange(parts, None, rank),
+    )
+    # deal() gives group g to rank g % size, so no sample is made on the rank that gets it
+    made = {(i // 8, i % 8): _sample(i // 8) for i in range(GATHERED) if (i // 8 + size // 2) % size == rank}
+
+    def before() -> list[Sample]:
+        parts = mesh.all_gather([(*key, sample) for key, sample in made.items()])
+        return [sample for *_, sample in sorted((item for part in parts for item in part), key=lambda item: item[:2])]
+
+    def now() -> list[Sample]:
+        return shares.deliver(mesh, made, shares.headers(mesh, made), 4096)
+
+    result = {}
+    for name, way in (("now", now), ("before", before)):
+        taken, own = [], _memory()["RssAnon"]
+        for _ in range(2):
+            dist.barrier()
+            start = time.perf_counter()
+            samples = way()
+            taken.append(max(mesh.all_gather(time.perf_counter() - start)))
+        held = _memory()["RssAnon"] - own
+        tokens = sum(s.tokens.nbytes + s.mask.nbytes + s.version.nbytes + s.sampler_logp.nbytes for s in samples)
+        result |= {f"{name}_s": min(taken), f"{name}_received_mib": tokens / 2**20, f"{name}_own_mib": held}
+        assert sum(len(s.tokens) for s in samples) == (GATHERED if name == "before" else GATHERED // size) * 2048
+        del samples
+    if rank == 0:
+        results.put({"seconds": result["now_s"], **result})
+    dist.barrier()
+    os._exit(0)
+
+
+def _sample(group: int) -> Sample:
+    rng = np.random.default_rng(group)
+    tokens, first = rng.integers(0, 128_000, 2048, np.int32), 255
+    version = np.where(np.arange(2047) < first, -1, 3).astype(np.int32)
+    record = {"prompt": "What? " * 200, "answer": "four"}
+    text = Text(group, record, record["prompt"], "The answer is four. " * 400)
+    return Sample(
+        tokens,
+        version >= 0,
+        group,
+        reward=1.0,
+        text=text,
+        version=version,
+        sampler_logp=rng.standard_normal(2047, np.float32),
+    )
 
 
 def _columns(size: int) -> Columns:
@@ -155,6 +236,7 @@ def _memory() -> Result:
 ROWS: list[tuple[str, str, list[int], Callable[[list[int]], dict[int, Result]]]] = [
     ("stop-strings", "tokens", [1024, 2048, 4096, 8192], stop_strings),
     ("packing", "samples", [2048, 4096, 8192, 16384], packing),
+    ("gather", "world", [8, 32, 64], gather),
     ("data-cache", "tokens", [7_500_000, 15_000_000, 30_000_000, 60_000_000], data_cache),
     ("plan", "world", [32, 256, 1024, 4096], plan),
 ]

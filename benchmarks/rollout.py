@@ -66,7 +66,7 @@ def build(a: argparse.Namespace, folder: Path) -> EngineSource:
     dtype = "bfloat16" if mesh.device.type == "cuda" else "float32"
     engine = VLLM(str(folder / "model"), tp=1, dtype=dtype, seed=1, max_len=longest, memory=a.memory, cache=0.0)
     owner = EngineOwner(engine, Residence((), mesh.device))
-    return EngineSource(config, mesh, owner, Tokenizer.load(folder / "model"), ABSENT, Free())
+    return EngineSource(config, mesh, owner, Tokenizer.load(folder / "model"), ABSENT, Free(), arch.hidden)
 
 
 class Free:

@@ -73,7 +73,7 @@ def parking(a: argparse.Namespace, sampler: EngineSource, rounds: int) -> None:
     learner = Learner(arch, config, mesh, dtype, fill=fill, temperature=1.0, train=True)
     lot.add("policy", learner)
     loss = partial(ALGORITHMS["sft"](config).loss, "policy")
-    cut = microbatches([draw(1024, 128, arch.vocab, False)], 1024, False)[0]
+    cut = microbatches(draw(1024, 128, arch.vocab, False), 1024, False)
     found = defaultdict(list)
     for _ in range(rounds):
         found["unpark"].append(timed(partial(lot.enter, Phase.LEARN))[0])

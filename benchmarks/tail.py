@@ -120,7 +120,7 @@ class Bench:
     def source(self, inflight: float, lengths: Lengths) -> EngineSource:
         owner = EngineOwner(self.engine, Residence((), self.mesh.device))
         prompts: Any = Prompts(self.arch.vocab, self.a.length)
-        made = EngineSource(self.config(inflight), self.mesh, owner, self.tokenizer, prompts, Free())
+        made = EngineSource(self.config(inflight), self.mesh, owner, self.tokenizer, prompts, Free(), self.arch.hidden)
         made.sampler = Forced(made.config, self.mesh, owner, self.tokenizer)
         made.sampler.lengths = lengths
         return made

@@ -107,7 +107,7 @@ def measure(a: argparse.Namespace, mesh: Mesh, kernels: str, arch: Architecture,
     for case in a.cases:
         dp = mesh.layout.dp
         samples = draw(a.tokens * a.microbatches * dp, a.length, arch.vocab, case == "lognormal")
-        cut = microbatches(shares(samples, dp, arch.hidden), a.tokens, False)[mesh.dp_rank]
+        cut = microbatches(shares(samples, dp, arch.hidden)[mesh.dp_rank], a.tokens, False, mesh.largest)
         lengths = [len(s.mask) for s in samples]
         update = record.seconds(partial(learner.learn, cut, loss, LR), a.repeat)
         step = record.seconds(lambda: learner.optimizer.step(LR), a.repeat)

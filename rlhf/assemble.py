@@ -117,7 +117,14 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     )
     mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
     source = EngineSource(
-        config, mesh, owner, given.tokenizer, given.records, Rule(rewards, mesh), environments=environments
+        config,
+        mesh,
+        owner,
+        given.tokenizer,
+        given.records,
+        Rule(rewards, mesh),
+        given.arch.hidden,
+        environments=environments,
     )
 
     def model(samples: list[Sample]) -> None:
@@ -158,13 +165,13 @@ def build(
             engine, residence, publisher=build_publisher(config, mesh, given, dtype), verify=config.rollout.check
         )
     roles = Roles(config, mesh, given.roles, dtype, config.rollout.temperature if algorithm.online else 1.0, residence)
-    source: Source = DataSource(config, given.records)
+    source: Source = DataSource(config, given.records, roles.share)
     evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
     if algorithm.online:
-        score = partial(roles.read, POLICY)
+        score, hidden = partial(roles.read, POLICY), given.arch.hidden
         judge = Rule(rewards, mesh)
         source = EngineSource(
-            config, mesh, owner, given.tokenizer, given.records, judge, score, TOLERANCE[dtype], environments
+            config, mesh, owner, given.tokenizer, given.records, judge, hidden, score, TOLERANCE[dtype], environments
         )
         evaluation = (
             ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge)

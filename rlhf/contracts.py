@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from rlhf.config import Config
 from rlhf.lazy import np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ABSENT: Any = None  # the value of a field that has not been written yet
 AllSum = Callable[["Tensor"], "Tensor"]  # all-reduce (sum) with autograd over a process group; the identity on one rank
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, count)
+Total = Callable[["np.ndarray"], "np.ndarray"]  # the sum of an array over all data-parallel replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,27 @@ class Sample:
     returns: np.ndarray = ABSENT  # [L] float32, written by Algorithm.credit
 
 
-def groups(samples: Sequence[Sample]) -> list[list[Sample]]:
+class Grouped(Protocol):
+    """A sample, or what is known about one."""
+
+    @property
+    def group(self) -> int: ...
+
+
+G = TypeVar("G", bound=Grouped)
+
+
+def groups(samples: Sequence[G]) -> list[list[G]]:
     """Return the samples as one list per group, in order of first appearance."""
-    members: dict[int, list[Sample]] = {}
+    members: dict[int, list[G]] = {}
     for sample in samples:
         members.setdefault(sample.group, []).append(sample)
     return list(members.values())
+
+
+def alone(x: np.ndarray) -> np.ndarray:
+    """Return x: the Total of a single replica."""
+    return x
 
 
 def worth(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -209,10 +225,12 @@ class Algorithm:
         """Raises UserError if keys contradict each other."""
         self.state = {}
 
-    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        """Turn rewards into advantages (or pairs). Return the samples to learn from, and metrics.
+    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
+        """Turn rewards into advantages (or pairs). Return the samples to learn from, and their metrics.
 
-        `samples` holds all samples of the step and is identical on every rank.
+        `samples` is one data-parallel replica's share of the step: whole groups, or nothing. total(x) sums an array x
+        over the shares of all replicas. All replicas must call it equally often, with arrays of equal shapes. `state`
+        must come out the same on all of them.
         """
         return samples, {}
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Sample
 from rlhf.data.records import Records
-from rlhf.metrics import Metrics, say
+from rlhf.metrics import Metrics, first, say
 from rlhf.roles import Roles
 from rlhf.rollout.judge import Judge
 from rlhf.rollout.source import EngineSource, summary
@@ -42,9 +42,8 @@ class ResponseEvaluation:
         if not self.config.evaluate.function:
             self.model(samples)
         metrics.keep("evaluate", samples)
-        if metrics.mesh.rank == 0:
-            show(samples[: self.config.evaluate.show])
-        metrics.add_common({f"eval_{name}": pair for name, pair in summary(samples).items()})
+        show(first(metrics.mesh, samples, self.config.evaluate.show))
+        metrics.add_share({f"eval_{name}": pair for name, pair in summary(samples).items()})
 
 
 @dataclass(slots=True)
@@ -58,9 +57,9 @@ class LossEvaluation:
 
     def __call__(self, metrics: Metrics) -> None:
         role, algorithm = self.roles.subject, self.algorithm
-        samples = self.held_out.head(self.config.evaluate.prompts)
+        samples = self.roles.share(self.held_out.head(self.config.evaluate.prompts))
         self.roles.score(samples, algorithm.streams)
-        samples, _ = algorithm.credit(samples)
+        samples, _ = algorithm.credit(samples, metrics.mesh.total)
         sums = self.roles.evaluate(role, samples, partial(algorithm.loss, role), algorithm.whole_groups)
         metrics.add({f"eval_{name}": pair for name, pair in sums.items()})
 
@@ -75,7 +74,7 @@ def table(config: Config, values: Mapping[str, float]) -> str:
 
 
 def show(samples: list[Sample]) -> None:
-    """Print prompts, responses and rewards. Call on rank 0."""
+    """Print prompts, responses and rewards."""
     for sample in samples:
         turns = sample.text.turns or [{"role": "assistant", "content": sample.text.response}]
         said = "".join(f" {'=>' if turn['role'] == 'assistant' else '<='} {turn['content']}" for turn in turns)

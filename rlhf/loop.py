@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from rlhf import folders, progress
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, Optim
 from rlhf.contracts import Algorithm, Sample
+from rlhf.data.shares import costs, redeal
 from rlhf.errors import SpoiltError
 from rlhf.evaluate import Evaluation
 from rlhf.interrupt import Interrupt
@@ -40,7 +41,7 @@ class Run:
     export: Callable[[Path], None]  # writes the trained model to a folder; the name of the folder is the format
     interrupt: Interrupt
     metrics: Metrics
-    # samples of the current step; before a save, the outputs of all models on them must be finite
+    # samples of this replica's share of the step; before a save, the outputs of all models on them must be finite
     probe: list[Sample] = field(default_factory=list)
 
     def train(self) -> bool:
@@ -86,7 +87,10 @@ class Run:
         return stop
 
     def step(self, step: int, check: bool) -> int:
-        """Run one step, counted from 0: rollout, score, learn, publish. Return the number of tokens of its samples."""
+        """Run one step, counted from 0: rollout, score, learn, publish.
+
+        Return the number of tokens of this replica's share of the samples.
+        """
         metrics = self.metrics
         with metrics.time("rollout"):
             samples, sums = self.source.take(step)
@@ -94,10 +98,10 @@ class Run:
         with metrics.time("score"):
             self.roles.score(samples, self.algorithm.streams)
             self.roles.judge(samples)
-            metrics.add_common(self.source.describe(samples))
+            metrics.add_share(self.source.describe(samples))
         tokens, drawn = sum(len(s.tokens) for s in samples), samples
-        samples, sums = self.algorithm.credit(samples)
-        metrics.add_common(sums)
+        samples, sums = self.algorithm.credit(samples, self.mesh.total)
+        metrics.add_share(sums)
         metrics.keep("train", drawn)
         self.probe = drawn[:2]
         with metrics.time("learn"):
@@ -107,14 +111,18 @@ class Run:
         return tokens
 
     def learn(self, samples: list[Sample], step: int) -> None:
-        """Make batch.epochs passes over the samples, each with batch.minibatches updates, for one role at a time."""
-        b, algorithm = self.config.batch, self.algorithm
-        batches = [batch for epoch in range(b.epochs) for batch in self._minibatches(samples, step, epoch)]
-        for role, _ in self.roles.visit(Phase.LEARN) if samples else ():
+        """Make batch.epochs passes over the samples, each with batch.minibatches updates, for one role at a time.
+
+        `samples` is the share of this replica. Each update has its own deal of its groups to the replicas.
+        """
+        algorithm, known = self.algorithm, costs(self.mesh, samples, self.roles.hidden)
+        parts = [part for epoch in range(self.config.batch.epochs) for part in self._minibatches(known, step, epoch)]
+        batches = redeal(self.mesh, samples, known, parts)
+        for role, _ in self.roles.visit(Phase.LEARN) if known else ():
             begin = algorithm.warmup.get(role, 0)  # the role's first update; its learning-rate schedule starts here
             updates = (self.config.steps - begin) * len(batches)
-            for i, batch in enumerate(batches):
-                if batch and step >= begin:
+            for i, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+                if part and step >= begin:
                     lr = learning_rate(self._optim(role), (step - begin) * len(batches) + i, updates)
                     self.metrics.add(
                         self.roles.learn(role, batch, partial(algorithm.loss, role), algorithm.whole_groups, lr)
@@ -136,11 +144,10 @@ class Run:
         export = self.export if self.config.checkpoint.export or done == self.config.steps else None
         self.checkpoints.save(done, self.roles.visit(Phase.SAVE), self.algorithm.state, export, self.source.state())
 
-    def _minibatches(self, samples: list[Sample], step: int, epoch: int) -> list[list[Sample]]:
-        """Return the samples of each update of one pass. Groups stay whole. Each pass shuffles them anew."""
-        order = np.random.default_rng((self.config.seed, step, epoch)).permutation(sorted({s.group for s in samples}))
-        parts = [set(part.tolist()) for part in np.array_split(order, self.config.batch.minibatches)]
-        return [[s for s in samples if s.group in part] for part in parts]
+    def _minibatches(self, known: Collection[int], step: int, epoch: int) -> list[list[int]]:
+        """Return the groups of each update of one pass. Each pass shuffles all groups, `known`, anew."""
+        order = np.random.default_rng((self.config.seed, step, epoch)).permutation(sorted(known))
+        return [sorted(part.tolist()) for part in np.array_split(order, self.config.batch.minibatches)]
 
     def _advice(self, step: int) -> str:
         """Return the advice for a step after which a model is no longer finite."""

@@ -15,7 +15,7 @@ from typing import Self
 from rlhf import progress, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
-from rlhf.contracts import Sample
+from rlhf.contracts import ABSENT, Sample
 from rlhf.parallel.mesh import Mesh
 from rlhf.recorder import Recorder, Use
 
@@ -45,13 +45,14 @@ class Metrics:
     def __init__(self, config: Config, mesh: Mesh, start: int):
         self.mesh, self.steps, self.every = mesh, config.steps, config.log.every
         self.sums: dict[str, tuple[float, float]] = {}
+        own = own_name(config)
+        self.count = -1 if own else config.log.samples  # responses to record per step and evaluation; -1: all
         self.events = None
         self.recorder: Recorder | None = None
         self.begin()
         if mesh.rank == 0:
-            out, own = Path(config.out), own_name(config)
-            count = -1 if own else config.log.samples
-            self.recorder = Recorder(out, count, start, own) if count else None
+            out = Path(config.out)
+            self.recorder = Recorder(out, start, own) if self.count else None
             self.path = out / f"{own or 'metrics'}.jsonl"
             self.silent = bool(own)
             _forget(self.path, start or -1)  # a new run writes all lines anew, also that of step 0
@@ -75,6 +76,11 @@ class Metrics:
         if self.mesh.rank == 0:
             self.add(sums)
 
+    def add_share(self, sums: Mapping[str, tuple[float, float]]) -> None:
+        """Add sums over a replica's share of the samples. The ranks of the replica have the same ones."""
+        if self.mesh.is_first_in_replica:
+            self.add(sums)
+
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Measure the wall time of rank 0 in a phase, in seconds. Times of phases with the same name add up."""
@@ -88,9 +94,10 @@ class Metrics:
     def write(self, step: int, tokens: int = 0) -> dict[str, float]:
         """Write the step's metrics over all ranks, and return them on every rank.
 
-        tokens: number of tokens in the step's samples, prompts included.
+        tokens: number of tokens in this replica's share of the step's samples, prompts included.
         """
         totals: dict[str, tuple[float, float]] = {}
+        self.add_share({"tokens": (float(tokens), 0.0)})  # a sum without a count, which is no metric by itself
         for sums in self.mesh.all_gather(self.sums):
             for name, (total, count) in sums.items():
                 old = totals.get(name, (0.0, 0.0))
@@ -98,17 +105,22 @@ class Metrics:
         seconds = time.perf_counter() - self.began
         values = {name: total / count for name, (total, count) in totals.items() if count}
         values["time/step"] = seconds
-        if tokens:
-            values["tokens_per_second"] = tokens / seconds
+        if all_tokens := totals.pop("tokens", (0.0, 0.0))[0]:
+            values["tokens_per_second"] = all_tokens / seconds
         self.sums = {}
         if self.mesh.rank == 0:
             self._record(step, values)
         return values
 
     def keep(self, use: Use, samples: Sequence[Sample]) -> None:
-        """Record samples, which are identical on every rank, in out/samples (see Recorder)."""
-        if self.recorder:
-            self.recorder.keep(use, samples)
+        """Record the first sampled responses of all replicas in out/samples (see Recorder). Every rank calls it.
+
+        `samples` is the share of this replica. Samples from the data set are ignored.
+        """
+        if self.count:
+            kept = first(self.mesh, [s for s in samples if s.version is not ABSENT], self.count)
+            if self.recorder:
+                self.recorder.keep(use, kept)
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -162,6 +174,20 @@ class Progress:
             left = seconds * (self.total - self.done) / self.done  # assumes that the rest is as fast
             rate = f"{self.tokens / seconds:,.0f} tokens/s, about {left:.0f} s to go"
             print(f"\r\033[K{self.name}: {self.done} of {self.total} {self.units}, {rate}", end="", flush=True)
+
+
+def first(mesh: Mesh, samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return the first `count` samples of all replicas (-1: all) on rank 0, in order of groups; [] on other ranks.
+
+    `samples` is the share of this replica. Every rank calls it.
+    """
+    mine = list(samples) if mesh.is_first_in_replica else []
+    order = sorted(group for part in mesh.all_gather([s.group for s in mine]) for group in part)
+    end = len(order) if count < 0 else count
+    wanted = set(order[:end])
+    parts: list[list[Sample]] = [[s for s in mine if s.group in wanted], *([] for _ in range(mesh.world - 1))]
+    found = [sample for part in mesh.exchange(parts) for sample in part]
+    return sorted(found, key=lambda s: s.group)[:end]
 
 
 def own_name(config: Config) -> str:

@@ -22,14 +22,13 @@ NAME = re.compile(r"step_(\d{6,})\.jsonl")
 class Recorder:
     """Writes sample files in a thread, so that no step waits for it. Each file appears only when it is complete.
 
-    count   number of responses to write per use and step, the first ones; -1: all
     start   number of steps that the run has done; files of later steps are deleted, because these steps run again;
             -1: no file is deleted
     name    name of the only file to write; "": one file per step
     """
 
-    def __init__(self, out: Path, count: int, start: int, name: str = ""):
-        self.folder, self.count, self.name = out / "samples", count, name
+    def __init__(self, out: Path, start: int, name: str = ""):
+        self.folder, self.name = out / "samples", name
         self._kept: list[tuple[Use, Sample]] = []
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -39,9 +38,8 @@ class Recorder:
                 file.unlink()
 
     def keep(self, use: Use, samples: Sequence[Sample]) -> None:
-        """Add sampled responses to the file of the current step. Samples from the data set are ignored."""
-        sampled = [sample for sample in samples if sample.version is not ABSENT]
-        self._kept += [(use, sample) for sample in (sampled if self.count < 0 else sampled[: self.count])]
+        """Add sampled responses to the file of the current step."""
+        self._kept += [(use, sample) for sample in samples]
 
     def write(self, step: int) -> None:
         """Start to write the file of a step, after the previous file is complete."""

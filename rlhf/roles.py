@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,9 @@ from torch import Tensor
 from rlhf import progress
 from rlhf.config import Config
 from rlhf.contracts import Batch, Loss, Output, Sample, Sums, scored
-from rlhf.data.packing import plan
+from rlhf.data.packing import microbatches, shares
 from rlhf.model.architecture import Architecture
-from rlhf.parallel.mesh import Mesh, portion
+from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Phase
 from rlhf.prepare import Role
 from rlhf.residence import Residence
@@ -31,7 +31,7 @@ SCORED_BY = {"old_logp": "policy", "ref_logp": "reference", "values": "critic"} 
 class Roles:
     """The learners of all roles, which use the device one after the other.
 
-    All methods get the same samples on every rank. The data-parallel replicas split the work.
+    Every rank calls the methods, with its replica's share of the samples. All ranks of a replica have the same share.
     """
 
     def __init__(
@@ -53,12 +53,20 @@ class Roles:
             mesh.agree("" if self.learners[name].sound() else f"{role.folder}: {UNSOUND}")
             residence.add(name, self.learners[name])
         self.trained = [name for name, role in roles.items() if role.use == "train"]
-        self._plan = lru_cache(maxsize=16)(plan)  # all streams, roles and passes of a step need the same plan
 
     @property
     def subject(self) -> str:
         """The role that the run trains and exports: the first trained one."""
         return self.trained[0]
+
+    @property
+    def hidden(self) -> int:
+        """The width of the subject, by which the samples are dealt to the replicas."""
+        return self.roles[self.subject].arch.hidden
+
+    def share(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return this replica's share of samples that all ranks have."""
+        return shares(samples, self.mesh.layout.dp, self.hidden)[self.mesh.dp_rank]
 
     def tilings(self, arch: Architecture) -> list[list]:
         """Return the tiles of every rank's training shard."""
@@ -71,19 +79,14 @@ class Roles:
             yield name, self.learners[name]
 
     def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """Return a role's stream [L] (log-probs, or values) of every sample, in order, on every rank."""
+        """Return a role's stream [L] (log-probs, or values) of every sample of the share, in order."""
         self.residence.enter(Phase.SCORE, name)
-        indexed = {id(sample): i for i, sample in enumerate(samples)}
-        cut = self._cut(name, samples, whole_groups=False)
-        mine = portion(self.learners[name].score(cut[self.mesh.dp_rank]), *self.mesh.place_in_replica)
-        spoken: list[list[np.ndarray]] = [[] for _ in cut]
-        for replica, part in self.mesh.all_gather((self.mesh.dp_rank, mine)):
-            spoken[replica] += part
-        streams: list[np.ndarray] = [np.empty(0)] * len(samples)
-        for bins, said in zip(cut, spoken, strict=True):
-            for sample, stream in zip((s for b in bins for s in b), said, strict=True):
-                streams[indexed[id(sample)]] = stream
-        return streams
+        cut = self._cut(samples, whole_groups=False)
+        streams = {
+            id(sample): stream
+            for sample, stream in zip((s for b in cut for s in b), self.learners[name].score(cut), strict=True)
+        }
+        return [streams[id(sample)] for sample in samples]
 
     def score(self, samples: Sequence[Sample], streams: Sequence[str]) -> None:
         """Compute these streams and write them into the samples."""
@@ -101,7 +104,7 @@ class Roles:
 
     def learn(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool, lr: float) -> Sums:
         """Make one optimizer update of the visited role. Return this rank's part of the metrics."""
-        sums = self.learners[name].learn(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss, lr)
+        sums = self.learners[name].learn(self._cut(samples, whole_groups), loss, lr)
         return sums if name == self.subject else {f"{name}_{metric}": pair for metric, pair in sums.items()}
 
     def check(self, name: str) -> None:
@@ -117,13 +120,14 @@ class Roles:
         for name, learner in self.visit(Phase.SAVE):
             if not all(self.mesh.all_gather(learner.sound(optimizer=True))):
                 raise FloatingPointError(f"the {name}'s weights or its optimizer's state are no longer finite")
-            if not all(np.isfinite(stream).all() for stream in (self.read(name, samples) if samples else ())):
+            finite = all(bool(np.isfinite(stream).all()) for stream in self.read(name, samples))
+            if not all(self.mesh.all_gather(finite)):
                 raise FloatingPointError(f"the {name}'s outputs for this step's samples are no longer finite")
 
     def evaluate(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool) -> Sums:
         """Return this rank's part of the metrics of a loss, without an update."""
         self.residence.enter(Phase.SCORE, name)
-        return self.learners[name].evaluate(self._cut(name, samples, whole_groups)[self.mesh.dp_rank], loss)
+        return self.learners[name].evaluate(self._cut(samples, whole_groups), loss)
 
     def export(self, name: str, folder: Path, format: str) -> None:
         """Write a role's model to a folder in one of weights.formats.FORMATS. Every rank calls it.
@@ -164,12 +168,9 @@ class Roles:
         else:
             files.read(role.folder, role.arch, tiles, parameters)
 
-    def _cut(self, name: str, samples: Sequence[Sample], whole_groups: bool) -> list[list[list[Sample]]]:
-        """Return the micro-batches of all data-parallel ranks: [dp rank][micro-batch][sample]."""
-        lengths, group = tuple(len(s.mask) for s in samples), tuple(s.group for s in samples)
-        hidden = self.roles[name].arch.hidden
-        cut = self._plan(lengths, group, self.mesh.layout.dp, hidden, self.config.batch.tokens, whole_groups)
-        return [[[samples[i] for i in items] for items in bins] for bins in cut]
+    def _cut(self, samples: Sequence[Sample], whole_groups: bool) -> list[list[Sample]]:
+        """Return the micro-batches of this replica. All replicas get the same number."""
+        return microbatches(samples, self.config.batch.tokens, whole_groups, self.mesh.largest)
 
 
 def describe(config: dict, arch: Architecture) -> dict:

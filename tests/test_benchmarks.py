@@ -108,12 +108,16 @@ def test_step(tmp_path: Path) -> None:
 
 def test_host() -> None:
     """Each case runs at two sizes. Tokens of a data set are mapped, so a process does not copy them."""
-    sizes = {"stop-strings": (64, 128), "packing": (32, 64), "data-cache": (400_000, 2_000_000), "plan": (32, 4096)}
+    sizes = {"stop-strings": (64, 128), "packing": (32, 64), "gather": (2, 4)}
+    sizes |= {"data-cache": (400_000, 2_000_000), "plan": (32, 4096)}
     found = lines("host", *(str(argument) for name, both in sizes.items() for argument in (f"--{name}", *both)))
     named = [(line["case"], line.get("tokens", line.get("samples", line.get("world")))) for line in found]
     assert named == [(name, size) for name, both in sizes.items() for size in both]
     assert all(line["seconds"] > 0 for line in found)
-    cache, plans = found[-4:-2], found[-2:]
+    shared, cache, plans = found[-6:-4], found[-4:-2], found[-2:]
+    assert all(
+        line["now_received_mib"] * line["world"] == pytest.approx(line["before_received_mib"]) for line in shared
+    )
     assert cache[1]["own_after_use_mib"] < 4 < cache[1]["resident_after_use_mib"], "of 10 MiB"
     assert plans[0]["moves"] == pytest.approx(plans[1]["moves"], rel=0.02), (
         "a rank's part of a publish does not grow with the world"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from judges import FREE, Judging
+from meshes import ALONE
 from rows import write
 
 from rlhf import configuration
@@ -21,7 +21,6 @@ from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.rollout.source import EngineSource, summary
 
-ALONE = SimpleNamespace(rank=0, world=1, all_gather=lambda value: [value])
 KEYS = ["data.max_tokens=64", "rollout.max_tokens=4", "rollout.group=3", "batch.prompts=4"]
 
 
@@ -71,7 +70,7 @@ def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[EngineSource
         config = configuration.load("grpo", [*KEYS, *overrides])
         engine = Scribe(says or (lambda seed: Completion([5 + seed % 50, llama2.eos], [-0.5, -0.25], "stop")))
         records = Records.load(path, "prompts", llama2, config.data, max_prompt=60)
-        return EngineSource(config, ALONE, engine, llama2, records, Judging(reward)), engine  # type: ignore[arg-type]
+        return EngineSource(config, ALONE, engine, llama2, records, Judging(reward), 64), engine  # type: ignore[arg-type]
 
     return made
 

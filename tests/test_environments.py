@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from judges import FREE
+from meshes import ALONE
 from rows import write
 
 from rlhf import configuration, rewards
@@ -219,11 +219,6 @@ class Engine:
         return not self.waiting
 
 
-def agree(mistake: str) -> None:
-    if mistake:
-        raise UserError(mistake)
-
-
 TALKING = """
 class Talking:
     def reset(self, record):
@@ -243,14 +238,6 @@ class Talking:
             return None, 0.25
         return [{"role": "user", "content": "ANSWER" + " and so on" * text.count("more")}], 1.0
 """
-ALONE = SimpleNamespace(
-    rank=0,
-    world=1,
-    is_first_on_node=True,
-    all_gather=lambda value: [value],
-    agree=agree,
-    gatherer=lambda size: lambda value: [value],
-)
 
 
 def talk(
@@ -270,7 +257,7 @@ def talk(
     records = Records.load(data, "prompts", tokenizer, config.data, max_prompt=64)
     engine = Engine(tokenizer, *texts)
     with Environments(config.rollout.environment, 10, 2) as environments:
-        source = EngineSource(config, ALONE, engine, tokenizer, records, FREE, environments=environments)  # type: ignore[arg-type]
+        source = EngineSource(config, ALONE, engine, tokenizer, records, FREE, 64, environments=environments)  # type: ignore[arg-type]
         samples, _ = source.take(0)
         assert not environments._homes, "no dialogue is left"
     assert len(set(engine.keys)) == len(engine.keys), "keys of requests are unique"

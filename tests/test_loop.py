@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from meshes import ALONE
 
 from rlhf import configuration
 from rlhf import roles as models
@@ -39,6 +40,7 @@ class Roles:
     """Models that record their samples, and return the name of their role as a stream."""
 
     NAMES = ("policy", "critic", "reference")
+    hidden = 64
 
     def __init__(self, trained: list[str]):
         self.trained, self.updates, self.visits = trained, list[Update](), list[str]()
@@ -71,7 +73,7 @@ class Metrics:
 def made(config: Config) -> tuple[Run, Roles]:
     """Return a run that can learn, without a device."""
     run: Any = object.__new__(Run)
-    run.config, run.algorithm, run.metrics = config, ALGORITHMS[config.mode](config), Metrics()
+    run.config, run.algorithm, run.metrics, run.mesh = config, ALGORITHMS[config.mode](config), Metrics(), ALONE
     run.roles = Roles([name for name, use in run.algorithm.models.items() if use == "train"])
     return run, run.roles
 

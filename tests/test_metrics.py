@@ -9,16 +9,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from meshes import ALONE
 
 from rlhf import configuration
+from rlhf.contracts import Sample
 from rlhf.evaluate import table
 from rlhf.metrics import Metrics
 
 
 def made(out: Path, start: int = 0, rank: int = 0, others: tuple[dict, ...] = (), *overrides: str) -> Metrics:
     """Return metrics of a rank that receives the sums of other ranks."""
-    mesh = SimpleNamespace(rank=rank, all_gather=lambda mine: [mine, *others])
+    mesh = SimpleNamespace(rank=rank, is_first_in_replica=not rank, all_gather=lambda mine: [mine, *others])
     return Metrics(configuration.load("sft", [f"out={out}", "steps=9", *overrides]), mesh, start)  # type: ignore[arg-type]
 
 
@@ -53,20 +56,22 @@ def test_sums_run_over_ranks_and_calls(tmp_path: Path) -> None:
         metrics.add({"loss": (1.0, 2.0), "never": (0.0, 0.0)})
         metrics.add({"loss": (2.0, 1.0)})
         metrics.add_common({"reward": (3.0, 2.0)})
+        metrics.add_share({"silent": (1.0, 4.0)})
         values = metrics.write(1)
         assert values["loss"] == 8.0 / 4.0
         assert values["theirs"] == 0.5
         assert "never" not in values
         assert values.get("reward") == (1.5 if rank == 0 else None)
+        assert values.get("silent") == (0.25 if rank == 0 else None), "from the first rank of a replica"
         again = metrics.write(2)  # the sums of this rank were reset; the other ranks send theirs again
         assert again["loss"] == 5.0
         assert "reward" not in again
 
 
 def test_times(tmp_path: Path) -> None:
-    """Times of a phase are added. A step begins at begin(). Tokens per second are of the whole step."""
+    """Times of a phase are added. A step begins at begin(). Tokens per second are of all replicas."""
     start = time.perf_counter()
-    metrics = made(tmp_path)
+    metrics = made(tmp_path, 0, 0, ({"tokens": (50.0, 0.0)}, {}))
     time.sleep(0.2)
     metrics.begin()
     for phase, seconds in (("learn", 0.05), ("publish", 0.01), ("learn", 0.1)):
@@ -76,8 +81,23 @@ def test_times(tmp_path: Path) -> None:
     assert 0.15 <= values["time/learn"] <= values["time/step"] - 0.01
     assert values["time/publish"] >= 0.01
     assert values["time/step"] <= time.perf_counter() - start - 0.2
-    assert values["tokens_per_second"] == pytest.approx(100 / values["time/step"])
-    assert "tokens_per_second" not in metrics.write(2)
+    assert values["tokens_per_second"] == pytest.approx(150 / values["time/step"])
+    assert "tokens_per_second" not in made(tmp_path).write(2)
+
+
+@pytest.mark.parametrize("count", [0, 2, -1])
+def test_the_first_sampled_responses_are_recorded(tmp_path: Path, count: int) -> None:
+    """There are log.samples of them. Samples from the data set are ignored."""
+    tokens, mask, version = np.arange(3, dtype=np.int32), np.ones(2, bool), np.zeros(2, np.int32)
+    metrics = made(tmp_path, 0, 0, (), f"log.samples={count}")
+    metrics.mesh = ALONE
+    metrics.keep("train", [Sample(tokens, mask, group, version=version) for group in range(3)])
+    metrics.keep("evaluate", [Sample(tokens, mask, 7)])
+    metrics.write(1)
+    metrics.close()
+    files = [file.read_text().splitlines() for file in tmp_path.glob("samples/*")]
+    wanted = {0: [], 2: [[0, 1]], -1: [[0, 1, 2]]}[count]
+    assert [[json.loads(line)["group"] for line in file] for file in files] == wanted
 
 
 def test_lines_for_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +127,7 @@ def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.Captu
     made(tmp_path).write(1)
     config = configuration.load("evaluate", [f"out={tmp_path}", "policy.load=model", "data.eval=dev.jsonl"])
     for reward in (0.25, 1 / 3):
-        metrics = Metrics(config, SimpleNamespace(rank=0, all_gather=lambda mine: [mine]), start=-1)  # type: ignore[arg-type]
+        metrics = Metrics(config, ALONE, start=-1)
         metrics.add_common({"eval_reward": (reward, 1.0), "eval_response_tokens": (12.0, 1.0)})
         capsys.readouterr()
         values = metrics.write(0)

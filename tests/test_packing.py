@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from meshes import together
 from models import samples
 
-from rlhf import configuration, roles
 from rlhf.contracts import Sample, groups
-from rlhf.data.packing import balance, cost, fill, microbatches, pack, plan, shares, unpack
-from rlhf.roles import Roles
+from rlhf.data.packing import balance, cost, fill, microbatches, pack, shares, unpack
 
 
 def test_alignment_by_hand() -> None:
@@ -58,11 +56,22 @@ def test_unpack_returns_each_samples_stream() -> None:
         assert np.array_equal(stream, sample.old_logp)
 
 
+def cut_by_all(
+    made: Sequence[Sample], dp: int, hidden: int, budget: int, whole_groups: bool
+) -> list[list[list[Sample]]]:
+    """Return the micro-batches of all replicas, which agree on their number: [replica][micro-batch][sample]."""
+    shared = shares(made, dp, hidden)
+    return together(
+        [[rank] for rank in range(dp)],
+        lambda mesh: microbatches(shared[mesh.rank], budget, whole_groups, mesh.largest),
+    )
+
+
 @pytest.mark.parametrize("dp", [1, 2, 3])
 def test_microbatches_are_a_partition_with_equal_counts(dp: int) -> None:
     made = samples(20)
     shared = shares(made, dp, hidden=64)
-    cut = microbatches(shared, budget=128, whole_groups=False)
+    cut = cut_by_all(made, dp, 64, 128, False)
     assert len({len(bins) for bins in cut}) == 1
     assert sorted(id(s) for bins in cut for b in bins for s in b) == sorted(map(id, made))
     assert all(sum(len(s.mask) for s in b) <= 128 for bins in cut for b in bins)
@@ -73,7 +82,7 @@ def test_microbatches_are_a_partition_with_equal_counts(dp: int) -> None:
 
 
 def test_whole_groups_share_a_microbatch() -> None:
-    cut = microbatches(shares(samples(12), 2, hidden=64), budget=150, whole_groups=True)
+    cut = cut_by_all(samples(12), 2, 64, 150, True)
     homes = {}
     for rank, bins in enumerate(cut):
         for i, b in enumerate(bins):
@@ -154,10 +163,7 @@ def test_heaps_deal_and_fill_as_by_hand() -> None:
 
 
 def test_microbatches_are_those_cut_by_hand() -> None:
-    """All kinds of lengths, groups and layouts are tested, with samples and with their indices.
-
-    Some shares need more micro-batches than others.
-    """
+    """All kinds of lengths, groups and layouts are tested. Some shares need more micro-batches than others."""
     rng = np.random.default_rng(2)
     (base,) = samples(1)
     apart = 0
@@ -166,39 +172,8 @@ def test_microbatches_are_those_cut_by_hand() -> None:
         made = [replace(base, mask=np.ones(n, bool), group=int(rng.integers(0, 12))) for n in lengths]
         dp, hidden, budget, whole = int(rng.integers(1, 6)), 8, int(rng.integers(20, 400)), bool(turn % 2)
         wanted = [[list(map(id, b)) for b in bins] for bins in cut_by_hand(made, dp, hidden, budget, whole)]
+        cut = cut_by_all(made, dp, hidden, budget, whole)
+        assert [[list(map(id, b)) for b in bins] for bins in cut] == wanted
         shared = shares(made, dp, hidden)
-        assert [[list(map(id, b)) for b in bins] for bins in microbatches(shared, budget, whole)] == wanted
-        cut = plan(lengths, [s.group for s in made], dp, hidden, budget, whole)
-        assert [[[id(made[i]) for i in b] for b in bins] for bins in cut] == wanted
         apart += len({len(fill([len(s.mask) for s in share], budget)) for share in shared}) > 1
     assert apart > 20
-
-
-def test_a_step_cuts_the_same_samples_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan is reused for every role of the same width, and for every pass.
-
-    Other samples with the same lengths and groups get their own plan.
-    """
-    calls = []
-    monkeypatch.setattr(roles, "plan", lambda *known: calls.append(known) or plan(*known))
-    models = {
-        name: SimpleNamespace(arch=SimpleNamespace(hidden=h), use="train")
-        for name, h in (("a", 64), ("b", 64), ("c", 8))
-    }
-    monkeypatch.setattr(Roles, "_learner", lambda *_: SimpleNamespace(sound=lambda: True))
-    config = configuration.load("grpo", ["batch.tokens=128"])
-    mesh, parking = (
-        SimpleNamespace(layout=SimpleNamespace(dp=2), agree=lambda mistake: None),
-        SimpleNamespace(add=lambda *_: None),
-    )
-    known = Roles(config, mesh, models, torch.float32, 1.0, parking)
-    made = samples(20)
-    for given in (made, [replace(s) for s in made], made[::-1]):
-        for name, width in (("a", 64), ("b", 64), ("c", 8)):
-            for whole in (False, True):
-                wanted = cut_by_hand(given, 2, width, 128, whole)
-                cut = known._cut(name, given, whole)
-                assert [[list(map(id, b)) for b in bins] for bins in cut] == [
-                    [list(map(id, b)) for b in bins] for bins in wanted
-                ]
-    assert len(calls) == 2 * 2 * 2, "two orders, two widths, groups whole or not"

@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from meshes import ALONE
 from rows import write
 
 from rlhf import configuration
@@ -24,7 +24,6 @@ from rlhf.rollout.judge import Rule
 from rlhf.rollout.source import EngineSource
 from rlhf.rollout.stops import Stops
 
-ALONE = SimpleNamespace(rank=0, world=1, is_first_on_node=True, all_gather=lambda value: [value])
 SLOW = """
 import time
 
@@ -63,7 +62,7 @@ def test_rewards_are_given_beside_generation(tmp_path: Path, llama2: Tokenizer) 
     )
     records = Records.load(data, "prompts", llama2, config.data, max_prompt=60)
     with Rewards(f"{tmp_path}/slow.py:slow", timeout=10, workers=2) as rewards:
-        source = EngineSource(config, ALONE, SlowEngine(0.3), llama2, records, Rule(rewards, ALONE))  # type: ignore[arg-type]
+        source = EngineSource(config, ALONE, SlowEngine(0.3), llama2, records, Rule(rewards, ALONE), 64)  # type: ignore[arg-type]
         source.take(0)  # starts the processes
         start = time.perf_counter()
         samples, sums = source.take(1)
@@ -136,10 +135,9 @@ def lines(file: Path) -> list[dict]:
 
 
 def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, 2, start=0)
-    recorder.keep("train", [sampled(0.5, advantages=np.array([0, 2, 4], np.float32)), sampled(1.0), sampled(2.0)])
+    recorder = Recorder(tmp_path, start=0)
+    recorder.keep("train", [sampled(0.5, advantages=np.array([0, 2, 4], np.float32)), sampled(1.0)])
     recorder.keep("evaluate", [sampled(3.0)])
-    recorder.keep("train", [Sample(np.arange(3), np.ones(2, bool), 0)])  # a record of the data set
     recorder.write(7)
     recorder.finish()
     [file] = (tmp_path / "samples").iterdir()
@@ -175,13 +173,13 @@ def test_a_run_writes_no_step_twice(tmp_path: Path, start: int, left: list[int])
 
     Mode evaluate (-1) removes nothing.
     """
-    recorder = Recorder(tmp_path, -1, start=0)
+    recorder = Recorder(tmp_path, start=0)
     for step in (1, 2, 3):
         recorder.keep("train", [sampled(float(step))] * 3)
         recorder.write(step)
     recorder.finish()
     assert len(lines(tmp_path / "samples/step_000003.jsonl")) == 3
     (tmp_path / "samples/step_best.jsonl").touch()  # not written by a run
-    Recorder(tmp_path, -1, start=start)
+    Recorder(tmp_path, start=start)
     kept = [*(f"step_{step:06}.jsonl" for step in left), "step_best.jsonl"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept

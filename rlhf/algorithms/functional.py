@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf.config import Config
-from rlhf.contracts import Batch, Loss, Sample
+from rlhf.contracts import Batch, Loss, Sample, Total, alone
 from rlhf.lazy import F, np, torch
 
 if TYPE_CHECKING:
@@ -164,31 +164,43 @@ def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> tu
     return advantages, advantages + values
 
 
-def whiten(samples: Sequence[Sample]) -> None:
-    """Scale the advantages of all learned tokens to mean 0 and population variance 1, in place.
+def learned(samples: Sequence[Sample], stream: str) -> np.ndarray:
+    """Return the values of a stream at all learned tokens of the samples as one array."""
+    return np.concatenate([np.empty(0, np.float32), *(getattr(s, stream)[s.mask] for s in samples)])
+
+
+def moments(values: np.ndarray, total: Total) -> tuple[float, float, float]:
+    """Return the count, the mean, and the sum of squared deviations of the values of all replicas, in float64."""
+    values = values.astype(np.float64)
+    count, summed = total(np.array([len(values), values.sum()])).tolist()
+    mean = summed / max(count, 1.0)
+    return count, mean, float(total(((values - mean) ** 2).sum()))
+
+
+def whiten(samples: Sequence[Sample], total: Total = alone) -> None:
+    """Scale the advantages of all learned tokens of all replicas to mean 0 and population variance 1, in place.
 
     1e-8 is added to the variance before the division.
     """
-    if not samples:
-        return
-    flat = np.concatenate([s.advantages[s.mask] for s in samples]).astype(np.float64)
-    mean, deviation = flat.mean(), np.sqrt(flat.var() + 1e-8)
+    count, mean, squares = moments(learned(samples, "advantages"), total)
+    deviation = np.sqrt(squares / max(count, 1.0) + 1e-8)
     for s in samples:
-        s.advantages = np.where(s.mask, (s.advantages - mean) / deviation, 0.0).astype(np.float32)
+        s.advantages = np.where(s.mask, (s.advantages.astype(np.float64) - mean) / deviation, 0.0).astype(np.float32)
 
 
-def running_deviation(state: dict[str, float], values: np.ndarray) -> float:
-    """Return the population standard deviation of all values so far, including `values` (Chan, 1979).
+def running_deviation(state: dict[str, float], values: np.ndarray, total: Total = alone) -> float:
+    """Return the population standard deviation of all values so far, including `values` of all replicas (Chan, 1979).
 
     state holds their count, mean and sum of squared deviations. The result is 0 if the values differ by no more than
     float32 rounding, because scores are float32. Dividing equal scores by such a deviation would make them very large.
     """
     count, mean, squares = (state.get(f"reward_{name}", 0.0) for name in ("count", "mean", "squares"))
-    total, shift = count + len(values), float(values.mean()) - mean
-    squares += float(((values - values.mean()) ** 2).sum()) + shift**2 * count * len(values) / total
-    mean += shift * len(values) / total
-    state |= {"reward_count": total, "reward_mean": mean, "reward_squares": squares}
-    deviation = (squares / total) ** 0.5
+    added, centre, own = moments(values, total)
+    seen, shift = count + added, centre - mean
+    squares += own + shift**2 * count * added / seen
+    mean += shift * added / seen
+    state |= {"reward_count": seen, "reward_mean": mean, "reward_squares": squares}
+    deviation = (squares / seen) ** 0.5
     return deviation if deviation > 1e-6 * abs(mean) else 0.0
 
 

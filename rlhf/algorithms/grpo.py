@@ -27,7 +27,7 @@ from rlhf.algorithms.functional import (
     whiten,
 )
 from rlhf.config import Between, Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, differ, groups
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, Total, alone, differ, groups
 from rlhf.errors import UserError
 from rlhf.lazy import np
 
@@ -72,7 +72,7 @@ class GRPO(Algorithm):
         self.models = {"policy": "train", "reference": "frozen"} if self.keys.kl else {"policy": "train"}
         self.streams = ("old_logp",) * self.scored + ("ref_logp",) * bool(self.keys.kl)
 
-    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
         """Write advantages. Return the samples to learn from, and metrics.
 
         With overlong=mask, truncated responses count in their group's baseline but are not returned.
@@ -85,7 +85,7 @@ class GRPO(Algorithm):
                 sample.advantages = np.where(sample.mask, advantage, 0.0).astype(np.float32)
         learned = [s for s in samples if not (c.overlong == "mask" and s.truncated)]
         if c.advantage == "global":
-            whiten(learned)
+            whiten(learned, total)
         sums = {"silent": (float(silent), float(len(drawn)))}  # groups of equal rewards, whose advantages are all 0
         if c.overlong == "shape":
             sums["overlong"] = (sum(map(self._penalty, samples)), float(len(samples)))

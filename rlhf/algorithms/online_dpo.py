@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rlhf.algorithms.dpo import DPO
 from rlhf.config import Config
-from rlhf.contracts import Sample, Sums, differ, groups, worth
+from rlhf.contracts import Sample, Sums, Total, alone, differ, groups, worth
 from rlhf.errors import UserError
 
 
@@ -23,11 +23,11 @@ class OnlineDPO(DPO):
         if config.rollout.group < 2:
             raise UserError("rollout.group=1 makes no pairs: set it to 2 or more")
 
-    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
         """Return each group's best and worst response (dpo.pairs=best_worst) or all its responses, and metrics.
 
         Among equal rewards, the first response is taken. Groups of equal rewards are dropped. If all groups are
-        dropped, the list is empty and the step has no update.
+        dropped on all replicas, the step has no update.
         """
         kept: list[Sample] = []
         drawn, tied, gap = groups(samples), 0, 0.0

@@ -19,15 +19,17 @@ from rlhf.algorithms.functional import (
     clipped_value,
     gae,
     kl_estimate,
+    learned,
     mean_loss,
     mismatch_cap,
+    moments,
     repeats,
     running_deviation,
     sampler_weight,
     whiten,
 )
 from rlhf.config import Between, Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, Total, alone
 from rlhf.errors import UserError
 from rlhf.lazy import np, torch
 
@@ -86,7 +88,7 @@ class PPO(Algorithm):
             short = f"ppo.kl_horizon={self.keys.kl_horizon} is too short for steps of {responses} responses"
             raise UserError(f"{short}: set it above {ERROR * responses:g}")
 
-    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
         """Write advantages and returns of every response token. Return the samples, and metrics.
 
         The metric kl is the mean over responses of the sum of k1 over the response's tokens.
@@ -95,7 +97,7 @@ class PPO(Algorithm):
         coefficient = self.state.get("kl_coefficient", c.kl) if c.kl_target else c.kl
         worth = np.array([s.reward for s in samples])
         if c.reward_scale:
-            worth = worth / (running_deviation(self.state, worth) or 1.0)
+            worth = worth / (running_deviation(self.state, worth, total) or 1.0)
         if c.reward_clip:
             worth = np.clip(worth, -c.reward_clip, c.reward_clip)
         kl = shaped = repeated = 0.0
@@ -119,16 +121,17 @@ class PPO(Algorithm):
                 np.zeros(len(sample.mask), np.float32),
             )
             sample.advantages[here], sample.returns[here] = gae(rewards, sample.values[here], c.gamma, c.lam)
-        sums = {"shaped_reward": (shaped, n), **_summary(samples)}
+        sums = {"shaped_reward": (shaped, n), **_summary(samples, total)}
         if c.kl:
             sums |= {"kl": (kl, n), "kl_coefficient": (coefficient, 1.0)}
         if c.ngram:
             sums["repeated"] = (repeated, sums["returns"][1])
         if c.kl_target:
+            kl, n = total(np.array([kl, n])).tolist()
             error = np.clip(kl / n / c.kl_target - 1, -ERROR, ERROR)
             self.state["kl_coefficient"] = float(coefficient * (1 + error * n / c.kl_horizon))
         if c.whiten:
-            whiten(samples)
+            whiten(samples, total)
         return samples, sums
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
@@ -149,14 +152,15 @@ class PPO(Algorithm):
         return mean_loss(loss, batch, "token", 0, **metrics)
 
 
-def _summary(samples: list[Sample]) -> Sums:
-    """Return means over response tokens, and the share of the returns' variance that the values explain."""
-    flat = {
-        name: np.concatenate([getattr(s, name)[s.mask] for s in samples])
-        for name in ("values", "returns", "advantages")
-    }
+def _summary(samples: list[Sample], total: Total) -> Sums:
+    """Return means over response tokens, and the share of the returns' variance that the values explain.
+
+    This share is that of all replicas, and each of them counts it once.
+    """
+    flat = {name: learned(samples, name) for name in ("values", "returns", "advantages")}
     sums: Sums = {name: (float(stream.sum()), float(len(stream))) for name, stream in flat.items()}
-    variance = float(flat["returns"].var())
-    if variance:
-        sums["explained_variance"] = (1.0 - float((flat["returns"] - flat["values"]).var()) / variance, 1.0)
+    *_, whole = moments(flat["returns"], total)
+    *_, rest = moments(flat["returns"] - flat["values"], total)
+    if whole:
+        sums["explained_variance"] = (1.0 - rest / whole, 1.0)
     return sums

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.algorithms.functional import pair_loss, wins
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, scored
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, Total, alone, scored
 from rlhf.lazy import F, torch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class RM(Algorithm):
         if self.keys.lm:
             self.with_lm = ("reward",)
 
-    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
         return [scored(sample) for sample in samples], {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:

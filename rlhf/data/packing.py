@@ -1,20 +1,18 @@
-"""Splits samples over data-parallel ranks and micro-batches, and packs them. Only pack() makes inputs and labels.
+"""Splits samples over data-parallel replicas and micro-batches, and packs them. Only pack() makes inputs and labels.
 
-The split is a pure function of the samples' lengths and groups. So each rank computes it for all ranks without
-communication.
+The split is a pure function of the samples' lengths and groups. rlhf.data.shares sends the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heapreplace
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans, worth
+from rlhf.contracts import STREAMS, AllSum, Batch, Sample, Spans, groups, worth
 
 
 def cost(length: int, hidden: int) -> float:
@@ -57,63 +55,41 @@ def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]
         count += 1
 
 
-def plan(
-    lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int, budget: int, whole_groups: bool
-) -> list[list[list[int]]]:
-    """Return the micro-batches of all ranks as indices of samples: [dp rank][micro-batch][sample].
+def deal(lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int) -> list[list[int]]:
+    """Deal samples of these lengths and groups to the data-parallel replicas. Groups stay whole.
 
-    They are those of shares() and microbatches() for samples of these lengths and groups.
+    Return the indices of the samples of each replica.
     """
-    return _cut(lengths, group, _deal(lengths, group, dp, hidden), budget, whole_groups)
+    members: dict[int, list[int]] = {}  # in order of first appearance
+    for i, number in enumerate(group):
+        members.setdefault(number, []).append(i)
+    items = list(members.values())
+    dealt = balance([sum(cost(lengths[i], hidden) for i in indices) for indices in items], dp)
+    return [[i for m in share for i in items[m]] for share in dealt]
 
 
 def shares(samples: Sequence[Sample], dp: int, hidden: int) -> list[list[Sample]]:
-    """Return the samples of each data-parallel rank. Groups stay whole."""
-    return [[samples[i] for i in share] for share in _deal(*_known(samples), dp, hidden)]
+    """Return the samples of each data-parallel replica. Groups stay whole."""
+    dealt = deal([len(s.mask) for s in samples], [s.group for s in samples], dp, hidden)
+    return [[samples[i] for i in share] for share in dealt]
 
 
-def microbatches(shared: Sequence[Sequence[Sample]], budget: int, whole_groups: bool) -> list[list[list[Sample]]]:
-    """Split each share into micro-batches of at most `budget` tokens: [dp rank][micro-batch][sample].
+def microbatches(
+    share: Sequence[Sample], budget: int, whole_groups: bool, largest: Callable[[int], int] = lambda count: count
+) -> list[list[Sample]]:
+    """Split one replica's samples into micro-batches of at most `budget` tokens.
 
-    All shares get the same number of micro-batches. Some micro-batches of a short share are empty.
+    largest(count) returns the largest count of all replicas, which call it together. So all replicas get the same
+    number of micro-batches. Some micro-batches of a short share are empty.
     """
-    samples = [sample for share in shared for sample in share]
-    places = iter(range(len(samples)))
-    cut = _cut(*_known(samples), [list(islice(places, len(share))) for share in shared], budget, whole_groups)
-    return [[[samples[i] for i in items] for items in bins] for bins in cut]
-
-
-def _known(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
-    """Return the lengths and groups of the samples. The split depends on nothing else."""
-    return [len(s.mask) for s in samples], [s.group for s in samples]
-
-
-def _deal(lengths: Sequence[int], group: Sequence[int], dp: int, hidden: int) -> list[list[int]]:
-    members = _members(group, range(len(lengths)))
-    dealt = balance([sum(cost(lengths[i], hidden) for i in indices) for indices in members], dp)
-    return [[i for m in items for i in members[m]] for items in dealt]
-
-
-def _cut(
-    lengths: Sequence[int], group: Sequence[int], shared: Sequence[Sequence[int]], budget: int, whole_groups: bool
-) -> list[list[list[int]]]:
-    units = [_members(group, share) if whole_groups else [[i] for i in share] for share in shared]
-    sizes = [[sum(lengths[i] for i in unit) for unit in share] for share in units]
-    cut = [fill(share, budget) for share in sizes]
-    while len({len(bins) for bins in cut}) > 1:  # fill() may need more than `count` bins, so repeat until all are equal
-        count = max(len(bins) for bins in cut)
-        cut = [
-            bins if len(bins) == count else fill(share, budget, count) for bins, share in zip(cut, sizes, strict=True)
-        ]
-    return [[[i for u in items for i in units[rank][u]] for items in bins] for rank, bins in enumerate(cut)]
-
-
-def _members(group: Sequence[int], indices: Iterable[int]) -> list[list[int]]:
-    """Return the indices of samples as one list per group, in order of first appearance."""
-    members: dict[int, list[int]] = {}
-    for i in indices:
-        members.setdefault(group[i], []).append(i)
-    return list(members.values())
+    units = groups(share) if whole_groups else [[sample] for sample in share]
+    sizes = [sum(len(s.mask) for s in unit) for unit in units]
+    bins, count = fill(sizes, budget), 0
+    while (most := largest(len(bins))) != count:  # fill() may need more than `count` bins, so repeat until all agree
+        count = most
+        if len(bins) < count:
+            bins = fill(sizes, budget, count)
+    return [[s for u in items for s in units[u]] for items in bins]
 
 
 def pack(

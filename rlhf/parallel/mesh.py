@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from rlhf import progress
 from rlhf.config import Parallel
 from rlhf.errors import UserError
-from rlhf.parallel import cpu
+from rlhf.parallel import cpu, objects
 
 cpu.install()
 
@@ -102,11 +103,17 @@ class Mesh:
         tp, pp, cp = self.layout.tp, self.layout.pp, self.layout.cp
         return (self.pp_rank * cp + self.cp_rank) * tp + self.tp_rank, tp * pp * cp
 
-    def dp_sum(self, x: Tensor) -> Tensor:
-        """Return the sum of x over the data-parallel ranks, on the CPU."""
-        x = x.to(self.device)
-        dist.all_reduce(x, group=self.dp_group)
-        return x.cpu()
+    @property
+    def is_first_in_replica(self) -> bool:
+        return self.place_in_replica[0] == 0
+
+    @property
+    def replicas(self) -> list[list[int]]:
+        """Return the world ranks of each data-parallel replica, by their places in it."""
+        found: list[list[int]] = [[] for _ in range(self.layout.dp)]
+        for rank in range(self.world):
+            found[self.layout.coordinates(rank)[2]].append(rank)
+        return found
 
     def cp_sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over the context-parallel ranks. The gradient is summed over them too."""
@@ -129,27 +136,30 @@ class Mesh:
     def all_gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, by rank. Values must be small Python objects that can be pickled.
 
-        Every value takes as much time and memory as the largest one. If several ranks have the same data, each should
-        send a portion() of it.
+        Every value takes as much time and memory as the largest one.
         """
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._objects)
-        return values
+        return [value] if self.world == 1 else objects.gather(value, self._objects, self.world)
+
+    def exchange(self, parts: Sequence[list[T]]) -> list[list[T]]:
+        """Send the list parts[r] to each rank r. Return the lists that all ranks sent to this one, by rank."""
+        return [parts[0]] if self.world == 1 else objects.exchange(parts, self._objects, self.rank)
+
+    def total(self, x: np.ndarray) -> np.ndarray:
+        """Return the sum of x over the replicas, in their order. The ranks of a replica must have the same x."""
+        return np.sum(
+            [part for part in self.all_gather(x if self.is_first_in_replica else None) if part is not None], 0
+        )
+
+    def largest(self, count: int) -> int:
+        """Return the largest `count` of all ranks."""
+        return max(self.all_gather(count))
 
     def gatherer(self, size: int) -> Callable[[Any], list[Any]]:
         """Return a function like all_gather() for groups of `size` consecutive ranks. All ranks must call this."""
         if size in (1, self.world):
             return self.all_gather if size == self.world else lambda value: [value]
         group, _ = dist.new_subgroups(size, backend="gloo")
-
-        def gather(value: Any) -> list[Any]:
-            values: list[Any] = [None] * size
-            dist.all_gather_object(values, value, group=group)
-            return values
-
-        return gather
+        return lambda value: objects.gather(value, group, size)
 
     def first_on_node(self, call: Callable[[], T]) -> T:
         """Return call(). The first rank of each node calls it first, then the other ranks, which can use its files.
@@ -211,11 +221,6 @@ def lost(error: RuntimeError) -> str:
         if isinstance(error, dist.DistNetworkError) or "gloo/transport" in first
         else ""
     )
-
-
-def portion(known: Sequence[T], place: int, size: int) -> Sequence[T]:
-    """Return the part at index `place` of `known`, cut into `size` consecutive parts of equal length (or one less)."""
-    return known[len(known) * place // size : len(known) * (place + 1) // size]
 
 
 class _SumBoth(torch.autograd.Function):

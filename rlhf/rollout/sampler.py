@@ -1,4 +1,4 @@
-"""Generates the responses to one engine's share of the prompts, and gathers the samples of all engines on all ranks."""
+"""Generates the responses to one engine's share of the prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf.config import Config
 from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict
+from rlhf.data.shares import Key
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.metrics import Progress
 from rlhf.parallel.mesh import Mesh
@@ -179,11 +180,10 @@ class Sampler:
         tp = self.config.rollout.tp
         return (group.key[1] * len(group.responses) + k) % tp == self.mesh.rank % tp
 
-    def gather(self, groups: list[Group]) -> list[Sample]:
-        """Return the samples of complete groups of all engines, on every rank, in the order of their prompts."""
-        mine = [(group.key, k, r.sample) for group in groups for k, r in enumerate(group.responses) if r.sample]
-        found = [item for part in self.mesh.all_gather(mine) for item in part]
-        return [sample for *_, sample in sorted(found, key=lambda item: item[:2])]
+    @staticmethod
+    def made(groups: list[Group]) -> dict[Key, Sample]:
+        """Return the samples of complete groups that are in this rank's portion of its engine's responses."""
+        return {(r.sample.group, k): r.sample for group in groups for k, r in enumerate(group.responses) if r.sample}
 
     def sample(self, prompt: Sample, response: Response) -> Sample:
         """Return a complete response as a sample. Tokens of an environment are not learned."""

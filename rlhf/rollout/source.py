@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 from rlhf.config import Config
 from rlhf.contracts import ABSENT, Sample, Sampling, Sums, Verdict, differ, groups
 from rlhf.data.records import Records
+from rlhf.data.shares import Header, Key, deliver, headers
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
@@ -27,7 +29,10 @@ class Source(Protocol):
     """Samples for the steps of a run."""
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
-        """Return the samples of a step (counted from 0), identical on every rank, and metrics."""
+        """Return this replica's share of the samples of a step (counted from 0), and metrics.
+
+        All ranks of a replica get the same samples. Groups are whole. The metrics are those of the whole step.
+        """
         ...
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
@@ -38,7 +43,7 @@ class Source(Protocol):
         ...
 
     def describe(self, samples: list[Sample]) -> Sums:
-        """Return metrics of samples whose streams and rewards are complete."""
+        """Return metrics of a replica's share of samples, whose streams and rewards are complete."""
         ...
 
     def remarks(self) -> list[str]:
@@ -63,9 +68,10 @@ class DataSource:
 
     config: Config
     records: Records
+    share: Callable[[list[Sample]], list[Sample]]  # this replica's share of samples that all ranks have
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
-        return self.records.draw(step, self.config.batch.prompts, self.config.seed), {}
+        return self.share(self.records.draw(step, self.config.batch.prompts, self.config.seed)), {}
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
         pass
@@ -87,7 +93,7 @@ class DataSource:
 class EngineSource:
     """Generates samples. Each engine (rollout.tp consecutive ranks) answers its share of the prompts.
 
-    Afterwards all ranks have all samples.
+    Afterwards each replica gets its share of the samples, balanced by their cost (rlhf.data.shares).
     """
 
     config: Config
@@ -96,6 +102,7 @@ class EngineSource:
     tokenizer: Tokenizer
     records: Records
     judge: Judge
+    hidden: int  # width of the policy, for the cost of a sample
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
     tolerance: float = 0.0  # largest allowed mean |engine - policy| over log-probs
     environments: Environments | None = None  # answer the turns of responses that get rewards
@@ -109,30 +116,33 @@ class EngineSource:
         self.sampler = Sampler(self.config, self.mesh, self.owner, self.tokenizer, self.environments)
 
     def take(self, step: int) -> tuple[list[Sample], Sums]:
-        """Return the step's samples, grouped by prompt, and metrics.
+        """Return this replica's share of the step's samples, grouped by prompt, and metrics.
 
         With rollout.rounds > 1, groups of equal rewards are dropped, and another round generates responses to more
         prompts (dynamic sampling, DAPO, 2503.14476). This ends when batch.prompts groups are kept, or after
         rollout.rounds rounds. If no group was kept, the groups of the last round are returned.
         """
         rounds, count = self.config.rollout.rounds, self.config.batch.prompts
-        kept: list[list[Sample]] = []
+        made: dict[Key, Sample] = {}
+        kept: list[list[Header]] = []
         for turn in range(rounds):
-            drawn = groups(self._next(step, turn))
-            kept += drawn if rounds == 1 else [group for group in drawn if differ([s.reward for s in group])]
+            fresh = self._next(step, turn)
+            made |= fresh
+            drawn = groups(headers(self.mesh, fresh))
+            kept += drawn if rounds == 1 else [group for group in drawn if differ([h.reward for h in group])]
             if len(kept) >= count:
                 break
-        samples = [sample for group in (kept or drawn)[:count] for sample in group]
+        chosen = [header for group in (kept or drawn)[:count] for header in group]
         sums: Sums = {"time/reward": (self.sampler.waited, 1.0)}  # included in time/rollout
         self.sampler.waited = 0.0
         if rounds > 1:
             sums |= {"rounds": (turn + 1.0, 1.0), "groups_kept": (float(len(kept)), float((turn + 1) * count))}
         if self.config.rollout.inflight > 1:
             sums |= {
-                **ages(samples, step, self.config.rollout.max_lag),
+                **ages(chosen, step, self.config.rollout.max_lag),
                 "in_flight": (float(self.drawn - self.taken), 1.0),
             }
-        return samples, sums
+        return deliver(self.mesh, made, chosen, self.hidden), sums
 
     def offer(self, weights: Weights, version: int, check: bool = False) -> None:
         self.owner.offer(weights, version)
@@ -197,7 +207,7 @@ class EngineSource:
                     response.sample.verdict = Verdict(known["rule"], known["score"], known["failed"])
 
     def answer(self, prompts: list[Sample], judge: Judge) -> list[Sample]:
-        """Return one response with its reward per held-out prompt, at evaluate.temperature.
+        """Return this replica's share of one response with its reward per held-out prompt, at evaluate.temperature.
 
         The seeds are the same at every evaluation.
         """
@@ -205,18 +215,21 @@ class EngineSource:
         return self.sample(prompts, sampling, 1, 0, judge)
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
-        """Sample a few tokens after each prompt, without top_p and top_k, to compare log-probs. They get no rewards."""
+        """Sample a few tokens after each prompt, without top_p and top_k, to compare log-probs. They get no rewards.
+
+        Return this replica's share of the samples.
+        """
         sampling = replace(
             self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0
         )
-        return self.sampler.gather(self._run(prompts, sampling, 1, 0, None))
+        return self._deliver(self._run(prompts, sampling, 1, 0, None))
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
-        """Return `group` responses with rewards to each prompt.
+        """Return this replica's share of `group` responses with rewards to each prompt.
 
         The random numbers depend only on the seed, the step, the prompt and the index of the response in its group.
         """
-        return self.sampler.gather(self._run(prompts, sampling, group, step, judge))
+        return self._deliver(self._run(prompts, sampling, group, step, judge))
 
     def _compare(self) -> None:
         """Sample a few tokens and score them with the policy.
@@ -225,14 +238,24 @@ class EngineSource:
         """
         samples = self.probe(self.records.head(2 * self.mesh.world))
         gaps = _gaps(samples, self.score(samples))
-        if not gaps.mean() < self.tolerance:
+        summed, count = self.mesh.total(np.array([gaps.sum(), len(gaps)], np.float64)).tolist()
+        if not summed / count < self.tolerance:
+            most = max(self.mesh.all_gather(float(gaps.max(initial=0.0))))
             raise RuntimeError(
-                f"after publishing, the engine's log-probs differ from the policy's by {gaps.mean():.3g} on average"
-                f" ({gaps.max():.3g} at most): the engine does not generate with the trained weights"
+                f"after publishing, the engine's log-probs differ from the policy's by {summed / count:.3g} on average"
+                f" ({most:.3g} at most): the engine does not generate with the trained weights"
             )
 
-    def _next(self, step: int, turn: int) -> list[Sample]:
-        """Return the samples of the next batch.prompts groups. The other groups stay in flight on their engines."""
+    def _deliver(self, groups: list[Group]) -> list[Sample]:
+        """Return this replica's share of the samples of complete groups of all engines."""
+        made = self.sampler.made(groups)
+        return deliver(self.mesh, made, headers(self.mesh, made), self.hidden)
+
+    def _next(self, step: int, turn: int) -> dict[Key, Sample]:
+        """Complete the next batch.prompts groups, and return this rank's portion of their samples.
+
+        The other groups stay in flight on their engines.
+        """
         engines, engine = self.sampler.engines
         # This engine's share of batch.prompts. If it is not divisible, the first engines take one group more.
         quota = len(range(engine, self.config.batch.prompts, engines))
@@ -241,7 +264,7 @@ class EngineSource:
         taken = set(chosen)
         self.flight = [group for group in flight if group not in taken]
         self.taken += self.config.batch.prompts
-        return self.sampler.gather(chosen)
+        return self.sampler.made(chosen)
 
     def _run(self, prompts: list[Sample], sampling: Sampling, size: int, step: int, judge: Judge | None) -> list[Group]:
         """Return this engine's share of the prompts as complete groups."""
@@ -277,7 +300,7 @@ class EngineSource:
 
 
 def summary(samples: list[Sample]) -> Sums:
-    """Return metrics of a step's samples as (sum, count)."""
+    """Return metrics of samples as (sum, count)."""
     n = float(len(samples))
     both = [(s.verdict.rule, s.verdict.score) for s in samples if s.verdict.score is not None]  # with a reward model
     return {
@@ -290,13 +313,16 @@ def summary(samples: list[Sample]) -> Sums:
     }
 
 
-def ages(samples: list[Sample], step: int, max_lag: int) -> Sums:
+def ages(known: Sequence[Header], step: int, max_lag: int) -> Sums:
     """Return the share of tokens by the age, in steps, of the weights that sampled them, and the highest age."""
-    lags = np.concatenate([step - s.version[s.mask] for s in samples])
-    shares = {f"lag/{lag}": (float((lags == lag).sum()), float(len(lags))) for lag in range(max_lag + 1)}
-    return {**shares, "lag_max": (float(lags.max()), 1.0)}
+    tokens = Counter[int]()  # age -> number of tokens
+    for header in known:
+        tokens.update({step - version: count for version, count in header.versions.items()})
+    shares = {f"lag/{lag}": (float(tokens[lag]), float(tokens.total())) for lag in range(max_lag + 1)}
+    return {**shares, "lag_max": (float(max(tokens)), 1.0)}
 
 
 def _gaps(samples: Sequence[Sample], logp: Sequence[np.ndarray]) -> np.ndarray:
     """Return |engine - learner| of the log-prob of every sampled token."""
-    return np.concatenate([np.abs(learner - s.sampler_logp)[s.mask] for s, learner in zip(samples, logp, strict=True)])
+    gaps = [np.abs(learner - s.sampler_logp)[s.mask] for s, learner in zip(samples, logp, strict=True)]
+    return np.concatenate([np.empty(0, np.float32), *gaps])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from rlhf.config import Between, Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
-from rlhf.lazy import torch
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, Total, alone
+from rlhf.lazy import np, torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +36,10 @@ class KTO(Algorithm):
         super().__init__(config)
         self.keys: Keys = config.sections["kto"]
 
-    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
+    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
         ratios = [float((s.old_logp - s.ref_logp)[s.mask].sum()) for s in samples]
-        self.state["z"] = max(0.0, sum(ratios) / len(ratios))
+        summed, count = total(np.array([sum(ratios), len(ratios)])).tolist()
+        self.state["z"] = max(0.0, summed / count)
         return samples, {"kl": (sum(ratios), float(len(ratios)))}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.algorithms.functional import mean_loss
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums
+from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, Total, alone
 from rlhf.lazy import np
 
 
@@ -14,8 +14,9 @@ class Reinforce(Algorithm):
     rule = "math"
     models = {"policy": "train"}
 
-    def credit(self, samples: list[Sample]) -> tuple[list[Sample], Sums]:
-        baseline = sum(s.reward for s in samples) / len(samples)
+    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
+        rewards, count = total(np.array([sum(s.reward for s in samples), len(samples)])).tolist()
+        baseline = rewards / count
         for sample in samples:
             sample.advantages = np.where(sample.mask, sample.reward - baseline, 0.0).astype(np.float32)
         return samples, {"baseline": (baseline, 1.0)}

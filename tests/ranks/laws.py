@@ -92,9 +92,8 @@ class Case:
         return Learner(self.arch, self.config, self.mesh, dtype, fill=fill, temperature=1.0, train=train)
 
     def cut(self, budget: int) -> list[list[Sample]]:
-        return microbatches(shares(self.samples, self.mesh.layout.dp, self.arch.hidden), budget, False)[
-            self.mesh.dp_rank
-        ]
+        share = shares(self.samples, self.mesh.layout.dp, self.arch.hidden)[self.mesh.dp_rank]
+        return microbatches(share, budget, False, self.mesh.largest)
 
     def check_logits(self, learner: Learner) -> None:
         """Compare the whole logits of packed rows, from the hidden states, with each sequence alone in transformers."""

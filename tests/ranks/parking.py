@@ -48,7 +48,8 @@ class Pair:
             self.mesh.rank
         ]
         self.fill = partial(files.read, folder, self.arch, tiles)
-        self.cut = microbatches(shares(samples(), self.mesh.layout.dp, self.arch.hidden), 300, False)[self.mesh.dp_rank]
+        share = shares(samples(), self.mesh.layout.dp, self.arch.hidden)[self.mesh.dp_rank]
+        self.cut = microbatches(share, 300, False, self.mesh.largest)
         self.loss = partial(ALGORITHMS["grpo"](self.config).loss, "policy")
 
     def learner(self, train: bool) -> Learner:

@@ -10,24 +10,23 @@ from __future__ import annotations
 import io
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import nodes
 from judges import FREE, Judging
 
 from rlhf import configuration
 from rlhf.config import Parallel
 from rlhf.contracts import Sample, groups
+from rlhf.data.packing import deal
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.residence import Residence
@@ -56,26 +55,49 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
     judge = FREE if config.rollout.environment else Judging(reward)
     POOLS.append(Environments(config.rollout.environment, 10, 2))
     return EngineSource(
-        config, mesh, EngineOwner(engine, Residence((), mesh.device)), tokenizer, records, judge, environments=POOLS[-1]
+        config,
+        mesh,
+        EngineOwner(engine, Residence((), mesh.device)),
+        tokenizer,
+        records,
+        judge,
+        arch.hidden,
+        environments=POOLS[-1],
     )
 
 
+def whole(mesh: Mesh, share: list[Sample]) -> list[Sample]:
+    """Return the samples of all ranks, each of which has its share of the groups."""
+    shared = mesh.all_gather(share)
+    owners = [{s.group for s in part} for part in shared]
+    assert sum(map(len, owners)) == len(set().union(*owners)), "a group is on two ranks"
+    assert not any(s.text.record for part in shared for s in part)
+    return sorted((s for part in shared for s in part), key=lambda s: s.group)
+
+
+def take(source: EngineSource, step: int) -> list[Sample]:
+    """Return all samples of a step."""
+    return whole(source.mesh, source.take(step)[0])
+
+
 def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
-    """Check that all ranks have the same samples, which depend on seed and step."""
+    """Check that samples depend on seed and step, and that each rank has only its share of them."""
     sampler = build(folder, mesh)
-    first, again, later = (sampler.take(step)[0] for step in (3, 3, 4))
+    first, again, later = (take(sampler, step) for step in (3, 3, 4))
     assert [s.tokens.tolist() for s in first] == [s.tokens.tolist() for s in again]
     assert [s.tokens.tolist() for s in first] != [s.tokens.tolist() for s in later]
     assert [s.group for s in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert len({tuple(s.tokens.tolist()) for s in first}) == 12, "siblings of a group came out alike"
-    everywhere = mesh.all_gather([s.tokens.tolist() for s in first])
-    assert all(tokens == everywhere[0] for tokens in everywhere)
+    share, _ = sampler.take(3)
+    assert len(share) == 12 // mesh.world
+    groups_of = deal([len(s.mask) for s in first], [s.group for s in first], mesh.world, sampler.hidden)
+    assert [s.tokens.tolist() for s in share] == [first[i].tokens.tolist() for i in groups_of[mesh.rank]]
 
 
 def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> None:
     """Check that the ranks of one engine judge equal shares of its samples.
 
-    All ranks have the same samples as with one engine per rank.
+    The samples are the same as with one engine per rank.
     """
     apart = build(folder, mesh)
     together = build(
@@ -88,7 +110,7 @@ def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> 
     def said(samples: list[Sample]) -> list[tuple]:
         return [(s.group, s.tokens.tolist(), s.reward, s.text, s.verdict, s.version.tolist()) for s in samples]
 
-    drawn, same = together.take(2)[0], apart.take(2)[0]
+    drawn, same = take(together, 2), take(apart, 2)
     assert said(drawn) == said(same)
     assert all(np.allclose(a.sampler_logp, b.sampler_logp, atol=1e-5) for a, b in zip(drawn, same, strict=True))
     assert rewarded == [12 // mesh.world], rewarded
@@ -102,7 +124,7 @@ def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
     A response without a stop token is truncated.
     """
     sampler = build(folder, mesh)
-    for s in sampler.take(0)[0]:
+    for s in take(sampler, 0):
         prompt = len(s.tokens) - int(s.mask.sum())
         assert s.mask.tolist() == [t >= prompt - 1 for t in range(len(s.tokens) - 1)]
         assert (s.sampler_logp[s.mask] < 0).all()
@@ -117,9 +139,9 @@ def check_samples_are_aligned(folder: Path, mesh: Mesh) -> None:
 
 def check_stop_string_cuts_tokens(folder: Path, mesh: Mesh) -> None:
     """Check that a stop string ends a response after that string. The tokens before it do not change."""
-    free, _ = build(folder, mesh).take(0)
+    free = take(build(folder, mesh), 0)
     letter = next(c for s in free for c in s.text.response[2:] if c.isalpha())
-    stopped = build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']").take(0)[0]
+    stopped = take(build(folder, mesh, f"rollout.stop=[{letter!r}, 'never seen']"), 0)
     for a, b in zip(free, stopped, strict=True):
         assert b.tokens.tolist() == a.tokens[: len(b.tokens)].tolist()
         if letter in a.text.response:
@@ -138,8 +160,8 @@ def sampler_text_without_last(folder: Path, sample: Sample) -> str:
 def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
     sampler = build(folder, mesh)
     prompts = sampler.records.head(5)
-    samples = sampler.answer(prompts, sampler.judge)
-    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in sampler.answer(prompts, sampler.judge)]
+    samples, again = (whole(mesh, sampler.answer(prompts, sampler.judge)) for _ in range(2))
+    assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in again]
     sums = summary(samples)
     assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
     assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
@@ -157,16 +179,16 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
             sample.reward = float(len(sample.text.response) % 3 == 0)
 
     sampler.judge = Judging(parity)
-    samples, sums = sampler.take(0)
-    kept = groups(samples)
+    share, sums = sampler.take(0)
+    kept = groups(whole(mesh, share))
     assert len(kept) == 4
     assert all(len({s.reward for s in group}) == 2 and len(group) == 2 for group in kept)
     rounds, found = sums["rounds"][0], sums["groups_kept"]
     assert 1 < rounds <= 5, "the case needs more than one round"
     assert 4 <= found[0] <= found[1] == 4 * rounds
     sampler.judge = FREE
-    samples, sums = sampler.take(0)
-    assert len(groups(samples)) == 4, "the last round's groups, where none has unequal rewards"
+    share, sums = sampler.take(0)
+    assert len(groups(whole(mesh, share))) == 4, "the last round's groups, where none has unequal rewards"
     assert sums["groups_kept"] == (0.0, 20.0)
 
 
@@ -183,7 +205,6 @@ def steps_in_flight(
         for name, tensor in sampler.owner.engine.parameters().items():
             tensor.copy_(weights[name] * (1 + step / 10))
         sampler.owner.version = step
-        samples, _ = sampler.take(step)
         found.append(
             [
                 (
@@ -195,7 +216,7 @@ def steps_in_flight(
                     s.truncated,
                     s.verdict,
                 )
-                for s in samples
+                for s in take(sampler, step)
             ]
         )
         between()
@@ -211,8 +232,6 @@ def check_in_flight(folder: Path, mesh: Mesh) -> None:
     """
     sampler = build(folder, mesh, *IN_FLIGHT)
     steps = steps_in_flight(sampler, 6)
-    everywhere = mesh.all_gather(steps)
-    assert all(said == steps for said in everywhere), "every rank knows all samples alike"
     groups_of = [sorted({group for group, *_ in step}) for step in steps]
     assert all(len(found) == 4 and len(step) == 12 for found, step in zip(groups_of, steps, strict=True))
     held = {group.prompt.group for group in sampler.flight}
@@ -297,8 +316,8 @@ def check_dynamic_sampling_in_flight(folder: Path, mesh: Mesh) -> None:
     sampler.judge = Judging(parity)
     rounds = 0.0
     for step in range(4):
-        samples, sums = sampler.take(step)
-        kept = groups(samples)
+        share, sums = sampler.take(step)
+        kept = groups(whole(mesh, share))
         assert all(len({s.reward for s in group}) == 2 and len(group) == 2 for group in kept)
         rounds += sums["rounds"][0]
     assert rounds > 4
@@ -306,30 +325,11 @@ def check_dynamic_sampling_in_flight(folder: Path, mesh: Mesh) -> None:
     assert sampler.drawn == sampler.taken + 6
 
 
-def check_the_first_rank_of_a_node_goes_first(folder: Path, mesh: Mesh) -> None:
-    """Check that other ranks are called only after the first one, and not at all if it raises a user's mistake."""
-    mark = folder / f"made{mesh.world}"
-
-    def make() -> bool:
-        found = mark.exists()
-        time.sleep(0.2)
-        mark.touch()
-        return found
-
-    def fail() -> None:
-        assert mesh.rank == 0, "not to be called here"
-        raise UserError("a mistake")
-
-    assert mesh.first_on_node(make) == (mesh.rank > 0)
-    with pytest.raises(UserError, match="a mistake"):
-        mesh.first_on_node(fail)
-
-
 def main() -> None:
     import turns  # it imports this file
 
     folder, mesh = Path(sys.argv[1]), Mesh(Parallel(), seed=1)
-    check_the_first_rank_of_a_node_goes_first(folder, mesh)
+    nodes.check_the_first_rank_goes_first(folder, mesh)
     check_draw_is_a_function_of_seed_and_step(folder, mesh)
     check_the_ranks_of_an_engine_share_its_samples(folder, mesh)
     check_samples_are_aligned(folder, mesh)
@@ -339,8 +339,8 @@ def main() -> None:
     check_in_flight(folder, mesh)
     check_log_probs_of_every_version(folder, mesh)
     check_dynamic_sampling_in_flight(folder, mesh)
-    drawn = [s.tokens.tolist() for s in [*build(folder, mesh).take(0)[0], *turns.check(folder, mesh)]]
-    if mesh.rank == 0:  # the checks have shown that all ranks have the same samples
+    drawn = [s.tokens.tolist() for s in [*take(build(folder, mesh), 0), *turns.check(folder, mesh)]]
+    if mesh.rank == 0:
         print("drawn", drawn, flush=True)
     mesh.barrier()
     os._exit(0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from judges import FREE
-from sampling import IN_FLIGHT, build, steps_in_flight, whole_logp
+from sampling import IN_FLIGHT, build, steps_in_flight, take, whole, whole_logp
 
 from rlhf.contracts import Sample
 from rlhf.data import templates
@@ -56,12 +56,13 @@ def check_an_environment_answers(folder: Path, mesh: Mesh) -> None:
     The model's next turn follows them.
     """
     sampler = build(folder, mesh, *keys(folder))
-    samples = [sample for step in range(3) for sample in sampler.take(step)[0]]
+    samples = [sample for step in range(3) for sample in take(sampler, step)]
+    records = {s.text.row: s.text.record for s in sampler.records.head(0)}
     space: dict[str, Any] = {}
     exec(ENVIRONMENT, space)
     for s in samples:
         environment, said = space["Echo"](), list(s.text.turns)
-        opening = environment.reset(s.text.record)
+        opening = environment.reset(records[s.text.row])
         first = int(s.mask.argmax()) + 1
         if opening:
             assert s.tokens[:first].tolist() == templates.encode(sampler.tokenizer, "plain", opening)[0]
@@ -91,15 +92,17 @@ def check_an_environment_answers(folder: Path, mesh: Mesh) -> None:
         assert s.text.response == sampler.tokenizer.decode(s.tokens[first:])
     assert {1, 2, 3} == {sum(turn["role"] == "assistant" for turn in s.text.turns) for s in samples}
     prompts = sampler.records.head(3)
-    assert all(s.mask.sum() + s.mask.argmax() == len(s.mask) for s in sampler.probe(prompts)), "nobody answers a probe"
+    assert all(s.mask.sum() + s.mask.argmax() == len(s.mask) for s in whole(mesh, sampler.probe(prompts))), (
+        "nobody answers a probe"
+    )
 
 
 def check_turns_do_not_depend_on_time_or_ranks(folder: Path, mesh: Mesh) -> None:
-    samples = everything(build(folder, mesh, *keys(folder)).take(1)[0])
+    samples = everything(take(build(folder, mesh, *keys(folder)), 1))
     slow = keys(folder)[:2] + ["rollout.turns=3", f"rollout.environment={folder}/echo.py:SlowEcho"]
-    assert everything(build(folder, mesh, *slow).take(1)[0]) == samples
-    assert everything(build(folder, mesh, *keys(folder), f"rollout.tp={mesh.world}").take(1)[0]) == samples
-    few = build(folder, mesh, *keys(folder), "rollout.turns=1").take(1)[0]
+    assert everything(take(build(folder, mesh, *slow), 1)) == samples
+    assert everything(take(build(folder, mesh, *keys(folder), f"rollout.tp={mesh.world}"), 1)) == samples
+    few = take(build(folder, mesh, *keys(folder), "rollout.turns=1"), 1)
     assert {len(s.text.turns) for s in few} == {1}
     assert [s.truncated for s in few] == [s[-1] or len(s[4].turns) > 1 for s in samples]
 
@@ -133,4 +136,4 @@ def check(folder: Path, mesh: Mesh) -> list[Sample]:
     check_an_environment_answers(folder, mesh)
     check_turns_do_not_depend_on_time_or_ranks(folder, mesh)
     check_turns_in_flight(folder, mesh)
-    return build(folder, mesh, *keys(folder)).take(0)[0]
+    return take(build(folder, mesh, *keys(folder)), 0)
