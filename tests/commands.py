@@ -1,9 +1,12 @@
-"""Calls of launch.sh, and of the programs in tests/ranks on one rank, with the interpreter of the tests."""
+"""Calls of launch.sh, and of programs on several ranks, with the interpreter of the tests."""
 
 import os
 import resource
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -11,18 +14,54 @@ ROOT = Path(__file__).parents[1]
 HERE = {**os.environ, "RLHF_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 
-# The variables of a world of one rank.
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+def run_ranks(
+    ranks: int, program: str, *arguments: str, threads: int = 1, timeout: float = 900, **variables: str
+) -> str:
+    """Run a program, such as tests/ranks/laws.py, once per rank, and return what all ranks print. All must succeed.
+
+    torchrun would do the same, but it takes seconds to import torch first.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **variables}
+    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        running = [
+            subprocess.Popen(
+                [sys.executable, program, *arguments],
+                cwd=ROOT,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=printed,
+                stderr=errors,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            codes = wait_for_all(running, timeout)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        printed.seek(0)
+        errors.seek(0)
+        assert not any(codes), f"exit codes {codes}:\n{errors.read()[-6000:]}"
+        return printed.read()
 
 
-def run_alone(program: str, *arguments: str, threads: int, timeout: float) -> str:
-    """Run a program of tests/ranks as one rank, and return what it prints. The program must succeed."""
-    environment = {**os.environ, **ALONE, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(ROOT / f"tests/ranks/{program}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+def wait_for_all(running: list[subprocess.Popen], timeout: float) -> list[int | None]:
+    """Return the exit codes when all processes have ended, or one has failed. None: it has not ended."""
+    end = time.monotonic() + timeout
+    while True:
+        codes = [process.poll() for process in running]
+        if None not in codes or any(codes):
+            return codes
+        assert time.monotonic() < end, f"exit codes {codes} after {timeout} s"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import HERE, ROOT, launch, seconds
+from commands import HERE, ROOT, launch, run_ranks, seconds
 
 from rlhf import dryrun
 from rlhf.__main__ import main
@@ -192,3 +192,18 @@ def test_help_ends_quietly_when_its_reader_does(arguments, reader):
         f"./launch.sh {arguments} | {reader}", shell=True, cwd=ROOT, env=HERE, capture_output=True, text=True
     )
     assert (piped.returncode, piped.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("after", "timeout", "said"),
+    [("rank and sys.exit('lost')", 60, r"exit codes \[None, 1\]:\nlost"), ("print(rank)", 0.3, "after 0.3 s")],
+)
+def test_ranks_of_a_test_end_when_one_fails_and_at_the_time_limit(tmp_path, after, timeout, said):
+    """A test that starts several ranks reports which one failed, and leaves no process behind."""
+    program = (
+        "import os, pathlib, sys, time; rank = int(os.environ['RANK']); "
+        f"pathlib.Path('{tmp_path}', str(os.getpid())).touch(); {after}; time.sleep(600)"
+    )
+    with pytest.raises(AssertionError, match=said):
+        run_ranks(2, "-c", program, timeout=timeout)
+    assert not [path for path in tmp_path.iterdir() if Path("/proc", path.name).exists()]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_ranks
 from models import FAMILIES, make
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +43,4 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_laws(folders: Path, ranks: int, layouts: list[str]) -> None:
     """Logits, log-probs, engine, gradients and export equal those of transformers (see tests/ranks/laws.py)."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, str(ROOT / "tests/ranks/laws.py"), str(folders), *layouts]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count("laws hold") == ranks
+    assert run_ranks(ranks, "tests/ranks/laws.py", str(folders), *layouts).count("laws hold") == ranks

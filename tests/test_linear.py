@@ -5,25 +5,13 @@ Here they exchange messages (see tests/ranks/linear.py).
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from commands import run_ranks
 
 
 def run(ranks: int, **variables: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "tests/ranks/linear.py")], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count("linear holds") == ranks
+    printed = run_ranks(ranks, "tests/ranks/linear.py", timeout=200, **variables)
+    assert printed.count("linear holds") == ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from test_tiles import FAMILIES, LLAMA, mcore_rank
 
 from rlhf.errors import UserError
 from rlhf.model import architecture
+from rlhf.parallel import cpu
 from rlhf.weights import files
 from rlhf.weights.formats import FORMATS, Target, args, inspect, megatron, recognise
 
@@ -55,6 +58,29 @@ refused(megatron_private.become, model.embedding, torch.nn.Linear)
 sys.stdout.flush()
 os._exit(0)
 """
+
+
+def test_rewritten_bytecode_is_cached_apart_from_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is compiled again only if the source has changed. Other loaders do not get the rewritten code."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path, compiled = tmp_path / "where.py", []
+
+    class Loader(cpu._Loader):
+        def source_to_code(self, *arguments, **options):
+            compiled.append(path.read_text())
+            return super().source_to_code(*arguments, **options)
+
+    def device(loader: type[SourceFileLoader]) -> str:
+        module = ModuleType("where")
+        exec(loader("where", str(path)).get_code("where"), module.__dict__)
+        return module.DEVICE
+
+    path.write_text('DEVICE = "cuda"')
+    assert [device(loader) for loader in (Loader, Loader, SourceFileLoader, Loader)] == ["cpu", "cpu", "cuda", "cpu"]
+    assert compiled == ['DEVICE = "cuda"']
+    path.write_text('DEVICE = "cuda"  # changed')
+    assert [device(loader) for loader in (SourceFileLoader, Loader)] == ["cuda", "cpu"]
+    assert len(compiled) == 2
 
 
 def test_legacy_files_are_nested_padded_and_described_as_megatrons(tmp_path: Path):

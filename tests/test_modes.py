@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import run_alone
+from commands import run_ranks
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -58,16 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def launch(ranks: int, program: str, *arguments: str) -> str:
-    """Return the output of a program in tests/ranks/."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, str(ROOT / "tests/ranks" / program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [(1, ["tp1:sft,reward,dpo"]), (1, ["tp1:online-dpo,grpo,rlhf"]), (2, ["tp2", "pp2", "cp2", "dp2"])],
@@ -75,13 +63,13 @@ def launch(ranks: int, program: str, *arguments: str) -> str:
 )
 def test_modes(folder: Path, ranks: int, layouts: list[str]) -> None:
     """See tests/ranks/modes.py. The last case compares its metrics with those of the others."""
-    assert "modes agree" in launch(ranks, "modes.py", str(folder), *layouts)
+    assert "modes agree" in run_ranks(ranks, "tests/ranks/modes.py", str(folder), *layouts)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "tp1"), (2, "dp2")])
 def test_programs(folder: Path, ranks: int, layout: str) -> None:
     """See tests/ranks/programs.py."""
-    assert "programs end well" in launch(ranks, "programs.py", str(folder), layout)
+    assert "programs end well" in run_ranks(ranks, "tests/ranks/programs.py", str(folder), layout)
 
 
 def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
@@ -152,5 +140,5 @@ def test_a_step_on_every_public_file(folder: Path, shared_data: Path, tmp_path: 
                 path for path in (tmp_path / name / kind).iterdir() if path.stat().st_size
             )  # train or dev, by its name
             jobs += [f"{mode}={file}" for mode in modes]
-    printed = run_alone("steps", str(folder), *jobs, threads=2, timeout=900)
+    printed = run_ranks(1, "tests/ranks/steps.py", str(folder), *jobs, threads=2)
     assert printed.count("stepped") == len(jobs) == 9

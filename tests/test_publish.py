@@ -1,9 +1,6 @@
 """A publish on four ranks: from every training layout to engine shards, and a folder written from them."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
+from commands import run_ranks
 from safetensors.torch import load_file
 from test_tiles import FAMILIES, LLAMA, blank, model_ranks, random_hf
 
@@ -241,26 +239,9 @@ def test_what_stays_is_copied_while_the_links_work(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("layout", "crossing"), [("--train-tp=2", 1 / 2), ("--train-pp=2 --engine-tp=2", 1 / 4)])
 def test_benchmark_runs(layout: str, crossing: float):
     """On two ranks, each receives the half of the model that it lacks, or a quarter."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "benchmarks/publish.py",
-        "--model=toy",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "--repeat=1", *layout.split()],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    keys = ["--model=toy", "--repeat=1", *layout.split()]
+    printed = run_ranks(2, "benchmarks/publish.py", *keys, timeout=120, CUDA_VISIBLE_DEVICES="")
+    result = json.loads(printed.splitlines()[-1])
     whole = 2 * 1_059_968  # bytes: bfloat16 parameters of the toy model
     assert result["bytes_crossing_per_rank"] == pytest.approx(
         whole * crossing, rel=0.1
@@ -295,9 +276,6 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_engines_say_what_transformers_says(greedy: Path, engine: str, tp: str, model: str, layouts: str):
     """After each publish to four ranks, for every training layout (TP x PP) in turn."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
-    command = [*torchrun, "tests/ranks/publishing.py", str(greedy), engine, tp, model, *layouts.split()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("engines agree") == WORLD
+    keys = [str(greedy), engine, tp, model, *layouts.split()]
+    printed = run_ranks(WORLD, "tests/ranks/publishing.py", *keys, CUDA_VISIBLE_DEVICES="")
+    assert printed.count("engines agree") == WORLD

@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import ROOT, hf_folder, run, tensors_of
+from commands import run_ranks
+from test_convert import hf_folder, run, tensors_of
 from test_megatron_damage import Malice
 from test_tiles import LLAMA, mcore_rank
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -28,18 +28,8 @@ def test_megatron_core_loads_and_saves_what_we_save_and_load(tmp_path: Path):
     arch = replace(LLAMA, vocab=128)
     wanted = hf_folder(tmp_path / "hf", arch, torch.float32)
     run("--from", tmp_path / "hf", "--to", tmp_path / "ours", "--format", "torch_dist")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "tests/ranks/sharded.py",
-    ]
-    command = [*torchrun, str(tmp_path / "hf"), str(tmp_path / "ours/iter_0000001"), str(tmp_path / "theirs")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    folders = (tmp_path / "hf", tmp_path / "ours/iter_0000001", tmp_path / "theirs")
+    run_ranks(2, "tests/ranks/sharded.py", *map(str, folders), CUDA_VISIBLE_DEVICES="")
     for rank in range(2):
         held, right = torch.load(tmp_path / f"theirs/state-{rank}.pt"), mcore_rank(arch, wanted, (rank, 2), (0, 1))
         assert held.keys() == right.keys()

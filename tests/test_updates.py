@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from commands import run_alone
+from commands import run_ranks
 
 
 def test_updates_and_resume(tmp_path: Path) -> None:
@@ -12,4 +12,4 @@ def test_updates_and_resume(tmp_path: Path) -> None:
 
     Resume is bitwise in both precisions, with and without the distributed optimizer.
     """
-    assert "updates hold" in run_alone("updates", str(tmp_path), "true", "false", threads=1, timeout=300)
+    assert "updates hold" in run_ranks(1, "tests/ranks/updates.py", str(tmp_path), "true", "false", timeout=300)

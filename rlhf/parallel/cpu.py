@@ -8,9 +8,11 @@ new version adds. Such a call raises an error of torch when it runs.
 """
 
 import ast
+import hashlib
 import importlib.machinery
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import CodeType, ModuleType
 
 import torch
@@ -32,6 +34,7 @@ FUNCTIONS = {
     "enable_jit_fuser": "disable_jit_fuser",  # torch.compile takes seconds here and saves nothing on a CPU
 }
 CUDA_ONLY_ARGUMENTS = ("pin_memory", "device_ids")
+RULES = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -56,9 +59,22 @@ class _Rewriter(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:  # does not use cached bytecode
-        tree = _Rewriter().visit(ast.parse(self.get_data(self.path), self.path))
-        return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
+    """Compiles rewritten source. Its bytecode is cached beside Python's, in a file that only this loader reads."""
+
+    def source_to_code(self, data: bytes, path: str, *, _optimization: int = -1) -> CodeType:  # type: ignore[override]
+        tree = _Rewriter().visit(ast.parse(data, path))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(_cached(path))
+
+    def set_data(self, path: str, data: bytes, **options: int) -> None:  # type: ignore[override]
+        super().set_data(_cached(path), data, **options)
+
+
+def _cached(path: str) -> str:
+    """Return the path of rewritten bytecode, which changes with this file. Other paths stay as they are."""
+    return path.removesuffix(".pyc") + f".{RULES}.pyc" if path.endswith(".pyc") else path
 
 
 class _Finder:
