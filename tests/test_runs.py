@@ -23,12 +23,12 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""
 GRPO = ["configs/demo/grpo.toml", "batch.prompts=8", "evaluate.every=0", "evaluate.prompts=16"]
 
 
-def start(mode: str, *arguments: str, **variables: str) -> subprocess.Popen:
+def start(mode: str, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "rlhf", mode, *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=ENVIRONMENT | variables,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -37,10 +37,7 @@ def start(mode: str, *arguments: str, **variables: str) -> subprocess.Popen:
 
 
 def run(mode: str, *arguments: str) -> str:
-    return finish(start(mode, *arguments))
-
-
-def finish(process: subprocess.Popen) -> str:
+    process = start(mode, *arguments)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-6000:]
     return output
@@ -166,12 +163,10 @@ def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
     """
     subprocess.run([sys.executable, "tools/calculator_task.py"], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=100)
     run("sft", "configs/calculator/sft.toml")
-    runs, accuracies = {}, {}
-    for name in ("Calculator", "Noise"):  # at once: two runs of one thread are faster than two threads, twice
+    accuracies = {}
+    for name in ("Calculator", "Noise"):
         keys = [f"rollout.environment=tools/calculator_task.py:{name}", f"out={tmp_path}/{name}", "steps=10"]
-        runs[name] = start("grpo", "configs/calculator/grpo.toml", *keys, OMP_NUM_THREADS="1")
-    for name, process in runs.items():
-        output = finish(process)
+        output = run("grpo", "configs/calculator/grpo.toml", *keys)
         accuracies[name] = [row["eval_reward"] for row in metrics(tmp_path / name) if "eval_reward" in row]
         if name == "Calculator":
             assert re.search(r" => calc \d+ \* \d+ <= (\d+) => #### \1", output), "the dialogue is shown"
