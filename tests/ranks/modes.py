@@ -264,7 +264,10 @@ def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> 
 
 
 def check_resume(config: Config, mesh: Mesh, mode: str) -> None:
-    """Resume from the checkpoint before the last one, with everything offloaded: the end is bitwise the same."""
+    """Resume from the checkpoint before the last one: the end is bitwise the same.
+
+    Now everything is offloaded, and each save waits for its files.
+    """
     out = Path(config.out)
     before = {path.name: path.read_bytes() for path in (out / f"step_{STEPS:06}").glob("*.safetensors")}
     assert before
@@ -273,7 +276,8 @@ def check_resume(config: Config, mesh: Mesh, mode: str) -> None:
     if mesh.rank == 0:
         (out / "latest").write_text(f"step_{CHECKPOINT:06}")
     mesh.barrier()
-    train(replace(config, memory=Memory(offload="all")), mesh, first=CHECKPOINT)
+    at_once = replace(config.checkpoint, background=False)
+    train(replace(config, memory=Memory(offload="all"), checkpoint=at_once), mesh, first=CHECKPOINT)
     assert metrics(out) == rows, f"{mode}: metrics differ after resuming"
     assert kept(out) == samples, f"{mode}: samples differ after resuming"
     for name, content in before.items():
