@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from rlhf import texts
 from rlhf.model.architecture import Architecture
+from rlhf.parallel.layout import Place
 from rlhf.weights import names
 from rlhf.weights.formats import hf
 from rlhf.weights.plan import Plan
@@ -135,7 +136,7 @@ def main(arguments: list[str]) -> None:
         name: torch.randn(shape, dtype=dtype, device=ranks.device)
         for name, shape in names.shapes(training[ranks.rank]).items()
     }
-    plain = {} if engine else names.parameters(arch, "vllm", (0, a.engine_tp))
+    plain = {} if engine else names.parameters(arch, "vllm", Place((0, a.engine_tp)))
     target = {name: torch.zeros(shape, dtype=dtype, device=ranks.device) for name, shape in plain.items()}
 
     def parameters() -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
 from rlhf.metrics import Metrics, own_name, say
+from rlhf.parallel.layout import Place, spread
 from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
@@ -225,8 +226,8 @@ def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, 
     the engine's parameters are not exactly those that a publish writes.
     """
     progress.enter("starting the engine")
-    engine, tp = _engine(config, mesh, given, dtype, load), config.rollout.tp
-    tiling = names.tiles(given.arch, "vllm", (mesh.rank % tp, tp), pad=True)
+    engine = _engine(config, mesh, given, dtype, load)
+    tiling = names.tiles(given.arch, "vllm", engine_place(config, mesh), pad=True)
     problem = mismatch(engine.parameters(), tiling, dtype)
     why = f"rollout.engine={config.rollout.engine}: the installed version has other parameters than expected"
     mesh.agree(problem and f"{why} ({problem}): {REMEDY}")
@@ -241,7 +242,7 @@ def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load:
         return KVCache(
             given.arch,
             tp=tp,
-            tp_rank=mesh.rank % tp,
+            tp_rank=engine_place(config, mesh).tp[0],
             group=mesh.subgroup(tp),
             dtype=dtype,
             device=mesh.device,
@@ -261,6 +262,11 @@ def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load:
     )
 
 
+def engine_place(config: Config, mesh: Mesh) -> Place:
+    """Return this rank's place in its engine."""
+    return spread(mesh.world, config.rollout.tp).place(mesh.rank)
+
+
 def engine_loads(config: Config) -> bool:
     """Return whether the engine can read policy.load by itself. Only vLLM can, and only Hugging Face folders."""
     return config.rollout.engine == "vllm" and recognise(config.policy.load).name == "hf"
@@ -268,8 +274,8 @@ def engine_loads(config: Config) -> bool:
 
 def fill_engine(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str, Tensor]) -> None:
     """Read this rank's shard of policy.load into the engine's parameters."""
-    tp = config.rollout.tp
-    files.read(config.policy.load, given.arch, names.tiles(given.arch, "vllm", (mesh.rank % tp, tp)), parameters)
+    tiling = names.tiles(given.arch, "vllm", engine_place(config, mesh))
+    files.read(config.policy.load, given.arch, tiling, parameters)
 
 
 def build_publisher(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype) -> Publisher:

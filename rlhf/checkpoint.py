@@ -33,9 +33,9 @@ from rlhf.config import Config
 from rlhf.errors import UserError, failure
 from rlhf.identity import OTHER_RUN
 from rlhf.metrics import say
-from rlhf.parallel.mesh import Layout, Mesh
+from rlhf.parallel.layout import Layout, Place
+from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
-from rlhf.weights.names import Axis
 from rlhf.writer import Files, Writer
 
 FLIGHT = "flight.pt"
@@ -93,7 +93,7 @@ class Checkpoints:
             if not files:
                 raise UserError(f"{folder} was saved by an older version of rlhf: continue with it, or set another out")
             self._check(folder, *self._share(files))
-            learner.load([(folder / name, *place) for name, place in self._sorted(files, before)])
+            learner.load([(folder / name, place) for name, place in self._sorted(files, before)])
         if before == self.layout:
             random = torch.load(folder / self._random(), weights_only=True)
             torch.set_rng_state(random["cpu"])
@@ -186,21 +186,17 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return self.out / f"step_{step:06}"
 
-    def _sorted(self, files: list[str], layout: Mapping[str, int]) -> list[tuple[str, tuple[Axis, Axis]]]:
-        """Return the files of a role and the places (tp, pp) of the ranks that wrote them at a layout.
+    def _sorted(self, files: list[str], layout: Mapping[str, int]) -> list[tuple[str, Place]]:
+        """Return the files of a role and the places of the ranks that wrote them at a layout.
 
         The files of this rank's place come first, and of these its own. So at the same layout no other file is read.
         """
-        saved, own = (
-            Layout(*(layout[axis] for axis in ("tp", "pp", "cp", "dp"))),
-            (self.mesh.tp_rank, self.mesh.pp_rank),
-        )
-        found = []
+        saved, found = Layout(**{axis: layout[axis] for axis in ("tp", "pp", "cp", "dp")}), []
         for name in files:
             rank = int(name.rpartition("_rank")[2].partition(".")[0])
-            tp, _, _, pp = saved.coordinates(rank)
-            found.append((((tp, pp) != own, rank != self.mesh.rank), name, ((tp, saved.tp), (pp, saved.pp))))
-        return [(name, place) for _, name, place in sorted(found)]
+            near = saved.coordinates(rank)[::3] == (self.mesh.tp_rank, self.mesh.pp_rank)
+            found.append((not near, rank != self.mesh.rank, name, saved.place(rank)))
+        return [(name, place) for *_, name, place in sorted(found, key=lambda each: each[:3])]
 
     def _random(self) -> str:
         return f"random_rank{self.mesh.rank}.pt"

@@ -1,7 +1,8 @@
 """The errors that end a run with one line for the user. Imports nothing of the package, so all modules can use it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE
 from signal import SIGINT, Signals
 
@@ -66,6 +67,16 @@ def told(name: str, call: Callable[[], int], tell: Callable[[str, int], None] = 
         text, code = f"ended by {number.name}; nothing more was saved", 128 + number
     tell(f"{name}: {text}", code)
     return code
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Add a path to an OSError that has none, such as that of a write to an open file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def failure(error: OSError, where: object = "") -> str:

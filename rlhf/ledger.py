@@ -16,6 +16,7 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.config import CPU_CACHE, Config
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
+from rlhf.parallel.layout import Place
 from rlhf.phases import TENANTS, Kind, Phase, Tenant, Visit
 from rlhf.prepare import Role
 from rlhf.weights import names
@@ -320,7 +321,7 @@ class Ledger:
 @cache  # every phase and every remedy calls it again
 def parameters(arch: Architecture, layout: str, tp: int, pp: int = 1, stage: int = 0) -> int:
     """Return the number of parameters of one rank of a model, including the padding of the vocabulary."""
-    return sum(map(math.prod, names.parameters(arch, layout, (0, tp), (stage, pp)).values()))
+    return sum(map(math.prod, names.parameters(arch, layout, Place((0, tp), (stage, pp))).values()))
 
 
 def _engine_work(arch: Architecture, tp: int, size: int) -> float:

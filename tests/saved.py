@@ -10,8 +10,8 @@ import torch
 
 from rlhf import configuration
 from rlhf.checkpoint import Checkpoints
-from rlhf.parallel.mesh import Layout, Mesh
-from rlhf.weights.names import Axis
+from rlhf.parallel.layout import Layout, Place
+from rlhf.parallel.mesh import Mesh
 from rlhf.weights.shards import LiveShard, StoredShard
 
 PLACE = {"rank": 0, "dp_rank": 0, "cp_rank": 0, "tp_rank": 0, "pp_rank": 0}
@@ -36,7 +36,7 @@ class Learner:
     def state(self) -> LiveShard:
         return LiveShard(self.updates, [], {"weight": 0}, {"main": {"weight": self.weight}})
 
-    def load(self, files: list[tuple[Path, Axis, Axis]]) -> None:
+    def load(self, files: list[tuple[Path, Place]]) -> None:
         stored = StoredShard(files[0][0], [])
         self.weight = stored.view("main", "weight", ((1,), (1,), 0)).clone()
         self.updates = stored.updates

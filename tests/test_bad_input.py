@@ -187,7 +187,7 @@ def test_a_run_without_a_whole_checkpoint(fail, tmp_path: Path) -> None:
 def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: object, here: object) -> None:
     """The advice must work: resume=false is also refused if there are old checkpoints."""
     from rlhf.checkpoint import Checkpoints
-    from rlhf.parallel.mesh import Layout
+    from rlhf.parallel.layout import Layout
 
     config = configuration.load("reward", [f"out={tmp_path}", f"policy.load={made}/model"])
     checkpoints = Checkpoints(config, SimpleNamespace(layout=Layout(2, 1, 1, 1), rank=0), torch.float32)

@@ -17,7 +17,7 @@ import torch
 from saved import MESH, Run, check_resumes_at
 
 from rlhf.errors import UserError
-from rlhf.parallel.mesh import Layout
+from rlhf.parallel.layout import Layout
 from rlhf.weights.shards import LiveShard
 
 

@@ -15,6 +15,7 @@ from test_tiles import FAMILIES, LLAMA, blank, mcore_rank, random_hf
 
 from rlhf.config import Checkpoint
 from rlhf.errors import UserError
+from rlhf.parallel.layout import Place
 from rlhf.weights import export, files, initial, names
 from rlhf.weights.formats import FORMATS, args
 from rlhf.weights.names import tilings
@@ -53,7 +54,7 @@ def test_stored_tensors_are_transformed_as_a_whole(tmp_path: Path):
         assert tensor.shape == hf[local].shape
         return 3 * tensor if "_proj" in local else tensor
 
-    source, tiling = files.open_folder(tmp_path, LLAMA), names.tiles(LLAMA, "megatron", (1, 2), (0, 2))
+    source, tiling = files.open_folder(tmp_path, LLAMA), names.tiles(LLAMA, "megatron", Place((1, 2), (0, 2)))
     wanted = mcore_rank(LLAMA, {name: scaled(name, tensor) for name, tensor in hf.items()}, (1, 2), (0, 2))
     got = blank([wanted])[0]
     source.read(tiling, got, scaled)

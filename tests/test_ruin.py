@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from rlhf import folders
 from rlhf.errors import failure
 from rlhf.weights import pt
+from rlhf.weights.entries import Entry, store
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -106,18 +107,20 @@ def check_a_full_disk(made: Path, out: str, *keys: str) -> None:
     assert code == 1, said
     (line,) = [line for line in said.splitlines() if not line.startswith("rlhf: rank")]
     assert re.match(
-        rf"rlhf: {out}/step_000004.partial/[a-z_0-9]*.pt: File too large; fix this and start again", line
+        rf"rlhf: {out}/step_000004.partial/[a-z_0-9/]*.safetensors: File too large; fix this and start again", line
     ), line
     assert (made / out / "latest").read_text() == "step_000003"
 
 
-@pytest.mark.parametrize("write", ["torch.save", "a tree", "its end"])
+@pytest.mark.parametrize("write", ["torch.save", "a tree", "a tensor", "its end"])
 def test_a_file_that_cannot_be_written(write: str) -> None:
     """For any exception of torch, the error is that of the system, with the path."""
     path, tree = Path("/dev/full"), {"weights": torch.ones(100_000 if write == "torch.save" else 1)}
     with pytest.raises(OSError, match="/dev/full") as error:  # noqa: PT012
         if write == "a tree":
             pt.write(tree, path)
+        if write == "a tensor":
+            store(Entry(path, "F32", (1,), 0, 4), tree["weights"])
         with folders.writing(path) as file:
             torch.save(tree, file) if write == "torch.save" else file.write(b"1")
     assert failure(error.value).startswith("/dev/full: ")

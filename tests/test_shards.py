@@ -13,6 +13,7 @@ import torch
 from test_tiles import FAMILIES, LLAMA, Tensors, mcore_rank, random_hf
 
 from rlhf.model.architecture import Architecture
+from rlhf.parallel.layout import Place
 from rlhf.weights import shards
 from rlhf.weights.shards import MAIN, MOMENTS, LiveShard, StoredShard, fill
 from rlhf.weights.tiles import Tile, numel, within
@@ -37,7 +38,7 @@ def layout(arch: Architecture, hf: Tensors, tp: int, pp: int, cut: int) -> Itera
                 MAIN: main,
                 **{kind: {k: t * (i + 2) for k, t in main.items()} for i, kind in enumerate(MOMENTS)},
             }
-            yield LiveShard(3, shards.tiling(arch, (t, tp), (p, pp)), starts, tensors)
+            yield LiveShard(3, shards.tiling(arch, Place((t, tp), (p, pp))), starts, tensors)
 
 
 @pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
@@ -80,7 +81,7 @@ def test_padding_that_no_source_has_keeps_its_values() -> None:
     arch = replace(LLAMA, heads=6, kv_heads=3)
     tables = {}
     for tp in (1, 3):
-        tiling = [tile for tile in shards.tiling(arch, (tp - 1, tp), (0, 1)) if tile.name.startswith("model.embed")]
+        tiling = [tile for tile in shards.tiling(arch, Place((tp - 1, tp))) if tile.name.startswith("model.embed")]
         size = arch.padded_vocab(tp) // tp * arch.hidden
         tables[tp] = LiveShard(0, tiling, {tiling[0].local: 0}, {MAIN: {tiling[0].local: torch.ones(size) * tp}})
     fill(tables[3], [tables[1]], arch)

@@ -14,7 +14,8 @@ from rlhf.contracts import Sample, Text
 from rlhf.data.packing import deal, shares
 from rlhf.data.shares import costs, deliver, headers, redeal
 from rlhf.metrics import first
-from rlhf.parallel.mesh import Layout, Mesh
+from rlhf.parallel.layout import Layout, Place
+from rlhf.parallel.mesh import Mesh
 
 HIDDEN, GROUPS, SIBLINGS = 16, 11, 3
 LAYOUTS = [[[0]], [[0], [1], [2]], [[0, 1], [2, 3]], [[0, 1, 4, 5], [2, 3, 6, 7]]]  # the last: tp2 pp2 dp2
@@ -161,12 +162,12 @@ def test_a_deal_keeps_groups_whole() -> None:
 @pytest.mark.parametrize(("tp", "pp", "cp", "dp"), [(1, 1, 1, 3), (2, 1, 1, 2), (2, 2, 2, 3)])
 def test_a_rank_is_at_its_place_in_its_replica(tp: int, pp: int, cp: int, dp: int) -> None:
     layout = Layout(tp, pp, cp, dp)
-    world = tp * pp * cp * dp
-    replicas: Any = Mesh.replicas.fget(SimpleNamespace(layout=layout, world=world))  # type: ignore[attr-defined]
-    assert sorted(rank for ranks in replicas for rank in ranks) == list(range(world))
-    for rank in range(world):
+    replicas = layout.replicas()
+    assert sorted(rank for ranks in replicas for rank in ranks) == list(range(layout.world))
+    for rank in range(layout.world):
         t, c, d, p = layout.coordinates(rank)
-        mesh = SimpleNamespace(layout=layout, tp_rank=t, cp_rank=c, dp_rank=d, pp_rank=p)
+        assert (rank, layout.place(rank)) == (((p * dp + d) * cp + c) * tp + t, Place((t, tp), (p, pp)))
+        mesh = SimpleNamespace(replicas=replicas, rank=rank, dp_rank=d)
         place, size = Mesh.place_in_replica.fget(mesh)  # type: ignore[attr-defined]
         assert replicas[d][place] == rank
         assert len(replicas[d]) == size

@@ -1,7 +1,6 @@
-"""The ranks and their process groups. Other files get process groups from here only.
+"""The process groups of the ranks. Other files get process groups from here only. rlhf.parallel.layout has their order.
 
-Ranks are ordered as in Megatron: tensor parallel is fastest, then context, data, pipeline. The ranks of an engine are
-consecutive too, so tensor-parallel groups of engines and of training are inside one node.
+The ranks of a tensor-parallel group are consecutive, in training and in an engine. So these groups are inside one node.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +20,7 @@ from rlhf import progress
 from rlhf.config import Parallel
 from rlhf.errors import UserError
 from rlhf.parallel import cpu, objects
+from rlhf.parallel.layout import Layout
 
 cpu.install()
 
@@ -29,22 +28,6 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after 
 
 PATIENCE = 3600.0  # seconds
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The number of ranks on each axis. The product is the world size."""
-
-    tp: int
-    pp: int
-    cp: int
-    dp: int
-
-    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
-        """Return the (tp, cp, dp, pp) ranks of a world rank."""
-        tp, rest = rank % self.tp, rank // self.tp
-        cp, rest = rest % self.cp, rest // self.cp
-        return tp, cp, rest % self.dp, rest // self.dp
 
 
 class Mesh:
@@ -64,6 +47,7 @@ class Mesh:
         )
         self.layout = Layout(parallel.tp, parallel.pp, parallel.cp, self.world // model)
         self.tp_rank, self.cp_rank, self.dp_rank, self.pp_rank = self.layout.coordinates(self.rank)
+        self.place, self.replicas = self.layout.place(self.rank), self.layout.replicas()
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.local_rank)
@@ -100,20 +84,12 @@ class Mesh:
     @property
     def place_in_replica(self) -> tuple[int, int]:
         """Return this rank's index in its data-parallel replica, in order of world ranks, and the replica's size."""
-        tp, pp, cp = self.layout.tp, self.layout.pp, self.layout.cp
-        return (self.pp_rank * cp + self.cp_rank) * tp + self.tp_rank, tp * pp * cp
+        ranks = self.replicas[self.dp_rank]
+        return ranks.index(self.rank), len(ranks)
 
     @property
     def is_first_in_replica(self) -> bool:
         return self.place_in_replica[0] == 0
-
-    @property
-    def replicas(self) -> list[list[int]]:
-        """Return the world ranks of each data-parallel replica, by their places in it."""
-        found: list[list[int]] = [[] for _ in range(self.layout.dp)]
-        for rank in range(self.world):
-            found[self.layout.coordinates(rank)[2]].append(rank)
-        return found
 
     def cp_sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over the context-parallel ranks. The gradient is summed over them too."""

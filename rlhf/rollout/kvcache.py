@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf.contracts import Completion, Engine, Request, Sampling
 from rlhf.model.architecture import Architecture
 from rlhf.model.rope import Rope, rotate
+from rlhf.parallel.layout import Place
 from rlhf.weights import names
 
 BATCH = 2**15  # largest number of tokens in the KV cache; more requests run as several batches
@@ -115,7 +116,7 @@ class KVCache(Engine):
         self.rope = Rope.of(arch, device)
         self.waiting: list[Request] = []
         self.running: Batch | None = None
-        shapes = names.parameters(arch, "vllm", (tp_rank, tp))
+        shapes = names.parameters(arch, "vllm", Place((tp_rank, tp)))
         self.weights = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
     def submit(self, requests: list[Request]) -> None:

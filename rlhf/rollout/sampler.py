@@ -14,6 +14,7 @@ from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict
 from rlhf.data.shares import Key
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.metrics import Progress
+from rlhf.parallel.layout import spread
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
 from rlhf.rollout.dialogues import Dialogues, Place
@@ -49,8 +50,8 @@ class Sampler:
     @property
     def engines(self) -> tuple[int, int]:
         """Return the number of engines, and the index of this rank's engine."""
-        tp = self.config.rollout.tp
-        return self.mesh.world // tp, self.mesh.rank // tp
+        layout = spread(self.mesh.world, self.config.rollout.tp)
+        return layout.dp, layout.coordinates(self.mesh.rank)[2]
 
     def sampling(self) -> Sampling:
         """Return the sampling parameters of the configuration.
@@ -177,8 +178,8 @@ class Sampler:
 
     def judges(self, group: Group, k: int) -> bool:
         """Return whether a response is in this rank's portion of its engine's responses."""
-        tp = self.config.rollout.tp
-        return (group.key[1] * len(group.responses) + k) % tp == self.mesh.rank % tp
+        rank, tp = spread(self.mesh.world, self.config.rollout.tp).place(self.mesh.rank).tp
+        return (group.key[1] * len(group.responses) + k) % tp == rank
 
     @staticmethod
     def made(groups: list[Group]) -> dict[Key, Sample]:

@@ -19,10 +19,10 @@ from rlhf.model import megatron_private, operations
 from rlhf.model.architecture import Architecture
 from rlhf.model.build import Decoder
 from rlhf.model.logp import token_logp
+from rlhf.parallel.layout import Place
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Kind
 from rlhf.train.optimizer import Optimizer
-from rlhf.weights.names import Axis
 from rlhf.weights.shards import MAIN, MOMENTS, LiveShard, StoredShard, fill, tiling
 
 # isort: split
@@ -92,7 +92,7 @@ class Learner:
         kinds = (MAIN, *MOMENTS) if self.optimizer.updates else (MAIN,)
         return LiveShard(
             self.optimizer.updates,
-            tiling(self.arch, *self._place),
+            tiling(self.arch, self.mesh.place),
             {name: start for name, start, _ in held},
             {kind: {name: tensors[kind] for name, _, tensors in held} for kind in kinds},
         )
@@ -107,12 +107,12 @@ class Learner:
         )
 
     @torch.no_grad()
-    def load(self, files: Sequence[tuple[Path, Axis, Axis]]) -> None:
+    def load(self, files: Sequence[tuple[Path, Place]]) -> None:
         """Load the training state that the ranks of any layout have saved. Every rank calls it.
 
-        files: (path, tp, pp) of each rank; of several files with the same elements, the first is read.
+        files: the path and place of each rank; of several files with the same elements, the first is read.
         """
-        stored = [StoredShard(path, tiling(self.arch, tp, pp)) for path, tp, pp in files]
+        stored = [StoredShard(path, tiling(self.arch, place)) for path, place in files]
         self.optimizer.restart(stored[0].updates)
         fill(self.state(), stored, self.arch)
         for p, start, tensors in self.optimizer.shards():
@@ -171,11 +171,6 @@ class Learner:
 
         with torch.no_grad():
             return self._total(self._schedule(map(self._pack, microbatches), len(microbatches), metrics, train=False))
-
-    @property
-    def _place(self) -> tuple[Axis, Axis]:
-        layout = self.mesh.layout
-        return (self.mesh.tp_rank, layout.tp), (self.mesh.pp_rank, layout.pp)
 
     def _pack(self, samples: Sequence[Sample]) -> Batch:
         layout = self.mesh.layout

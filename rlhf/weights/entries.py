@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, naming
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def store(entry: Entry, tensor: torch.Tensor) -> None:
     assert (tuple(tensor.shape), kind(tensor.dtype)) == (entry.shape, entry.dtype), (
         f"{entry} is not for {tensor.shape} {tensor.dtype}"
     )
-    with entry.path.open("r+b") as file:
+    with naming(entry.path), entry.path.open("r+b") as file:
         file.seek(entry.start)
         file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
 

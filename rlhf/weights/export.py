@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf import progress
+from rlhf.errors import naming
 from rlhf.model.architecture import Architecture
 from rlhf.weights import names
 from rlhf.weights.entries import DTYPES, Entry, Shape, groups, kind, store
@@ -78,7 +79,8 @@ def write(
 def finish(target: Target, folder: Path, config: Mapping[str, Any]) -> None:
     """Write the small files beside the weights. config: the content of config.json without the dtype."""
     key = "dtype" if "dtype" in config else "torch_dtype"  # transformers has renamed this key and reads both names
-    target.format.finish(target, folder, {**config, key: DTYPES[kind(target.dtype)]})
+    with naming(folder):
+        target.format.finish(target, folder, {**config, key: DTYPES[kind(target.dtype)]})
 
 
 def write_batches(
@@ -104,7 +106,10 @@ def write_batches(
     folder.mkdir(parents=True, exist_ok=True)
     assert not any((folder / title).exists() for title in owned[rank]), f"{folder} already holds weights"
     shapes = {title: names.shapes(tiling) for title, tiling in target.files.items()}
-    stored = {title: target.format.begin(target, folder / title, shapes[title]) for title in owned[rank]}
+    stored = {}
+    for title in owned[rank]:
+        with naming(folder / title):
+            stored[title] = target.format.begin(target, folder / title, shapes[title])
     tiling = {title: by_local(tiles) for title, tiles in target.files.items()}
     cut = {title: _batches(shapes[title], dtype, bucket // 2) for title in titles}
     batches = [[(title, group) for title in held for group in cut[title]] for held in owned]

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from rlhf.model.architecture import Architecture
 from rlhf.model.families import EMBEDDING, FUSED, HEAD, QKV, Shape, Split, Weight
 from rlhf.model.families import SCORE as SCORE  # for the importers of this module
+from rlhf.parallel.layout import Axis, Place, spread
 from rlhf.weights.tiles import Box, Tile
 
-Axis = tuple[int, int]  # (rank, size) along one axis of parallelism
+WHOLE = Place()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +106,19 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     return shapes(tiles(arch, "hf"))
 
 
-def parameters(arch: Architecture, layout: str, tp: Axis = (0, 1), pp: Axis = (0, 1)) -> dict[str, Shape]:
+def parameters(arch: Architecture, layout: str, place: Place = WHOLE) -> dict[str, Shape]:
     """Return local name -> shape of every parameter of a live model on one rank, including vocabulary padding."""
-    return shapes(tiles(arch, layout, tp, pp, pad=True))
+    return shapes(tiles(arch, layout, place, pad=True))
 
 
-def tiles(
-    arch: Architecture, layout: str, tp: Axis = (0, 1), pp: Axis = (0, 1), rows: int = 0, pad: bool = False
-) -> list[Tile]:
-    """Return the tiles of one rank. tp and pp are (rank, size). Layers are divided evenly over the pipeline stages.
+def tiles(arch: Architecture, layout: str, place: Place = WHOLE, rows: int = 0, pad: bool = False) -> list[Tile]:
+    """Return the tiles of one rank. Layers are divided evenly over the pipeline stages.
 
     rows: rows of the padded vocabulary over all ranks; 0: padded as in live models.
     pad: also return a tile for each padding row. Its content is the last real row, as in Megatron-LM. Without pad, no
     tile covers the padding rows.
     """
-    form, (stage, stages) = _form(arch, layout), pp
+    form, tp, (stage, stages) = _form(arch, layout), place.tp, place.pp
     assert arch.layers % stages == 0, f"{arch.layers} layers do not divide over {stages} pipeline stages"
     depth, last = arch.layers // stages, stage == stages - 1
 
@@ -140,14 +139,11 @@ def tiles(
 
 
 def tilings(arch: Architecture, layout: str, world: int, tp: int, pp: int = 1) -> list[list[Tile]]:
-    """Return the tiles of every rank.
-
-    The tensor-parallel rank changes fastest and the pipeline stage slowest. This is megatron-core's order tp-cp-dp-pp,
-    and an engine has tp consecutive ranks.
-    """
-    assert world % (tp * pp) == 0, f"{world} ranks do not divide over tp {tp} x pp {pp}"
-    unique = {(t, p): tiles(arch, layout, (t, tp), (p, pp)) for t in range(tp) for p in range(pp)}
-    return [unique[rank % tp, rank // (world // pp)] for rank in range(world)]
+    """Return the tiles of every rank. Ranks at the same place get the same list object."""
+    ranks = spread(world, tp, pp)
+    places = [ranks.place(rank) for rank in range(world)]
+    unique = {place: tiles(arch, layout, place) for place in dict.fromkeys(places)}
+    return [unique[place] for place in places]
 
 
 def shapes(tiling: Sequence[Tile]) -> dict[str, Shape]:

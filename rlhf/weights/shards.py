@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rlhf.model.architecture import Architecture
 from rlhf.model.families import EMBEDDING, HEAD
+from rlhf.parallel.layout import Place
 from rlhf.weights import header, names
 from rlhf.weights.entries import Entry, kind, mapped
-from rlhf.weights.names import Axis
 from rlhf.weights.tiles import Box, Geometry, Tile, geometry, intersect, shaped, subtract, within
 
 MAIN = "main"
@@ -104,9 +104,9 @@ class StoredShard:
         return shaped(mapped(part), (size, strides, 0))
 
 
-def tiling(arch: Architecture, tp: Axis, pp: Axis) -> list[Tile]:
+def tiling(arch: Architecture, place: Place) -> list[Tile]:
     """Return the tiles of one rank. The rows that pad the vocabulary are like other rows, because they are trained."""
-    return names.tiles(replace(arch, vocab=arch.padded_vocab(tp[1])), "megatron", tp, pp)
+    return names.tiles(replace(arch, vocab=arch.padded_vocab(place.tp[1])), "megatron", place)
 
 
 def fill(target: LiveShard, sources: Iterable[Shard], arch: Architecture) -> None:

@@ -17,6 +17,7 @@ import torch
 from rlhf.config import Parallel
 from rlhf.contracts import Engine, Sampling
 from rlhf.model import architecture
+from rlhf.parallel.layout import spread
 from rlhf.parallel.mesh import Mesh
 from rlhf.rollout.kvcache import KVCache
 from rlhf.weights import files, names
@@ -40,7 +41,7 @@ def main() -> None:
     mesh, arch = Mesh(Parallel(), 1), architecture.read(root / f"{model}-old")
     engine = build(kind, root / f"{model}-old", engine_tp, mesh)
     engines = names.tilings(arch, "vllm", mesh.world, engine_tp)
-    padded = names.tiles(arch, "vllm", (mesh.rank % engine_tp, engine_tp), pad=True)
+    padded = names.tiles(arch, "vllm", spread(mesh.world, engine_tp).place(mesh.rank), pad=True)
     assert not mismatch(engine.parameters(), padded, torch.float32)
     for tp, pp in (map(int, layout.split("x")) for layout in layouts):
         training = names.tilings(arch, "megatron", mesh.world, tp, pp)

@@ -41,7 +41,7 @@ def main() -> None:
         config, spec, vocab_size=arch.vocab, max_sequence_length=arch.context, position_embedding_type="rope"
     )
     parameters = {name: p.data for name, p in model.named_parameters()}
-    files.read(sys.argv[1], arch, names.tiles(arch, "megatron", (mesh.rank, tp)), parameters)
+    files.read(sys.argv[1], arch, names.tiles(arch, "megatron", mesh.place), parameters)
     if mesh.rank == 0:
         (theirs / "iter_0000005").mkdir(parents=True)
         (theirs / "latest_checkpointed_iteration.txt").write_text("5")

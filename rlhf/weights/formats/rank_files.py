@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
+from rlhf.parallel.layout import Layout, Place
 from rlhf.weights import names, pt
 from rlhf.weights.entries import Entry, Shape, intact, kind
 from rlhf.weights.formats import args
@@ -46,8 +47,8 @@ class RankContents(MegatronContents):
         return self.shards[0][local].shape[0] * self.tp
 
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:
-        tp, pp, rows = self.tp, self.pp, self.vocab
-        return [names.tiles(arch, self.layout, (t, tp), (p, pp), rows=rows, pad=pad) for t, p in _ranks(tp, pp)]
+        rows = self.vocab
+        return [names.tiles(arch, self.layout, place, rows=rows, pad=pad) for place in _places(self.tp, self.pp)]
 
 
 class RankFiles(Megatron):
@@ -74,12 +75,11 @@ class RankFiles(Megatron):
         return contents
 
     def lay_out(self, target: Target) -> dict[str, list[Tile]]:
-        arch, tp, pp = target.arch, target.tp, target.pp
         return {
-            f"{title(target.iteration)}/{_folder(t, p, pp)}/{FILE}": names.tiles(
-                arch, self.layout, (t, tp), (p, pp), rows=target.rows, pad=True
+            f"{title(target.iteration)}/{_folder(place)}/{FILE}": names.tiles(
+                target.arch, self.layout, place, rows=target.rows, pad=True
             )
-            for t, p in _ranks(tp, pp)
+            for place in _places(target.tp, target.pp)
         }
 
     def begin(self, target: Target, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
@@ -149,11 +149,12 @@ def _open(path: Path) -> RankContents:
     described = args.read(first)
     tp = described.get("tensor_model_parallel_size") or max(t for t, _ in found) + 1
     pp = described.get("pipeline_model_parallel_size") or max(p for _, p in found) + 1
-    missing = [_folder(*rank, pp) for rank in _ranks(tp, pp) if rank not in trees]
+    ranks = {(place.tp[0], place.pp[0]): place for place in _places(tp, pp)}
+    missing = [_folder(place) for rank, place in ranks.items() if rank not in trees]
     if missing or len(found) > tp * pp:
         what = f"{missing[0]} is missing" if missing else "there are too many mp_rank_* folders"
         raise UserError(f"{path}: {what} for {tp} x {pp} ranks; copy the whole checkpoint again")
-    shards = [_entries(found[rank] / FILE, trees[rank]) for rank in _ranks(tp, pp)]
+    shards = [_entries(found[rank] / FILE, trees[rank]) for rank in ranks]
     form = _form(shards[0])
     return RankContents(path, form.name, form.layout, shards, described, number(first), tp, pp)
 
@@ -165,14 +166,16 @@ def _form(shard: Mapping[str, Entry]) -> RankFiles:
     return MCORE if any(name.endswith("linear_qkv.layer_norm_weight") for name in shard) else MCORE_LOCAL
 
 
-def _ranks(tp: int, pp: int) -> list[tuple[int, int]]:
-    """Return (tensor-parallel rank, pipeline stage) of every rank file, in the order of the shards."""
-    return [(t, p) for p in range(pp) for t in range(tp)]
+def _places(tp: int, pp: int) -> list[Place]:
+    """Return the place of every rank file, in the order of the shards."""
+    layout = Layout(tp=tp, pp=pp)
+    return [layout.place(rank) for rank in range(layout.world)]
 
 
-def _folder(tp: int, pp: int, stages: int) -> str:
-    """Return the name of the folder of a rank. stages: number of pipeline stages."""
-    return f"mp_rank_{tp:02}" + (f"_{pp:03}" if stages > 1 else "")
+def _folder(place: Place) -> str:
+    """Return the name of the folder of a rank."""
+    (tensor, _), (stage, stages) = place.tp, place.pp
+    return f"mp_rank_{tensor:02}" + (f"_{stage:03}" if stages > 1 else "")
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
+from rlhf.parallel.layout import Place
 from rlhf.weights import names, pt
 from rlhf.weights.entries import Entry, Shape, intact, kind
 from rlhf.weights.formats import args
@@ -73,7 +74,7 @@ class ShardedContents(MegatronContents):
 
         @cache
         def held(rank: int, ranks: int) -> dict[str, list[Tile]]:
-            return by_local(names.tiles(arch, self.layout, (rank, ranks), rows=self.vocab, pad=pad))
+            return by_local(names.tiles(arch, self.layout, Place((rank, ranks)), rows=self.vocab, pad=pad))
 
         counts = Counter(name.partition("#")[0] for name in self.shards[0])
         found = []
