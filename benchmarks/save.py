@@ -27,7 +27,7 @@ from train import LR, draw, fill
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
-from rlhf.data.packing import microbatches, shares
+from rlhf.data.packing import microbatches
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner
@@ -64,7 +64,7 @@ class Bench:
         self.config = configuration.load("sft", [f"out={a.out}", f"batch.tokens={a.tokens}", "checkpoint.keep=1"])
         self.learner = Learner(arch, self.config, mesh, self.dtype, fill=fill, temperature=1.0, train=True)
         samples = draw(a.tokens, a.length, arch.vocab, varied=False)
-        self.cut = microbatches(shares(samples, 1, arch.hidden), a.tokens, False)[0]
+        self.cut = microbatches(samples, a.tokens, False, mesh.largest)
         self.loss = partial(ALGORITHMS["sft"](self.config).loss, "policy")
 
     def update(self) -> float:

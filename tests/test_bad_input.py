@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from saved import MESH
 
 from rlhf import configuration
 from rlhf.errors import UserError
@@ -190,7 +191,7 @@ def test_resuming_another_run(made: Path, tmp_path: Path, key: str, saved: objec
     from rlhf.parallel.layout import Layout
 
     config = configuration.load("reward", [f"out={tmp_path}", f"policy.load={made}/model"])
-    checkpoints = Checkpoints(config, SimpleNamespace(layout=Layout(2, 1, 1, 1), rank=0), torch.float32)
+    checkpoints = Checkpoints(config, SimpleNamespace(**{**vars(MESH), "layout": Layout(2, 1, 1, 1)}), torch.float32)
     (tmp_path / "latest").write_text("step_000007")
     (tmp_path / "step_000007").mkdir()
     (tmp_path / "step_000007/meta.json").write_text(

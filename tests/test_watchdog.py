@@ -139,13 +139,13 @@ def test_a_rank_that_stands_still_ends_the_run(what: str, ranks: int, torchrun: 
 
 def test_a_signal_ends_a_looping_run_sooner(tmp_path: Path):
     """The ranks ignore the signal, as in a loop that does not end. The limit is a tenth."""
-    run = Run(tmp_path, 2, 100)
+    run = Run(tmp_path, 2, 60)
     run.tell("loop")
     run.process.send_signal(signal.SIGTERM)
     said, seconds = run.end()
     assert run.process.returncode == HUNG, said
-    assert seconds < 40
-    assert "no rank has made progress for 10 s" in said
+    assert seconds < 30
+    assert "no rank has made progress for 6 s" in said
 
 
 def test_a_rank_that_waits_for_one_that_moves_is_no_hang(tmp_path: Path):

@@ -157,8 +157,14 @@ class Mesh:
             raise UserError(mistakes[0])
 
     def close(self) -> None:
-        """Destroy the model-parallel groups, so that the same ranks can be split in another way."""
+        """Destroy all groups except the world, so that the same ranks can be split in another way.
+
+        megatron-core only forgets its groups. Their threads would stay, and each gloo group has three.
+        """
         parallel_state.destroy_model_parallel()
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     def barrier(self) -> None:
         if self.world > 1:
