@@ -229,8 +229,8 @@ class Algorithm:
         """Turn rewards into advantages (or pairs). Return the samples to learn from, and their metrics.
 
         `samples` is one data-parallel replica's share of the step: whole groups, or nothing. total(x) sums an array x
-        over the shares of all replicas. All replicas must call it equally often, with arrays of equal shapes. `state`
-        must come out the same on all of them.
+        over the shares of all replicas. All replicas must call it equally often, with arrays of equal shapes. All
+        replicas must compute the same `state`.
         """
         return samples, {}
 

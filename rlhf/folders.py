@@ -154,7 +154,10 @@ def exported(folder: Path) -> list[str]:
 
 
 def damage(folder: Path) -> str:
-    """Return a message about the first damaged or missing file of a checkpoint; "" if all sizes are right."""
+    """Return a message about the first file that is missing or has another size; "" if there is none.
+
+    altered() compares checksums.
+    """
     try:
         return _incomplete(folder, meta(folder).get("files", {}))
     except (OSError, ValueError) as error:

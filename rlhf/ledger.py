@@ -179,7 +179,7 @@ class Ledger:
     def _choose(self) -> frozenset[Tenant]:
         """Return the tenants to offload: as few as possible, and cheap ones first.
 
-        Gradients need no copy, frozen weights a copy to the device, other tenants copies in both directions.
+        To move gradients costs no copy, frozen weights one (to the device), other tenants two.
         """
         cost = {Kind.GRADIENTS: 0, Kind.OPTIMIZER: 2, Kind.WEIGHTS: 3}
         movable = sorted(

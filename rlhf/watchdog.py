@@ -3,10 +3,10 @@
 A rank is two processes: the rank itself, and its parent process, the watcher. The watcher forwards signals to the rank
 and ends with its exit code. So this works with every launcher. The watcher also reads the rank's progress.
 
-The watchers of a run write the status of their ranks to files in out/watchdog, which all nodes share. A file of which
-the content no longer changes belongs to a node or a watcher that is lost. The lowest rank with a living watcher is the
-first. The watcher of the first rank prints a warning when all ranks have stood still for half of the limit, and ends
-the run at the limit. The other watchers follow its decision.
+The watchers of a run write the status of their ranks to files in out/watchdog, which all nodes share. If a file no
+longer changes, its node or watcher is lost. Of the ranks whose watchers are alive, the lowest is called the first rank.
+Its watcher prints a warning when all ranks have stood still for half of the limit, and ends the run at the limit. The
+other watchers follow its decision.
 """
 
 from __future__ import annotations

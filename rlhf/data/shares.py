@@ -44,7 +44,7 @@ def headers(mesh: Mesh, made: Mapping[Key, Sample]) -> list[Header]:
 def deliver(mesh: Mesh, made: Mapping[Key, Sample], chosen: Sequence[Header], hidden: int) -> list[Sample]:
     """Return this replica's share of the chosen samples, in order, on every rank of the replica.
 
-    The samples leave their records of the data set behind. `made`: as for headers(). hidden: see packing.cost().
+    The records of the data set are not sent. `made`: as for headers(). hidden: see packing.cost().
     """
     replicas = mesh.replicas
     dealt = deal([h.length for h in chosen], [h.group for h in chosen], len(replicas), hidden)

@@ -96,7 +96,7 @@ class EngineOwner:
         return self._publisher.volume()
 
     def leave(self, keep: Collection[Kind]) -> None:
-        """Put the engine to sleep, unless `keep` contains all kinds that it has on the device.
+        """Put the engine to sleep if it has a kind on the device that is not in `keep`. It can only sleep as a whole.
 
         Only the residence calls this method and come().
         """

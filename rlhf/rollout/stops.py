@@ -27,7 +27,7 @@ class Stops:
     def ends(self, tokens: list[int]) -> bool:
         """Return whether the last token completes a stop string.
 
-        It may miss a stop string that appears only in the decoded text of all tokens. end() finds that one too.
+        It may miss a stop string that appears only when all tokens are decoded together. end() finds that one too.
         """
         if not self._may_end(tokens[-1]):
             return False

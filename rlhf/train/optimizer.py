@@ -89,7 +89,7 @@ class Optimizer:
             yield p, start, {name: tensor.view(-1) for name, tensor in held.items()}
 
     def restart(self, updates: int) -> None:
-        """Make the state as after a number of updates, with moments of 0."""
+        """Set the number of updates, and reset the moments to 0."""
         self.updates = updates
         for inner in self.inner:
             inner.state.clear()

@@ -42,7 +42,7 @@ class Plan:
     one list object, as names.tilings() makes them, so each tiling is processed once.
 
     A rank takes a box from itself if it holds it, else from a rank of its node, else from any rank. Among several
-    equally near ranks, its own index decides, so that the load is spread evenly over the holders. A box is sent to a
+    equally near ranks, the index of the receiving rank selects the sender, so that the load is spread evenly over the holders. A box is sent to a
     target rank at most once, and only if that rank does not hold it. The choice does not depend on other ranks. So each
     rank can compute what it receives, and which few ranks may receive from it.
     """
