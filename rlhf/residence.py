@@ -160,7 +160,7 @@ class Residence:
             torch.cuda.current_stream(self.device).synchronize()
 
     def _storages(self, tenant: Tenant) -> list[torch.UntypedStorage]:
-        """Return the device storages of a tenant, each once. A storage that several kinds share belongs to the first."""
+        """Return the device storages of a tenant, each once. A storage of several kinds belongs to the first."""
         seen: dict[int, Kind] = {}
         storages = []
         for other, tensors in self._owners[tenant.role].tenants().items():

@@ -42,9 +42,9 @@ class Plan:
     one list object, as names.tilings() makes them, so each tiling is processed once.
 
     A rank takes a box from itself if it holds it, else from a rank of its node, else from any rank. Among several
-    equally near ranks, the index of the receiving rank selects the sender, so that the load is spread evenly over the holders. A box is sent to a
-    target rank at most once, and only if that rank does not hold it. The choice does not depend on other ranks. So each
-    rank can compute what it receives, and which few ranks may receive from it.
+    equally near ranks, the index of the receiving rank selects the sender, so that the load is spread evenly over the
+    holders. A box is sent to a target rank at most once, and only if that rank does not hold it. The choice does not
+    depend on other ranks. So each rank can compute what it receives, and which few ranks may receive from it.
     """
 
     def __init__(self, sources: Sequence[Sequence[Tile]], targets: Sequence[Sequence[Tile]], nodes: Sequence[int]):

@@ -17,8 +17,8 @@ FORMATS: dict[str, Format] = {form.name: form for form in (HuggingFace(), MCORE,
 def recognise(folder: str | Path, iteration: int | None = None) -> Format:
     """Return the format of a folder, by the names of its files.
 
-    The default is Hugging Face's format. Later rows of FORMATS are tried first. By their file names, mcore, mcore-local and
-    legacy are equal, and legacy is returned. open() finds the exact one, which is in Contents.format.
+    The default is Hugging Face's format. Later rows of FORMATS are tried first. By their file names, mcore, mcore-local
+    and legacy are equal, and legacy is returned. open() finds the exact one, which is in Contents.format.
     """
     return next(form for form in reversed(FORMATS.values()) if form.owns(Path(folder), iteration))
 
