@@ -5,6 +5,7 @@ The ranks of a tensor-parallel group are consecutive, in training and in an engi
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -159,12 +160,14 @@ class Mesh:
     def close(self) -> None:
         """Destroy all groups except the world, so that the same ranks can be split in another way.
 
-        megatron-core only forgets its groups. Their threads would stay, and each gloo group has three.
+        megatron-core only forgets its groups. Their threads would stay, and each gloo group has three. Models that are
+        no longer used hold groups too, until they are collected.
         """
         parallel_state.destroy_model_parallel()
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
+        gc.collect()
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -63,17 +63,18 @@ class LiveShard:
         return shaped(self.tensors[what][local], place)
 
     def write(self, call: Callable[[memoryview], object]) -> None:
-        """Write a safetensors file: pass its bytes to `call`, part by part."""
+        """Write a safetensors file: pass its bytes to `call`, part by part. A part is valid only during its call."""
         import torch
 
         held = {f"{what}.{local}": t for what, each in self.tensors.items() for local, t in each.items()}
         about = {"updates": str(self.updates), "starts": json.dumps(dict(self.starts))}
         text, _ = header.text({name: (kind(t.dtype), tuple(t.shape)) for name, t in held.items()}, about)
         call(memoryview(text))
+        # Parts are copied, because torch cannot free the storage of a tensor that shares its memory with numpy.
+        buffer = torch.empty(CHUNK, dtype=torch.uint8)
         for tensor in held.values():
-            data = tensor.cpu().contiguous().view(torch.uint8).numpy().data
-            for start in range(0, len(data), CHUNK):
-                call(data[start : start + CHUNK])
+            for part in tensor.contiguous().view(torch.uint8).split(CHUNK):
+                call(buffer[: len(part)].copy_(part).numpy().data)
 
 
 @dataclass
