@@ -86,8 +86,8 @@ class Run:
         arguments = [str(folder / "rank.py"), str(folder), str(timeout)]
         command = [sys.executable, "-c", LAUNCHER, str(ranks), *arguments]
         if torchrun:
-            agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command = [*agent, *arguments]
+            elastic = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command = [*elastic, *arguments]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
