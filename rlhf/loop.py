@@ -52,16 +52,18 @@ class Run:
         if self.evaluation and start == 0:
             self.evaluation(metrics)
             metrics.write(0)
+        done = start
         for step in range(start, config.steps):
             try:
                 stop = self.whole_step(step)
             except FloatingPointError as error:
                 self.checkpoints.settle(wait=True)
                 raise SpoiltError(f"step {step + 1}: {error}; nothing of it is saved. {self._advice(step)}") from None
+            done = step + 1
             if stop:
                 break
         self.checkpoints.settle(wait=True)
-        return step + 1 == config.steps
+        return done >= config.steps
 
     def whole_step(self, step: int) -> bool:
         """Run one step, counted from 0, with evaluation, metrics and checkpoint. Return whether a signal came.

@@ -275,3 +275,21 @@ def test_what_happens_every_so_many_steps() -> None:
     assert [done for done in range(1, 8) if due(done, 3, 7)] == [3, 6, 7]
     assert [done for done in range(1, 8) if due(done, 0, 7)] == [7]
     assert [done for done in range(1, 8) if due(done, 1, 7)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("signal", "ended"), [(None, True), (4, False), (5, True)])
+def test_a_run_ends_when_its_files_are_written(signal: int | None, ended: bool) -> None:
+    """A signal stops the run after its step. train() returns whether all steps are done, also if none was left."""
+    for start in (3, 5):
+        calls: list[object] = []
+        run: Any = SimpleNamespace(
+            config=configuration.load("sft", [*FOLDERS, "steps=5"]),
+            metrics=None,
+            start=start,
+            evaluation=None,
+            offer=lambda version, check: None,
+            whole_step=lambda step, calls=calls: calls.append(step) or step + 1 == signal,
+            checkpoints=SimpleNamespace(settle=lambda wait, calls=calls: calls.append(wait)),
+        )
+        assert Run.train(run) == (ended or start == 5)
+        assert calls == [*(step for step in range(start, 5) if not signal or step < signal), True]
