@@ -2,12 +2,13 @@
 
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from rlhf.cluster import free_port
 
 ROOT = Path(__file__).parents[1]
 # The command line runs with the interpreter of these tests. Nothing is installed.
@@ -56,12 +57,6 @@ def wait_for_all(running: list[subprocess.Popen], timeout: float) -> list[int | 
             return codes
         assert time.monotonic() < end, f"exit codes {codes} after {timeout} s"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def launch(*arguments: str, root: Path = ROOT, env: dict[str, str] = HERE) -> subprocess.CompletedProcess[str]:
