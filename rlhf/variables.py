@@ -54,7 +54,8 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
     "TP": (
         TRAIN,
         "parallel.tp",
-        "tensor parallel size; sets parallel.dp=0. convert_hf_to_megatron: of the written folder",
+        "tensor parallel size; sets parallel.dp=0 (as many replicas as fit). For convert_hf_to_megatron: "
+        "that of the written folder",
     ),
     "PP": (TRAIN, "parallel.pp", "pipeline parallel size; otherwise like TP"),
     "SAVE_PATH": ("convert*", "--to", "folder to write"),
