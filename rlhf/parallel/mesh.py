@@ -5,7 +5,6 @@ The ranks of a tensor-parallel group are consecutive, in training and in an engi
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -156,18 +155,6 @@ class Mesh:
         """Raise UserError on all ranks if one rank passes a message. `mistake` is "" on a rank without a message."""
         if mistakes := [said for said in self.all_gather(mistake) if said]:
             raise UserError(mistakes[0])
-
-    def close(self) -> None:
-        """Destroy all groups except the world, so that the same ranks can be split in another way.
-
-        megatron-core only forgets its groups. Their threads would stay, and each gloo group has three. Models that are
-        no longer used hold groups too, until they are collected.
-        """
-        parallel_state.destroy_model_parallel()
-        for group in list(dist.distributed_c10d._world.pg_map):
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
-        gc.collect()
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import groups
 import resharding
 from models import FAMILIES, layout_keys, reference_logits, reference_logp, samples
 
@@ -71,15 +72,15 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float, what: str
 
 
 class Case:
-    """One family at one layout."""
+    """One family at one layout, whose mesh may be that of another family."""
 
-    def __init__(self, folder: Path, layout: str):
+    def __init__(self, folder: Path, layout: str, mesh: Mesh | None = None):
         overrides = [*layout_keys(layout), f"policy.load={folder}", f"optim.lr={LR}", "optim.eps=1", "optim.clip=0"]
         self.folder, self.what = folder, f"{folder.name} {layout}"
         self.config = configuration.load(
             "grpo", ["batch.minibatches=2", *overrides]
         )  # so that old_logp is a separate stream
-        self.mesh = Mesh(self.config.parallel, 1)
+        self.mesh = mesh or Mesh(self.config.parallel, 1)
         self.arch = architecture.read(folder)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.sharding = names.tilings(
@@ -237,8 +238,10 @@ def main() -> None:
     for entry, _, only in (entry.partition(":") for entry in layouts):
         layout, _, megatron = entry.partition("+")
         build.pays, linear.exchange = ((lambda group: False), None) if megatron else EXCHANGING  # type: ignore[assignment]
+        mesh = None
         for family in [only] if only else FAMILIES:
-            case = Case(root / family, layout)
+            case = Case(root / family, layout, mesh)
+            mesh = case.mesh
             frozen = case.learner(train=False)
             case.check_logits(frozen)
             case.check_logp(frozen)
@@ -251,7 +254,7 @@ def main() -> None:
             ]:  # bfloat16 has separate main parameters
                 case.check_resume(root / f"run-{family}-{entry}-{dtype}", dtype)
             case.check_step_zero(frozen)
-            case.mesh.close()
+        groups.close()
     build.pays, linear.exchange = EXCHANGING
     world = int(os.environ["WORLD_SIZE"])
     for dtype in (torch.float32, torch.bfloat16):

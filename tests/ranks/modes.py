@@ -22,6 +22,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import groups
 from models import layout_keys
 
 from rlhf import configuration
@@ -303,7 +304,7 @@ def main() -> None:
         mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
         for mode in only.split(",") if only else KEYS:
             check_mode(folder, mode, layout, mesh)
-        mesh.close()
+        groups.close()
     mesh.barrier()
     if mesh.rank == 0:
         print("modes agree", flush=True)

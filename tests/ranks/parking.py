@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import groups
 from models import layout_keys, samples
 
 from rlhf import configuration
@@ -132,7 +133,7 @@ def main() -> None:
             assert all(torch.equal(a, b) for a, b in zip(kept, partly, strict=True)), (
                 f"{layout} {dtype}: some tenants parked"
             )
-            pair.mesh.close()
+            groups.close()
     print("parking holds", flush=True)
     os._exit(0)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import groups
 import pytest
 from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
 
@@ -29,9 +30,9 @@ from rlhf.rewards import Rewards
 from rlhf.rollout.kvcache import KVCache
 
 
-def start(config: Config, mesh: Mesh) -> int:
+def start(config: Config) -> int:
     """Return the exit code of a whole program with a mesh of its own."""
-    mesh.close()
+    groups.close()
     return assemble.run(config)
 
 
@@ -52,9 +53,7 @@ def check_engine_without_the_weights(folder: Path, layout: str, mesh: Mesh) -> N
         patch.setattr(KVCache, "wake", spoilt)
         for begin, keys in ((0, []), (2, ["rollout.check=true"])):
             with pytest.raises(RuntimeError, match="the engine does not generate with the trained weights"):
-                start(
-                    configure(folder, "grpo", layout, f"out={folder}/spoilt{begin}", "checkpoint.every=0", *keys), mesh
-                )
+                start(configure(folder, "grpo", layout, f"out={folder}/spoilt{begin}", "checkpoint.every=0", *keys))
             assert step == begin
 
 
@@ -66,9 +65,9 @@ def check_signal(folder: Path, layout: str, mesh: Mesh) -> None:
     rules = [f"reward.function={folder}/rules.py:length", f"evaluate.function={folder}/rules.py:quarter"]
     config = configure(folder, "grpo", layout, f"out={folder}/program", "steps=2", *rules)
     with drawing(lambda step: os.kill(os.getpid(), signal.SIGUSR1)):
-        assert start(config, mesh) == SAVED
+        assert start(config) == SAVED
     assert (folder / "program/latest").read_text() == "step_000001"
-    assert start(config, mesh) == 0
+    assert start(config) == 0
     rows = metrics(folder / "program")
     assert list(rows) == [0, 1, 2]
     assert rows[2]["eval_reward"] == 0.25, "the judge's"
@@ -82,7 +81,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
     Rewards are those of function and reward model, or of evaluate.function alone. `out` may be the folder of the run:
     mode evaluate writes its own files there, with every response, and changes no other.
     """
-    assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1"), mesh) == 0
+    assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1")) == 0
     wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
     keys = [f"policy.load={folder}/pairs/hf", *(key.format(folder=folder) for key in KEYS["online-dpo"])]
     before = {path: path.read_bytes() for path in (folder / "pairs").rglob("*") if path.is_file()}
@@ -94,7 +93,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
         ("judge", "judged", [f"evaluate.function={folder}/rules.py:quarter"]),
         ("hot", "hot", ["evaluate.temperature=1"]),
     ):
-        assert start(configure(folder, "evaluate", layout, *keys, f"out={folder}/{out}", *more), mesh) == 0
+        assert start(configure(folder, "evaluate", layout, *keys, f"out={folder}/{out}", *more)) == 0
         (found[name],) = metrics(folder / out, "evaluate").values()
         assert len((folder / out / "samples/evaluate.jsonl").read_text().splitlines()) == 8
     assert {path: path.read_bytes() for path in before} == before
@@ -115,7 +114,7 @@ def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
     rows = []
     for name, init, seed in (("sft", "load", 1), ("model", "random", 1), ("model", "random", 2)):
         keys = [f"policy.load={folder}/{name}", f"policy.init={init}", f"seed={seed}", "steps=1"]
-        assert start(configure(folder, "sft", layout, f"out={folder}/{init}{seed}", *keys), mesh) == 0
+        assert start(configure(folder, "sft", layout, f"out={folder}/{init}{seed}", *keys)) == 0
         rows.append(metrics(folder / f"{init}{seed}"))
     loaded, same, other = rows
     assert same == loaded
@@ -128,13 +127,13 @@ def check_in_flight(folder: Path, layout: str, mesh: Mesh) -> None:
         keys = [key.format(folder=folder) for key in KEYS[mode]]
         keys += ["rollout.inflight=1.5", "checkpoint.every=2", "log.samples=-1", "rollout.stop=['e']"]
         config = configure(folder, mode, layout, f"out={folder}/flying-{mode}", *keys)
-        assert start(config, mesh) == 0
+        assert start(config) == 0
         whole, samples = metrics(folder / f"flying-{mode}"), Path(config.out) / f"samples/step_{STEPS:06}.jsonl"
         assert any(row.get("lag/1") for row in whole.values()), "some tokens were drawn by older weights"
         before = samples.read_text()
         shutil.rmtree(folder / f"flying-{mode}/step_{STEPS:06}")
         (folder / f"flying-{mode}/latest").write_text("step_000002")
-        assert start(config, mesh) == 0
+        assert start(config) == 0
         assert metrics(folder / f"flying-{mode}") == whole
         assert samples.read_text() == before
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import groups
 import torch
 
 from rlhf.algorithms import ALGORITHMS
@@ -59,7 +60,7 @@ def check(case_of: Callable[[str], Any], world: int, root: Path, dtype: torch.dt
             wanted.write_text(repr(losses))
             last.write_text(str(base))
         case.mesh.barrier()
-        case.mesh.close()
+        groups.close()
     # With float32 the main parameters are the weights. With bfloat16 they are others, so fewer layouts are enough.
     for layout in LAYOUTS[world][:: 1 if dtype == torch.float32 else 3]:
         case = case_of(layout)
@@ -76,7 +77,7 @@ def check(case_of: Callable[[str], Any], world: int, root: Path, dtype: torch.dt
         for loss in map(float, wanted.read_text().strip("[]").split(",")):
             changed = update(case, learner, rate)
             assert abs(changed - loss) < near, f"{case.what}: loss {changed} instead of {loss}"
-        case.mesh.close()
+        groups.close()
 
 
 def save(case: Any, learner: Learner, folder: Path, dtype: torch.dtype) -> None:
