@@ -23,12 +23,12 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""
 GRPO = ["configs/demo/grpo.toml", "batch.prompts=8", "evaluate.every=0", "evaluate.prompts=16"]
 
 
-def start(mode: str, *arguments: str) -> subprocess.Popen:
+def start(mode: str, *arguments: str, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "rlhf", mode, *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -37,7 +37,10 @@ def start(mode: str, *arguments: str) -> subprocess.Popen:
 
 
 def run(mode: str, *arguments: str) -> str:
-    process = start(mode, *arguments)
+    return finish(start(mode, *arguments))
+
+
+def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-6000:]
     return output
@@ -119,7 +122,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
         "log.tensorboard=true",
         "rollout.inflight=1.5",
     ]
-    run("grpo", *common, f"out={tmp_path}/whole")
+    whole_run = start("grpo", *common, f"out={tmp_path}/whole")
     process, killed = start("grpo", *common, f"out={tmp_path}/killed"), tmp_path / "killed/metrics.jsonl"
     while process.poll() is None and not (killed.exists() and '"step": 3' in killed.read_text()):
         time.sleep(0.05)
@@ -127,6 +130,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     output = run("grpo", *common, f"out={tmp_path}/killed", "evaluate.every=5")
+    finish(whole_run)
     assert "resumed after step" in output
     whole, resumed = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -148,8 +152,10 @@ def test_layouts_agree(tmp_path: Path) -> None:
 
     Samples, losses and gradients are compared.
     """
-    for name, layout in (("one", ["parallel.tp=1"]), ("four", ["parallel.tp=2", "parallel.pp=2", "rollout.tp=2"])):
-        run("grpo", *GRPO, *layout, "steps=3", "grpo.kl=0.04", f"out={tmp_path}/{name}")
+    layouts = {"one": ["parallel.tp=1"], "four": ["parallel.tp=2", "parallel.pp=2", "rollout.tp=2"]}
+    common = [*GRPO, "steps=3", "grpo.kl=0.04"]
+    for process in [start("grpo", *common, *keys, f"out={tmp_path}/{name}") for name, keys in layouts.items()]:
+        finish(process)
     for one, four in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
         assert one.keys() == four.keys()
         for key in one.keys() - {"mismatch"}:
@@ -163,10 +169,12 @@ def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
     """
     subprocess.run([sys.executable, "tools/calculator_task.py"], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=100)
     run("sft", "configs/calculator/sft.toml")
-    accuracies = {}
-    for name in ("Calculator", "Noise"):
+    runs, accuracies = {}, {}
+    for name in ("Calculator", "Noise"):  # at once: two runs of one thread are faster than two threads, twice
         keys = [f"rollout.environment=tools/calculator_task.py:{name}", f"out={tmp_path}/{name}", "steps=10"]
-        output = run("grpo", "configs/calculator/grpo.toml", *keys)
+        runs[name] = start("grpo", "configs/calculator/grpo.toml", *keys, OMP_NUM_THREADS="1")
+    for name, process in runs.items():
+        output = finish(process)
         accuracies[name] = [row["eval_reward"] for row in metrics(tmp_path / name) if "eval_reward" in row]
         if name == "Calculator":
             assert re.search(r" => calc \d+ \* \d+ <= (\d+) => #### \1", output), "the dialogue is shown"
