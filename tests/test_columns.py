@@ -80,6 +80,7 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
     changes = [
         Data(template="human"),
         Data(template="tokenizer"),
+        Data(template_variables=("a=1",)),
         Data(learn="last"),
         Data(overlong="drop"),
         Data(max_tokens=7),

@@ -40,10 +40,17 @@ def test_every_mode_has_a_form():
     ],
 )
 def test_sft_forms(tmp_path, tokenizer, row):
+    """By default, texts are written as they are, and messages with the tokenizer's own chat template."""
     [sample] = Records.load(write(tmp_path / "a.jsonl", row), "demonstrations", tokenizer, Data()).head(0)
-    assert whole(tokenizer, sample) == "<|begin|>Q?A.<|endoftext|>"
-    assert learned(tokenizer, sample) == "A.<|endoftext|>"
-    assert sample.text == Text(row=0, prompt="Q?", record=row)
+    if any(isinstance(value, list) for value in row.values()):
+        prompt, said = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n", "A.<|im_end|>\n<|endoftext|>"
+        assert whole(tokenizer, sample) == prompt + said
+        assert sample.text == Text(row=0, prompt=prompt, record=row, template="tokenizer")
+    else:
+        said = "A.<|endoftext|>"
+        assert whole(tokenizer, sample) == "<|begin|>Q?" + said
+        assert sample.text == Text(row=0, prompt="Q?", record=row, template="plain")
+    assert learned(tokenizer, sample) == said
     assert (sample.tokens.dtype, sample.mask.dtype, len(sample.mask)) == (np.int32, bool, len(sample.tokens) - 1)
     assert (sample.truncated, sample.reward) == (False, 0.0)
 
@@ -67,10 +74,10 @@ def test_prompt_forms(tmp_path, tokenizer, row):
     assert whole(tokenizer, sample) == "<|begin|>\n\nHuman: Q?\n\nAssistant:"
     assert not sample.mask.any()
     assert sample.mask.shape == (len(sample.tokens) - 1,)
-    assert sample.text == Text(row=0, prompt="\n\nHuman: Q?\n\nAssistant:", record=row)
+    assert sample.text == Text(row=0, prompt="\n\nHuman: Q?\n\nAssistant:", record=row, template="human")
 
 
-@pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
+@pytest.mark.parametrize("template", ["human", "llama2", "chatml", "tokenizer", "auto"])
 def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
     """The assistant's turns in it are not learned, and it counts as a prompt for the limit of length."""
     file = write(
@@ -133,12 +140,12 @@ def test_scored_responses(tmp_path, tokenizer, query):
         {query: "Q?", "response": ["A.", "No.", "four"], "score": [1, -0.5, 1.0]},
         {query: [USER], "response": ["A.", "No."], "score": [0, 2]},
     ]
-    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "scored", tokenizer, Data()).head(0)
+    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "scored", tokenizer, Data(template="llama2")).head(0)
     assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, -0.5), (0, 1.0), (1, 0.0), (1, 2.0)]
     assert [learned(tokenizer, s) for s in samples] == [
-        f"{said}<|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")
+        f" {said} <|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")
     ]
-    assert {s.text.prompt for s in samples} == {"Q?"}
+    assert {s.text.prompt for s in samples} == {"[INST] Q? [/INST]"}
 
 
 @pytest.mark.parametrize(("learn", "said"), [("all", " Un. Deux.<|endoftext|>"), ("last", " Deux.<|endoftext|>")])

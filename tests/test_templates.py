@@ -264,7 +264,9 @@ def test_num_cue(qwen, llama2, template):
         ([SYSTEM], "has only a system message; add a user message"),
         ([USER, SYSTEM], "message 2 has role 'system', expected 'assistant'"),
         ([SYSTEM, USER, AGAIN], "message 3 has role 'user', expected 'assistant'; user and assistant must alternate"),
-        ([{"role": "tool", "content": "x"}], "message 1 has role 'tool', expected 'user'"),
+        ([{"role": "human", "content": "x"}], "message 1 has role 'human', expected 'user'"),
+        ([USER, {"role": "tool", "content": "x"}], "only a tokenizer's own chat template writes the messages of tools"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "the messages of tools; remove tools and"),
     ],
 )
 def test_roles(qwen, messages, error):
