@@ -91,8 +91,8 @@ def read_tokenizer(config: Config) -> Tokenizer:
         raise UserError(f"{key} has no effect with data.template={template}: remove it, or set data.template=tokenizer")
     if not tokenizer.chats:
         raise UserError(f"{key} has no effect, because the tokenizer has no chat template: remove it")
-    if unused := tokenizer.chats.unused([*variables]):
-        raise UserError(f"{key} sets {', '.join(unused)}, which the tokenizer's chat template does not read: remove it")
+    if unread := variables.keys() - tokenizer.chats.reads:
+        raise UserError(f"{key} sets {min(unread)}, which the tokenizer's chat template does not read: remove it")
     return tokenizer
 
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,14 +51,14 @@ class ChatTemplates:
             given = {"messages": messages, "tools": tools, "add_generation_prompt": cue}
             return self._compiled[name].render(**{"documents": None, **self.variables, **given})
 
-    def unused(self, names: Sequence[str]) -> list[str]:
-        """Return the names that no template reads. Raises UserError."""
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The names of the variables that the templates read. Raises UserError."""
         import jinja2.meta
 
         with _limited("choose another data.template"):
             trees = [environment().parse(source) for source in self.sources.values()]
-            read = set().union(*map(jinja2.meta.find_undeclared_variables, trees))
-        return [name for name in names if name not in read]
+            return frozenset().union(*map(jinja2.meta.find_undeclared_variables, trees))
 
 
 @contextmanager

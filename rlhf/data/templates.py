@@ -233,8 +233,8 @@ def encode(
     """
     if template != "tokenizer":
         _check_roles(messages)
-        if tools:
-            raise UserError(f"data.template={template} cannot write 'tools'; {TOOLS}")
+    if tools and (template != "tokenizer" or (tokenizer.chats and "tools" not in tokenizer.chats.reads)):
+        raise UserError(f"template {template} does not write 'tools'; {TOOLS}")
     spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     answered = messages[-1]["role"] == "assistant"
     learned = frozenset(spoken if learn == "all" else spoken[-1:]) if answered else frozenset()
