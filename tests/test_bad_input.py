@@ -115,7 +115,7 @@ def test_a_dry_run_shows_the_first_record(made: Path, tmp_path: Path, capsys: py
         assert main([*given, "--dry-run"]) == 0
         assert wanted in (said := capsys.readouterr().out)
         assert said.count("first record") == bool(row)
-    assert main([*given, "policy.load=configs/models/llama2-7B", "--dry-run"]) == 0
+    assert main([*given, "policy.load=configs/models/llama2-7B", "memory.device=1000", "--dry-run"]) == 0
     assert "The first record is not shown: tokenizer configs/models/llama2-7B: neither" in capsys.readouterr().out
     write(file, {"prompt": 1, "response": "2"})
     assert main([*given, "--dry-run"]) == 2

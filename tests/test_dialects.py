@@ -114,7 +114,7 @@ def test_what_is_not_edited_has_the_tokens_of_transformers(load, case):
 
 
 LLAMA2 = "{% for m in messages %}{{ '[INST]' if m.role == 'user' else '' }}{{ m.content | trim }}{% endfor %}"
-EDITS = "earlier responses when other messages follow; set data.learn=last"
+EDITS = "earlier turns when other messages follow; set data.learn=last"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,12 @@ def test_tools_of_a_line(tools):
 def test_tools_that_are_none(tools):
     with pytest.raises(UserError, match=re.escape(f"'tools' is {tools!r:.80}; give a list of objects")):
         read_tools(tools)
+
+
+def test_a_turn_that_the_template_does_not_keep_cannot_be_answered(load):
+    tokenizer, _ = load("{{ messages[-1].content }}", {})
+    with pytest.raises(UserError, match="does not write earlier turns of the assistant; choose another"):
+        reply(tokenizer, "tokenizer", [tokenizer.eos], [SURE])
 
 
 @pytest.mark.parametrize("answer", [RESULT, SURE])

@@ -64,18 +64,24 @@ def reply(render: Render, messages: list[Message]) -> tuple[str, str]:
 
     The turn keeps its own text, even if the template would change it when messages follow.
     """
-    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-    end, behind = (
-        render(all_of_it, cue).rpartition(MARK)[2] for all_of_it, cue in ((talk, False), ([*talk, *messages], True))
-    )
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    end = _behind_mark(render(turn, False))
+    behind = _behind_mark(render([*turn, *messages], True))
     return (end, behind.removeprefix(end)) if behind.startswith(end) else ("", behind)
+
+
+def _behind_mark(text: str) -> str:
+    _, found, behind = text.rpartition(MARK)
+    if not found:
+        raise UserError(f"the tokenizer's chat template does not write earlier turns of the assistant; {OTHER}")
+    return behind
 
 
 def _lost(message: Message, text: str) -> str:
     """Return the name of the first part of a message that the text lacks, or "". White space is not compared."""
     calls = message.get("tool_calls") or []
-    names = [(call.get("function") or call).get("name") for call in calls]
+    functions = [call["function"] if isinstance(call.get("function"), dict) else call for call in calls]
     parts = [(f"'{key}'", message.get(key)) for key in ("content", "reasoning_content")]
-    parts += [(f"the call of {name!r}", name) for name in names]
+    parts += [(f"the call of {function.get('name')!r:.80}", function.get("name")) for function in functions]
     said = "".join(text.split())
     return next((what for what, part in parts if "".join(str(part or "").split()) not in said), "")

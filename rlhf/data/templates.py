@@ -136,7 +136,7 @@ def _own(script: Script, messages: list[Message], learned: Places) -> None:
         except UserError as error:
             raise UserError(f"message {i + 1}: {error}") from None
         if not prompt.startswith(done):
-            what = "the tokenizer's chat template changes earlier responses when other messages follow"
+            what = "the tokenizer's chat template changes earlier turns when other messages follow"
             raise UserError(f"message {i}: {what}; set data.learn=last")
         script.write(prompt[len(done) :], control=True)
         start = len(script.ids)
