@@ -114,7 +114,7 @@ def test_the_first_record_is_shown_as_the_model_sees_it(tmp_path, qwen):
     assert shown("prompts", {"prompt": [USER]}) == ["first record, template tokenizer (a prompt):", *asked, "  | "]
     pair = {"prompt": "Q?", "chosen": "A." + "x" * 9999, "rejected": "No."}
     said = shown("pairs", pair, max_tokens=10**5)
-    assert said == [f"first record, template plain ({marks}):", said[1]]
+    assert said == [f"first record, template plain without the tokenizer's chat template ({marks}):", said[1]]
     assert re.fullmatch(r"  \| Q\?>>>A\.x{298} \[\.\.\.\] x{290}<\|im_end\|><<<", said[1])
     turns = [{**turn, "content": "y " * 400} for turn in (USER, ASSISTANT)] * 50
     assert len("".join(shown("demonstrations", {"messages": turns}, max_tokens=10**6))) < 4000

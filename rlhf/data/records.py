@@ -82,22 +82,13 @@ class Records:
     def first(self) -> str:
         """Return the first record as the model sees it, with marks around what is learned. Long texts are cut."""
         sample = self.head(1)[0]
-        learn = [False, *sample.mask.tolist()]
-        texts, start = [], 0
-        for learned, run in itertools.groupby(learn):
-            end = start + len(list(run))
-            before, after = (
-                self._tokenizer.decode(sample.tokens[:n].tolist(), skip_special=False) for n in (start, end)
-            )
-            text = _shortened(after[len(before) :], " [...] ")
-            texts.append(f"{LEARNED[0]}{text}{LEARNED[1]}" if learned else text)
-            start = end
-        what = f"{' and '.join(LEARNED)} enclose what is learned" if len(texts) > 1 else "a prompt"
-        shown = "".join(texts)
-        lines = _shortened(shown, "\n[...]\n", 4 * MOST).split("\n")
-        return "\n".join(
-            [f"first record, template {sample.text.template} ({what}):", *(f"  | {line}" for line in lines)]
-        )
+        template, what = sample.text.template, "a prompt"
+        if template == "plain" and self._tokenizer.chats:
+            template += " without the tokenizer's chat template"
+        if sample.mask.any():
+            what = f"{' and '.join(LEARNED)} enclose what is learned"
+        lines = _shortened(_marked(self._tokenizer, sample), "\n[...]\n", 4 * MOST).split("\n")
+        return "\n".join([f"first record, template {template} ({what}):", *(f"  | {line}" for line in lines)])
 
     def draw(self, step: int, count: int, seed: int) -> list[Sample]:
         """Return the samples of `count` records for a step (counted from 0). group is the record's index in the step.
@@ -140,6 +131,17 @@ class Records:
                 template=record.template,
             ),
         )
+
+
+def _marked(tokenizer: Tokenizer, sample: Sample) -> str:
+    """Return the text of a sample with marks around its learned parts, each part without its middle if it is long."""
+    text, shown, start = "", "", 0
+    for learned, run in itertools.groupby([False, *sample.mask.tolist()]):
+        start += len(list(run))
+        known, text = text, tokenizer.decode(sample.tokens[:start].tolist(), skip_special=False)
+        part = _shortened(text[len(known) :], " [...] ")
+        shown += f"{LEARNED[0]}{part}{LEARNED[1]}" if learned else part
+    return shown
 
 
 def _shortened(text: str, gap: str, most: int = MOST) -> str:
