@@ -77,7 +77,7 @@ class Data:
 
     train: str = ""  # training data: jsonl file, or folder of them (.gz too)
     eval: str = ""  # held-out data: file or folder; empty: no evaluation
-    template: Template = "auto"  # how messages become text; auto: tokenizer (its own chat template), texts: plain
+    template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false
     learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only
     overlong: Literal["error", "truncate", "drop"] = "error"  # samples over max_tokens; truncate cuts the prompt's left

@@ -178,6 +178,8 @@ def test_auto_is_plain_for_texts_and_the_tokenizers_own_template_for_messages(qw
     assert choose(llama2, "auto", [USER, ANSWER], is_text=True) == "plain"
     assert choose(qwen, "auto", [USER, ANSWER], is_text=False) == "tokenizer"
     assert choose(qwen, "auto", [USER], is_text=False) == "tokenizer"
+    assert choose(qwen, "auto", [SYSTEM, USER], is_text=True) == "tokenizer", "a system text beside the prompt"
+    assert choose(qwen, "auto", [USER, ANSWER, AGAIN], is_text=True) == "tokenizer", "earlier exchanges"
     assert choose(llama2, "auto", [USER], is_text=False) == "plain"
     for template in ("human", "llama2", "chatml", "tokenizer"):
         for is_text in (False, True):

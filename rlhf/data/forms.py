@@ -54,8 +54,12 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
         raise UserError(
             f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
         )
-    is_text = not any(isinstance(row[key], list) and isinstance(row[key][0], dict) for key in keys if row[key])
+    is_text = not any(_is_messages(row[key]) for key in keys)
     return Content(forms[keys](row, keys), is_text, None if is_text else templates.read_tools(row.get("tools")))
+
+
+def _is_messages(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and isinstance(next(iter(value), None), dict))
 
 
 def _stated(value: object) -> bool:

@@ -11,9 +11,10 @@ from rlhf.errors import UserError
 
 Render = Callable[[list[Message], bool], str]  # messages, whether to add the cue -> text
 MARK = "the content of this message"
+TEXTS = ("content", "reasoning_content", "reasoning", "thinking")  # keys of what a message says
 
 CHANGED = "the tokenizer's chat template changes the text of earlier messages when an answer follows"
-NO_CUE = "the tokenizer's chat template does not begin this turn with its cue"
+NO_CUE = "the tokenizer's chat template does not begin this turn with its generation prompt, which ends with"
 OTHER = "choose another data.template"
 
 
@@ -54,7 +55,8 @@ def _restored(render: Render, messages: list[Message], prompt: str, begun: bool)
         raise UserError(f"{NO_CUE} {prompt[-40:]!r}; set or remove data.template_variables, or {OTHER}")
     if not content.lstrip().startswith(tag):
         begin = f"begin the content with {tag!r}, for example with an empty thought"
-        raise UserError(f"the cue of the tokenizer's chat template ends with {opened!r}; {begin}, or {OTHER}")
+        cue = f"the generation prompt of the tokenizer's chat template ends with {opened!r}"
+        raise UserError(f"{cue}; {begin}, or {OTHER}")
     rest = content.lstrip().removeprefix(tag)
     return rest.removeprefix(opened[len(opened.rstrip()) :]) + end
 
@@ -81,7 +83,7 @@ def _lost(message: Message, text: str) -> str:
     """Return the name of the first part of a message that the text lacks, or "". White space is not compared."""
     calls = message.get("tool_calls") or []
     functions = [call["function"] if isinstance(call.get("function"), dict) else call for call in calls]
-    parts = [(f"'{key}'", message.get(key)) for key in ("content", "reasoning_content")]
+    parts = [(f"'{key}'", message[key]) for key in TEXTS if isinstance(message.get(key), str)]
     parts += [(f"the call of {function.get('name')!r:.80}", function.get("name")) for function in functions]
     said = "".join(text.split())
     return next((what for what, part in parts if "".join(str(part or "").split()) not in said), "")

@@ -174,7 +174,9 @@ def choose(tokenizer: Tokenizer, template: str, messages: list[Message], is_text
 
     is_text: the data set has texts, and not messages. Raises UserError if the template cannot separate the roles.
     """
-    several = not is_text and len({message["role"] for message in messages}) > 1
+    roles = [message["role"] for message in messages]
+    is_text = is_text and roles in (["user"], ["user", "assistant"])  # not with a system text or earlier exchanges
+    several = not is_text and len(set(roles)) > 1
     name = template
     if template == "auto":
         name = "tokenizer" if tokenizer.chats and not is_text else "plain"
