@@ -59,6 +59,11 @@ CASES = {  # template, variables, messages, tools, data.learn, learned texts
     "cut out, last of two": (R1, {}, [ASKED, says(THOUGHT), SURE, says(SHORT)], None, "last", [SHORT]),
     "nothing to cut": (R1, {}, [TERSE, ASKED, says("four"), SURE, says("yes")], None, "all", ["four", "yes"]),
     "open and cut out": (R1_OPEN, {}, [ASKED, says(THOUGHT)], None, "all", ["add\n</think>\n\nfour"]),
+    "open, continued": (R1_OPEN, {}, [ASKED, says("add</think>four")], None, "all", ["add</think>four"]),
+    "open, continued and kept": (
+        *(QWEN3_THINKING, {}, [ASKED, says("add</think>four")], None, "all"),
+        ["add\n</think>\n\nfour"],
+    ),
     "open without a newline": (R1_OPEN, {}, [ASKED, says(SHORT)], None, "all", ["add</think>four"]),
     "calls and thoughts": (
         *(QWEN3, {}, [ASKED, calls("<think>\nask\n</think>\n\n"), RESULT, says(THOUGHT)], TOOLS, "all"),

@@ -53,6 +53,8 @@ def _restored(render: Render, messages: list[Message], prompt: str, begun: bool)
     tag = opened.strip()
     if not tag:
         raise UserError(f"{NO_CUE} {prompt[-40:]!r}; set or remove data.template_variables, or {OTHER}")
+    if tag not in content and tag.replace("<", "</", 1) in content:
+        return content + end  # it continues the cue
     if not content.lstrip().startswith(tag):
         begin = f"begin the content with {tag!r}, for example with an empty thought"
         cue = f"the generation prompt of the tokenizer's chat template ends with {opened!r}"
