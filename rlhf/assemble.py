@@ -135,6 +135,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
         say(f"{given.records.counts} of {config.data.eval}")
+        say(given.records.first())
     progress.begin("evaluation")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
     values = metrics.write(step=0)
@@ -299,6 +300,7 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
     for remark in given.remarks:
         say(f"  {remark}")
     say(f"{given.records.counts} of {config.data.train}; out: {config.out}")
+    say(given.records.first())
     if given.held_out:
         say(f"{given.held_out.counts} of {config.data.eval} are held out")
     for remark in run.source.remarks():

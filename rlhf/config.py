@@ -22,6 +22,7 @@ Share = Annotated[float, Between(0.01, 1)]
 Rate = Annotated[float, Between(0, 10)]
 Decay = Annotated[float, Between(0, 0.99999)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
+Template = Literal["auto", "plain", "human", "llama2", "chatml", "tokenizer"]
 # Up to this tensor parallel size, ranks exchange hidden states during matrix products (rlhf.parallel.exchange).
 # With eight ranks this was slower than megatron-core's layers (benchmarks/NOTES.md).
 EXCHANGERS = 4
@@ -76,7 +77,8 @@ class Data:
 
     train: str = ""  # training data: jsonl file, or folder of them (.gz too)
     eval: str = ""  # held-out data: file or folder; empty: no evaluation
-    template: Literal["plain", "human", "llama2", "chatml", "tokenizer"] = "plain"  # how messages become text
+    template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
+    template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false
     learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only
     overlong: Literal["error", "truncate", "drop"] = "error"  # samples over max_tokens; truncate cuts the prompt's left
     max_tokens: Count = 2048  # limit of prompt and response together, in tokens

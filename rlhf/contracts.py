@@ -33,6 +33,7 @@ class Text:
     prompt: str = ""
     response: str = ""  # empty until a response is sampled; with several turns, the text of all turns
     turns: Sequence[Mapping[str, str]] = ()  # role and content of each turn; empty without an environment
+    template: str = ""  # key of rlhf.data.templates.TEMPLATES that the prompt is written with
 
 
 @dataclass(frozen=True, slots=True)

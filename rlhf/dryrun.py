@@ -1,16 +1,21 @@
-"""--dry-run: print what a run would do. Needs config.json of the models, but no weights, no data and no GPU."""
+"""--dry-run: print what a run would do. Needs config.json of the models, but no weights, no data and no GPU.
+
+If the data is there, it prints the first record as the run does.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from rlhf import configuration
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.data.forms import COMPARED
+from rlhf.errors import UserError
 from rlhf.ledger import Ledger
-from rlhf.prepare import shapes
+from rlhf.prepare import read_records, read_tokenizer, records_path, shapes
 
 DEVICE = 80.0  # GiB, if memory.device is not set
 
@@ -40,7 +45,19 @@ def show(config: Config, world: int) -> None:
             f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. "
             f"In flight: {flying}{waiting}."
         )
+    _, path = records_path(config)
+    if path and Path(path).exists():
+        print(f"\n{first_record(config, path)}")
     ledger.check()
+
+
+def first_record(config: Config, path: str) -> str:
+    """Return the first record of a data set as a run prints it. Raises UserError for mistakes in the data."""
+    try:
+        tokenizer = read_tokenizer(config)
+    except UserError as error:
+        return f"The first record is not shown: {error}"
+    return read_records(config, tokenizer, path, first=True).first()
 
 
 def batch(config: Config, world: int) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
-from rlhf.data import columns, jsonl, templates
+from rlhf.data import chat, columns, jsonl, templates
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
@@ -56,7 +57,7 @@ def inputs(config: Config, world: int) -> Inputs:
     remarks = [
         remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")
     ]
-    tokenizer = Tokenizer.load(beside or config.policy.load)
+    tokenizer = read_tokenizer(config)
     if tokenizer.vocab > arch.vocab:
         model = f"{config.policy.load}/config.json has vocab_size={arch.vocab}"
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set another policy.tokenizer")
@@ -69,11 +70,30 @@ def inputs(config: Config, world: int) -> Inputs:
         rewards.check(function, config.reward.memory, key=key)
     if config.rollout.environment and ALGORITHMS[config.mode].online:
         rewards.check(config.rollout.environment, config.reward.memory, kind="environment")
-        templates.reply(tokenizer, config.data.template, [tokenizer.eos], [{"role": "user", "content": "?"}])
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
-    return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks, known)
+    records, held_out = _data(config, tokenizer)
+    if config.rollout.environment and ALGORITHMS[config.mode].online:
+        for template in records.templates | (held_out.templates if held_out else set()):
+            templates.reply(tokenizer, template, [tokenizer.eos], [{"role": "user", "content": "?"}])
+    return Inputs(arch, models, tokenizer, records, held_out, remarks, known)
+
+
+def read_tokenizer(config: Config) -> Tokenizer:
+    """Return the tokenizer of a run, with data.template_variables. Raises UserError if they have no effect."""
+    variables, template = chat.variables(config.data.template_variables), config.data.template
+    tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load, variables)
+    if not variables:
+        return tokenizer
+    key = "data.template_variables"
+    if template not in ("auto", "tokenizer"):
+        raise UserError(f"{key} has no effect with data.template={template}: remove it, or set data.template=tokenizer")
+    if not tokenizer.chats:
+        raise UserError(f"{key} has no effect, because the tokenizer has no chat template: remove it")
+    if unread := variables.keys() - tokenizer.chats.reads:
+        raise UserError(f"{key} sets {min(unread)}, which the tokenizer's chat template does not read: remove it")
+    return tokenizer
 
 
 @texts.paths()
@@ -163,28 +183,38 @@ def _functions(config: Config) -> dict[str, str]:
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
     """Return the records of the mode (Inputs.records) and the held-out records."""
-    algorithm = ALGORITHMS[config.mode]
-    required = ("answer",) if "math" in _functions(config).values() else ()
-    max_prompt = config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None
-
-    def read(path: str) -> Records:
-        cache = Path(config.out) / "records"
-        return Records.load(
-            path, algorithm.form, tokenizer, config.data, max_prompt=max_prompt, required=required, cache=cache
-        )
-
-    source = "train" if algorithm.trains else "eval"
-    path = {"train": config.data.train, "eval": config.data.eval}[source]
+    trains, read = ALGORITHMS[config.mode].trains, partial(read_records, config, tokenizer)
+    source, path = records_path(config)
     if not path:
         raise UserError(f"data.{source} is not set: set it to a jsonl file or a folder of them")
-    if source == "train" and Path(path).is_dir() and config.data.eval:
+    if trains and Path(path).is_dir() and config.data.eval:
         both = {file.resolve() for file in jsonl.files(Path(path))} & {
             file.resolve() for file in jsonl.files(Path(config.data.eval))
         }
         if both:
             shared = f"contains {min(both).name}, which data.eval={config.data.eval} holds out"
             raise UserError(f"data.train={path} {shared}: set data.train to the file to train on")
-    return read(path), read(config.data.eval) if source == "train" and config.data.eval else None
+    return read(path), read(config.data.eval) if trains and config.data.eval else None
+
+
+def records_path(config: Config) -> tuple[str, str]:
+    """Return the name of the mode's data set, train or eval, and its path."""
+    return ("train", config.data.train) if ALGORITHMS[config.mode].trains else ("eval", config.data.eval)
+
+
+def read_records(config: Config, tokenizer: Tokenizer, path: str, first: bool = False) -> Records:
+    """Return the records of a data set. first: only some at its beginning, which are not kept for the next run."""
+    algorithm = ALGORITHMS[config.mode]
+    return Records.load(
+        path,
+        algorithm.form,
+        tokenizer,
+        config.data,
+        max_prompt=config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None,
+        required=("answer",) if "math" in _functions(config).values() else (),
+        cache=None if first else Path(config.out) / "records",
+        first=first,
+    )
 
 
 def roles(config: Config, policy: Architecture) -> dict[str, Role]:

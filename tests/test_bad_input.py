@@ -15,9 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rows import write
 from saved import MESH
+from vocabularies import write_byte_level
 
 from rlhf import configuration
+from rlhf.__main__ import main
 from rlhf.errors import UserError
 
 
@@ -27,6 +30,8 @@ from rlhf.errors import UserError
         ("sft", "policy.load=/nowhere", ["/nowhere/config.json", "No such file"]),
         ("sft", "data.train=/nowhere.jsonl", ["/nowhere.jsonl"]),
         ("sft", "data.trian=x", ["unknown key 'data.trian'", "data.train"]),
+        ("sft", "data.template_variables=thinking", ["data.template_variables has 'thinking'", "write name=value"]),
+        ("sft", "data.template_variables=a=1", ["data.template_variables has no effect", "no chat template: remove"]),
         ("sft", "steps=many", ["steps must be int", "'many'"]),
         ("sft", "optim.lr=-1", ["optim.lr", "at least 0", "-1"]),
         ("sft", "batch.prompts=0", ["batch.prompts", "at least 1", "0"]),
@@ -90,6 +95,41 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
     line = fail(mode, override)
     assert line.startswith("rlhf: ")
     assert all(part in line for part in wanted), line
+
+
+def test_variables_without_effect(fail, tmp_path: Path) -> None:
+    given = [f"policy.tokenizer={write_byte_level(tmp_path)}", "data.template_variables=enable_thinkin=false"]
+    assert "sets enable_thinkin, which the tokenizer's chat template does not read: remove it" in fail("sft", *given)
+    given.append("data.template=chatml")
+    assert "no effect with data.template=chatml: remove it, or set data.template=tokenizer" in fail("sft", *given)
+
+
+def test_a_dry_run_shows_the_first_record(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If the data is there, it is read. The tokenizer may be missing, as on a laptop."""
+    file = tmp_path / "a.jsonl"
+    data = "first record, template plain (>>> and <<< enclose what is learned):\n  | <s>1+1>>>2</s><<<\n"
+    given = ["sft", f"policy.load={made}/model", "policy.init=random", "data.max_tokens=128", f"data.train={file}"]
+    for row, wanted in ((None, ""), ({"prompt": "1+1", "response": "2"}, data)):
+        if row:
+            write(file, row)
+        assert main([*given, "--dry-run"]) == 0
+        assert wanted in (said := capsys.readouterr().out)
+        assert said.count("first record") == bool(row)
+    assert main([*given, "policy.load=configs/models/llama2-7B", "memory.device=1000", "--dry-run"]) == 0
+    assert "The first record is not shown: tokenizer configs/models/llama2-7B: neither" in capsys.readouterr().out
+    write(file, {"prompt": 1, "response": "2"})
+    assert main([*given, "--dry-run"]) == 2
+    assert f"{file}:1: 'prompt' is 1; give a string" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["auto", "plain"])
+def test_messages_without_a_template(fail, tmp_path: Path, template: str) -> None:
+    asked, said = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
+    file = write(tmp_path / "a.jsonl", {"prompt": "1 + 1?", "response": "2"}, {"messages": [asked, said]})
+    line = fail("sft", f"data.train={file}", f"data.template={template}")
+    assert f"{file}:2: " in line
+    assert "several roles" in line
+    assert "set data.template to human, llama2 or chatml, or policy.tokenizer to a folder with a chat template" in line
 
 
 @pytest.mark.parametrize(

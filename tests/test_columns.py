@@ -2,15 +2,18 @@
 
 import re
 from dataclasses import fields
+from datetime import date, timedelta
 
 import numpy as np
 import pytest
 from rows import write
+from vocabularies import write_byte_level
 
 from rlhf.config import Data
 from rlhf.data import columns
 from rlhf.data.columns import Columns, digest
 from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
 
@@ -80,6 +83,7 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
     changes = [
         Data(template="human"),
         Data(template="tokenizer"),
+        Data(template_variables=("a=1",)),
         Data(learn="last"),
         Data(overlong="drop"),
         Data(max_tokens=7),
@@ -97,6 +101,24 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
         == digest(file, tokenizer, Data(train="elsewhere"), "grpo", 7)
         == digest(write(file, {"prompt": "Q?"}), tokenizer, Data(), "grpo", 7)
     )
+
+
+def test_the_date_counts_only_for_templates_that_may_write_it(tmp_path, monkeypatch):
+    class Tomorrow(date):
+        @classmethod
+        def today(cls):
+            return date.today() + timedelta(1)
+
+    file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
+    dated, undated = (
+        Tokenizer.load(write_byte_level(tmp_path / str(i), template=template))
+        for i, template in enumerate(("{{ strftime_now('%d') }}", "{{ messages }}"))
+    )
+    cases = [(t, Data(template=key)) for t in (dated, undated) for key in ("auto", "tokenizer", "chatml")]
+    before = [digest(file, *case) for case in cases]
+    monkeypatch.setattr(columns, "date", Tomorrow)
+    changed = [name != digest(file, *case) for name, case in zip(before, cases, strict=True)]
+    assert changed == [True, True, False, False, False, False]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, tokenizer):

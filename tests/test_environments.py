@@ -321,6 +321,17 @@ def test_reset_gives_the_prompt(tmp_path, llama2):
         talk(tmp_path, llama2, "over", record={"reset": "Begin. " * 80})
 
 
+def test_turns_have_the_template_of_their_prompt(tmp_path, qwen):
+    """By default, it is the tokenizer's own for prompts of messages, and plain for texts."""
+    said = [{"role": role, "content": text} for role, text in (("assistant", "one"), ("user", "ANSWER"))]
+    asked = [{"role": "user", "content": "Begin."}]
+    dialogue = qwen.chat([*asked, *said, {"role": "assistant", "content": "over"}], cue=False)[:-1]
+    for record in ({"prompt": asked}, {"reset": "Begin."}):
+        assert [s.tokens.tolist() for s in talk(tmp_path, qwen, "one", "over", record=record)] == [dialogue] * 4
+    text = qwen.encode("Begin.one<|im_end|>ANSWERover<|im_end|>", control=True)
+    assert talk(tmp_path, qwen, "one", "over", record={"prompt": "Begin."})[0].tokens.tolist() == text
+
+
 def test_a_reward_function_is_added_to_what_the_environment_gives():
     def sample(response: str, failed: bool) -> Sample:
         text, verdict = Text(0, {"answer": "4"}, "2 + 2?", response), Verdict(rule=0.25, failed=failed)

@@ -19,7 +19,7 @@ def fails(folder, tokenizer, form, good, line, error):
     """Check the error for a folder with a file whose second line is blank and whose third line is wrong."""
     file = write(folder / "a.jsonl.gz", good, "", line)
     with pytest.raises(UserError, match=re.escape(error)) as caught:
-        Records.load(folder, form, tokenizer, Data(max_tokens=32))
+        Records.load(folder, form, tokenizer, Data(max_tokens=32, template="llama2"))
     assert str(caught.value).startswith(f"{file}:3: ")
     assert "\n" not in str(caught.value)
 

@@ -7,12 +7,14 @@ import re
 import numpy as np
 import pytest
 from rows import AGAIN, ASSISTANT, OTHER, SYSTEM, USER, first_learned, learned, whole, write
+from vocabularies import CHATML, write_byte_level
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
 from rlhf.contracts import Text
 from rlhf.data.forms import FORMS
 from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
 
@@ -40,10 +42,17 @@ def test_every_mode_has_a_form():
     ],
 )
 def test_sft_forms(tmp_path, tokenizer, row):
+    """By default, texts are written as they are, and messages with the tokenizer's own chat template."""
     [sample] = Records.load(write(tmp_path / "a.jsonl", row), "demonstrations", tokenizer, Data()).head(0)
-    assert whole(tokenizer, sample) == "<|begin|>Q?A.<|endoftext|>"
-    assert learned(tokenizer, sample) == "A.<|endoftext|>"
-    assert sample.text == Text(row=0, prompt="Q?", record=row)
+    if any(isinstance(value, list) for value in row.values()):
+        prompt, said = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n", "A.<|im_end|>\n<|endoftext|>"
+        assert whole(tokenizer, sample) == prompt + said
+        assert sample.text == Text(row=0, prompt=prompt, record=row, template="tokenizer")
+    else:
+        said = "A.<|endoftext|>"
+        assert whole(tokenizer, sample) == "<|begin|>Q?" + said
+        assert sample.text == Text(row=0, prompt="Q?", record=row, template="plain")
+    assert learned(tokenizer, sample) == said
     assert (sample.tokens.dtype, sample.mask.dtype, len(sample.mask)) == (np.int32, bool, len(sample.tokens) - 1)
     assert (sample.truncated, sample.reward) == (False, 0.0)
 
@@ -67,10 +76,67 @@ def test_prompt_forms(tmp_path, tokenizer, row):
     assert whole(tokenizer, sample) == "<|begin|>\n\nHuman: Q?\n\nAssistant:"
     assert not sample.mask.any()
     assert sample.mask.shape == (len(sample.tokens) - 1,)
-    assert sample.text == Text(row=0, prompt="\n\nHuman: Q?\n\nAssistant:", record=row)
+    assert sample.text == Text(row=0, prompt="\n\nHuman: Q?\n\nAssistant:", record=row, template="human")
 
 
-@pytest.mark.parametrize("template", ["plain", "human", "llama2", "chatml"])
+def test_a_file_may_have_texts_and_messages(tmp_path, qwen):
+    """Each record keeps the template that it is written with, also in the folder of tokens and for its limits."""
+    rows = [{"prompt": "Q?"}, {"prompt": [USER]}, {"prompt": [SYSTEM, USER], "tools": None}]
+    file = write(tmp_path / "a.jsonl", *rows)
+    records = Records.load(file, "prompts", qwen, Data(), cache=tmp_path / "cache")
+    assert records.templates == {"plain", "tokenizer"}
+    cue = "<|im_start|>assistant\n"
+    asked = ["Q?", f"<|im_start|>user\nQ?<|im_end|>\n{cue}"]
+    samples = records.head(0)
+    assert [sample.text.template for sample in samples] == ["plain", "tokenizer", "tokenizer"]
+    assert [whole(qwen, sample) for sample in samples[:2]] == asked
+    least = len(qwen.encode(cue, control=True))
+    cut = Records.load(file, "prompts", qwen, Data(overlong="truncate", max_tokens=least + 1)).head(0)
+    assert [whole(qwen, sample) for sample in cut] == ["Q?", f"\n{cue}", f"\n{cue}"]
+
+
+def test_the_first_record_is_shown_as_the_model_sees_it(tmp_path, qwen):
+    def shown(form, *rows, **keys):
+        return Records.load(write(tmp_path / "a.jsonl", *rows), form, qwen, Data(**keys)).first().split("\n")
+
+    asked = ["  | <|im_start|>user", "  | Q?<|im_end|>", "  | <|im_start|>assistant"]
+    marks = ">>> and <<< enclose what is learned"
+    title = f"first record, template tokenizer ({marks}):"
+    row = {"messages": [USER, ASSISTANT, AGAIN, OTHER]}
+    more = ["  | <|im_start|>user", "  | Sure?<|im_end|>", "  | <|im_start|>assistant", "  | >>>No.<|im_end|><<<"]
+    assert shown("demonstrations", row, {"prompt": "Q?", "response": "A."}) == [
+        title,
+        *asked,
+        "  | >>>A.<|im_end|><<<",
+        *more,
+    ]
+    assert shown("demonstrations", row, learn="last") == [title, *asked, "  | A.<|im_end|>", *more]
+    assert shown("prompts", {"prompt": [USER]}) == ["first record, template tokenizer (a prompt):", *asked, "  | "]
+    pair = {"prompt": "Q?", "chosen": "A." + "x" * 9999, "rejected": "No."}
+    said = shown("pairs", pair, max_tokens=10**5)
+    assert said == [f"first record, template plain without the tokenizer's chat template ({marks}):", said[1]]
+    assert re.fullmatch(r"  \| Q\?>>>A\.x{298} \[\.\.\.\] x{290}<\|im_end\|><<<", said[1])
+    turns = [{**turn, "content": "y " * 400} for turn in (USER, ASSISTANT)] * 50
+    assert len("".join(shown("demonstrations", {"messages": turns}, max_tokens=10**6))) < 4000
+
+
+def test_tools_of_a_line_are_written_and_not_learned(tmp_path, qwen):
+    template = "{% for t in tools or [] %}<t>{{ t.name }}{% endfor %}" + CHATML.replace(
+        "message['content']", "(message.content or 'call ' + message.tool_calls[0].name)"
+    )
+    tokenizer = Tokenizer.load(write_byte_level(tmp_path, template=template))
+    talk = [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}]
+    talk += [{"role": "tool", "content": "4"}, ASSISTANT]
+    for tools in ([{"name": "add"}], '[{"name": "add"}]'):
+        row = {"messages": talk, "tools": tools}
+        [sample] = Records.load(write(tmp_path / "a.jsonl", row), "demonstrations", tokenizer, Data()).head(0)
+        assert whole(tokenizer, sample).startswith("<t>add<|im_start|>user\nQ?")
+        assert learned(tokenizer, sample) == "call add<|im_end|>A.<|im_end|>"
+    text = write(tmp_path / "b.jsonl", {"prompt": "Q?", "response": "A.", "tools": "for the reward"})
+    assert whole(tokenizer, Records.load(text, "demonstrations", tokenizer, Data()).head(1)[0]) == "Q?A.<|im_end|>"
+
+
+@pytest.mark.parametrize("template", ["human", "llama2", "chatml", "tokenizer", "auto"])
 def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
     """The assistant's turns in it are not learned, and it counts as a prompt for the limit of length."""
     file = write(
@@ -133,12 +199,12 @@ def test_scored_responses(tmp_path, tokenizer, query):
         {query: "Q?", "response": ["A.", "No.", "four"], "score": [1, -0.5, 1.0]},
         {query: [USER], "response": ["A.", "No."], "score": [0, 2]},
     ]
-    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "scored", tokenizer, Data()).head(0)
+    samples = Records.load(write(tmp_path / "a.jsonl", *rows), "scored", tokenizer, Data(template="llama2")).head(0)
     assert [(s.group, s.reward) for s in samples] == [(0, 1.0), (0, -0.5), (0, 1.0), (1, 0.0), (1, 2.0)]
     assert [learned(tokenizer, s) for s in samples] == [
-        f"{said}<|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")
+        f" {said} <|endoftext|>" for said in ("A.", "No.", "four", "A.", "No.")
     ]
-    assert {s.text.prompt for s in samples} == {"Q?"}
+    assert {s.text.prompt for s in samples} == {"[INST] Q? [/INST]"}
 
 
 @pytest.mark.parametrize(("learn", "said"), [("all", " Un. Deux.<|endoftext|>"), ("last", " Deux.<|endoftext|>")])

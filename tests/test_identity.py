@@ -84,7 +84,7 @@ def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
             "data.train={made}/data/{data}_less.jsonl",
             r"data.train={made}/data/train_sft.jsonl, this run has .*_less.jsonl",
         ),
-        ("sft", "data.template=human", "data.template=plain, this run has human"),
+        ("sft", "data.template=human", "data.template=auto, this run has human"),
         ("sft", "batch.prompts=32", "batch.prompts=64, this run has 32"),
         ("sft", "data.max_tokens=64", "data.max_tokens=128, this run has 64"),
         ("sft", "seed=2", "seed=1, this run has 2"),

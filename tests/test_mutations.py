@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dialects import QWEN3
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import OTHERS, check, damaged, mutations, texts
@@ -170,17 +171,21 @@ LINES = {
     "scored": {"query": "How many?", "response": ["4", "5", "6"], "score": [1, 0.5, 0]},
     "pairs": {"prompt": "How many?", "chosen": [{"role": "assistant", "content": "4"}], "rejected": "5"},
 }
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+CALLING = {"messages": [{"role": "user", "content": "How many?"}, CALL], "tools": [{"name": "add"}]}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_jsonl(made: Path, tmp_path: Path, form: Any) -> None:
-    tokenizer, path = Tokenizer.load(made / "model"), tmp_path / "lines.jsonl"
+    path, plain = tmp_path / "lines.jsonl", Tokenizer.load(made / "model")
+    own = Tokenizer.load(write_byte_level(tmp_path / "own", template=QWEN3))
     required = ("answer",) if form == "prompts" else ()
 
     @mutations
-    @given(texts(LINES[form]), st.sampled_from(["plain", "human", "chatml", "llama2"]))
+    @given(texts(LINES[form]) | texts(CALLING), st.sampled_from(["auto", "plain", "human", "chatml", "llama2"]))
     def run(content: bytes, template: Any) -> None:
         path.write_bytes(content + b"\n")
+        tokenizer = own if template == "auto" else plain
 
         def draw() -> None:
             for sample in Records.load(path, form, tokenizer, Data(template=template), required=required).draw(0, 2, 1):

@@ -203,7 +203,7 @@ def test_every_line_of_the_real_files_has_a_form_of_its_mode(prepared, llama2):
         form = ALGORITHMS[mode].form
         required = ("answer",) if mode == "grpo" else ()
         for _, line in jsonl.lines(file):
-            assert len(forms.read(line, form, required)) == (2 if form in forms.COMPARED else 1)
+            assert len(forms.read(line, form, required).told) == (2 if form in forms.COMPARED else 1)
         records = load(head(file, 50), mode, llama2, template, required=required)
         assert len(records) == 50
         assert all(sample.mask.any() == (mode in ("sft", "reward", "dpo")) for sample in records.head(0))

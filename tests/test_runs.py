@@ -65,6 +65,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         [sys.executable, "tools/demo.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert done.stdout.count("first record, template plain (") == 3, "every stage shows one"
     accuracies = [row["eval_reward"] for row in metrics(ROOT / "runs/demo/grpo") if "eval_reward" in row]
     (fresh,) = metrics(ROOT / "runs/demo/evaluate", "evaluate")
     return {"sft": accuracies[0], "grpo": accuracies[-1], "fresh": fresh["eval_reward"]}
@@ -177,7 +178,7 @@ def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
         output = finish(process)
         accuracies[name] = [row["eval_reward"] for row in metrics(tmp_path / name) if "eval_reward" in row]
         if name == "Calculator":
-            assert re.search(r" => calc \d+ \* \d+ <= (\d+) => #### \1", output), "the dialogue is shown"
+            assert re.search(r" => +calc \d+ \* \d+ +<= (\d+) => +#### \1", output), "the dialogue is shown"
     assert accuracies["Calculator"][0] < 0.5
     assert accuracies["Calculator"][-1] > 0.9
     assert accuracies["Noise"][-1] < 0.5

@@ -7,7 +7,7 @@ import re
 import pytest
 from vocabularies import CHATML, write_byte_level
 
-from rlhf.data.templates import TEMPLATES, encode, num_cue, reply, validate
+from rlhf.data.templates import TEMPLATES, choose, encode, num_cue, reply, validate
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
@@ -173,6 +173,38 @@ def test_human_is_the_format_of_the_real_data(qwen, llama2, shared_data):
     assert num_checked > 150
 
 
+def test_auto_is_plain_for_texts_and_the_tokenizers_own_template_for_messages(qwen, llama2):
+    assert choose(qwen, "auto", [USER, ANSWER], is_text=True) == "plain"
+    assert choose(llama2, "auto", [USER, ANSWER], is_text=True) == "plain"
+    assert choose(qwen, "auto", [USER, ANSWER], is_text=False) == "tokenizer"
+    assert choose(qwen, "auto", [USER], is_text=False) == "tokenizer"
+    assert choose(qwen, "auto", [SYSTEM, USER], is_text=True) == "tokenizer", "a system text beside the prompt"
+    assert choose(qwen, "auto", [USER, ANSWER, AGAIN], is_text=True) == "tokenizer", "earlier exchanges"
+    assert choose(llama2, "auto", [USER], is_text=False) == "plain"
+    for template in ("human", "llama2", "chatml", "tokenizer"):
+        for is_text in (False, True):
+            assert choose(qwen, template, [USER, ANSWER], is_text) == template
+
+
+@pytest.mark.parametrize("messages", [[USER, ANSWER], [SYSTEM, USER]])
+def test_messages_of_several_roles_are_not_run_together(qwen, llama2, messages):
+    remedy = "set data.template to human, llama2 or chatml, or policy.tokenizer to a folder with a chat template"
+    for tokenizer in (qwen, llama2):
+        with pytest.raises(UserError, match=f"data.template=plain writes no marks between .* several roles; {remedy}"):
+            choose(tokenizer, "plain", messages, is_text=False)
+    with pytest.raises(UserError, match=f"several roles, but the tokenizer has no chat template; {remedy}"):
+        choose(llama2, "auto", messages, is_text=False)
+
+
+def test_an_empty_system_text_is_written(qwen, llama2):
+    messages = validate([{"role": "system", "content": ""}, USER])
+    for template in ("chatml", "tokenizer"):
+        ids, _ = encode(qwen, template, messages)
+        assert qwen.decode(ids, skip_special=False).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+    assert "<<SYS>>\n\n<</SYS>>\n\nWhat" in llama2.decode(encode(llama2, "llama2", messages)[0])
+    assert encode(llama2, "human", messages) == encode(llama2, "human", [USER])
+
+
 UNSTABLE = (
     "{% for m in messages %}<|im_start|>{{ m.content if loop.last else '...' }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
@@ -264,7 +296,9 @@ def test_num_cue(qwen, llama2, template):
         ([SYSTEM], "has only a system message; add a user message"),
         ([USER, SYSTEM], "message 2 has role 'system', expected 'assistant'"),
         ([SYSTEM, USER, AGAIN], "message 3 has role 'user', expected 'assistant'; user and assistant must alternate"),
-        ([{"role": "tool", "content": "x"}], "message 1 has role 'tool', expected 'user'"),
+        ([{"role": "human", "content": "x"}], "message 1 has role 'human', expected 'user'"),
+        ([USER, {"role": "tool", "content": "x"}], "only a tokenizer's own chat template writes the messages of tools"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "the messages of tools; remove tools and"),
     ],
 )
 def test_roles(qwen, messages, error):
@@ -282,8 +316,19 @@ def test_roles(qwen, messages, error):
         ([USER, {"role": "assistant"}], "message 2 is {'role': 'assistant'}; give an object"),
         ([{"role": "user", "content": ["hi"]}], "message 1 is {'role': 'user', 'content': ['hi']}; give an object"),
         ([{"role": "user", "content": " \n"}], "message 1 (user) is empty; give it content or remove the line"),
+        ([USER, {"role": "assistant", "content": None}], "message 2 is {'role': 'assistant', 'content': None}; give"),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": []}], "message 2 (assistant) is empty"),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": "f"}], "message 2 has tool_calls 'f'; give a list"),
     ],
 )
 def test_messages(messages, error):
     with pytest.raises(UserError, match=re.escape(error)):
         validate(messages)
+
+
+def test_messages_keep_their_other_keys():
+    """A key that is null is absent, as data sets with one set of keys for all messages write it."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None, "weight": 0}
+    wanted = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "weight": 0}
+    assert validate([{**USER, "tool_calls": None}, call]) == [USER, wanted]
+    assert validate([{"role": "assistant", "tool_calls": [{"name": "f"}]}])[0]["content"] is None

@@ -90,4 +90,4 @@ if __name__ == "__main__":
     runs = Path(__file__).parents[1] / "runs" / "calculator"
     shutil.rmtree(runs, ignore_errors=True)  # old runs would continue with other data
     write(runs / "data")
-    demo_task.make_model(runs / "model", runs / "data")
+    demo_task.make_model(runs / "model", runs / "data", marks=("[INST]", "[/INST]"))  # of data.template=llama2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -82,9 +82,16 @@ MODEL: dict[str, Any] = {
 
 
 def make_model(
-    folder: Path, data: Path, changes: Mapping[str, Any] = MappingProxyType({}), pieces: int = MODEL["vocab_size"]
+    folder: Path,
+    data: Path,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    pieces: int = MODEL["vocab_size"],
+    marks: Sequence[str] = (),
 ) -> None:
-    """Write config.json (MODEL | changes), and a tokenizer trained on the demonstrations. Weights are not written."""
+    """Write config.json (MODEL | changes), and a tokenizer trained on the demonstrations. Weights are not written.
+
+    marks: texts of a template that are one token each.
+    """
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +107,7 @@ def make_model(
         model_type="bpe",
         vocab_size=pieces,
         split_digits=True,
-        user_defined_symbols=["####"],
+        user_defined_symbols=["####", *marks],
         bos_id=1,
         eos_id=2,
         unk_id=0,

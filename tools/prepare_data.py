@@ -13,8 +13,8 @@ alignment has prompts for rlhf, online-dpo and grpo. math has prompts and answer
 
 PATH is a file, or a folder that is searched recursively for jsonl files (also .gz). Files named test, dev or valid are
 held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as text with
-HH's markers "Human:" and "Assistant:", for data.template=plain; or as messages, for all other templates. With
-data.template=human both give the same tokens.
+HH's markers "Human:" and "Assistant:", for data.template=auto or plain; or as messages, for all other templates. Text
+with template plain and messages with template human give the same tokens.
 """
 
 from __future__ import annotations

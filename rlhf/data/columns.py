@@ -44,6 +44,7 @@ class Record:
 
     row: int  # index among the lines of all files
     line: bytes
+    template: str  # the key of templates.TEMPLATES that it is written with
     siblings: list[Conversation]
 
 
@@ -60,6 +61,7 @@ class Columns:
     rows: np.ndarray  # [R] int64
     lines: np.ndarray  # [B] uint8
     line_ends: np.ndarray  # [R] int64, where the bytes of each line end
+    templates: np.ndarray  # [R] text, the template of each record
     counts: np.ndarray  # [3] int64, lines kept, truncated and dropped
 
     @classmethod
@@ -79,6 +81,7 @@ class Columns:
             rows=np.array([record.row for record in records], np.int64),
             lines=np.frombuffer(b"".join(record.line for record in records), np.uint8),
             line_ends=ends([len(record.line) for record in records]),
+            templates=np.array([record.template for record in records], "U16"),
             counts=np.array(counts),
         )
 
@@ -107,7 +110,8 @@ class Columns:
             siblings.append(
                 Conversation(self.tokens[part], self.learn[part], bool(self.truncated[c]), float(self.rewards[c]))
             )
-        return Record(int(self.rows[i]), self.lines[slice(*_span(self.line_ends, i))].tobytes(), siblings)
+        line = self.lines[slice(*_span(self.line_ends, i))].tobytes()
+        return Record(int(self.rows[i]), line, str(self.templates[i]), siblings)
 
 
 def _span(ends: np.ndarray, i: int) -> tuple[int, int]:
@@ -167,7 +171,8 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
     """
     code = sorted(Path(__file__).parent.glob("*.py"))
     libraries = [version(name) for name in ("numpy", "tokenizers", "sentencepiece", "jinja2")]
-    today = date.today() if config.template == "tokenizer" else None  # chat templates may insert the date
+    dated = config.template in ("auto", "tokenizer") and tokenizer.chats and tokenizer.chats.dated
+    today = date.today() if dated else None
     parts = [replace(config, train="", eval=""), arguments, libraries, today]
     for files in (code, tokenizer.files.values(), jsonl.files(path)):
         parts.append([_file_digest(file) for file in files])

@@ -3,18 +3,19 @@
 Algorithm.form chooses the table of forms for a mode. A line has the first form in the table whose keys it has. Reward
 functions may use the other keys. A prompt or response may be a text or a list of messages (objects with role and
 content, as in TRL). The text of a prompt becomes a user message, and the text of a response becomes an assistant
-message. In lists of scored responses, each response must be a text.
+message. In lists of scored responses, each response must be a text. A line of messages may describe `tools`.
 """
 
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf import texts
 from rlhf.contracts import Form
 from rlhf.data import templates
-from rlhf.data.templates import Message
+from rlhf.data.chat import Message, Tools
 from rlhf.errors import UserError
 
 Row = dict[str, Any]
@@ -23,8 +24,17 @@ Told = list[tuple[list[Message], float]]  # conversations of one group, each wit
 Parse = Callable[[Row, Keys], Told]
 
 
-def read(line: bytes, form: Form, required: Keys = ()) -> Told:
-    """Return the conversations of a line, read by the first form that fits it. Raises UserError.
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The content of a line."""
+
+    told: Told
+    is_text: bool  # prompt and responses are texts, not messages
+    tools: Tools
+
+
+def read(line: bytes, form: Form, required: Keys = ()) -> Content:
+    """Return the content of a line, read by the first form that fits it. Raises UserError.
 
     required: further keys that the line must have, such as the answer for a reward function.
     """
@@ -44,7 +54,12 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Told:
         raise UserError(
             f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
         )
-    return forms[keys](row, keys)
+    is_text = not any(_is_messages(row[key]) for key in keys)
+    return Content(forms[keys](row, keys), is_text, None if is_text else templates.read_tools(row.get("tools")))
+
+
+def _is_messages(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and isinstance(next(iter(value), None), dict))
 
 
 def _stated(value: object) -> bool:

@@ -17,7 +17,7 @@ class Limits:
     def __init__(self, tokenizer: Tokenizer, config: Data, max_prompt: int | None) -> None:
         self.max_tokens = config.max_tokens
         self.max_prompt = config.max_tokens if max_prompt is None else min(max_prompt, config.max_tokens)
-        self.overlong, self.template, self.tokenizer = config.overlong, config.template, tokenizer
+        self.overlong, self.tokenizer = config.overlong, tokenizer
 
     def over(self, siblings: list[Encoded]) -> bool:
         """Return whether one of the siblings, the conversations of a group, is too long.
@@ -31,9 +31,10 @@ class Limits:
             raise UserError(f"{what} of {length} tokens is longer than {limit}; {remedy}")
         return length > limit
 
-    def cut(self, siblings: list[Encoded]) -> list[tuple[list[int], list[bool], bool]]:
+    def cut(self, siblings: list[Encoded], template: str) -> list[tuple[list[int], list[bool], bool]]:
         """Return the conversations cut to their limit, and for each whether its response was cut.
 
+        template: the key of templates.TEMPLATES that they are written with.
         First, tokens before the last response are cut from the left, after the bos and up to the cue. A message may
         lose its beginning. All siblings lose the same tokens, so they still have the same prompt. A response that is
         still too long is cut from the right and loses its eos.
@@ -44,7 +45,7 @@ class Limits:
         ids, learn = siblings[0]
         bos = int(ids[0] == self.tokenizer.bos)
         behind = _last_response(learn)
-        least = bos + self._num_cue(ids[:behind])
+        least = bos + self._num_cue(ids[:behind], template)
         if limit <= least:
             raise UserError(f"data.max_tokens leaves {limit} tokens here, but bos and cue alone have {least}; raise it")
         lost = max(0, min(longest - limit, behind - least))  # number of tokens to cut after the bos
@@ -54,13 +55,13 @@ class Limits:
 
         return [(part(ids), part(learn), len(ids) - lost > limit) for ids, learn in siblings]
 
-    def _num_cue(self, prompt: list[int]) -> int:
+    def _num_cue(self, prompt: list[int], template: str) -> int:
         """Return the number of tokens of the cue at the end of a prompt, which starts the assistant's turn.
 
-        With data.template=plain, the text of the prompt may end with the cue of the Human/Assistant format.
+        With template plain, the text of the prompt may end with the cue of the Human/Assistant format.
         """
-        if self.template != "plain":
-            return templates.num_cue(self.tokenizer, self.template)
+        if template != "plain":
+            return templates.num_cue(self.tokenizer, template)
         cue = templates.CUES["human"]
         ends = (n for n in range(1, len(cue) + 1) if self.tokenizer.decode(prompt[-n:]).endswith(cue))
         return next(ends, 0)

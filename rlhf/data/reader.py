@@ -46,12 +46,13 @@ class Reader:
     fit: Limits
     required: Keys
 
-    def read(self, path: Path) -> Columns:
+    def read(self, path: Path, first: bool = False) -> Columns:
         """Return the records of a file, or of all files of a folder in the order of their names.
 
+        first: read only the first chunk of lines.
         Raises UserError with file:line for the first invalid line, and for a data set without records.
         """
-        chunks = list(_chunks(path))
+        chunks = list(itertools.islice(_chunks(path), 1 if first else None))
         processes = min(len(os.sched_getaffinity(0)), MOST, len(chunks) // LEAST)
         columns = Columns.joined(
             self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks))
@@ -69,20 +70,20 @@ class Reader:
         records, truncated, dropped = [], 0, 0
         for row, where, line in chunk:
             try:
-                told = forms.read(line, self.form, self.required)
+                content = forms.read(line, self.form, self.required)
+                template = templates.choose(self.tokenizer, self.data.template, content.told[0][0], content.is_text)
                 siblings = [
-                    trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn))
-                    for messages, _ in told
+                    trimmed(templates.encode(self.tokenizer, template, messages, learn, content.tools))
+                    for messages, _ in content.told
                 ]
                 over = self.fit.over(siblings)
                 if over and self.data.overlong == "drop":  # drop all conversations of the group
                     dropped += 1
                     continue
                 truncated += over
-                said = [
-                    _conversation(*cut, reward) for cut, (_, reward) in zip(self.fit.cut(siblings), told, strict=True)
-                ]
-                records.append(Record(row, line, said))
+                cuts = zip(self.fit.cut(siblings, template), content.told, strict=True)
+                said = [_conversation(*cut, reward) for cut, (_, reward) in cuts]
+                records.append(Record(row, line, template, said))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
         return Columns.of(records, (len(records), truncated, dropped))

@@ -1,5 +1,6 @@
 """A data set in memory. It is read and tokenized once. The samples of a step depend only on the seed and the step."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from rlhf.data.forms import Keys
 from rlhf.data.limits import Limits
 from rlhf.data.reader import Reader
 from rlhf.data.tokenizer import Tokenizer
+
+MOST = 600  # characters of a part of the first record that are shown
+LEARNED = (">>>", "<<<")  # enclose the learned parts of the first record
 
 
 @dataclass(slots=True)
@@ -47,19 +51,21 @@ class Records:
         max_prompt: int | None = None,
         required: Keys = (),
         cache: Path | None = None,
+        first: bool = False,
     ) -> "Records":
         """Read a file, or all files of a folder in the order of their names.
 
         form: the key of forms.FORMS for its lines. max_prompt: largest number of tokens of a prompt without a response,
         if that is less than data.max_tokens. required: further keys that each line must have, such as the answer for a
         reward function. cache: folder for the tokens. The next load of the same data reads them from there.
+        first: read only the first lines.
         Raises UserError with file:line for the first invalid line, and for a data set without records.
         """
         path = Path(path)
         folder = cache and cache / columns.digest(path, tokenizer, config, form, max_prompt, required)[:40]
         known = columns.read(folder) if folder else None
         if known is None:
-            known = Reader(form, tokenizer, config, Limits(tokenizer, config, max_prompt), required).read(path)
+            known = Reader(form, tokenizer, config, Limits(tokenizer, config, max_prompt), required).read(path, first)
             if folder:
                 columns.write(folder, known)
                 known = columns.read(folder) or known  # memory-mapped, so this process keeps no copy
@@ -67,6 +73,22 @@ class Records:
 
     def __len__(self) -> int:
         return len(self._columns)
+
+    @property
+    def templates(self) -> set[str]:
+        """The templates that the records are written with."""
+        return set(self._columns.templates.tolist())
+
+    def first(self) -> str:
+        """Return the first record as the model sees it, with marks around what is learned. Long texts are cut."""
+        sample = self.head(1)[0]
+        template, what = sample.text.template, "a prompt"
+        if template == "plain" and self._tokenizer.chats:
+            template += " without the tokenizer's chat template"
+        if sample.mask.any():
+            what = f"{' and '.join(LEARNED)} enclose what is learned"
+        lines = _shortened(_marked(self._tokenizer, sample), "\n[...]\n", 4 * MOST).split("\n")
+        return "\n".join([f"first record, template {template} ({what}):", *(f"  | {line}" for line in lines)])
 
     def draw(self, step: int, count: int, seed: int) -> list[Sample]:
         """Return the samples of `count` records for a step (counted from 0). group is the record's index in the step.
@@ -102,8 +124,29 @@ class Records:
             group=group,
             reward=said.reward,
             truncated=said.truncated,
-            text=Text(record.row, json.loads(record.line), self._tokenizer.decode(prompt, skip_special=False)),
+            text=Text(
+                record.row,
+                json.loads(record.line),
+                self._tokenizer.decode(prompt, skip_special=False),
+                template=record.template,
+            ),
         )
+
+
+def _marked(tokenizer: Tokenizer, sample: Sample) -> str:
+    """Return the text of a sample with marks around its learned parts, each part without its middle if it is long."""
+    text, shown, start = "", "", 0
+    for learned, run in itertools.groupby([False, *sample.mask.tolist()]):
+        start += len(list(run))
+        known, text = text, tokenizer.decode(sample.tokens[:start].tolist(), skip_special=False)
+        part = _shortened(text[len(known) :], " [...] ")
+        shown += f"{LEARNED[0]}{part}{LEARNED[1]}" if learned else part
+    return shown
+
+
+def _shortened(text: str, gap: str, most: int = MOST) -> str:
+    """Return a text of more than `most` characters without its middle."""
+    return text if len(text) <= most else text[: most // 2] + gap + text[-(most // 2) :]
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:

@@ -10,18 +10,15 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType, NoneType
+from typing import Any, Protocol
 
 from rlhf import texts
-from rlhf.data import chat
+from rlhf.data.chat import ChatTemplates, Message, Tools
 from rlhf.errors import UserError
-
-if TYPE_CHECKING:
-    import jinja2
 
 FILES = (
     "tokenizer.json",
@@ -42,6 +39,7 @@ class Tokenizer:
     eos       ends every response
     stop_ids  eos, then the other stop tokens of generation_config.json
     vocab     number of ids; the model's embedding may be larger because of padding
+    chats     its chat templates; None if it has none
     path      the folder or file that it was read from; unpickling in another process reads it again
     files     name in a folder -> path, for all files that it was read from
     """
@@ -51,21 +49,21 @@ class Tokenizer:
         path: Path,
         codec: Codec,
         files: dict[str, Path],
-        special: dict[str, str],
+        chats: ChatTemplates | None,
         stops: list[int],
-        chat_template: str | None,
+        variables: Mapping[str, Any],
     ) -> None:
         self.path = path
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
-        self._codec, self.files, self._special, self._chat_template = codec, files, special, chat_template
+        self._codec, self.files, self.chats, self._variables = codec, files, chats, variables
         self._encode = lru_cache(maxsize=8)(codec.encode)  # the conversations of a group share a prompt
-        self._compiled: jinja2.Template | None = None
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, variables: Mapping[str, Any] = MappingProxyType({})) -> Tokenizer:
         """Read a Hugging Face folder or a sentencepiece file. In a folder, tokenizer.json comes before tokenizer.model.
 
+        variables: further variables for its chat templates (data.template_variables).
         Raises UserError with the name of a file that is missing or cannot be read.
         """
         path = Path(path)
@@ -94,10 +92,12 @@ class Tokenizer:
         if not all(type(token) is int and 0 <= token < codec.vocab for token in stops):
             file = files["generation_config.json"]
             raise UserError(f"{file}: eos_token_id {stops!r:.80} is not a token id or a list of them; {AGAIN}")
-        return cls(path, codec, files, special, stops, _chat_template(files, settings))
+        sources = _chat_templates(files, settings)
+        chats = ChatTemplates(sources, {**special, **variables}) if sources else None
+        return cls(path, codec, files, chats, stops, dict(variables))
 
-    def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
-        return Tokenizer.load, (self.path,)
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Path, Mapping[str, Any]]]:
+        return Tokenizer.load, (self.path, self._variables)
 
     def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
         """Return the token ids of a text, without adding bos or eos.
@@ -117,31 +117,23 @@ class Tokenizer:
         """Return the text of ids. Ids beyond the vocabulary are skipped. A padded embedding may have sampled them."""
         return self._codec.decode([int(i) for i in ids if i < self.vocab], skip_special)
 
-    def render(self, messages: list[dict[str, Any]], cue: bool) -> str:
+    def render(self, messages: list[Message], cue: bool, tools: Tools = None) -> str:
         """Return the text of a conversation, rendered with the tokenizer's own chat template.
 
         cue: add the header of the assistant's next turn. Raises UserError if there is no template, or if the template
         raises an error.
         """
 
-        if self._chat_template is None:
+        if self.chats is None:
             raise UserError(
                 "data.template=tokenizer, but the tokenizer has no chat template; choose another data.template"
             )
         if isinstance(self._codec, _SentencePiece):
             need = "data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model"
             raise UserError(f"{need}; choose another data.template")
-        with (
-            texts.Blaming("the tokenizer's chat template fails", "change the messages or choose another data.template"),
-            chat.bounded(),
-        ):
-            if self._compiled is None:
-                self._compiled = chat.environment().from_string(self._chat_template)
-            return self._compiled.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=cue, **self._special
-            )
+        return self.chats.render(messages, cue, tools)
 
-    def chat(self, messages: list[dict[str, Any]], cue: bool) -> list[int]:
+    def chat(self, messages: list[Message], cue: bool) -> list[int]:
         """Return the token ids of render(). Special tokens that are spelled in the text become these tokens."""
         return self.encode(self.render(messages, cue), control=True)
 
@@ -279,16 +271,18 @@ def _content(token: object) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _chat_template(files: dict[str, Path], settings: dict[str, Any]) -> str | None:
+def _chat_templates(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, str]:
+    """Return name -> source of the chat templates. A single one is "default"."""
     if "chat_template.jinja" in files:
-        return texts.read(files["chat_template.jinja"], AGAIN)
+        return {"default": texts.read(files["chat_template.jinja"], AGAIN)}
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[-1].get("template") if named else None
-    if not isinstance(template, (str, NoneType)):
-        raise UserError(f"{files['tokenizer_config.json']}: chat_template {template!r:.80} is not a text; {AGAIN}")
-    return template
+    named = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    found = {str(entry.get("name")): entry.get("template") for entry in named if isinstance(entry, dict)}
+    for source in found.values():
+        if not isinstance(source, (str, NoneType)):
+            raise UserError(f"{files['tokenizer_config.json']}: chat_template {source!r:.80} is not a text; {AGAIN}")
+    known = {name: source for name, source in found.items() if source is not None}
+    return known if "default" in known else {}
 
 
 def _sound(file: Path) -> texts.Blaming:

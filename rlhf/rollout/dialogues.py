@@ -14,6 +14,7 @@ import numpy as np
 from rlhf.config import Config
 from rlhf.contracts import Sample
 from rlhf.data import templates
+from rlhf.data.chat import Message, Tools
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.rewards import Environments, Reply
@@ -124,7 +125,9 @@ class Dialogues:
             response.finish = "length"
         else:
             try:
-                tokens = templates.reply(self.tokenizer, self.config.data.template, response.turn, reply.messages)
+                template = prompt.text.template
+                tools = _tools(prompt, template)
+                tokens = templates.reply(self.tokenizer, template, response.turn, reply.messages, tools)
             except UserError as error:
                 reason = f"step() returned messages that the template cannot write: {error}"
                 self.environments.failure = self.environments.failure or reason
@@ -141,9 +144,11 @@ class Dialogues:
         else:
             response.finish = "length"
 
-    def _prompt(self, prompt: Sample, messages: list[templates.Message]) -> Sample:
+    def _prompt(self, prompt: Sample, messages: list[Message]) -> Sample:
         """Return the prompt with these messages in place of its text. Raises UserError if they are no valid prompt."""
-        ids, learned = templates.encode(self.tokenizer, self.config.data.template, templates.validate(messages))
+        messages = templates.validate(messages)
+        template = templates.choose(self.tokenizer, self.config.data.template, messages, is_text=False)
+        ids, learned = templates.encode(self.tokenizer, template, messages, tools=_tools(prompt, template))
         limit = self.config.data.max_tokens - self.config.rollout.max_tokens
         if any(learned):
             raise UserError("the messages end with a turn of the assistant; end them with a turn of the user")
@@ -151,8 +156,11 @@ class Dialogues:
             raise UserError(
                 f"a prompt of {len(ids)} tokens is longer than data.max_tokens - rollout.max_tokens={limit}; shorten it"
             )
-        text = self.tokenizer.decode(ids[1:] if ids[0] == self.tokenizer.bos else ids, skip_special=False)
-        tokens = np.array(ids, np.int32)
-        return replace(
-            prompt, tokens=tokens, mask=np.zeros(len(tokens) - 1, bool), text=replace(prompt.text, prompt=text)
-        )
+        written = self.tokenizer.decode(ids[1:] if ids[0] == self.tokenizer.bos else ids, skip_special=False)
+        tokens, text = np.array(ids, np.int32), replace(prompt.text, prompt=written, template=template)
+        return replace(prompt, tokens=tokens, mask=np.zeros(len(tokens) - 1, bool), text=text)
+
+
+def _tools(prompt: Sample, template: str) -> Tools:
+    """Return the tools of a prompt's line. Only the tokenizer's own template writes them."""
+    return templates.read_tools(prompt.text.record.get("tools")) if template == "tokenizer" else None
