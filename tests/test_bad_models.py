@@ -40,14 +40,17 @@ LLAMA3 = {
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": "1"}}, ["mscale '1' is not a number above 0"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["key 'factor' is missing"]),
-        ({"sliding_window": 64}, ["sliding_window 64"]),
         (
             {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
             ["sliding_window 0 is not a whole number above 0"],
         ),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'"]),
-        ({"quantization_config": {}}, ["quantized"]),
+        *(({key: {}}, ["quantized"]) for key in ("quantization_config", "compression_config", "quantization")),
+        ({"architectures": None}, ["key architectures is missing; add the class that was saved"]),
+        ({"architectures": ["BertForMaskedLM"]}, ["BertForMaskedLM is not supported"]),
+        ({"architectures": ["LlamaModel"]}, ["LlamaModel is not supported"]),
+        ({"transformers_weights": "other.safetensors"}, ["'other.safetensors' is not supported; rename this file"]),
         ({"vocab_size": 16}, ["vocab_size=16"]),
         ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
         ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
@@ -118,7 +121,15 @@ def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: s
     demo_task.make_weights(tmp_path)
     load = ("policy.init=load", f"reward.load={tmp_path}", f"data.eval={made}/data/heldout.jsonl")
     assert f"{tmp_path} has no scalar head" in fail(mode, *load, f"policy.load={tmp_path}")
-    assert f"{made}/model: no *.safetensors file" in fail(mode, *load)
+    assert f"{made}/model: no model*.safetensors or pytorch_model*.bin file" in fail(mode, *load)
+
+
+def test_windows(fail, tmp_path: Path) -> None:
+    """Beyond the window of some layers, other programs differ in which layers have it."""
+    window = {"sliding_window": 64, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | window))
+    said = f"data.max_tokens=128 is larger than the sliding_window of some layers, which is 64 of {tmp_path}: lower it"
+    assert said in fail("sft", f"policy.load={tmp_path}")
 
 
 def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
