@@ -115,7 +115,7 @@ REFUSED = {
     ),
     "a whole module": (unlike(lambda hf: torch.nn.Linear(2, 2)), r"it asks for torch.nn.modules.linear.Linear, but"),
     "a list": (unlike(lambda hf: [*hf]), "it holds a list, not a dict"),
-    "a sparse tensor": (unlike(lambda hf: hf | {NORM: hf[NORM].to_sparse()}), "damaged, or not a checkpoint"),
+    "a sparse tensor": (unlike(lambda hf: hf | {NORM: hf[NORM].to_sparse()}), "damaged, or not a file of weights"),
     "a wrong dtype": (unlike(lambda hf: hf | {NORM: hf[NORM].double()}), "norm.weight has dtype float64; supported"),
     "a wrong shape": (unlike(lambda hf: hf | {NORM: hf[NORM][:-1]}), r"norm.weight has shape \[31\]"),
     "one level too deep": (unlike(lambda hf: {"state_dict": hf}), "tensor model.embed_tokens.weight is missing"),
@@ -140,7 +140,7 @@ def test_code_is_not_executed(tmp_path: Path) -> None:
 
 
 def marked(number: float) -> Tensors:
-    return random_hf(LLAMA) | {NORM: torch.full((32,), number)}
+    return random_hf(LLAMA) | {NORM: torch.full((32,), float(number))}
 
 
 def sets(folder: Path, *kinds: str) -> None:

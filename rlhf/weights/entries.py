@@ -60,7 +60,8 @@ def kind(dtype: torch.dtype) -> str:
 def mapped(entry: Entry) -> torch.Tensor:
     """Return the stored tensor as a memory-mapping of its file.
 
-    A page is read when it is first accessed. The pages are released together with the tensor.
+    A page is read when it is first accessed. The pages are released together with the tensor. A tensor that is stored
+    with strides is copied.
     """
     import torch
 
@@ -73,7 +74,7 @@ def mapped(entry: Entry) -> torch.Tensor:
     pages.madvise(mmap.MADV_WILLNEED)  # the kernel reads ahead in large requests, in the background
     count = (entry.stop - entry.start) // dtype.itemsize
     flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.start - first)
-    return flat.view(entry.shape) if entry.strides is None else flat.as_strided(entry.shape, entry.strides)
+    return flat.view(entry.shape) if entry.strides is None else flat.as_strided(entry.shape, entry.strides).contiguous()
 
 
 def store(entry: Entry, tensor: torch.Tensor) -> None:

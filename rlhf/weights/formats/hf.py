@@ -127,7 +127,8 @@ def _entries(paths: Sequence[Path]) -> dict[str, Entry]:
     """
     found: dict[str, Entry] = {}
     for path in paths:
-        more = header.entries(path) if path.suffix == ".safetensors" else pt.entries(path, pt.read(path))
+        with intact(path, "a file of weights"):
+            more = header.entries(path) if path.suffix == ".safetensors" else pt.entries(path, pt.read(path))
         if twice := found.keys() & more.keys():
             first = found[min(twice)].path.name
             raise UserError(f"{path}: tensors {some(sorted(twice))} are in {first} too; download the folder again")
