@@ -80,6 +80,41 @@ def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: li
     assert all(part in line for part in wanted), line
 
 
+QUANTIZED = "its weights are quantized"
+KINDS = [  # name of a file, its content, whether a config.json is beside it, the message
+    ("adapter_config.json", {"base_model_name_or_path": "a/b"}, True, ['adapter of "a/b"', "AutoPeftModelForCausalLM"]),
+    ("adapter_config.json", {"task_type": "SEQ_CLS"}, False, ["AutoPeftModelForSequenceClassification", "-merged')"]),
+    ("quantize_config.json", {"bits": 4}, True, [QUANTIZED]),
+    ("quant_config.json", {"w_bit": 4}, True, [QUANTIZED]),
+    ("config_sentence_transformers.json", {}, True, ["a sentence-transformers model"]),
+    ("model_index.json", {}, False, ["a diffusers pipeline"]),
+    ("llama.gguf", {}, False, ["llama.gguf: weights in GGUF"]),
+    ("consolidated.00.pth", {}, False, ["weights in Meta's own format", "-hf"]),
+    ("consolidated.safetensors", {}, False, ["weights in Mistral's own format"]),
+    ("snapshots/0123/config.json", {}, False, ["of the Hugging Face cache; give {folder}/snapshots/0123"]),
+    ("other.txt", {}, False, ["config.json: No such file"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "described", "wanted"), KINDS)
+def test_folders_of_other_kinds(
+    fail, tmp_path: Path, name: str, content: dict, described: bool, wanted: list[str]
+) -> None:
+    if described:
+        (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(content))
+    line = fail("grpo", f"reward.load={tmp_path}")
+    assert str(tmp_path) in line
+    assert all(part.format(folder=tmp_path) in line for part in wanted), line
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("a.gguf", "GGUF"), ("a.safetensors", "a file; give the folder that")])
+def test_a_file_is_no_folder(fail, tmp_path: Path, name: str, wanted: str) -> None:
+    (tmp_path / name).write_text("")
+    assert f"{tmp_path / name}: {wanted}" in fail("sft", f"policy.load={tmp_path / name}").replace("weights in ", "")
+
+
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [

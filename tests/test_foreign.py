@@ -103,7 +103,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def test_kto_runs(copy: Path) -> None:
     """The first loss is that of equal models: sigmoid(0) is one half. Learning lowers the held-out loss."""
-    call(
+    said = call(
         copy,
         "kto",
         *KEYS,
@@ -118,6 +118,7 @@ def test_kto_runs(copy: Path) -> None:
     assert rows[1]["kl"] == 0.0
     assert rows[-1]["eval_loss"] < 0.5
     assert (copy / "runs/kto/hf/config.json").exists()
+    assert said.splitlines()[-1] == "the trained model: runs/kto/step_000003/hf"
 
 
 def test_reinforce_runs(copy: Path) -> None:

@@ -53,9 +53,7 @@ def vllm_engine():
         sizes = {"max_len": MAX_LEN, "memory": 0.1, "cache": 1 / 64}
         arch = architecture.read(folder)
         windowless = 0 if arch.window else arch.layers
-        engines.append(
-            vllm.VLLM(folder, tp=1, dtype="float32", seed=0, **sizes, windowless=windowless, load=load)
-        )
+        engines.append(vllm.VLLM(folder, tp=1, dtype="float32", seed=0, **sizes, windowless=windowless, load=load))
         check_parameters(engines[-1], names.tiles(arch, "vllm", pad=True))
         return engines[-1]
 
