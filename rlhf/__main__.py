@@ -87,10 +87,13 @@ def carry_out(arguments: list[str]) -> int:
     dry = "--dry-run" in rest
     rest = [argument for argument in rest if argument != "--dry-run"]
     config = configuration.load(mode, variables.arguments(mode, rest, os.environ))
+    if not dry and cluster.in_allocation(os.environ):
+        return cluster.step([*COMMAND, *arguments], os.environ, config.watchdog.requeue)
+    from rlhf.prepare import located
+
+    config = located(config)
     if dry:
         return explain(config)
-    if cluster.in_allocation(os.environ):
-        return cluster.step([*COMMAND, *arguments], os.environ, config.watchdog.requeue)
     os.environ.update(task := cluster.task(os.environ))
     if task and gpus() == 1:
         os.environ["LOCAL_RANK"] = "0"  # with srun --gpus-per-task=1 each rank sees only its own GPU

@@ -16,6 +16,7 @@ from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
 from rlhf.errors import StorageError, failure
 from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, table
+from rlhf.folders import newest_export
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
@@ -33,7 +34,6 @@ from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.weights import files, names
 from rlhf.weights.entries import UNSOUND
-from rlhf.weights.formats import recognise
 from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher, mismatch
 
@@ -48,6 +48,7 @@ def run(config: Config) -> int:
     """
     # The watchdog ends a run earlier, with a report. A collective that waits in vain is only the last resort.
     mesh = Mesh(config.parallel, config.seed, max(PATIENCE, 2 * config.watchdog.timeout, 2 * config.watchdog.start))
+    config = mesh.all_gather(config)[0]  # ranks may have located different exports of a run that still trains
     mesh.agree(claim(config) if mesh.rank == 0 else "")
     progress.enter("reading the data")
     # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
@@ -103,8 +104,11 @@ def train(
     announce(training, given, ledger)
     finished = training.train()
     training.metrics.close()
-    if finished and mesh.rank == 0 and training.roles.residence.peaks:
-        say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # predicted and measured memory
+    if finished and mesh.rank == 0:
+        if training.roles.residence.peaks:
+            say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # predicted and measured memory
+        if export := newest_export(Path(config.out), config.checkpoint.format):
+            say(f"the trained model: {export}")
     return finished
 
 
@@ -112,10 +116,9 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     """Run mode evaluate. The engine gets its weights directly from the folder policy.load. Nothing is trained."""
     dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
-    engine = build_engine(config, mesh, given, dtype, load=True)
-    owner = EngineOwner(
-        engine, residence, fill=None if engine_loads(config) else partial(fill_engine, config, mesh, given)
-    )
+    alone = engine_loads(config, given)
+    engine = build_engine(config, mesh, given, dtype, load=alone)
+    owner = EngineOwner(engine, residence, fill=None if alone else partial(fill_engine, config, mesh, given))
     mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
     source = EngineSource(
         config,
@@ -221,9 +224,9 @@ def checked_ledger(config: Config, mesh: Mesh, given: Inputs) -> Ledger:
 
 
 def build_engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load: bool = False) -> Engine:
-    """Return the engine of this rank. With load, vLLM reads its weights if policy.load is a Hugging Face folder.
+    """Return the engine of this rank. With load, vLLM reads its weights from policy.load (see engine_loads).
 
-    In all other cases the weights are undefined until they are published or filled in. Raises UserError on all ranks if
+    Otherwise the weights are undefined until they are published or filled in. Raises UserError on all ranks if
     the engine's parameters are not exactly those that a publish writes.
     """
     progress.enter("starting the engine")
@@ -259,7 +262,8 @@ def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load:
         max_len=config.data.max_tokens,
         memory=config.rollout.memory,
         cache=config.rollout.cache,
-        load=load and engine_loads(config),
+        load=load,
+        windowless=0 if given.arch.window else given.arch.layers,
     )
 
 
@@ -268,9 +272,9 @@ def engine_place(config: Config, mesh: Mesh) -> Place:
     return spread(mesh.world, config.rollout.tp).place(mesh.rank)
 
 
-def engine_loads(config: Config) -> bool:
-    """Return whether the engine can read policy.load by itself. Only vLLM can, and only Hugging Face folders."""
-    return config.rollout.engine == "vllm" and recognise(config.policy.load).name == "hf"
+def engine_loads(config: Config, given: Inputs) -> bool:
+    """Return whether the engine can read policy.load by itself. Only vLLM can, and only plain Hugging Face folders."""
+    return config.rollout.engine == "vllm" and files.open_folder(config.policy.load, given.arch).plain
 
 
 def fill_engine(config: Config, mesh: Mesh, given: Inputs, parameters: dict[str, Tensor]) -> None:

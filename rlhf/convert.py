@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p = texts.Parser(
         prog="./launch.sh convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder of any format")
+    p.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder of any format, or of a run")
     p.add_argument("--to", required=True, metavar="DIR", help="folder to make; it must not exist")
     p.add_argument(
         "--format",
@@ -117,6 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     a = parser().parse_args(arguments)
     if a.config and not Path(a.config).is_dir():
         raise UserError(f"--config {a.config}: no such folder; give the one with config.json and tokenizer")
+    a.source, a.config = files.locate(a.source), files.locate(a.config)
     arch = files.read_architecture(a.source, a.config, a.iteration)
     source = files.open_folder(a.source, arch, a.iteration, head=arch.scalar)
     _check(a, arch)

@@ -50,6 +50,26 @@ def newest(out: Path) -> tuple[Path | None, str]:
     return whole[-1], f"{why}: {whole[-1].name} is the newest complete checkpoint"
 
 
+def newest_export(folder: Path, formats: Iterable[str]) -> Path | None:
+    """Return the newest complete export in the folder of a run, or in one of its step folders; None if there is none.
+
+    Formats are tried in their order. The links of the run name its newest exports.
+    """
+    if NAME.fullmatch(folder.name):
+        found = [folder / name for name in formats]
+    else:
+        there, names = [*reversed(steps(folder).values())], [*formats]
+        links = [folder / name for name in names if there and (folder / name).exists()]
+        found = [link.parent / link.readlink() if link.is_symlink() else link for link in links]
+        found += [step / name for step in there for name in names]
+    return next((export for export in found if _is_whole(export)), None)
+
+
+def _is_whole(export: Path) -> bool:
+    """Return whether an export exists, and the files of its step folder have their sizes."""
+    return export.is_dir() and not (NAME.fullmatch(export.parent.name) and damage(export.parent))
+
+
 def meta(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's meta.json. Raises ValueError if it is damaged, and OSError."""
     found = texts.parse(texts.regular(folder / "meta.json").read_text(encoding="utf-8"))

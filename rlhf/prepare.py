@@ -48,6 +48,22 @@ class Inputs:
 
 
 @texts.paths()
+def located(config: Config) -> Config:
+    """Return the configuration with the newest export of a run in place of the folder of the run.
+
+    This applies to all keys that take the folder of a model.
+    """
+    find = files.locate
+    return replace(
+        config,
+        policy=replace(config.policy, load=find(config.policy.load), tokenizer=find(config.policy.tokenizer)),
+        reference=replace(config.reference, load=find(config.reference.load)),
+        critic=replace(config.critic, load=find(config.critic.load)),
+        reward=replace(config.reward, load=find(config.reward.load)),
+    )
+
+
+@texts.paths()
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake."""
     arch, models = shapes(config, world)
@@ -111,8 +127,10 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
         _check_training(config, role)
     for folder, read in {config.policy.load: arch, **{role.folder: role.arch for role in models.values()}}.items():
         if config.data.max_tokens > read.context:
-            limit = f"the context length {read.context} of {folder}"
-            raise UserError(f"data.max_tokens={config.data.max_tokens} is larger than {limit}: lower it")
+            window = files.read_config(folder, config.policy.tokenizer).get("sliding_window") == read.context
+            limit = "sliding_window of some layers, which is" if window else "context length"
+            what = f"is larger than the {limit} {read.context} of {folder}"
+            raise UserError(f"data.max_tokens={config.data.max_tokens} {what}: lower it")
     if ALGORITHMS[config.mode].online:
         _check_sampling(config, arch, world)
     return arch, models

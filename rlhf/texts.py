@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,35 @@ from rlhf.errors import UserError
 
 DEEPEST = 100  # largest nesting of JSON; deeper values would fail later, when they are pickled for other ranks
 
+POINTER = b"version https://git-lfs.github.com/"  # the first bytes of a pointer of git-lfs
+
+HUB = re.compile(r"(?:https?:/+huggingface\.co/(?:datasets/)?)?([A-Za-z0-9][\w.-]*/[\w.-]+)")  # names of repositories
+
 
 def regular(path: Path) -> Path:
     """Return the path if it is a regular file. Raises UserError for pipes, devices and folders, and OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise UserError(f"{path}: not a regular file; give a regular file, because each rank reads it again")
     return path
+
+
+def fetched(path: Path) -> Path:
+    """Return the path. Raises UserError if the file is a pointer of git-lfs in place of its content, and OSError."""
+    with regular(path).open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: a pointer of git-lfs, not the file itself; fetch the file: git lfs pull")
+    return path
+
+
+def download(name: str, kind: str = "model") -> str:
+    """Return advice with the command that downloads a model or data set from the Hugging Face hub.
+
+    It is "" if `name` is no possible name of a repository. kind: model or dataset.
+    """
+    if not (match := HUB.fullmatch(name)):
+        return ""
+    command = f"hf download {match[1]}{'' if kind == 'model' else f' --type {kind}'} --local-dir {match[1]}"
+    return f"if it is a {kind} on the Hugging Face hub, download it: {command}"
 
 
 def read(path: Path, remedy: str) -> str:

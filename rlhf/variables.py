@@ -39,7 +39,7 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
     "REWARD_LOAD_ITERATION": (
         RATED,
         "reward.load",
-        "checkpoint in REWARD_LOAD; 1000: iter_0001000, or step_001000/hf of a run",
+        "checkpoint in REWARD_LOAD; 1000: iter_0001000, or step_001000 of a run",
     ),
     "TOKENIZER_MODEL": (ALL, "policy.tokenizer", "tokenizer.model, or its folder"),
     "DATASET_PATH": (
@@ -147,17 +147,17 @@ def _size(name: str) -> str:
 
 
 def _model(folder: Path, iteration: str) -> str:
-    """Return the model in a folder: the checkpoint of `iteration`, else hf/ of a run, else the folder itself."""
-    if iteration:
-        number = cluster.number({"REWARD_LOAD_ITERATION": iteration}, "REWARD_LOAD_ITERATION")
-        names = (f"iter_{number:07}", f"step_{number:06}/hf")
-        found = [folder / name for name in names if (folder / name).is_dir()]
-        if not found:
-            raise UserError(
-                f"REWARD_LOAD_ITERATION={iteration}: REWARD_LOAD={folder} contains neither {names[0]} nor {names[1]}"
-            )
-        return str(found[0])
-    return str(folder / "hf" if (folder / "hf").is_dir() and not (folder / "config.json").exists() else folder)
+    """Return the folder of the checkpoint of `iteration` in a folder of checkpoints; without one, the folder itself."""
+    if not iteration:
+        return str(folder)
+    number = cluster.number({"REWARD_LOAD_ITERATION": iteration}, "REWARD_LOAD_ITERATION")
+    names = (f"iter_{number:07}", f"step_{number:06}")
+    found = [folder / name for name in names if (folder / name).is_dir()]
+    if not found:
+        raise UserError(
+            f"REWARD_LOAD_ITERATION={iteration}: REWARD_LOAD={folder} contains neither {names[0]} nor {names[1]}"
+        )
+    return str(found[0])
 
 
 def _within(path: Path, name: str) -> Path:

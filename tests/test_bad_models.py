@@ -40,14 +40,17 @@ LLAMA3 = {
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": "1"}}, ["mscale '1' is not a number above 0"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["key 'factor' is missing"]),
-        ({"sliding_window": 64}, ["sliding_window 64"]),
         (
             {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
             ["sliding_window 0 is not a whole number above 0"],
         ),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'"]),
-        ({"quantization_config": {}}, ["quantized"]),
+        *(({key: {}}, ["quantized"]) for key in ("quantization_config", "compression_config", "quantization")),
+        ({"architectures": None}, ["key architectures is missing; add the class that was saved"]),
+        ({"architectures": ["BertForMaskedLM"]}, ["BertForMaskedLM is not supported"]),
+        ({"architectures": ["LlamaModel"]}, ["LlamaModel is not supported"]),
+        ({"transformers_weights": "other.safetensors"}, ["'other.safetensors' is not supported; rename this file"]),
         ({"vocab_size": 16}, ["vocab_size=16"]),
         ({"num_attention_heads": 0}, ["num_attention_heads 0 is not a whole number above 0"]),
         ({"num_hidden_layers": "2"}, ["num_hidden_layers '2' is not a whole number above 0"]),
@@ -75,6 +78,41 @@ def test_config_json(fail, made: Path, tmp_path: Path, changes: dict, wanted: li
     line = fail("sft", f"policy.load={tmp_path}")
     assert str(tmp_path / "config.json") in line
     assert all(part in line for part in wanted), line
+
+
+QUANTIZED = "its weights are quantized"
+KINDS = [  # name of a file, its content, whether a config.json is beside it, the message
+    ("adapter_config.json", {"base_model_name_or_path": "a/b"}, True, ['adapter of "a/b"', "AutoPeftModelForCausalLM"]),
+    ("adapter_config.json", {"task_type": "SEQ_CLS"}, False, ["AutoPeftModelForSequenceClassification", "-merged')"]),
+    ("quantize_config.json", {"bits": 4}, True, [QUANTIZED]),
+    ("quant_config.json", {"w_bit": 4}, True, [QUANTIZED]),
+    ("config_sentence_transformers.json", {}, True, ["a sentence-transformers model"]),
+    ("model_index.json", {}, False, ["a diffusers pipeline"]),
+    ("llama.gguf", {}, False, ["llama.gguf: weights in GGUF"]),
+    ("consolidated.00.pth", {}, False, ["weights in Meta's own format", "-hf"]),
+    ("consolidated.safetensors", {}, False, ["weights in Mistral's own format"]),
+    ("snapshots/0123/config.json", {}, False, ["of the Hugging Face cache; give {folder}/snapshots/0123"]),
+    ("other.txt", {}, False, ["config.json: No such file"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "described", "wanted"), KINDS)
+def test_folders_of_other_kinds(
+    fail, tmp_path: Path, name: str, content: dict, described: bool, wanted: list[str]
+) -> None:
+    if described:
+        (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(content))
+    line = fail("grpo", f"reward.load={tmp_path}")
+    assert str(tmp_path) in line
+    assert all(part.format(folder=tmp_path) in line for part in wanted), line
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("a.gguf", "GGUF"), ("a.safetensors", "a file; give the folder that")])
+def test_a_file_is_no_folder(fail, tmp_path: Path, name: str, wanted: str) -> None:
+    (tmp_path / name).write_text("")
+    assert f"{tmp_path / name}: {wanted}" in fail("sft", f"policy.load={tmp_path / name}").replace("weights in ", "")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +156,15 @@ def test_a_reward_model_needs_its_head(fail, made: Path, tmp_path: Path, mode: s
     demo_task.make_weights(tmp_path)
     load = ("policy.init=load", f"reward.load={tmp_path}", f"data.eval={made}/data/heldout.jsonl")
     assert f"{tmp_path} has no scalar head" in fail(mode, *load, f"policy.load={tmp_path}")
-    assert f"{made}/model: no *.safetensors file" in fail(mode, *load)
+    assert f"{made}/model: no model*.safetensors or pytorch_model*.bin file" in fail(mode, *load)
+
+
+def test_windows(fail, tmp_path: Path) -> None:
+    """Beyond the window of some layers, other programs differ in which layers have it."""
+    window = {"sliding_window": 64, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | window))
+    said = f"data.max_tokens=128 is larger than the sliding_window of some layers, which is 64 of {tmp_path}: lower it"
+    assert said in fail("sft", f"policy.load={tmp_path}")
 
 
 def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:

@@ -236,13 +236,15 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, format: str):
 
 
 def test_memory_is_bounded_by_the_bucket(tmp_path: Path):
-    """The conversion of 200 MB of weights takes 10 MB of memory.
+    """The conversion of 200 MB of weights takes 10 MB of memory, also from a file of torch.save.
 
     It never holds a whole file of an output shard, and releases what it has read.
     """
     arch = replace(LLAMA, hidden=1024, ffn=2048, vocab=2000, layers=12, heads=16, kv_heads=16, head_dim=64)
-    hf_folder(tmp_path / "hf", arch)
+    tensors = hf_folder(tmp_path / "hf", arch)
     assert (tmp_path / "hf/model.safetensors").stat().st_size > 200e6
+    (tmp_path / "hf/model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "hf/pytorch_model.bin")
     script = f"""
 import torch, resource
 from rlhf import convert
@@ -256,6 +258,7 @@ start = peak()
 run("/hf", "/old", "legacy")
 run("/old", "/core", "mcore", "--tp", "2")
 run("/core", "/again", "hf")
+run("/again", "/last", "legacy")
 assert peak() - start < 40, f"{{start}} -> {{peak()}} MB"
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -42,7 +42,11 @@ MODELS = {  # prefix of the class names, and the keys of config.json besides SIZ
         "Phi3",
         {"hidden_size": 128, "sliding_window": 30, "pad_token_id": None},
     ),  # its head_dim is hidden / heads
-    "qwen2-yarn": ("Qwen2", {"hidden_size": 128, "rope_parameters": YARN}),  # its head_dim is hidden / heads, too
+    "qwen2-yarn": (
+        "Qwen2",
+        {"hidden_size": 128, "rope_parameters": YARN, "use_sliding_window": True, "max_window_layers": 1}
+        | {"sliding_window": 192},  # of one of two layers, and as long as MAX_LEN, so it has no effect
+    ),  # its head_dim is hidden / heads, too
     "qwen3": ("Qwen3", {}),
 }
 MAX_LEN = 192

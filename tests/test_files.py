@@ -168,7 +168,7 @@ def unlisted(folder: Path) -> None:
 
 NORM = "model.norm.weight"
 MISTAKES = {
-    "empty folder": (lambda folder: None, r"no \*.safetensors file"),
+    "empty folder": (lambda folder: None, r"no model\*\.safetensors or pytorch_model\*\.bin file"),
     "data cut short": (
         cut(-1),
         r"model.safetensors: damaged, .* \(.*file not fully covered; \d+ bytes\); download it again",
@@ -180,7 +180,7 @@ MISTAKES = {
     "nothing in it": (cut(0), r"model.safetensors: damaged, .* \(.*header too small; 0 bytes\)"),
     "git-lfs pointer": (
         pointer,
-        r"model.safetensors: damaged, or not a safetensors file \(.*header too large; 73 bytes\)",
+        r"model.safetensors: a pointer of git-lfs, not the file itself; fetch the file: git lfs pull",
     ),
     "a header of other things": (
         spoilt(b'"data_offsets"', b'"data_0ffsets"'),
@@ -192,7 +192,7 @@ MISTAKES = {
     ),
     "an index of other things": (
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'),
-        r"index.json: damaged, or not an index of safetensors files \(AttributeError",
+        r"index.json: damaged, or not an index of the files of weights \(AttributeError",
     ),
     "fewer bytes than the shape asks for": (
         spoilt(b'"F32"', b'"F16"'),

@@ -103,7 +103,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def test_kto_runs(copy: Path) -> None:
     """The first loss is that of equal models: sigmoid(0) is one half. Learning lowers the held-out loss."""
-    text = call(
+    said = call(
         copy,
         "kto",
         *KEYS,
@@ -112,13 +112,14 @@ def test_kto_runs(copy: Path) -> None:
         "data.eval=data/pairs.jsonl",
         "out=runs/kto",
     )
-    assert text.count("first record, template plain (>>> and <<< enclose what is learned):\n  | <s>") == 1
+    assert said.count("first record, template plain (>>> and <<< enclose what is learned):\n  | <s>") == 1
     rows = metrics(copy / "runs/kto")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert math.isclose(rows[0]["eval_loss"], 0.5, abs_tol=1e-5)
     assert rows[1]["kl"] == 0.0
     assert rows[-1]["eval_loss"] < 0.5
     assert (copy / "runs/kto/hf/config.json").exists()
+    assert said.splitlines()[-1] == "the trained model: runs/kto/step_000003/hf"
 
 
 def test_reinforce_runs(copy: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlhf import configuration, prepare
+from rlhf import configuration, convert, folders, prepare
+from rlhf.data import jsonl
+from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -133,6 +136,78 @@ def test_roles(root: Path, mode: str, overrides: list[str], wanted: dict) -> Non
 def test_roles_that_are_not_fit(root: Path, mode: str, overrides: list[str], wanted: str) -> None:
     with pytest.raises(UserError, match=wanted):
         shapes(root, mode, *overrides)
+
+
+LOADS = ("policy.load", "policy.tokenizer", "reference.load", "critic.load", "reward.load")
+
+
+def located(*overrides: str) -> list[str]:
+    """Return the values of LOADS after the folders of runs are replaced."""
+    config = prepare.located(configuration.load("rlhf", list(overrides)))
+    return [getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in LOADS]
+
+
+def checkpoint(out: Path, step: int, *formats: str) -> Path:
+    """Make the folder of a checkpoint with exports, and the links of the run."""
+    folder = out / f"step_{step:06}"
+    for name in formats:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(f"{folder.name}/{name}")
+    folder.mkdir(exist_ok=True)
+    meta = dict.fromkeys(folders.KEYS, 0) | {"step": step, "state": {}}
+    files = folders.checksums(folder, folders.exports(folder, formats))
+    (folder / "meta.json").write_text(folders.describe(meta | {"files": files}))
+    return folder
+
+
+def test_a_run_means_its_newest_complete_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/sft")
+    whole = [checkpoint(run, step, "mcore", "hf") for step in (10, 20)]
+    last = checkpoint(run, 30)
+    assert located(*(f"{key}={run}" for key in LOADS)) == [f"{run}/step_000020/hf"] * len(LOADS)
+    assert located(*(f"{key}={whole[0]}/" for key in LOADS)) == [f"{run}/step_000010/hf"] * len(LOADS)
+    for unchanged in (f"{run}/hf", f"{run}/step_000010/mcore", str(last), "no/folder", "runs", ""):
+        assert located(f"policy.load={unchanged}")[0] == unchanged
+    (run / "hf").unlink()  # the link is back at an older step
+    (run / "hf").symlink_to("step_000010/hf")
+    assert located(f"policy.load={run}")[0] == f"{run}/step_000010/hf"
+    (whole[0] / "hf/config.json").write_text("{  }")
+    assert located(f"policy.load={run}")[0] == f"{run}/step_000020/mcore"
+    (run / "mcore").unlink()
+    assert located(f"policy.load={run}")[0] == f"{run}/step_000020/hf"
+    (whole[1] / "meta.json").unlink()
+    for given in (run, last):
+        with pytest.raises(UserError, match=f"^{given}: of a run, but it has no complete export; let the run reach"):
+            shapes(tmp_path, "sft", f"policy.load={given}")
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-2-7b-hf", "https://huggingface.co/meta-llama/Llama-2-7b-hf"])
+def test_a_name_on_the_hub_gets_its_command(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = "hf download meta-llama/Llama-2-7b-hf --local-dir meta-llama/Llama-2-7b-hf$"
+    others = [f"critic.load={root}/reward", f"reward.load={root}/reward"]
+    for key in ("policy.load", "reference.load", "critic.load", "reward.load"):
+        with pytest.raises(UserError, match=f"no such folder; if it is a model on the Hugging Face hub, .*: {command}"):
+            shapes(root, "rlhf", *others, f"{key}={name}")
+    with pytest.raises(UserError, match=command):
+        Tokenizer.load(name)
+    with pytest.raises(UserError, match=command):
+        convert.main(["--from", name, "--to", "new", "--format", "hf"])
+    with pytest.raises(UserError, match=r"hf download openai/gsm8k --type dataset --local-dir openai/gsm8k$"):
+        jsonl.files(Path("openai/gsm8k"))
+    with pytest.raises(UserError, match="/a/b: no such folder; give the folder of a model in Hugging Face or Meg"):
+        shapes(root, "sft", "policy.load=/a/b")
+
+
+def test_a_folder_comes_before_a_name_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root / "policy", "meta-llama/policy")
+    assert shapes(root, "sft", "policy.load=meta-llama/policy") == {"policy": POLICY}
 
 
 def test_all_models_read_the_same_tokens(root: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,14 +91,14 @@ def test_folders(tmp_path: Path):
         variables.settings("sft", {"DATASET_PATH": "/x", "EVAL_DATASET_PATH": str(tmp_path)})["data.eval"]
         == f"{tmp_path}/dev.jsonl"
     )
-    for name in ("iter_0001000", "step_000020/hf", "hf"):
+    for name in ("iter_0001000", "step_000020/hf"):
         (tmp_path / "rm" / name).mkdir(parents=True)
     reward = {"REWARD_LOAD": f"{tmp_path}/rm"}
-    for iteration, folder in (("1000", "iter_0001000"), ("20", "step_000020/hf"), ("", "hf")):
+    for iteration, folder in (("1000", "rm/iter_0001000"), ("20", "rm/step_000020"), ("", "rm")):
         assert variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": iteration}) == {
-            "reward.load": f"{tmp_path}/rm/{folder}"
+            "reward.load": f"{tmp_path}/{folder}"
         }
-    with pytest.raises(UserError, match=re.escape("contains neither iter_0000007 nor step_000007/hf")):
+    with pytest.raises(UserError, match="contains neither iter_0000007 nor step_000007"):
         variables.settings("rlhf", {**reward, "REWARD_LOAD_ITERATION": "7"})
     for wrong in ("last", "9" * 5000):
         with pytest.raises(UserError, match=f"REWARD_LOAD_ITERATION={wrong[:80]} is not a number"):

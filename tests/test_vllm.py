@@ -51,8 +51,10 @@ def vllm_engine():
 
     def make(folder: str, load: bool):
         sizes = {"max_len": MAX_LEN, "memory": 0.1, "cache": 1 / 64}
-        engines.append(vllm.VLLM(folder, tp=1, dtype="float32", seed=0, **sizes, load=load))
-        check_parameters(engines[-1], names.tiles(architecture.read(folder), "vllm", pad=True))
+        arch = architecture.read(folder)
+        windowless = 0 if arch.window else arch.layers
+        engines.append(vllm.VLLM(folder, tp=1, dtype="float32", seed=0, **sizes, windowless=windowless, load=load))
+        check_parameters(engines[-1], names.tiles(arch, "vllm", pad=True))
         return engines[-1]
 
     with tempfile.TemporaryDirectory() as path:

@@ -15,7 +15,8 @@ def files(path: Path) -> list[Path]:
     """Return the file, or the data files of the folder in order of their names. Raises UserError if there is none."""
     if not path.is_dir():
         if not path.exists():
-            raise UserError(f"data set {path}: no such file or folder; give a jsonl file or a folder of them")
+            remedy = texts.download(str(path), "dataset") or "give a jsonl file or a folder of them"
+            raise UserError(f"data set {path}: no such file or folder; {remedy}")
         return [texts.regular(path)]
     found = sorted(texts.regular(file) for file in path.iterdir() if file.name.endswith(SUFFIXES))
     if not found:

@@ -68,10 +68,12 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.exists():
-            remedy = "set policy.tokenizer to a Hugging Face folder or a tokenizer.model"
+            remedy = texts.download(str(path)) or "set policy.tokenizer to a Hugging Face folder or a tokenizer.model"
             raise UserError(f"tokenizer {path}: no such file or folder; {remedy}")
         folder = {name: path / name for name in FILES if (path / name).is_file()}
         files = folder if path.is_dir() else {"tokenizer.model": path}
+        for file in files.values():
+            texts.fetched(file)
         settings = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
         special = {
             key: text

@@ -15,6 +15,7 @@ from rlhf.model.families import CLASSES, FAMILIES, SCALAR, Family
 
 # Keys that may give the context length. vLLM uses the smallest value.
 CONTEXTS = ("max_position_embeddings", "max_sequence_length", "max_seq_length", "seq_length", "seq_len")
+QUANTIZED = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 ORIGINAL = "original_max_position_embeddings"
 # rope_type -> (required values, optional values with their defaults). None: the default is computed from the others.
 ROPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -51,7 +52,7 @@ class Architecture:
     kv_heads: int  # key/value heads (GQA groups); divides heads
     head_dim: int
     vocab: int  # rows of the embedding in the folder, before any padding
-    context: int  # longest sequence, in tokens
+    context: int  # longest sequence, in tokens; up to the window if only some layers have one
     eps: float  # of RMSNorm
     tied: bool  # the output layer uses the weight of the embedding
     rope_theta: float
@@ -133,7 +134,11 @@ def check_numbers(where: Path, numbers: Mapping[str, Any]) -> None:
 
 
 def _architecture(config: dict[str, Any], path: Path) -> Architecture:
-    names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
+    names = config.get("architectures")
+    if not names:
+        raise UserError(
+            f"{path}: key architectures is missing; add the class that was saved, such as [{min(CLASSES)!r}]"
+        )
     family = CLASSES.get(names[0])
     if family is None:
         raise UserError(f"{path}: {names[0]!s:.80} is not supported; use one of {', '.join(CLASSES)}")
@@ -162,6 +167,9 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     if scalar and labels != 1:
         raise UserError(f"{path}: num_labels {labels} is not supported; it must be 1")
     context = min(config[key] for key in CONTEXTS if config.get(key) is not None)
+    window, all_layers = _window(config, family, path)
+    if window and not all_layers:  # vLLM and transformers can differ in which layers have it
+        context = min(context, window)
     if scaling.get("rope_type") == "yarn":  # vLLM's tables end at this position
         context = min(context, int(scaling["factor"] * scaling[ORIGINAL]))
     return Architecture(
@@ -176,7 +184,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         head_dim=head_dim,
         vocab=config["vocab_size"],
         context=context,
-        window=_window(config, family, context, path),
+        window=window if window < context else 0,
         eps=float(config["rms_norm_eps"]),
         tied=bool(config.get("tie_word_embeddings", False)),
         rope_theta=theta,
@@ -217,20 +225,14 @@ def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, di
     return float(theta), {"rope_type": kind, **numbers} | ({} if truncate else {"truncate": False})
 
 
-def _window(config: dict[str, Any], family: Family, context: int, path: Path) -> int:
-    """Return Architecture.window. It is 0 if the window is at least as long as the context."""
+def _window(config: dict[str, Any], family: Family, path: Path) -> tuple[int, bool]:
+    """Return the window in tokens (0: there is none), and whether all layers have it."""
     window = config.get("sliding_window")
     if window is None or (family.window == "some" and not config.get("use_sliding_window")):
-        return 0
+        return 0, False
     check_sizes(path, {"sliding_window": window})
-    if window >= context:
-        return 0
-    # A window of some layers is refused, because vLLM and transformers can differ in which layers have it.
     kinds = set(config.get("layer_types") or ["sliding_attention"])
-    if family.window != "all" or kinds != {"sliding_attention"}:
-        what = f"sliding_window {window} is not supported for some layers of a {family.name} model"
-        raise UserError(f"{path}: {what}; set it to null if all sequences are shorter")
-    return int(window)
+    return int(window), family.window == "all" and kinds == {"sliding_attention"}
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> None:
@@ -245,5 +247,8 @@ def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> N
         )
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise UserError(f"{path}: attention_bias and mlp_bias are not supported for {family.name}; both must be false")
-    if "quantization_config" in config:
+    if any(config.get(key) is not None for key in QUANTIZED):
         raise UserError(f"{path}: quantized weights are not supported; use a folder with bfloat16 or float32 weights")
+    if title := config.get("transformers_weights"):
+        what = f"transformers_weights {title!r:.80} is not supported"
+        raise UserError(f"{path}: {what}; rename this file to model.safetensors, and delete the key")

@@ -52,6 +52,7 @@ class VLLM(Engine):
         max_len: int,  # largest number of tokens of prompt and response together
         memory: float,  # share of the GPU's memory for weights and KV cache; not used on a CPU
         cache: float,  # GiB of KV cache; 0: the rest of `memory` on a GPU, CPU_CACHE on a CPU
+        windowless: int = 0,  # if no layer needs a sliding window within max_len: the number of layers; else 0
         load: bool = False,  # load weights from the folder; else a publish must write them before generation
     ):
         self.max_len = max_len
@@ -71,7 +72,12 @@ class VLLM(Engine):
                 model=folder,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # ignore the sampling parameters and stop ids in the folder
-                load_format="auto" if load else "dummy",
+                # "auto" would prefer files in Mistral's own format (params.json, consolidated.safetensors)
+                config_format="hf",
+                load_format="hf" if load else "dummy",
+                hf_overrides={"sliding_window": None, "layer_types": ["full_attention"] * windowless}
+                if windowless
+                else {},
                 dtype=dtype,
                 seed=seed,
                 tensor_parallel_size=tp,

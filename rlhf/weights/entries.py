@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,13 +41,14 @@ UNSOUND = "its weights are not finite, or beyond 1e19: it is damaged or was ruin
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The location of one stored tensor, which is contiguous and little-endian."""
+    """The location of one stored tensor, which is little-endian."""
 
     path: Path
     dtype: str  # its name in safetensors
     shape: Shape
     start: int  # offset in the file, in bytes
     stop: int
+    strides: Shape | None = None  # in elements; None: the tensor is contiguous
 
 
 def kind(dtype: torch.dtype) -> str:
@@ -60,7 +60,8 @@ def kind(dtype: torch.dtype) -> str:
 def mapped(entry: Entry) -> torch.Tensor:
     """Return the stored tensor as a memory-mapping of its file.
 
-    A page is read when it is first accessed. The pages are released together with the tensor.
+    A page is read when it is first accessed. The pages are released together with the tensor. A tensor that is stored
+    with strides is copied.
     """
     import torch
 
@@ -71,7 +72,9 @@ def mapped(entry: Entry) -> torch.Tensor:
     with entry.path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), entry.stop - first, access=mmap.ACCESS_COPY, offset=first)
     pages.madvise(mmap.MADV_WILLNEED)  # the kernel reads ahead in large requests, in the background
-    return torch.frombuffer(pages, dtype=dtype, count=prod(entry.shape), offset=entry.start - first).view(entry.shape)
+    count = (entry.stop - entry.start) // dtype.itemsize
+    flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=entry.start - first)
+    return flat.view(entry.shape) if entry.strides is None else flat.as_strided(entry.shape, entry.strides).contiguous()
 
 
 def store(entry: Entry, tensor: torch.Tensor) -> None:

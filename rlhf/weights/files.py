@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import progress, texts
+from rlhf import folders, progress, texts
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
-from rlhf.weights import names
+from rlhf.weights import names, unsupported
 from rlhf.weights.entries import DTYPES, Entry, Shape, mapped, some
-from rlhf.weights.formats import Contents, args, hf, inspect, recognise
+from rlhf.weights.formats import FORMATS, Contents, args, hf, inspect, recognise
 from rlhf.weights.plan import Move, Plan
 from rlhf.weights.tiles import Tile, view
 
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     import torch
 
     from rlhf.weights.publish import Transform
+
+
+# Prefix of the tensors of scalar heads that are not supported -> what they are.
+HEADS = {
+    "pooler_head.": "a reward head of two layers (pooler_head), but only heads of one layer are supported",  # ChatLearn
+    hf.VALUE: "a value head with a bias (v_head, of TRL), but only heads without a bias are supported",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,12 @@ class Source:
                     view(tensors[tile.local], tile, tile.box).zero_()
 
     @property
+    def plain(self) -> bool:
+        """Whether vLLM, which reads Hugging Face folders by itself, would read the same tensors."""
+        needed = {tile.local for tiling in self.tilings for tile in tiling}
+        return self.contents.plain and all(shard.keys() <= needed for shard in self.contents.shards)
+
+    @property
     def has_head(self) -> bool:
         return any(tile.name == names.SCORE for tiling in self.tilings for tile in tiling)
 
@@ -80,7 +93,7 @@ class Source:
             return [
                 f"{self.path} has no config.json: {what}; if they are wrong, set {key} to a folder with config.json"
             ]
-        return args.remarks(self.path, self.contents.args, arch, where)
+        return [*self.contents.remarks, *args.remarks(self.path, self.contents.args, arch, where)]
 
     def _moves(self, tiling: Sequence[Tile], wanted: set[str]) -> list[Move]:
         """Return which box comes from which shard.
@@ -90,6 +103,17 @@ class Source:
         held = [[tile for tile in shard if tile.name in wanted] for shard in self.tilings]
         mine = [tile for tile in tiling if tile.name != names.SCORE or self.has_head]
         return Plan([*held, []], [*([] for _ in held), mine], [0] * (len(held) + 1)).received(len(held))
+
+
+def locate(text: str) -> str:
+    """Return the folder of the model that `text` means.
+
+    That is the newest complete export if `text` is the folder of a run or of one of its steps, and else `text` itself.
+    """
+    folder = Path(text)
+    if not text or (folder / "config.json").exists() or not folder.is_dir():
+        return text
+    return str(folders.newest_export(folder, FORMATS) or text)
 
 
 def open_folder(folder: str | Path, arch: Architecture, iteration: int | None = None, head: bool = False) -> Source:
@@ -129,8 +153,14 @@ def config_folder(folder: str | Path, beside: str | Path = "") -> Path | None:
 
 
 def read_architecture(folder: str | Path, beside: str | Path = "", iteration: int | None = None) -> Architecture:
-    """Return the architecture of the model in a folder: from config.json, or else from the checkpoint's args."""
+    """Return the architecture of the model in a folder: from config.json, or else from the checkpoint's args.
+
+    Raises UserError with the kind of the folder if it is of another kind.
+    """
+    unsupported.check(Path(folder))
     where = config_folder(folder, beside)
+    if where and not (where / "config.json").exists():
+        unsupported.explain(where)
     return architecture.read(where) if where else inspect(folder, iteration).architecture()
 
 
@@ -159,10 +189,11 @@ def _check(contents: Contents, arch: Architecture, wanted: Mapping[str, Shape], 
     form = names.LAYOUTS[contents.layout]
     ignored = {form.local("lm_head.weight"), form.tied} if arch.tied or not arch.lm else set()
     ignored |= {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    ignored |= {name for name in found if name.startswith(hf.VALUE) and not arch.scalar}  # as in transformers
     extra = [name for name in found if name not in wanted and name.partition("#")[0] not in ignored]
-    if any(name.startswith("pooler_head.") for name in extra):  # in ChatLearn's reward models
-        what = "it has a reward head of two layers (pooler_head), but only heads of one layer are supported"
-        raise UserError(f"{contents.path}: {what}; train a reward model with mode reward")
+    for prefix, what in HEADS.items():
+        if any(name.startswith(prefix) for name in extra):
+            raise UserError(f"{contents.path}: it has {what}; train a reward model with mode reward")
     if extra:
         what = f"tensors {some(extra)} are not part of a {arch.family} model of config.json's shape"
         raise UserError(f"{found[extra[0]].path}: {what}")

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.weights.entries import Entry, Shape
 
@@ -56,7 +57,7 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a file, and where its tensors begin. Raises UserError if it is not valid."""
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as file:  # an error of this call has the path, an error of the library has not
+    with texts.fetched(path).open("rb") as file:  # an OSError of this has the path, that of the library has not
         try:
             with safe_open(path, framework="np"):  # this validates the header and reads no tensor
                 pass

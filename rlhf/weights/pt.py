@@ -9,15 +9,19 @@ import argparse
 import io
 import signal
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from errno import EIO
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rlhf import texts
 from rlhf.errors import UserError
-from rlhf.weights.entries import intact
+from rlhf.weights.entries import Entry, intact, kind
+
+if TYPE_CHECKING:
+    import torch
 
 # The globals that a checkpoint of Megatron-LM may refer to, beside tensors, arrays and plain containers. They are in
 # args, in the states of random generators and reruns, and in the extra states of Transformer Engine's layers.
@@ -45,6 +49,8 @@ CLASSES = (
     ),
 )
 
+BEFORE_ZIP = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # first bytes of a file of torch.save before torch 1.6
+
 
 class StandIn:
     """Replaces an instance of a class that is not imported."""
@@ -66,7 +72,7 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; copy the whole checkpoint again")
-    path.open("rb").close()  # raises OSError without read permission; zipfile would report that it is no zip file
+    texts.fetched(path)  # raises OSError without read permission; zipfile would report that it is no zip file
     import numpy as np
     import torch
 
@@ -78,6 +84,9 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
         function: Any = made.__reduce__()[0]
         known += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
     if not zipfile.is_zipfile(_opened(path, place)):
+        if path.open("rb").read(len(BEFORE_ZIP)) == BEFORE_ZIP:
+            again = f"python -c \"import torch; f = '{path}'; torch.save(torch.load(f, weights_only=True), f)\""
+            raise UserError(f"{path}: in the format of torch.save before torch 1.6; save it again: {again}")
         raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")
     with _allowed(known), intact(path, "a checkpoint"):
         refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(_opened(path, place)))
@@ -87,6 +96,53 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
         tree = tree[0] if place else tree
         assert isinstance(tree, dict), f"it holds a {type(tree).__name__}, not a dict"
     return tree
+
+
+def entries(path: Path, tree: Mapping[str, Any], prefix: str = "") -> dict[str, Entry]:
+    """Return the locations of the tensors in the tree that read() returned for this file.
+
+    A name consists of the keys that lead to the tensor, joined by dots. Only names with the prefix are returned, and
+    without it. The file is memory-mapped in one piece. So the offset of a tensor follows from its address: the storage
+    with the lowest address is the first one in the file.
+    """
+    import torch
+
+    reader = torch._C.PyTorchFileReader(str(path))
+    if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":  # type: ignore[attr-defined]
+        raise UserError(f"{path}: written on a big-endian machine; save it again on this one")
+    stored = [record for record in reader.get_all_records() if record.startswith("data/")]
+    records = {reader.get_record_offset(record) for record in stored}  # type: ignore[attr-defined]
+    tensors = list(_flat(tree))
+    addresses = {storage.data_ptr() for _, each in tensors if (storage := each.untyped_storage()).nbytes()}
+    origin = min(addresses) - min(records) if addresses else 0
+    assert {address - origin for address in addresses} <= records, f"{path}: its storages are not mapped in one piece"
+    return {
+        name.removeprefix(prefix): _entry(path, tensor, origin) for name, tensor in tensors if name.startswith(prefix)
+    }
+
+
+def _entry(path: Path, tensor: torch.Tensor, origin: int) -> Entry:
+    """Return the location of a tensor. origin: the address of the first byte of the file."""
+    start = tensor.data_ptr() - origin
+    if tensor.is_contiguous():
+        return Entry(path, kind(tensor.dtype), tuple(tensor.shape), start, start + tensor.nbytes)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    stop = start + (last + 1) * tensor.itemsize
+    return Entry(path, kind(tensor.dtype), tuple(tensor.shape), start, stop, tensor.stride())
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a tree, each with its keys joined by dots."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        yield prefix[:-1], tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}{key}.")
+    elif isinstance(tree, (list, tuple)):
+        for i, value in enumerate(tree):
+            yield from _flat(value, f"{prefix}{i}.")
 
 
 def _member(path: Path, owner: Any, name: Any) -> StandIn:

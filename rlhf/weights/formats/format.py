@@ -31,6 +31,8 @@ class Contents(ABC):
     shards: list[dict[str, Entry]]  # for each shard: local name -> location of the tensor
     args: dict[str, Any] = field(default_factory=dict)  # Megatron's description of the model, if any
     iteration: int = 0  # 0: unknown
+    remarks: list[str] = field(default_factory=list, kw_only=True)  # on files and tensors that are not read
+    plain: bool = field(default=False, kw_only=True)  # vLLM, which can read a folder by itself, reads the same tensors
 
     @abstractmethod
     def tilings(self, arch: Architecture, pad: bool = False) -> list[list[Tile]]:

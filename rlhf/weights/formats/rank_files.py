@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +21,7 @@ from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.layout import Layout, Place
 from rlhf.weights import names, pt
-from rlhf.weights.entries import Entry, Shape, intact, kind
+from rlhf.weights.entries import Entry, Shape, intact
 from rlhf.weights.formats import args
 from rlhf.weights.formats.format import Target
 from rlhf.weights.formats.megatron import RANKS, TRACKER, Megatron, MegatronContents, iteration_folder, number, title
@@ -178,44 +178,11 @@ def _folder(place: Place) -> str:
     return f"mp_rank_{tensor:02}" + (f"_{stage:03}" if stages > 1 else "")
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a tree, each with its keys joined by dots."""
-    import torch
-
-    if isinstance(tree, torch.Tensor):
-        yield prefix[:-1], tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}{key}.")
-    elif isinstance(tree, (list, tuple)):
-        for i, value in enumerate(tree):
-            yield from _flat(value, f"{prefix}{i}.")
-
-
 def _entries(path: Path, tree: Mapping[str, Any]) -> dict[str, Entry]:
-    """Return the locations of the model's tensors in the file.
-
-    The file is memory-mapped in one piece. So the offset of a tensor follows from its address: the storage with the
-    lowest address is the first one in the file.
-    """
-    import torch
-
+    """Return the locations of the model's tensors in the file."""
     if "model0" in tree:
         raise UserError(f"{path}: virtual pipeline stages (model0, model1, ...) are not supported; save without them")
     if "model" not in tree:
         raise UserError(f"{path}: no key 'model', only {', '.join(map(str, tree))}; give a Megatron checkpoint")
-    reader = torch._C.PyTorchFileReader(str(path))
-    stored = [record for record in reader.get_all_records() if record.startswith("data/")]
-    records = {reader.get_record_offset(record) for record in stored}  # type: ignore[attr-defined]
-    addresses = {storage.data_ptr() for _, tensor in _flat(tree) if (storage := tensor.untyped_storage()).nbytes()}
-    origin = min(addresses) - min(records) if addresses else 0
-    assert {address - origin for address in addresses} <= records, f"{path}: its storages are not mapped in one piece"
-    found = {}
-    for name, tensor in _flat(tree["model"]):
-        if name.endswith(("_extra_state", "inv_freq")):
-            continue
-        if not tensor.is_contiguous():
-            raise UserError(f"{path}: {name} is a strided view; save contiguous tensors")
-        start = tensor.data_ptr() - origin
-        found[name] = Entry(path, kind(tensor.dtype), tuple(tensor.shape), start, start + tensor.nbytes)
-    return found
+    found = pt.entries(path, tree, "model.")
+    return {name: entry for name, entry in found.items() if not name.endswith(("_extra_state", "inv_freq"))}
