@@ -13,7 +13,7 @@ from streams import algorithm
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf.contracts import Algorithm, Batch, Output, Sample
+from rlhf.contracts import Algorithm, Batch, Output, Sample, scored
 from rlhf.data.packing import pack
 
 VOCAB = 11
@@ -109,6 +109,8 @@ def test_splits(mode: str, overrides: list[str]) -> None:
     """The splits: one row, one row per group, an additional row of padding, one row per sample, and two CP ranks."""
     made = algorithm(mode, "rollout.max_tokens=20", *overrides)
     samples, _ = made.credit(drawn())
+    if "reward" in made.models:
+        samples = [scored(s) for s in samples]
     groups = [[s for s in samples if s.group == g] for g in sorted({s.group for s in samples})]
     splits = {
         "groups": (groups, 1),
