@@ -237,7 +237,7 @@ class Algorithm:
         return samples, {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        """Return the loss of `role` on one micro-batch."""
+        """Return the loss of `role` on one micro-batch. The samples of the role "reward" are results of scored()."""
         raise NotImplementedError
 
 

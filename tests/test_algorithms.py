@@ -101,6 +101,10 @@ def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, s
         ("online-dpo", ["rollout.group=1"], "rollout.group=1"),
         ("grpo", ["rollout.group=1"], "rollout.group=1"),
         ("grpo", ["grpo.overlong=shape"], "grpo.overlong_buffer=0"),
+        ("grpo", ["grpo.kl_ratio=true", "grpo.kl=0"], "grpo.kl_ratio=true weights the KL, but grpo.kl=0"),
+        ("grpo", ["grpo.mismatch_mode=token_mask"], "grpo.mismatch_mode=token_mask .* but grpo.mismatch_cap=0"),
+        ("rlhf", ["ppo.mismatch_floor=0.5"], "mismatch_floor=0.5 need a cap, but ppo.mismatch_cap=0"),
+        ("rlhf", ["ppo.mismatch_floor=5", "ppo.mismatch_cap=2"], "ppo.mismatch_floor=5 is above ppo.mismatch_cap=2"),
         ("grpo", ["grpo.overlong=shape", "grpo.overlong_buffer=9", "rollout.max_tokens=8"], "rollout.max_tokens=8"),
     ],
 )

@@ -29,6 +29,8 @@ CASES = [
     ("grpo", ["grpo.ratio=sequence", "grpo.clip_high=0.02"]),
     ("grpo", ["grpo.ratio=sequence", "grpo.mean=token"]),
     ("grpo", ["batch.minibatches=1", "grpo.mismatch_cap=1.1"]),
+    ("grpo", ["grpo.mismatch_mode=sequence_mask", "grpo.mismatch_cap=1.2", "grpo.mismatch_floor=0.5"]),
+    ("grpo", ["grpo.mismatch_mode=geometric_mask", "grpo.mismatch_cap=1.1", "grpo.kl_ratio=true"]),
     ("grpo", ["grpo.mean=constant", "grpo.objective=cispo", "grpo.mismatch_cap=1.1"]),
 ]
 
