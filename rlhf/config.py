@@ -118,8 +118,8 @@ class Rollout:
     group: Count = 8  # responses per prompt
     max_tokens: Count = 512  # limit of response tokens, including the answers of an environment
     temperature: Annotated[float, Between(0, 100)] = 1.0  # used for sampling, and for the learner's log-probs too
-    top_p: Share = 1.0  # nucleus sampling; 1: off
-    top_k: int = 0  # sample only from the k most likely tokens; 0: off
+    top_p: Share = 1.0  # nucleus sampling; 1: off; below 1, mismatch is not measured, and mismatch_cap must be 0
+    top_k: int = 0  # sample only from the k most likely tokens; 0: off; above 0, mismatch as with top_p
     stop: tuple[str, ...] = ()  # strings that end a response; the string is kept in the response
     environment: str = ""  # module:Class or path/file.py:Class (docs/environments.md); empty: single-turn responses
     turns: Count = 8  # limit of the model's turns in a response (with an environment)
@@ -130,6 +130,11 @@ class Rollout:
     rounds: Count = 1  # limit of sampling rounds per step, to find batch.prompts groups with unequal rewards (DAPO)
     bucket: Count = 512  # limit of buffer memory in MB for weights that a publish sends between ranks
     check: bool = False  # after each publish, compare all weights (by checksum) and log-probs with the learner's
+
+    @property
+    def filters(self) -> bool:
+        """Whether top_p or top_k is on. Engines return log-probs after these filters; the learner's have none."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,13 +103,15 @@ def differ(rewards: Sequence[float] | np.ndarray) -> bool:
     return bool(np.ptp(worth(rewards)) > 0)
 
 
-def scored(sample: Sample) -> Sample:
-    """Return the sample with its last token repeated. The value at the added position is the score of the whole text.
+def scored(sample: Sample, pad: int | None = None) -> Sample:
+    """Return the text up to its last token that is not `pad`, and this token again. The last value is the text's score.
 
-    A reward model must see the final token, but inputs are tokens[:-1]. The repeated token is only a label, and its
-    log-prob is not used. The mask is True there, and all streams of the result are ABSENT.
+    transformers reads the score of a classifier at the same token (of a text of pad tokens only: at the first one).
+    Inputs are tokens[:-1], so the last token is repeated. It is only a label, and its log-prob is not used. The mask is
+    True there, and all streams of the result are ABSENT.
     """
-    tokens, mask = np.append(sample.tokens, sample.tokens[-1]), np.append(sample.mask, True)
+    last = int(np.flatnonzero(sample.tokens != pad).max(initial=0)) if pad is not None else len(sample.mask)
+    tokens, mask = np.append(sample.tokens[: last + 1], sample.tokens[last]), np.append(sample.mask[:last], True)
     return replace(sample, tokens=tokens, mask=mask, **dict.fromkeys(STREAMS, ABSENT))
 
 
@@ -236,7 +238,7 @@ class Algorithm:
         return samples, {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
-        """Return the loss of `role` on one micro-batch."""
+        """Return the loss of `role` on one micro-batch. The samples of the role "reward" are results of scored()."""
         raise NotImplementedError
 
 

@@ -77,6 +77,9 @@ def inputs(config: Config, world: int) -> Inputs:
     if tokenizer.vocab > arch.vocab:
         model = f"{config.policy.load}/config.json has vocab_size={arch.vocab}"
         raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set another policy.tokenizer")
+    if "reward" in models and (pad := models["reward"].arch.pad) in tokenizer.stop_ids:
+        what = f"{models['reward'].folder}/config.json has the end-of-text token as pad_token_id={pad}"
+        remarks.append(f"{what}: the score is read at the token before it, as in transformers")
     if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     if ALGORITHMS[config.mode].online and 0 < config.watchdog.timeout <= config.reward.timeout:
@@ -270,7 +273,10 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
 
 def _with_head(name: str, folder: str, arch: Architecture, lm: bool) -> Architecture:
     """Return a folder's architecture with the head of the role. lm: keep the output layer beside a scalar head."""
-    if name in ("critic", "reward"):
+    if name == "reward":
+        return replace(arch, scalar=True, lm=lm)
+    arch = replace(arch, pad=None)  # only scores depend on it
+    if name == "critic":
         return replace(arch, scalar=True, lm=lm)
     if not arch.lm:
         raise UserError(f"{name}.load={folder} is a reward model without an output layer: give a causal language model")

@@ -79,8 +79,12 @@ class Roles:
             yield name, self.learners[name]
 
     def read(self, name: str, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """Return a role's stream [L] (log-probs, or values) of every sample of the share, in order."""
+        """Return a role's stream [L] (log-probs, or values) of every sample of the share, in order.
+
+        The last value of a reward model's stream is the score.
+        """
         self.residence.enter(Phase.SCORE, name)
+        samples = self._shown(name, samples)
         cut = self._cut(samples, whole_groups=False)
         streams = {
             id(sample): stream
@@ -98,13 +102,13 @@ class Roles:
         """Add the reward model's score of each sample to its reward and verdict. Without a reward model, do nothing."""
         if "reward" not in self.learners or "reward" in self.trained:
             return
-        for sample, stream in zip(samples, self.read("reward", [scored(s) for s in samples]), strict=True):
+        for sample, stream in zip(samples, self.read("reward", samples), strict=True):
             sample.verdict = replace(sample.verdict, score=float(stream[-1]))
             sample.reward += float(stream[-1])
 
     def learn(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool, lr: float) -> Sums:
         """Make one optimizer update of the visited role. Return this rank's part of the metrics."""
-        sums = self.learners[name].learn(self._cut(samples, whole_groups), loss, lr)
+        sums = self.learners[name].learn(self._cut(self._shown(name, samples), whole_groups), loss, lr)
         return sums if name == self.subject else {f"{name}_{metric}": pair for metric, pair in sums.items()}
 
     def check(self, name: str) -> None:
@@ -127,7 +131,7 @@ class Roles:
     def evaluate(self, name: str, samples: Sequence[Sample], loss: LossFunction, whole_groups: bool) -> Sums:
         """Return this rank's part of the metrics of a loss, without an update."""
         self.residence.enter(Phase.SCORE, name)
-        return self.learners[name].evaluate(self._cut(samples, whole_groups), loss)
+        return self.learners[name].evaluate(self._cut(self._shown(name, samples), whole_groups), loss)
 
     def export(self, name: str, folder: Path, format: str) -> None:
         """Write a role's model to a folder in one of weights.formats.FORMATS. Every rank calls it.
@@ -167,6 +171,10 @@ class Roles:
             initial.fill(role.arch, tiles, parameters, self.config.seed)
         else:
             files.read(role.folder, role.arch, tiles, parameters)
+
+    def _shown(self, name: str, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Return the samples as a role's model gets them: a reward model gets texts that end where it scores them."""
+        return [scored(s, self.roles[name].arch.pad) for s in samples] if name == "reward" else samples
 
     def _cut(self, samples: Sequence[Sample], whole_groups: bool) -> list[list[Sample]]:
         """Return the micro-batches of this replica. All replicas get the same number."""

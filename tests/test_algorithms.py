@@ -30,7 +30,7 @@ def reward_loss(
     samples: list[Sample], *overrides: str, scores: list[float], logp: list[float] | None = None
 ) -> dict[str, float]:
     rm = algorithm("reward", *overrides)
-    batch = pack(rm.credit(samples)[0])
+    batch = pack([scored(s) for s in samples])
     return means(rm.loss("reward", batch, outputs(batch, logp, scores)))
 
 
@@ -101,6 +101,10 @@ def test_models_and_streams(mode: str, overrides: list[str], models: dict[str, s
         ("online-dpo", ["rollout.group=1"], "rollout.group=1"),
         ("grpo", ["rollout.group=1"], "rollout.group=1"),
         ("grpo", ["grpo.overlong=shape"], "grpo.overlong_buffer=0"),
+        ("grpo", ["grpo.kl_ratio=true", "grpo.kl=0"], "grpo.kl_ratio=true weights the KL, but grpo.kl=0"),
+        ("grpo", ["grpo.mismatch_mode=token_mask"], "grpo.mismatch_mode=token_mask .* but grpo.mismatch_cap=0"),
+        ("rlhf", ["ppo.mismatch_floor=0.5"], "mismatch_floor=0.5 need a cap, but ppo.mismatch_cap=0"),
+        ("rlhf", ["ppo.mismatch_floor=5", "ppo.mismatch_cap=2"], "ppo.mismatch_floor=5 is above ppo.mismatch_cap=2"),
         ("grpo", ["grpo.overlong=shape", "grpo.overlong_buffer=9", "rollout.max_tokens=8"], "rollout.max_tokens=8"),
     ],
 )
@@ -157,11 +161,34 @@ def test_score_is_read_behind_the_last_token() -> None:
     assert sample.tokens[-1] == sample.tokens[-2]
     samples = responses([1.0, 0.0], 0)
     rm = algorithm("reward", "rm.lm=1")
-    batch = pack(rm.credit(samples)[0])
+    batch = pack([scored(s) for s in samples])
     logp = torch.where(batch.last > 0, -1000.0, -3.0)
     found = means(rm.loss("reward", batch, Output(logp=logp, value=torch.where(batch.last > 0, 1.0, 99.0))))
     assert found["lm_loss"] == pytest.approx(3.0)
     assert found["score"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("pad", "tokens", "seen", "mask"),
+    [
+        (None, [1, 5, 6, 2], [1, 5, 6, 2], [0, 1, 1]),
+        (9, [1, 5, 6, 2], [1, 5, 6, 2], [0, 1, 1]),
+        (2, [1, 5, 6, 2], [1, 5, 6], [0, 1]),
+        (2, [1, 5, 2, 2], [1, 5], [0]),
+        (2, [1, 2, 6, 2], [1, 2, 6], [0, 1]),
+        (2, [1, 2, 2, 2], [1], []),
+        (2, [2, 2, 2, 2], [2], []),
+        (-1, [1, 5, 6, 2], [1, 5, 6, 2], [0, 1, 1]),
+    ],
+)
+def test_score_is_read_at_the_last_token_that_is_not_pad(
+    pad: int | None, tokens: list[int], seen: list[int], mask: list[int]
+) -> None:
+    sample = Sample(np.array(tokens, np.int32), np.array([False, True, True]), 0, old_logp=np.zeros(3, np.float32))
+    found = scored(sample, pad)
+    assert found.tokens.tolist() == [*seen, seen[-1]]
+    assert found.mask.tolist() == [*mask, True]
+    assert (found.tokens.dtype, found.mask.dtype, found.old_logp) == (np.int32, bool, None)
 
 
 # DPO

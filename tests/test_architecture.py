@@ -98,7 +98,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture, int]] = {
         },
         Architecture(
             family="phi3", layers=40, hidden=5120, ffn=17920, heads=40, kv_heads=10, head_dim=128, vocab=100352,
-            context=16384, eps=1e-5, tied=False, rope_theta=250000.0,
+            context=16384, eps=1e-5, tied=False, rope_theta=250000.0, pad=32000,
         ),
         14_659_507_200,
     ),
@@ -150,6 +150,10 @@ def test_a_classifier_of_one_label_is_a_reward_model(tmp_path: Path) -> None:
         arch = read(tmp_path, {**classifier, **labels})
         assert arch == replace(wanted, lm=False, scalar=True)
         assert arch.num_parameters() == parameters - 128256 * 4096 + 4096
+    for pad in (None, -1, 128001):
+        assert read(tmp_path, {**classifier, "num_labels": 1, "pad_token_id": pad}).pad == pad
+    with pytest.raises(UserError, match=r"pad_token_id '<pad>' is neither a token id nor null"):
+        read(tmp_path, {**classifier, "num_labels": 1, "pad_token_id": "<pad>"})
     for labels in ({"id2label": {"0": "a", "1": "b"}}, {"num_labels": 3}, {}):
         with pytest.raises(UserError, match=r"num_labels [023] is not supported; it must be 1"):
             read(tmp_path, {**classifier, **labels})

@@ -27,7 +27,7 @@ from rlhf.weights.formats import hf, inspect, megatron
 ROOT = Path(__file__).parents[1]
 MODELS = {
     **FAMILIES,
-    "reward model": replace(LLAMA, lm=False, scalar=True),
+    "reward model": replace(LLAMA, lm=False, scalar=True, pad=2),
     "tied reward model": replace(LLAMA, lm=False, scalar=True, tied=True),
     "a vocabulary that divides": replace(LLAMA, vocab=128),
 }
@@ -178,13 +178,14 @@ def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
 
 @pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("format", ["legacy", "mcore"])
-def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str):
-    """Args do not contain the family. A model with fused files is read as the first family that computes the same."""
+def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str, capsys: pytest.CaptureFixture):
+    """Args contain neither pad token nor family. Fused files are read as the first family that computes the same."""
     hf_folder(tmp_path / "hf", arch)
-    told = replace(arch, family="mistral") if arch.row.files else arch
+    told = replace(arch, family="mistral" if arch.row.files else arch.family, pad=None)
     for pp in (1, 2):
         run("--from", tmp_path / "hf", "--to", tmp_path / f"{pp}", "--format", format, "--pp", pp)
         (tmp_path / f"{pp}/config.json").unlink()
+        assert ("cannot express pad_token_id 2" in capsys.readouterr().err) == (arch.pad == 2)
         assert files.read_architecture(tmp_path / f"{pp}") == told
 
 

@@ -172,6 +172,21 @@ def test_a_stop_string_ends_a_response_that_the_limit_cut(build, llama2: Tokeniz
     assert all(len(s.tokens) - s.mask.argmax() - 1 < len(tokens) for s in samples)
 
 
+@pytest.mark.parametrize(
+    ("keys", "reported"), [([], True), (["rollout.top_p=0.9"], False), (["rollout.top_k=5"], False)], ids=str
+)
+def test_only_comparable_log_probs_are_compared(build, keys: list[str], reported: bool) -> None:
+    """With a filter, the engine's log-probs are those of another distribution than the learner's."""
+    source, _ = build(*keys)
+    samples, _ = source.take(0)
+    assert "mismatch" not in source.describe(samples), "the policy has not scored them"
+    for s in samples:
+        s.old_logp = s.sampler_logp - 0.5
+    assert source.describe(samples).get("mismatch", (0.0, 0.0))[0] == pytest.approx(
+        0.5 * sum(s.mask.sum() for s in samples) * reported
+    )
+
+
 def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
     """Training uses the keys of rollout, held-out prompts evaluate.temperature, and a probe the learner's temperature.
 

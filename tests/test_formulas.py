@@ -20,7 +20,8 @@ from rlhf.algorithms.functional import (
     wins,
 )
 from rlhf.algorithms.grpo import group_advantages
-from rlhf.contracts import Sample
+from rlhf.contracts import Output, Sample
+from rlhf.data.packing import pack
 from rlhf.model import operations
 
 NO_KL = "grpo.kl=0"
@@ -88,6 +89,90 @@ def test_policy_losses_equal_published(overrides: tuple[str, ...], names: list[s
     assert published(names) == pytest.approx(
         [mean(algorithm("grpo", *overrides).loss("policy", packed(), said()))] * len(names), abs=2e-6
     )
+
+
+def corrections(mode: str, low: float, high: float) -> list[np.ndarray]:
+    """Return the weight of each token of the fixture's responses [N], by the formulas as they are published.
+
+    token_* and sequence_*: TRL's vllm_importance_sampling_mode. token_mask: also IcePop, 2510.18855.
+    geometric_mask: seq-mask-tis of NeMo RL and OpenRLHF.
+    """
+    found = []
+    for old, sampler in zip(rows("old_logp"), rows("sampler_logp"), strict=True):
+        ratio = np.exp(old.astype(np.float64) - sampler)
+        if mode.startswith("sequence"):
+            ratio = np.full(len(ratio), ratio.prod())
+        judged = ratio.prod() ** (1 / len(ratio)) if mode.startswith("geometric") else ratio
+        kept = (judged >= low) & (judged <= high)
+        found.append(np.clip(ratio, low, high) if mode.endswith("truncate") else ratio * kept)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high"),
+    [
+        *(
+            (f"{unit}_{action}", low, 1.04)
+            for unit in ("token", "sequence")
+            for action in ("truncate", "mask")
+            for low in (0.0, 0.98)
+        ),
+        ("geometric_mask", 0.0, 1.005),
+        ("geometric_mask", 0.995, 1.005),
+    ],
+)
+def test_importance_weights_equal_published_formulas(mode: str, low: float, high: float) -> None:
+    """The weight multiplies the clipped surrogate, but not the KL. Masked tokens still count in the mean.
+
+    PPO has the same weight.
+    """
+    weights = np.concatenate(corrections(mode, low, high))
+    plain = np.exp(np.concatenate(rows("old_logp")) - np.concatenate(rows("sampler_logp")))
+    assert (np.abs(weights - plain) > 1e-3).any(), "the limits change nothing"
+    ratio = np.exp(np.concatenate(rows("logp")) - np.concatenate(rows("old_logp")).astype(np.float64))
+    advantages = np.concatenate(rows("advantages"))
+    surrogate = -np.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages)
+    d = np.concatenate(rows("ref_logp")).astype(np.float64) - np.concatenate(rows("logp"))
+    kl = 0.1 * (np.exp(d) - d - 1)
+    for name, keys, term in (("grpo", ["grpo.kl=0.1", TOKEN], kl), ("rlhf", [], 0.0)):
+        section = "ppo" if name == "rlhf" else name
+        limits = [f"{section}.mismatch_{key}={value}" for key, value in (("cap", high), ("floor", low), ("mode", mode))]
+        loss = algorithm(name, *keys, *limits).loss("policy", packed(), said())
+        assert mean(loss) == pytest.approx((weights * surrogate + term).mean(), abs=2e-6)
+
+
+def test_unbiased_kl_equals_published_formula() -> None:
+    """The KL of a token times its ratio (DeepSeek-V3.2, 2512.02556; TRL's use_bias_correction_kl with k3)."""
+    logp, old, ref = (np.concatenate(rows(name)).astype(np.float64) for name in ("logp", "old_logp", "ref_logp"))
+    wanted = np.exp(logp - old) * (np.exp(ref - logp) - (ref - logp) - 1)
+    without, found = (
+        algorithm("grpo", TOKEN, "grpo.kl=0.1", *keys).loss("policy", packed(), said())
+        for keys in ([], ["grpo.kl_ratio=true"])
+    )
+    plain = mean(algorithm("grpo", TOKEN, NO_KL).loss("policy", packed(), said()))
+    assert mean(found) - plain == pytest.approx(0.1 * wanted.mean(), abs=2e-6)
+    assert mean(found) != pytest.approx(mean(without), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_unbiased_kl_has_the_gradient_of_the_kl(kind: str, unit: str) -> None:
+    """Each of five tokens is a response of one token. Their mean by the old policy's probabilities is exact."""
+    generator = torch.Generator().manual_seed(2)
+    logits, old, ref = torch.randn(3, 5, generator=generator, dtype=torch.float64).log_softmax(-1)
+    logits.requires_grad_()
+    logp = logits.log_softmax(-1)
+    (wanted,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    made = algorithm("grpo", "grpo.kl=1", f"grpo.kl_kind={kind}", "grpo.kl_ratio=true", f"grpo.ratio={unit}")
+    total = torch.zeros((), dtype=torch.float64)
+    for token in range(5):
+        streams = {"old_logp": old, "ref_logp": ref}
+        named = {name: np.array([stream[token]], np.float32) for name, stream in streams.items()}
+        batch = pack([Sample(np.zeros(2, np.int32), np.ones(1, bool), 0, advantages=np.zeros(1, np.float32), **named)])
+        out = Output(logp=logp[token : token + 1].float(), entropy=torch.zeros(1))
+        total = total + old[token].exp() * made.loss("policy", batch, out).total
+    assert total.item() == pytest.approx((logp.exp() * (logp - ref)).sum().item(), abs=1e-6)
+    assert torch.autograd.grad(total, logits)[0].tolist() == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KL)

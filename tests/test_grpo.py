@@ -11,6 +11,7 @@ from streams import algorithm, mean, means, packed, responses, rows, said
 
 from rlhf.contracts import Output, Sample, differ
 from rlhf.data.packing import pack
+from rlhf.errors import UserError
 
 
 def advantages(samples: list[Sample], *overrides: str) -> list[float]:
@@ -91,7 +92,9 @@ def test_grpo_step_zero(unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["grpo.ratio=sequence"], ["grpo.objective=cispo"], ["grpo.mismatch_cap=1.1"]], ids=" ".join
+    "overrides",
+    [[], ["grpo.ratio=sequence"], ["grpo.objective=cispo"], ["grpo.mismatch_cap=1.1"], ["grpo.kl_ratio=true"]],
+    ids=" ".join,
 )
 def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) -> None:
     """With one update per step there is no score pass for old_logp.
@@ -110,6 +113,22 @@ def test_grpo_of_a_single_update_asks_nobody_beforehand(overrides: list[str]) ->
     gap = np.abs(np.concatenate(rows("logp")) - np.concatenate(rows("sampler_logp"))).mean()
     assert found[0][2].pop("mismatch") == pytest.approx(gap, rel=1e-5)
     assert found[0][2] == found[1][2]
+
+
+@pytest.mark.parametrize("mode", ["grpo", "rlhf"])
+@pytest.mark.parametrize("key", ["rollout.top_p=0.9", "rollout.top_k=5"])
+def test_a_filtered_sampler_is_not_compared(mode: str, key: str) -> None:
+    """The engine's log-probs are then those of a filtered distribution, and the policy's are not."""
+    section = "ppo" if mode == "rlhf" else mode
+    keys = ["batch.minibatches=1", f"{section}.kl=0"]
+    assert "mismatch" in means(algorithm(mode, *keys).loss("policy", packed(), said()))
+    assert "mismatch" not in means(algorithm(mode, *keys, key).loss("policy", packed(), said()))
+    for more in ([f"{section}.mismatch_cap=2"], ["rollout.inflight=1.5"]):
+        with pytest.raises(
+            UserError, match=rf"^{section}.mismatch_cap=2 compares .* top_p=1 and top_k=0, or {section}"
+        ):
+            algorithm(mode, key, *more)
+    assert algorithm(mode, key, "rollout.inflight=1.5", f"{section}.mismatch_cap=0").weight_limits is None
 
 
 def grpo_loss(*overrides: str, sampler: float = 0.0) -> tuple[dict[str, float], list[float]]:
@@ -164,6 +183,10 @@ def test_grpo_clip_kl_mean_and_mismatch() -> None:
         -1.05 * 1.5 + 0.5 * np.mean(k1), abs=1e-6
     )  # the weight does not apply to the KL
     assert found["capped"] == 1.0
+    far = ["grpo.mismatch_cap=1.5", "grpo.mismatch_mode=sequence_mask", "grpo.kl=0.5"]
+    found, gradient = grpo_loss(*far, sampler=-1000.0)  # the product overflows
+    assert (found["loss"], found["capped"]) == pytest.approx((0.5 * np.mean(k3), 1.0))
+    assert np.isfinite(gradient).all()
 
 
 def test_rewards_that_float32_cannot_tell_apart_tie() -> None:

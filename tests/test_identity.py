@@ -160,6 +160,26 @@ def test_what_may_differ_from_some_step_on_is_said(made: Path, tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize("mode", ["sft", "grpo", "reward"])
+def test_a_pad_token_is_part_of_a_reward_model_alone(made: Path, tmp_path: Path, mode: str) -> None:
+    """The score is read at the last token that is not pad. A run says so if texts end with this token."""
+    text = json.dumps({"prompt": "1+1", "chosen": "2", "rejected": "3"})
+    (tmp_path / "pairs.jsonl").write_text(text)
+    shutil.copytree(made / "model", tmp_path / "model")
+    config = json.loads((made / "model/config.json").read_text())
+    data = [f"data.train={tmp_path}/pairs.jsonl"] * (mode == "reward")
+    keys = [f"policy.load={tmp_path}/model", f"reference.load={made}/model", *data]
+    first = start(made, tmp_path / "run", mode, *keys)
+    assert first.remarks == []
+    eos = first.tokenizer.eos
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"pad_token_id": eos}))
+    second = start(made, tmp_path / "run", mode, *keys)
+    assert (second.identity == first.identity) == (mode != "reward")
+    said = f"{tmp_path}/model/config.json has the end-of-text token as pad_token_id={eos}"
+    wanted = [f"{said}: the score is read at the token before it, as in transformers"]
+    assert second.remarks == (wanted if mode == "reward" else [])
+
+
 def test_code_that_has_changed_is_said(made: Path, tmp_path: Path) -> None:
     """A reward function in a file may change, because the user may have corrected it. The run prints that."""
     code, out = tmp_path / "mine.py", tmp_path / "run"

@@ -13,7 +13,7 @@ from streams import algorithm
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf.contracts import Algorithm, Batch, Output, Sample
+from rlhf.contracts import Algorithm, Batch, Output, Sample, scored
 from rlhf.data.packing import pack
 
 VOCAB = 11
@@ -29,6 +29,8 @@ CASES = [
     ("grpo", ["grpo.ratio=sequence", "grpo.clip_high=0.02"]),
     ("grpo", ["grpo.ratio=sequence", "grpo.mean=token"]),
     ("grpo", ["batch.minibatches=1", "grpo.mismatch_cap=1.1"]),
+    ("grpo", ["grpo.mismatch_mode=sequence_mask", "grpo.mismatch_cap=1.2", "grpo.mismatch_floor=0.5"]),
+    ("grpo", ["grpo.mismatch_mode=geometric_mask", "grpo.mismatch_cap=1.1", "grpo.kl_ratio=true"]),
     ("grpo", ["grpo.mean=constant", "grpo.objective=cispo", "grpo.mismatch_cap=1.1"]),
 ]
 
@@ -109,6 +111,8 @@ def test_splits(mode: str, overrides: list[str]) -> None:
     """The splits: one row, one row per group, an additional row of padding, one row per sample, and two CP ranks."""
     made = algorithm(mode, "rollout.max_tokens=20", *overrides)
     samples, _ = made.credit(drawn())
+    if "reward" in made.models:
+        samples = [scored(s) for s in samples]
     groups = [[s for s in samples if s.group == g] for g in sorted({s.group for s in samples})]
     splits = {
         "groups": (groups, 1),

@@ -8,14 +8,18 @@ sequence or a pair counts on its owner (Batch.owned).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rlhf.config import Config
+from rlhf.config import Between, Config
 from rlhf.contracts import Batch, Loss, Sample, Total, alone
+from rlhf.errors import UserError
 from rlhf.lazy import F, np, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MismatchCap = Annotated[float, Between(-1)]
+MismatchMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
 
 
 def mean_loss(per_token: Tensor, batch: Batch, unit: str = "token", length: int = 0, **metrics: Tensor) -> Loss:
@@ -89,26 +93,57 @@ def clipped_weight(
     return -weight * advantages * logp, (weight != ratio).float()
 
 
-def mismatch_cap(given: float, config: Config) -> float:
-    """Return the cap of sampler_weight(); 0 is off.
+def mismatch_limits(
+    config: Config, section: str, mode: str, floor: float, cap: float
+) -> tuple[str, float, float] | None:
+    """Return mode, floor and cap of sampler_weight() from the mismatch keys of a section; None: there is no weight.
 
-    It is `given` if that is not negative. Otherwise it is 2 if steps learn from tokens of older weights
-    (rollout.inflight > 1), else 0.
+    A negative cap is 2 if steps learn from tokens of older weights (rollout.inflight > 1), else 0. Raises
+    UserError if the keys contradict each other, or if the engine's log-probs are those of a filtered distribution. The
+    ratio of an unfiltered policy to it would be too small by the probability of all tokens that the filter removes.
     """
-    if given >= 0:
-        return given
-    return 2.0 if config.rollout.inflight > 1 else 0.0
+    r = config.rollout
+    cap = cap if cap >= 0 else 2.0 if r.inflight > 1 else 0.0
+    given = f"{section}.mismatch_cap={cap:g}"
+    if not cap and (floor or mode != "token_truncate"):
+        raise UserError(
+            f"{section}.mismatch_mode={mode} and mismatch_floor={floor:g} need a cap, but {given}: raise it"
+        )
+    if cap and floor > cap:
+        raise UserError(f"{section}.mismatch_floor={floor:g} is above {given}: lower it")
+    if cap and r.filters:
+        what = f"rollout.top_p={r.top_p:g} and rollout.top_k={r.top_k} filter the sampler's distribution"
+        remedy = f"set top_p=1 and top_k=0, or {section}.mismatch_cap=0"
+        raise UserError(f"{given} compares the policy with the sampler, but {what}: {remedy}")
+    return (mode, floor, cap) if cap else None
 
 
-def sampler_weight(old: Tensor, sampler: Tensor, batch: Batch, cap: float) -> tuple[Tensor, Tensor]:
-    """Return the truncated importance weight min(exp(old - sampler), cap) [T], and 1.0 where it was capped [T].
+def sampler_weight(
+    old: Tensor, sampler: Tensor, batch: Batch, mode: str, floor: float, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Return the importance weight of each token [T], and 1.0 where a ratio is not in [floor, cap] [T].
 
-    It is the ratio of the policy before the update to the distribution that sampled the token. The two differ by the
-    engine's rounding, or because older weights sampled the token. Callers multiply the surrogate by it, but not a KL
-    term, as verl does. With a ratio to the old policy this is a truncated decoupled PPO (2505.24298, eq. 5).
+    The ratio is that of the policy before the update to the distribution that sampled the tokens, exp(old - sampler).
+    The two differ by the engine's rounding, or because older weights sampled the token. Modes:
+      token_truncate     the token's ratio, clipped to [floor, cap]
+      token_mask         the token's ratio, or 0 if it is not in [floor, cap] (IcePop, 2510.18855)
+      sequence_truncate  the product of the ratios of the response, clipped
+      sequence_mask      this product, or 0 if it is not in [floor, cap]
+      geometric_mask     the token's ratio, or 0 if the geometric mean of the response is not in [floor, cap]
+    The first four are modes of TRL. The last is seq-mask-tis of NeMo RL and OpenRLHF. Callers multiply the surrogate by
+    the weight, but not a KL term, as these and verl do. Tokens of weight 0 still count in the mean. token_truncate with
+    a ratio to the old policy is a truncated decoupled PPO (2505.24298, eq. 5).
     """
-    weight = ((old - sampler) * batch.mask).exp()
-    return weight.clamp(max=cap), (weight > cap).float()
+    log_ratio = (old - sampler) * batch.mask
+    unit, _, action = mode.partition("_")
+    weight = judged = log_ratio.exp()
+    if unit == "sequence":
+        weight = judged = spread(batch.seq_sum(log_ratio), batch).exp()
+    elif unit == "geometric":
+        judged = spread(seq_mean(log_ratio, batch), batch).exp()
+    outside = (judged < floor) | (judged > cap)
+    weight = weight.clamp(floor, cap) if action == "truncate" else weight.masked_fill(outside, 0.0)
+    return weight, outside.float()
 
 
 def clipped_value(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:

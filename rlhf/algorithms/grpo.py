@@ -8,25 +8,32 @@ All tokens of a response have the same advantage. It depends on the rewards r of
                  the population variance. verl uses the sample variance.
 The paper averages the loss over the tokens of each response, then over responses. grpo.mean also offers the averages of
 DAPO (2503.14476) and Dr.GRPO.
+
+grpo.kl_ratio multiplies the KL estimate of a token by its ratio policy / old policy, through which the gradient flows
+(DeepSeek-V3.2, 2512.02556; TRL's use_bias_correction_kl). With k1 and k3, the expected value and gradient are then
+those of KL(policy || reference), although the old policy sampled the token. With grpo.ratio=sequence, TRL uses the
+ratio of the response instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from rlhf.algorithms.functional import (
+    MismatchCap,
+    MismatchMode,
     clipped_surrogate,
     clipped_weight,
     kl_estimate,
     mean_loss,
-    mismatch_cap,
+    mismatch_limits,
     sampler_weight,
     seq_mean,
     spread,
     whiten,
 )
-from rlhf.config import Between, Config
+from rlhf.config import Config
 from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, Total, alone, differ, groups
 from rlhf.errors import UserError
 from rlhf.lazy import np
@@ -43,8 +50,11 @@ class Keys:
     clip_high: float = 0.2  # ratio <= 1 + clip_high
     kl: float = 0.04  # weight of the KL to the reference in the loss; 0 needs no reference model
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL
+    kl_ratio: bool = False  # multiply that KL by the policy / old policy ratio: unbiased after updates (2512.02556)
     mean: Literal["sequence", "token", "constant"] = "sequence"  # average of the loss, as GRPO, DAPO or Dr.GRPO
-    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # cap of policy / sampler ratio; 0: off; -1: 2 if inflight > 1
+    mismatch_cap: MismatchCap = -1.0  # cap of policy / sampler ratio; -1: 2 if inflight > 1; 0: off (for top_p, top_k)
+    mismatch_floor: float = 0.0  # lower limit of that ratio
+    mismatch_mode: MismatchMode = "token_truncate"  # clip or mask tokens or responses (docs/rollouts.md)
     overlong: Literal["keep", "mask", "shape"] = "keep"  # truncated responses: learned, not learned, penalised (DAPO)
     overlong_buffer: int = 0  # the penalty grows from 0 to 1 over this many tokens before rollout.max_tokens
 
@@ -60,15 +70,19 @@ class GRPO(Algorithm):
     def __init__(self, config: Config):
         super().__init__(config)
         self.keys: Keys = config.sections["grpo"]
-        self.limit, self.cap = config.rollout.max_tokens, mismatch_cap(self.keys.mismatch_cap, config)
+        c, self.limit = self.keys, config.rollout.max_tokens
+        self.weight_limits = mismatch_limits(config, "grpo", c.mismatch_mode, c.mismatch_floor, c.mismatch_cap)
         if config.rollout.group < 2:
             raise UserError("rollout.group=1 gives no other response to compare with: set it to 2 or more")
         if self.keys.overlong == "shape" and not 0 < self.keys.overlong_buffer <= self.limit:
             given = f"grpo.overlong=shape with grpo.overlong_buffer={self.keys.overlong_buffer}"
             raise UserError(f"{given}: set it between 1 and rollout.max_tokens={self.limit}")
+        if self.keys.kl_ratio and not self.keys.kl:
+            raise UserError("grpo.kl_ratio=true weights the KL, but grpo.kl=0 leaves it out: raise grpo.kl")
         # The first update of a step starts at the old policy. If it is the only update, its own forward pass gives
         # old_logp, and no scoring pass is needed.
         self.scored = config.batch.epochs * config.batch.minibatches > 1
+        self.compares = not self.scored and not config.rollout.filters  # with the engine's log-probs
         self.models = {"policy": "train", "reference": "frozen"} if self.keys.kl else {"policy": "train"}
         self.streams = ("old_logp",) * self.scored + ("ref_logp",) * bool(self.keys.kl)
 
@@ -104,7 +118,7 @@ class GRPO(Algorithm):
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         c, x, mask = self.keys, batch.streams, batch.mask
         old = x["old_logp"] if self.scored else out.logp.detach()
-        log_ratio = (out.logp - old) * mask  # 0 on prompts, which are not learned: exp() could overflow there
+        log_ratio = per_token = (out.logp - old) * mask  # 0 on prompts, which are not learned: exp() could overflow
         if c.ratio == "sequence":  # GSPO (2507.18071, eq. 7); the paper clips at 3e-4 and 4e-4
             log_ratio = spread(seq_mean(log_ratio, batch), batch)
         if c.objective == "cispo":
@@ -112,14 +126,14 @@ class GRPO(Algorithm):
         else:
             loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
         metrics = {"clipped": clipped, "entropy": out.entropy}
-        if not self.scored:
+        if self.compares:
             metrics["mismatch"] = (old - x["sampler_logp"]).abs()
-        if self.cap:
-            weight, metrics["capped"] = sampler_weight(old, x["sampler_logp"], batch, self.cap)
+        if self.weight_limits:
+            weight, metrics["capped"] = sampler_weight(old, x["sampler_logp"], batch, *self.weight_limits)
             loss = loss * weight
         if c.kl:
             metrics["kl"] = kl_estimate(c.kl_kind, out.logp * mask, x["ref_logp"] * mask)
-            loss = loss + c.kl * metrics["kl"]
+            loss = loss + c.kl * (metrics["kl"] * per_token.exp() if c.kl_ratio else metrics["kl"])
         return mean_loss(loss, batch, c.mean, self.limit, **metrics)
 
 

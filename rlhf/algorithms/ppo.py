@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rlhf.algorithms.functional import (
+    MismatchCap,
+    MismatchMode,
     clipped_surrogate,
     clipped_value,
     gae,
     kl_estimate,
     learned,
     mean_loss,
-    mismatch_cap,
+    mismatch_limits,
     moments,
     repeats,
     running_deviation,
@@ -54,7 +56,9 @@ class Keys:
     reward_scale: bool = False  # divide rewards by their running standard deviation
     ngram: int = 0  # length of n-grams; a token that completes a repeated n-gram gets a penalty; 0: no penalty
     ngram_penalty: float = 1.0  # amount that is subtracted from such a token's reward
-    mismatch_cap: Annotated[float, Between(-1)] = -1.0  # cap of policy / sampler ratio; 0: off; -1: 2 if inflight > 1
+    mismatch_cap: MismatchCap = -1.0  # cap of policy / sampler ratio; -1: 2 if inflight > 1; 0: off (for top_p, top_k)
+    mismatch_floor: float = 0.0  # lower limit of that ratio
+    mismatch_mode: MismatchMode = "token_truncate"  # clip or mask tokens or responses (docs/rollouts.md)
     critic_warmup: int = 0  # number of first steps in which only the critic learns
 
 
@@ -70,10 +74,12 @@ class PPO(Algorithm):
     def __init__(self, config: Config):
         super().__init__(config)
         self.keys: Keys = config.sections["ppo"]
-        self.cap = mismatch_cap(self.keys.mismatch_cap, config)
+        c = self.keys
+        self.weight_limits = mismatch_limits(config, "ppo", c.mismatch_mode, c.mismatch_floor, c.mismatch_cap)
         # The first update of a step starts at the old policy. If it is the only update, its own forward pass gives
         # old_logp, and a scoring pass is needed only for the KL.
         self.scored = config.batch.epochs * config.batch.minibatches > 1 or bool(self.keys.kl)
+        self.compares = not self.scored and not config.rollout.filters  # with the engine's log-probs
         self.streams = ("old_logp",) * self.scored + ("values",) + ("ref_logp",) * bool(self.keys.kl)
         self.warmup = {"policy": self.keys.critic_warmup}
         if self.keys.kl:
@@ -144,10 +150,10 @@ class PPO(Algorithm):
         loss, clipped = clipped_surrogate(log_ratio, x["advantages"], c.clip_low, c.clip_high)
         drift = torch.expm1(log_ratio) - log_ratio  # k3 estimate of KL(old || new): how far this step moved the policy
         metrics = {"clipped": clipped, "entropy": out.entropy, "drift": drift}
-        if not self.scored:
+        if self.compares:
             metrics["mismatch"] = (old - x["sampler_logp"]).abs()
-        if self.cap:
-            weight, metrics["capped"] = sampler_weight(old, x["sampler_logp"], batch, self.cap)
+        if self.weight_limits:
+            weight, metrics["capped"] = sampler_weight(old, x["sampler_logp"], batch, *self.weight_limits)
             loss = loss * weight
         return mean_loss(loss, batch, "token", 0, **metrics)
 

@@ -4,6 +4,8 @@ The loss of a pair is -log sigmoid(s_i - s_j - rm.margin (r_i - r_j)). s is the 
 the score in the data set, and r_i > r_j (margin: Llama 2, 2307.09288, eq. 2). The loss is averaged over all pairs of
 the global batch. The paper instead gives all prompts the same weight.
 
+The samples end at the token at which the score is read (contracts.scored). Tokens after it are not seen.
+
 rm.lm adds to the loss of each pair rm.lm times the mean negative log-prob of the tokens of its group's best response.
 Among equal scores, the first response is the best.
 """
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.algorithms.functional import pair_loss, wins
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Batch, Loss, Output, Sample, Sums, Total, alone, scored
+from rlhf.contracts import Algorithm, Batch, Loss, Output
 from rlhf.lazy import F, torch
 
 if TYPE_CHECKING:
@@ -43,9 +45,6 @@ class RM(Algorithm):
         self.keys: Keys = config.sections["rm"]
         if self.keys.lm:
             self.with_lm = ("reward",)
-
-    def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
-        return [scored(sample) for sample in samples], {}
 
     def loss(self, role: str, batch: Batch, out: Output) -> Loss:
         c, (better, worse) = self.keys, batch.pairs

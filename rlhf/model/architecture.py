@@ -61,6 +61,7 @@ class Architecture:
     window: int = 0  # number of tokens that a token attends to, including itself; 0: no limit
     lm: bool = True  # has an output layer over the vocabulary (its own, or the tied embedding)
     scalar: bool = False  # has a scalar head, score.weight [1, hidden] (reward model, critic)
+    pad: int | None = None  # pad token; a reward model's score is read at the last token that is not this one
 
     @property
     def row(self) -> Family:
@@ -175,6 +176,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     return Architecture(
         lm=not scalar,
         scalar=scalar,
+        pad=_pad(config, family, path),
         family=family.name,
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -190,6 +192,14 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
         rope_theta=theta,
         rope_scaling=scaling,
     )
+
+
+def _pad(config: dict[str, Any], family: Family, path: Path) -> int | None:
+    """Return Architecture.pad. A number that is no token id, such as -1, never occurs in a text."""
+    pad = config.get("pad_token_id", family.pad)
+    if pad is not None and type(pad) is not int:
+        raise UserError(f"{path}: pad_token_id {pad!r:.80} is neither a token id nor null: {REMEDY}")
+    return pad
 
 
 def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, dict[str, Any]]:

@@ -55,6 +55,7 @@ class Family:
     # Canonical name -> name in the Hugging Face files, if it differs. Tensors with the same file name are concatenated
     # by rows, in this order.
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
+    pad: int | None = None  # the pad token of a config.json without pad_token_id, as in transformers
 
     def before(self, arch: Architecture) -> list[Weight]:
         """Return the tensors that the first pipeline stage has before its layers."""
@@ -93,7 +94,7 @@ FAMILIES = {
         Family("mistral", "Mistral", window="all"),
         Family("qwen2", "Qwen2", qkv_bias=True, window="some"),
         Family("qwen3", "Qwen3", qk_norm=True, window="some"),
-        Family("phi3", "Phi3", window="all", ropes=("default",), files=FUSED),  # also Phi-4
+        Family("phi3", "Phi3", window="all", ropes=("default",), files=FUSED, pad=32000),  # also Phi-4
     )
 }
 CAUSAL, SCALAR = "ForCausalLM", "ForSequenceClassification"  # endings of class names

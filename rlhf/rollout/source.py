@@ -151,9 +151,12 @@ class EngineSource:
             self.owner.offer(weights, version)
 
     def describe(self, samples: list[Sample]) -> Sums:
-        """Return summary(), and the mean |engine - learner| of log-probs if the policy has scored the samples."""
+        """Return summary(), and the mean |engine - learner| of log-probs if they are comparable.
+
+        The policy must have scored the samples, and no filter may have changed the engine's distribution.
+        """
         sums = summary(samples)
-        if all(s.old_logp is not ABSENT for s in samples):
+        if not self.config.rollout.filters and all(s.old_logp is not ABSENT for s in samples):
             gaps = _gaps(samples, [s.old_logp for s in samples])
             sums["mismatch"] = (float(gaps.sum()), float(len(gaps)))
         return sums

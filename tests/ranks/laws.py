@@ -1,6 +1,7 @@
 """Run under torchrun: compare every family at several layouts with transformers.
 
-Logits, log-probs, gradients, export, resume and engine are compared. Then checkpoints resume at other layouts.
+Logits, log-probs, gradients, export, resume and engine are compared, and on one rank the scores of reward models. Then
+checkpoints resume at other layouts.
 
 usage: torchrun --nproc-per-node N tests/ranks/laws.py FOLDER LAYOUT[:FAMILY] ...
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import groups
 import resharding
+import scores
 from models import FAMILIES, layout_keys, reference_logits, reference_logp, samples
 
 from rlhf import configuration
@@ -254,6 +256,8 @@ def main() -> None:
             ]:  # bfloat16 has separate main parameters
                 case.check_resume(root / f"run-{family}-{entry}-{dtype}", dtype)
             case.check_step_zero(frozen)
+            if entry == "tp1":
+                scores.check(case.folder, case.mesh, root / f"reward-{family}")
         groups.close()
     build.pays, linear.exchange = EXCHANGING
     world = int(os.environ["WORLD_SIZE"])

@@ -226,7 +226,12 @@ def remarks(path: Path, args: Mapping[str, Any], arch: Architecture, where: Path
 
 def unsaid(arch: Architecture) -> list[str]:
     """Return remarks on properties of a model that Megatron's args cannot express."""
-    if rope_scaling(of_rope(arch)) == arch.rope_scaling:
-        return []
-    numbers = ", ".join(f"{key} {value}" for key, value in arch.rope_scaling.items())
-    return [f"Megatron's args cannot express all of the rope scaling ({numbers}); config.json has all of it"]
+    found = []
+    if rope_scaling(of_rope(arch)) != arch.rope_scaling:
+        numbers = ", ".join(f"{key} {value}" for key, value in arch.rope_scaling.items())
+        found.append(f"Megatron's args cannot express all of the rope scaling ({numbers}); config.json has all of it")
+    if arch.scalar and arch.pad is not None:
+        found.append(
+            f"Megatron's args cannot express pad_token_id {arch.pad}, on which scores depend; config.json has it"
+        )
+    return found

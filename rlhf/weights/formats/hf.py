@@ -111,6 +111,7 @@ def description(arch: Architecture) -> dict[str, Any]:
         "num_key_value_heads": arch.kv_heads,
         "head_dim": arch.head_dim,
         "vocab_size": arch.vocab,
+        "pad_token_id": arch.pad,
         "max_position_embeddings": arch.context,
         "rms_norm_eps": arch.eps,
         "tie_word_embeddings": arch.tied,
