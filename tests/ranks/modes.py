@@ -114,8 +114,8 @@ def train(config: Config, mesh: Mesh, first: int = 0) -> Run:
 
     Check that the engine sleeps in phases of other models, and that each step draws its own samples.
     """
-    limits = (config.reward.timeout, config.reward.workers)
-    with Rewards(rule(config), *limits) as rewards, Rewards(config.evaluate.function or rule(config), *limits) as judge:
+    held_out = config.evaluate.function or rule(config)
+    with Rewards(rule(config), config.reward) as rewards, Rewards(held_out, config.reward) as judge:
         run, steps = assembled(config, mesh, rewards, judge), list[int]()
         enter = run.roles.residence.enter
 

@@ -152,7 +152,7 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
         if mesh.rank == mesh.world - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    with drawing(last_rank_alone), Rewards(rule(cut), 1, 1) as rewards:
+    with drawing(last_rank_alone), Rewards(rule(cut), cut.reward) as rewards:
         assert not assembled(cut, mesh, rewards, rewards).train()
     assert sorted(path.name for path in (folder / "cut").glob("step_*")) == ["step_000001"]
     assert list(metrics(folder / "cut")) == [1], "nothing is held out"
