@@ -16,11 +16,16 @@ import demo_task  # noqa: E402
 import tutorial_task  # noqa: E402
 
 RULES = """
+import zlib
+
+
 def quarter(prompt, response, record):
     return 0.25
 
 
 def length(prompt, response, record):
+    if zlib.crc32(response.encode()) % 5 == 0:
+        raise ValueError("about every fifth response has no reward")
     return len(response) / 100
 """
 
