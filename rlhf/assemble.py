@@ -55,11 +55,10 @@ def run(config: Config) -> int:
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
     mesh.agree(note(config) if mesh.rank == 0 else "")
-    limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with (
-        Rewards(rule(config), *limits) as rewards,
-        Rewards(config.evaluate.function or rule(config), *limits) as held_out_rewards,
-        Environments(config.rollout.environment, *limits) as environments,
+        Rewards(rule(config), config.reward) as rewards,
+        Rewards(config.evaluate.function or rule(config), config.reward) as held_out_rewards,
+        Environments(config.rollout.environment, config.reward) as environments,
     ):
         try:
             if ALGORITHMS[config.mode].trains:

@@ -21,6 +21,7 @@ Count = Annotated[int, Between(1)]
 Share = Annotated[float, Between(0.01, 1)]
 Rate = Annotated[float, Between(0, 10)]
 Decay = Annotated[float, Between(0, 0.99999)]
+Weights = Annotated[Mapping[str, float], Between(-1e6, 1e6)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
 Template = Literal["auto", "plain", "human", "llama2", "chatml", "tokenizer"]
 # Up to this tensor parallel size, ranks exchange hidden states during matrix products (rlhf.parallel.exchange).
@@ -149,10 +150,13 @@ class Memory:
 class Reward:
     """How a response is rewarded."""
 
-    function: str = ""  # math, or module:function (README, Rewards); empty: math unless load or environment is set
+    function: tuple[str, ...] = ()  # math, module:function, or a list; empty: math unless load or environment is set
+    weights: Weights = field(default_factory=dict)  # of functions and of parts, as reward.weights.NAME=0.5; else 1
     load: str = ""  # folder of a reward model; with a function too, the reward is the sum of both
-    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds per response or environment step; later: failed
-    workers: Annotated[int, Between(1, 256)] = 2  # processes per rank for rewards, and as many for environments
+    max_failed: Annotated[float, Between(0, 1)] = 0.5  # a larger share of failed rewards in a step ends the run
+    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds per call of a function or environment; later: failed
+    workers: Annotated[int, Between(1, 256)] = 2  # processes per rank and function, and as many for environments
+    concurrency: Annotated[int, Between(1, 4096)] = 64  # responses at a time per process: async or batched functions
     memory: float = 0.0  # limit in GiB of data per such process, and per process that it starts; 0: no limit
 
 
@@ -172,7 +176,7 @@ class Evaluate:
     """Evaluation on held-out records."""
 
     every: int = 50  # steps between evaluations; 0: only before the first and after the last step
-    function: str = ""  # reward function of held-out responses (metric eval_reward); empty: the training reward
+    function: tuple[str, ...] = ()  # as reward.function, for held-out responses; empty: the training reward
     prompts: int = 256  # how many held-out records to use; 0: all
     temperature: Annotated[float, Between(0, 100)] = 0.0  # sampling temperature; 0: greedy
     show: int = 2  # how many responses to print

@@ -4,7 +4,8 @@ import difflib
 import inspect
 import json
 import tomllib
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -105,7 +106,11 @@ def _cast(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Annotated:
         hint, limits = get_args(hint)
     if get_origin(hint) is tuple:
-        return _members(get_args(hint)[0], limits, [value] if isinstance(value, str) else value, path)
+        return _members(get_args(hint)[0], limits, [*filter(None, [value])] if isinstance(value, str) else value, path)
+    if get_origin(hint) is Mapping:
+        if not isinstance(value, dict):
+            raise UserError(f"{path} is a table of numbers, got {_shown(value)}: set {path}.NAME=1")
+        return {name: _cast(Annotated[float, limits], number, f"{path}.{name}") for name, number in value.items()}
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise UserError(f"{path} must be one of {', '.join(get_args(hint))}; got {_shown(value)}")
@@ -161,7 +166,7 @@ def manual(cls: Any = Config, where: str = "") -> str:
             lines.append(f"\n{hint.__doc__}\n{manual(hint, f'{where}{name}.')}")
         elif name != "mode":
             choices = get_args(hint) if get_origin(hint) is Literal else ()
-            default = "[]" if defaults[name] == () else defaults[name]
+            default = {(): "[]", MISSING: "{}"}.get(defaults[name], defaults[name])
             lines.append(
                 f"  {where + name + '=' + str(default):32} {said[name]}"
                 + (f" ({' | '.join(choices)})" if choices else "")
@@ -177,6 +182,8 @@ def to_toml(config: Config) -> str:
             return str(value).lower()
         if isinstance(value, (tuple, list)):
             return "[" + ", ".join(map(text, value)) + "]"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{text(name)} = {text(held)}" for name, held in value.items()) + "}"
         if isinstance(value, (int, float)):
             return repr(value)
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes DEL, too

@@ -42,7 +42,8 @@ class Verdict:
 
     rule: float = 0.0  # from the reward function and the environment
     score: float | None = None  # from the reward model; None without a reward model
-    failed: bool = False  # the reward function or the environment failed on this response and counts as 0
+    parts: Mapping[str, float] = field(default_factory=dict)  # of the reward functions' sum, without their weights
+    failed: bool = False  # a reward function or the environment failed on this response: it is not learned
 
 
 @dataclass(slots=True)
@@ -88,6 +89,11 @@ def groups(samples: Sequence[G]) -> list[list[G]]:
     return list(members.values())
 
 
+def rewarded(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples whose rewards have not failed. Only these are scored and learned."""
+    return [sample for sample in samples if not sample.verdict.failed]
+
+
 def alone(x: np.ndarray) -> np.ndarray:
     """Return x: the Total of a single replica."""
     return x
@@ -99,8 +105,8 @@ def worth(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def differ(rewards: Sequence[float] | np.ndarray) -> bool:
-    """Return whether the rewards of a group are not all equal."""
-    return bool(np.ptp(worth(rewards)) > 0)
+    """Return whether the rewards of a group are not all equal. The group may be empty."""
+    return len(rewards) > 0 and bool(np.ptp(worth(rewards)) > 0)
 
 
 def scored(sample: Sample, pad: int | None = None) -> Sample:
@@ -231,9 +237,10 @@ class Algorithm:
     def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
         """Turn rewards into advantages (or pairs). Return the samples to learn from, and their metrics.
 
-        `samples` is one data-parallel replica's share of the step: whole groups, or nothing. total(x) sums an array x
-        over the shares of all replicas. All replicas must call it equally often, with arrays of equal shapes. All
-        replicas must compute the same `state`.
+        `samples` is one data-parallel replica's share of the step: whole groups, or nothing. Samples without a reward
+        are left out, so a group may have any size. total(x) sums an array x over the shares of all replicas, which have
+        at least one sample together. All replicas must call it equally often, with arrays of equal shapes. All replicas
+        must compute the same `state`.
         """
         return samples, {}
 

@@ -34,6 +34,12 @@ class StorageError(UserError):
     code = 1
 
 
+class RewardError(UserError):
+    """Too many rewards have failed; exit code 1. The message has the first error."""
+
+    code = 1
+
+
 class LostError(UserError):
     """Another rank has ended or does not respond; exit code 1."""
 

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Protocol
 
 from rlhf.config import Config
-from rlhf.contracts import Algorithm, Sample
+from rlhf.contracts import Algorithm, Sample, rewarded
 from rlhf.data.records import Records
 from rlhf.metrics import Metrics, first, say
 from rlhf.roles import Roles
 from rlhf.rollout.judge import Judge
-from rlhf.rollout.source import EngineSource, summary
+from rlhf.rollout.measures import summary
+from rlhf.rollout.source import EngineSource
 
 
 class Evaluation(Protocol):
@@ -40,7 +41,7 @@ class ResponseEvaluation:
     def __call__(self, metrics: Metrics) -> None:
         samples = self.source.answer(self.held_out.head(self.config.evaluate.prompts), self.rule)
         if not self.config.evaluate.function:
-            self.model(samples)
+            self.model(rewarded(samples))
         metrics.keep("evaluate", samples)
         show(first(metrics.mesh, samples, self.config.evaluate.show))
         metrics.add_share({f"eval_{name}": pair for name, pair in summary(samples).items()})
@@ -79,4 +80,5 @@ def show(samples: list[Sample]) -> None:
         turns = sample.text.turns or [{"role": "assistant", "content": sample.text.response}]
         said = "".join(f" {'=>' if turn['role'] == 'assistant' else '<='} {turn['content']}" for turn in turns)
         text = sample.text.prompt + said + (" [cut]" if sample.truncated else "")
-        say(textwrap.indent(f"reward {sample.reward:g} | {text}", "    "))
+        reward = "failed" if sample.verdict.failed else f"{sample.reward:g}"
+        say(textwrap.indent(f"reward {reward} | {text}", "    "))

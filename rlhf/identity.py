@@ -26,7 +26,7 @@ FREE = {
     "watchdog",
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
-    *("reward.timeout", "reward.workers", "reward.memory"),
+    *("reward.timeout", "reward.workers", "reward.concurrency", "reward.memory", "reward.max_failed"),
 }
 TOLD = ("optim.", "critic.lr")  # keys that may change when a run resumes; the change is printed
 CODE = ("reward.function", "rollout.environment")  # the files of these keys may change, too; the change is printed
@@ -60,6 +60,8 @@ def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity
     saved = {"mode": meta["mode"], "seed": meta["seed"], **then["keys"]}  # older checkpoints have mode and seed only
     remarks = []
     for key, value in now["keys"].items():
+        if isinstance(value, list) and isinstance(saved.get(key), str):  # older versions had one text, perhaps empty
+            saved[key] = [*filter(None, [saved[key]])]
         if key not in saved or saved[key] == value:
             continue
         if not key.startswith(TOLD):

@@ -13,9 +13,9 @@ import numpy as np
 from rlhf import folders, progress
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config, Optim
-from rlhf.contracts import Algorithm, Sample
+from rlhf.contracts import Algorithm, Sample, rewarded
 from rlhf.data.shares import costs, redeal
-from rlhf.errors import SpoiltError
+from rlhf.errors import RewardError, SpoiltError
 from rlhf.evaluate import Evaluation
 from rlhf.interrupt import Interrupt
 from rlhf.metrics import Metrics
@@ -59,6 +59,9 @@ class Run:
             except FloatingPointError as error:
                 self.checkpoints.settle(wait=True)
                 raise SpoiltError(f"step {step + 1}: {error}; nothing of it is saved. {self._advice(step)}") from None
+            except RewardError:
+                self.checkpoints.settle(wait=True)
+                raise
             done = step + 1
             if stop:
                 break
@@ -95,22 +98,23 @@ class Run:
         """
         metrics = self.metrics
         with metrics.time("rollout"):
-            samples, sums = self.source.take(step)
+            drawn, sums = self.source.take(step)
             metrics.add_common(sums)
+        samples = rewarded(drawn)
         with metrics.time("score"):
             self.roles.score(samples, self.algorithm.streams)
             self.roles.judge(samples)
-            metrics.add_share(self.source.describe(samples))
-        tokens, drawn = sum(len(s.tokens) for s in samples), samples
-        samples, sums = self.algorithm.credit(samples, self.mesh.total)
-        metrics.add_share(sums)
+            metrics.add_share(self.source.describe(drawn))
+        if any(self.mesh.all_gather(bool(samples))):
+            samples, sums = self.algorithm.credit(samples, self.mesh.total)
+            metrics.add_share(sums)
         metrics.keep("train", drawn)
         self.probe = drawn[:2]
         with metrics.time("learn"):
             self.learn(samples, step)
         with metrics.time("publish"):
             self.offer(step + 1, check)
-        return tokens
+        return sum(len(s.tokens) for s in drawn)
 
     def learn(self, samples: list[Sample], step: int) -> None:
         """Make batch.epochs passes over the samples, each with batch.minibatches updates, for one role at a time.

@@ -20,20 +20,12 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.recorder import Recorder, Use
 
 LINE = (
-    *(
-        "loss",
-        "accuracy",
-        "reward",
-        "eval_reward",
-        "eval_loss",
-        "eval_accuracy",
-        "kl",
-        "clipped",
-        "entropy",
-        "critic_loss",
-    ),
-    *("mismatch", "response_tokens", "tokens_per_second"),
+    *("loss", "accuracy", "reward", "eval_reward", "eval_loss", "eval_accuracy", "kl", "clipped", "entropy"),
+    *("critic_loss", "mismatch", "response_tokens"),
+    *("truncated", "silent", "tied", "lone", "reward_failed", "eval_reward_failed"),
+    *("grad_norm", "lr", "tokens_per_second"),
 )
+TROUBLES = {"truncated", "silent", "tied", "lone", "reward_failed", "eval_reward_failed"}  # shown unless 0
 
 
 class Metrics:
@@ -138,7 +130,8 @@ class Metrics:
                 self.events.add_scalar(name, value, step)
             self.events.flush()
         if not self.silent and (step % self.every == 0 or step == self.steps):
-            shown = "  ".join(f"{name} {values[name]:.4g}" for name in LINE if name in values)
+            told = [name for name in LINE if name in values and (values[name] or name not in TROUBLES)]
+            shown = "  ".join(f"{name} {values[name]:.4g}" for name in told)
             say(f"{self._bar(step)}  {shown}  {values['time/step']:.1f} s")
 
     def _bar(self, step: int) -> str:

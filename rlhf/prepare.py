@@ -85,10 +85,10 @@ def inputs(config: Config, world: int) -> Inputs:
     if ALGORITHMS[config.mode].online and 0 < config.watchdog.timeout <= config.reward.timeout:
         times = f"watchdog.timeout={config.watchdog.timeout:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
-    for key, function in _functions(config).items():
-        rewards.check(function, config.reward.memory, key=key)
+    for key, functions in _functions(config).items():
+        rewards.check(*functions, memory=config.reward.memory, key=key)
     if config.rollout.environment and ALGORITHMS[config.mode].online:
-        rewards.check(config.rollout.environment, config.reward.memory, kind="environment")
+        rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
@@ -163,10 +163,11 @@ def _read(
     }
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
-    for key, spec in (("reward.function", config.reward.function), ("rollout.environment", config.rollout.environment)):
-        file, _, _ = spec.rpartition(":")
-        if file.endswith(".py") and ALGORITHMS[config.mode].online:
-            found[key] = file, columns.contents([Path(file)])
+    code = {"reward.function": config.reward.function, "rollout.environment": (config.rollout.environment,)}
+    for key, specs in code.items():
+        places = [file for spec in specs if (file := spec.rpartition(":")[0]).endswith(".py")]
+        if places and ALGORITHMS[config.mode].online:
+            found[key] = ", ".join(places), columns.contents(map(Path, places))
     held = {
         folder: weights({entry.path for shard in source.contents.shards for entry in shard.values()})
         for folder, (source, _) in sources.items()
@@ -188,18 +189,18 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
     return sources
 
 
-def rule(config: Config) -> str:
-    """Return the reward function of samples; "" if only a reward model or an environment gives rewards."""
-    return config.reward.function or ("" if config.reward.load or config.rollout.environment else "math")
+def rule(config: Config) -> tuple[str, ...]:
+    """Return the reward functions of samples. There are none if only a reward model or an environment gives rewards."""
+    return config.reward.function or (() if config.reward.load or config.rollout.environment else ("math",))
 
 
-def _functions(config: Config) -> dict[str, str]:
+def _functions(config: Config) -> dict[str, tuple[str, ...]]:
     """Return the reward functions of sampled responses, by key."""
     algorithm, own = ALGORITHMS[config.mode], config.evaluate.function
     if not algorithm.online:
         return {}
-    named = {"reward.function": rule(config) if algorithm.trains or not own else "", "evaluate.function": own}
-    return {key: name for key, name in named.items() if name}
+    named = {"reward.function": rule(config) if algorithm.trains or not own else (), "evaluate.function": own}
+    return {key: names for key, names in named.items() if names}
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
@@ -232,7 +233,7 @@ def read_records(config: Config, tokenizer: Tokenizer, path: str, first: bool = 
         tokenizer,
         config.data,
         max_prompt=config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None,
-        required=("answer",) if "math" in _functions(config).values() else (),
+        required=("answer",) if any("math" in names for names in _functions(config).values()) else (),
         cache=None if first else Path(config.out) / "records",
         first=first,
     )

@@ -10,6 +10,8 @@ from rlhf.contracts import Sample
 class Judging:
     """Collects samples, and calls a function with all of them at the end."""
 
+    failure = ""
+
     def __init__(self, call: Callable[[list[Sample]], object]):
         self.call, self.given = call, list[Sample]()
 

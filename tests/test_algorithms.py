@@ -251,7 +251,7 @@ def test_online_dpo_pairs() -> None:
     copy = replace(drawn[1], reward=9.0)  # the same text, with another score
     kept, sums = algorithm("online-dpo").credit([*drawn, copy])
     assert kept == [drawn[1], drawn[0]]
-    assert sums == {"tied": (1.0, 2.0), "reward_gap": (3.0, 2.0)}
+    assert sums == {"tied": (1.0, 2.0), "lone": (0.0, 2.0), "reward_gap": (3.0, 2.0)}
     every, _ = algorithm("online-dpo", "dpo.pairs=all").credit([*drawn, copy])
     assert every == drawn[:4]
     found = dpo_loss(every, logp=[-1.0] * 4)
@@ -261,9 +261,9 @@ def test_online_dpo_pairs() -> None:
 
 
 def test_online_dpo_without_pairs() -> None:
-    kept, sums = algorithm("online-dpo").credit(responses([2.0, 2.0], 0))
+    kept, sums = algorithm("online-dpo").credit(responses([2.0, 2.0], 0) + responses([3.0], 1))
     assert kept == []
-    assert sums["tied"] == (1.0, 1.0)
+    assert (sums["tied"], sums["lone"]) == ((2.0, 2.0), (1.0, 2.0))
 
 
 def test_learning_rate() -> None:

@@ -112,6 +112,9 @@ def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
         ("optim.l.r=1", "optim.lr"),
         ("optim=1", "optim is a section, got 1: set one of its keys, such as optim.lr"),
         ("steps.many=1", "steps must be int"),
+        ("reward.weights=1", "reward.weights is a table of numbers, got 1: set reward.weights.NAME=1"),
+        ("reward.weights.a=x", "reward.weights.a must be float, got 'x'"),
+        ("reward.weights.a=nan", "reward.weights.a must be at least -1000000.0 and at most 1000000.0, got nan"),
         ("mode=grpo", "key 'mode' cannot be set in a file"),
     ],
 )
@@ -124,3 +127,14 @@ def test_what_is_no_value_of_a_key(argument: str, wanted: str) -> None:
 
 def test_a_list_of_strings_may_be_one_string() -> None:
     assert configuration.load("grpo", ["rollout.stop=Human:"]).rollout.stop == ("Human:",)
+    assert configuration.load("grpo", ["reward.function=math", "reward.function="]).reward.function == ()
+
+
+def test_a_table_of_numbers(tmp_path: Path) -> None:
+    """Its keys have any name. Each is set on its own, and files and arguments add to it."""
+    (tmp_path / "one.toml").write_text('[reward.weights]\nstyle = 0.5\n"a.b" = 1\n')
+    keys = ["reward.weights.style/length=-2", "reward.weights.style=1"]
+    config = configuration.load("grpo", [str(tmp_path / "one.toml"), *keys])
+    assert config.reward.weights == {"style": 1.0, "a.b": 1.0, "style/length": -2.0}
+    assert there_and_back(config, tmp_path) == config
+    assert "reward.weights={} " in configuration.manual()

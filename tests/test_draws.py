@@ -6,6 +6,7 @@ The engine of these tests records all calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ from rlhf import configuration
 from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict, groups
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.rollout.source import EngineSource, summary
+from rlhf.errors import RewardError
+from rlhf.rollout.measures import summary
+from rlhf.rollout.source import EngineSource
 
 KEYS = ["data.max_tokens=64", "rollout.max_tokens=4", "rollout.group=3", "batch.prompts=4"]
 
@@ -221,13 +224,57 @@ def test_who_rewards(build) -> None:
 
     def judge(samples: list[Sample]) -> None:
         for sample in samples:
-            sample.reward, sample.verdict = 7.0, Verdict(rule=7.0, failed=True)
+            sample.reward, sample.verdict = 7.0, Verdict(rule=7.0)
 
     assert {s.reward for s in source.take(0)[0]} == {0.0, 1.0}
     judged = source.answer(source.records.head(2), Judging(judge))
     assert [s.reward for s in judged] == [7.0, 7.0]
-    assert summary(judged) | {"reward": (14.0, 2.0), "reward_failed": (2.0, 2.0)} == summary(judged)
+    assert summary(judged) | {"reward": (14.0, 2.0), "reward_failed": (0.0, 2.0)} == summary(judged)
     assert [s.reward for s in source.probe(source.records.head(2))] == [0.0, 0.0]
+
+
+def test_failed_rewards_leave_their_groups(build) -> None:
+    """Rounds keep groups whose remaining rewards are unequal. Means are those of the remaining rewards."""
+
+    def reward(samples: list[Sample]) -> None:
+        by_sibling(samples)
+        for index, group in enumerate(groups(samples)):
+            for sample in group[: index % 4]:  # the first group keeps its three rewards, the others 0, 0 and none
+                sample.reward, sample.verdict = 0.0, Verdict(failed=True)
+        for sample in samples:
+            sample.verdict = replace(sample.verdict, parts={} if sample.verdict.failed else {"math": sample.reward})
+
+    source, _ = build("rollout.rounds=3", reward=reward)
+    samples, sums = source.take(0)
+    assert sums["groups_kept"] == (3.0, 12.0)
+    assert [s.reward for s in samples] == [1.0, 0.0, 0.0] * 3
+    samples, _ = build("reward.max_failed=0.5", reward=reward)[0].take(0)
+    found = summary(samples)
+    assert found["reward"] == found["reward/math"] == (1.0, 6.0)
+    assert (found["reward_failed"], found["response_tokens"][1]) == ((6.0, 12.0), 12.0)
+    assert source.describe(samples).keys() == found.keys()
+
+
+def test_too_many_failed_rewards_end_the_run(build, capsys: pytest.CaptureFixture[str]) -> None:
+    """The share over all ranks counts, in a step and in an evaluation. The first traceback is shown."""
+
+    def reward(samples: list[Sample]) -> None:
+        for sample in samples[1:]:
+            sample.verdict = Verdict(failed=True)
+
+    source, _ = build("reward.max_failed=0.9", reward=reward)
+    source.judge.failure = "Traceback:\n  a line\nValueError: no key\n"
+    wanted = (
+        "11 of 12 rewards of step 3 failed, and reward.max_failed=0.9; the first error, shown above, was: ValueError"
+    )
+    with pytest.raises(RewardError, match=wanted) as error:
+        source.take(2)
+    assert error.value.code == 1
+    assert capsys.readouterr().out == "    Traceback:\n      a line\n    ValueError: no key\n"
+    assert len(source.answer(source.records.head(2), source.judge)) == 2
+    source, _ = build("reward.max_failed=0.4", reward=reward)
+    with pytest.raises(RewardError, match="1 of 2 rewards of the evaluation failed"):
+        source.answer(source.records.head(2), source.judge)
 
 
 def test_log_probs_stand_on_their_labels(build) -> None:

@@ -13,10 +13,11 @@ from meshes import ALONE
 from rows import write
 
 from rlhf import configuration, rewards
+from rlhf.config import Reward
 from rlhf.contracts import Completion, Request, Sample, Text, Verdict
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.errors import UserError
+from rlhf.errors import RewardError, UserError
 from rlhf.rewards import Environments, Reply, Rewards
 from rlhf.rollout.judge import Rule
 from rlhf.rollout.source import EngineSource
@@ -49,6 +50,9 @@ class Counting:
         if text == "forgetful":
             asked.append(text)
             return ([{"role": "user", "content": "go on"}] if len(asked) == 1 else None), 0.0
+        if text == "once" and text not in asked:
+            asked.append(text)
+            raise ValueError("the first time")
         if text == "end":
             return None, 1
         said = {"role": "user", "content": f"{self.start + self.turns} in {os.getpid()}"}
@@ -70,7 +74,7 @@ def counting(tmp_path) -> str:
     return f"{tmp_path}/counting.py:Counting"
 
 
-def ask(environments: Environments, *turns: rewards.worker.Turn) -> list[Reply]:
+def ask(environments: Environments, *turns: rewards.environments.Turn) -> list[Reply]:
     for i, turn in enumerate(turns):
         environments.give(i, turn)
     found = environments.take(block=True)
@@ -85,7 +89,7 @@ def said(reply: Reply) -> tuple[int, int]:
 
 
 def test_a_dialogue_stays_in_its_process(counting):
-    with Environments(counting, timeout=5, workers=2) as environments:
+    with Environments(counting, Reward(timeout=5, workers=2)) as environments:
         assert ask(environments, ("a", {"start": 3}, []), ("b", {"silent": True}, [])) == [
             Reply([{"role": "user", "content": "from 3"}], 0.0, False),
             Reply(None, 0.0, False),
@@ -101,7 +105,7 @@ def test_a_dialogue_stays_in_its_process(counting):
 
 def test_a_dialogue_is_told_again_after_its_process_has_ended(counting):
     """A new process gets the earlier turns again. The same happens if the key was used for another dialogue."""
-    with Environments(counting, timeout=1, workers=1) as environments:
+    with Environments(counting, Reward(timeout=1, workers=1)) as environments:
         (before,) = ask(environments, ("a", {"start": 3}, ["x"]))
         assert ask(environments, ("b", {}, ["hang"])) == [Reply(None, 0.0, True)]
         (again,) = ask(environments, ("a", {"start": 3}, ["x", "y"]))
@@ -124,7 +128,7 @@ def test_what_a_step_may_not_do_ends_the_dialogue_as_failed(counting, capfd):
         "assistant": "assistant",
     }
     for text, says in wrong.items():
-        with Environments(counting, timeout=0.5, workers=1) as environments:
+        with Environments(counting, Reward(timeout=0.5, workers=1)) as environments:
             assert ask(environments, ("a", {}, ["x"]))[0].value == 0.5
             assert ask(environments, ("a", {}, ["x", text])) == [Reply(None, 0.0, True)]
             assert says in environments.failure
@@ -134,15 +138,24 @@ def test_what_a_step_may_not_do_ends_the_dialogue_as_failed(counting, capfd):
     assert "x" * 100_000 in capfd.readouterr().out
 
 
+def test_a_turn_that_fails_is_tried_once_more(counting):
+    """A new instance gets all turns again."""
+    with Environments(counting, Reward(timeout=5, workers=1)) as environments:
+        ask(environments, ("a", {"start": 3}, ["x"]))
+        assert said(ask(environments, ("a", {"start": 3}, ["x", "once"]))[0])[0] == 5
+        assert said(ask(environments, ("a", {"start": 3}, ["x", "once", "y"]))[0])[0] == 6
+        assert environments.failure == ""
+
+
 def test_an_environment_that_answers_otherwise_when_told_again_fails(counting):
-    with Environments(counting, timeout=5, workers=1) as environments:
+    with Environments(counting, Reward(timeout=5, workers=1)) as environments:
         assert ask(environments, ("a", {}, ["forgetful"]))[0].messages == [{"role": "user", "content": "go on"}]
         assert ask(environments, ("b", {}, ["forgetful", "x"])) == [Reply(None, 0.0, True)]
         assert "the environment is not deterministic" in environments.failure
 
 
 def test_ended_dialogues_are_dropped(counting):
-    with Environments(counting, timeout=5, workers=1) as environments:
+    with Environments(counting, Reward(timeout=5, workers=1)) as environments:
         ask(environments, ("a", {}, ["x"]))
         environments.end("a")
         environments.end("never seen")
@@ -173,7 +186,7 @@ def test_the_example_of_the_documentation(tmp_path):
     match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert match
     (tmp_path / "guess.py").write_text(match[1])
-    with Environments(f"{tmp_path}/guess.py:Guess", timeout=5, workers=1) as environments:
+    with Environments(f"{tmp_path}/guess.py:Guess", Reward(timeout=5, workers=1)) as environments:
         told, replies = ["Is it 50?", "hm", "It is 70."], []
         for n in range(len(told) + 1):
             replies += ask(environments, ("a", {"answer": "70"}, told[:n]))
@@ -246,17 +259,12 @@ def talk(
     """Return two prompts with two responses each."""
     (folder / "talking.py").write_text(TALKING)
     data = write(folder / "train.jsonl", *({"prompt": f"What is {n}?", **(record or {})} for n in range(2)))
-    given = [
-        "batch.prompts=2",
-        "rollout.group=2",
-        "data.max_tokens=128",
-        "rollout.max_tokens=64",
-        f"rollout.environment={folder}/talking.py:Talking",
-    ]
+    given = ["batch.prompts=2", "rollout.group=2", "data.max_tokens=128", "rollout.max_tokens=64"]
+    given.append(f"rollout.environment={folder}/talking.py:Talking")
     config = configuration.load("grpo", [*given, *keys])
     records = Records.load(data, "prompts", tokenizer, config.data, max_prompt=64)
     engine = Engine(tokenizer, *texts)
-    with Environments(config.rollout.environment, 10, 2) as environments:
+    with Environments(config.rollout.environment, config.reward) as environments:
         source = EngineSource(config, ALONE, engine, tokenizer, records, FREE, 64, environments=environments)  # type: ignore[arg-type]
         samples, _ = source.take(0)
         assert not environments._homes, "no dialogue is left"
@@ -304,11 +312,15 @@ def test_limits_cut_a_response(tmp_path, llama2, texts, keys, expected):
     ],
 )
 def test_a_failure_is_counted_and_shown_once(tmp_path, llama2, capsys, texts, record, says):
-    for s in talk(tmp_path, llama2, *texts, record=record):
+    """It is shown again when more of them fail than the limit allows, and the step ends."""
+    for s in talk(tmp_path, llama2, *texts, record=record, keys=("reward.max_failed=1",)):
         assert (s.reward, s.verdict.failed, s.truncated) == (0.0, True, False)
     shown = capsys.readouterr().out
     assert says in shown
     assert shown.count("the code of the environment failed") == 1
+    with pytest.raises(RewardError, match=r"4 of 4 rewards of step 1 failed, and reward.max_failed=0.5; .* was: .*"):
+        talk(tmp_path, llama2, *texts, record=record)
+    assert capsys.readouterr().out.count(says) == 2
 
 
 def test_reset_gives_the_prompt(tmp_path, llama2):
@@ -337,10 +349,12 @@ def test_a_reward_function_is_added_to_what_the_environment_gives():
         text, verdict = Text(0, {"answer": "4"}, "2 + 2?", response), Verdict(rule=0.25, failed=failed)
         return Sample(np.arange(3), np.ones(2, bool), 0, reward=0.25, text=text, verdict=verdict)
 
-    samples = [sample("#### 4", True), sample("#### 5", False)]
-    with Rewards("math", timeout=1, workers=1) as function:
+    samples = [sample("#### 4", False), sample("#### 5", False), sample("#### 4", True)]
+    with Rewards(["math"], Reward(timeout=1, workers=1)) as function:
         judge = Rule(function, ALONE)  # type: ignore[arg-type]
         for s in samples:
             judge.give(s)
         judge.collect(block=True)
-    assert [(s.reward, s.verdict.rule, s.verdict.failed) for s in samples] == [(1.25, 1.25, True), (0.25, 0.25, False)]
+    assert [(s.reward, s.verdict.failed) for s in samples] == [(1.25, False), (0.25, False), (0.25, True)]
+    assert samples[0].verdict == Verdict(rule=1.25, parts={"math": 1.0})
+    assert samples[2].verdict.parts == {}, "a response that has failed is not judged"

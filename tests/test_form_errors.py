@@ -139,6 +139,13 @@ def test_required_keys(tmp_path, tokenizer):
     assert len(Records.load(file, "prompts", tokenizer, Data())) == 2
     with pytest.raises(UserError, match=re.escape(f"{file}:2: no 'answer', which the reward needs; add it")):
         Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
+    lists = [["1/2", 0.5], [4]]
+    file = write(tmp_path / "lists.jsonl", *({"prompt": "Q?", "answer": answer} for answer in lists))
+    assert len(Records.load(file, "prompts", tokenizer, Data(), required=("answer",))) == 2
+    for answer, says in {"[]": "no 'answer'", '[""]': "is ['']", "[[4]]": "is [[4]]", "[null]": "is [None]"}.items():
+        file = write(tmp_path / "wrong.jsonl", f'{{"prompt": "Q?", "answer": {answer}}}')
+        with pytest.raises(UserError, match=re.escape(says) + ".* the reward needs"):
+            Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
     file = write(
         tmp_path / "b.jsonl",
         {"eval_func": "math_rule", "prompt": "Q?", "answer": 4},

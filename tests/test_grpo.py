@@ -25,7 +25,19 @@ def test_grpo_advantages() -> None:
     wanted = [1.0, -1.0, 0.0, 0.0, math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
     assert [s.advantages[-1] for s in credited] == pytest.approx(wanted, abs=1e-5)
     assert all(s.advantages[0] == 0.0 for s in credited)
-    assert sums == {"silent": (1.0, 3.0)}
+    assert sums == {"silent": (1.0, 3.0), "lone": (0.0, 3.0)}
+
+
+@pytest.mark.parametrize("kind", ["std", "none", "leave_one_out", "global"])
+def test_grpo_of_a_response_alone(kind: str) -> None:
+    """Failures have left no other response in its group. It is not learned, also not by the KL."""
+    grpo = algorithm("grpo", f"grpo.advantage={kind}")
+    alone, group = responses([5.0], 1), responses([3.0, 1.0], 2)
+    learned, sums = grpo.credit([*alone, *group])
+    assert learned == group
+    assert sums == {"silent": (1.0, 2.0), "lone": (1.0, 2.0)}
+    wanted, _ = grpo.credit(responses([3.0, 1.0], 2))
+    assert [s.advantages.tolist() for s in learned] == [s.advantages.tolist() for s in wanted]
 
 
 def test_grpo_advantage_kinds() -> None:

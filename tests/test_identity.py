@@ -92,7 +92,12 @@ def save(out: Path, given: Inputs, mode: str, steps: int = 100) -> None:
         ("grpo", "reference.load={made}/other", r"reference.load={made}/model, this run has {made}/other"),
         ("grpo", "rollout.group=4", "rollout.group=8, this run has 4"),
         ("grpo", "rollout.stop=END", r"rollout.stop=\[\], this run has \['END'\]"),
-        ("grpo", "reward.function=tools/demo_task.py:noise", "reward.function=, this run has tools/demo_task.py:noise"),
+        (
+            "grpo",
+            "reward.function=tools/demo_task.py:noise",
+            r"reward.function=\[\], this run has \['tools/.*:noise'\]",
+        ),
+        ("grpo", "reward.weights.math=2", "reward.weights=.*, this run has .*'math': 2.0.*"),
     ],
 )
 def test_another_run_is_refused(made: Path, tmp_path: Path, mode: str, key: str, said: str) -> None:
@@ -141,6 +146,8 @@ def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None
             "rollout.cache=1",
             "rollout.check=true",
             "reward.timeout=3",
+            "reward.concurrency=3",
+            "reward.max_failed=1",
             "data.eval={made}/data/{data}.jsonl",
         ],
     ],
@@ -192,11 +199,18 @@ def test_code_that_has_changed_is_said(made: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_before_are_continued_from(made: Path, tmp_path: Path) -> None:
-    """Older checkpoints contain only mode and seed."""
+    """Older checkpoints contain only mode and seed. Later ones have one reward function as a text."""
     given = start(made, tmp_path, "sft")
     given.identity.clear()
     save(tmp_path, given, "sft")
     assert start(made, tmp_path, "sft", "batch.prompts=3").remarks == []
+    for text, keys in (("", []), ("math", ["reward.function=math"])):
+        out = tmp_path / f"grpo{text}"
+        given = start(made, out, "grpo", *keys)
+        given.identity["keys"]["reward.function"] = text
+        del given.identity["keys"]["reward.weights"]
+        save(out, given, "grpo")
+        assert start(made, out, "grpo", *keys).remarks == []
 
 
 @pytest.mark.parametrize("mode", ALGORITHMS)

@@ -6,9 +6,12 @@ Roles and metrics only record their arguments. Only made() builds a Run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,8 +22,8 @@ from rlhf import configuration
 from rlhf import roles as models
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
-from rlhf.contracts import Sample
-from rlhf.errors import UserError
+from rlhf.contracts import Sample, Verdict
+from rlhf.errors import RewardError, UserError
 from rlhf.loop import Run, due
 from rlhf.parallel.mesh import Mesh
 
@@ -207,6 +210,43 @@ def test_few_groups() -> None:
     assert roles.visits == [], "nothing is moved to the device"
 
 
+@pytest.mark.parametrize("mode", ["grpo", "rlhf", "online-dpo"])
+def test_failed_rewards_leave_score_credit_and_loss(mode: str) -> None:
+    """The advantages are those of a step without these samples. If all have failed, nothing is learned."""
+    given = samples(4, siblings=3)
+    for index, sample in enumerate(given):  # equal texts make no pair
+        sample.tokens = sample.tokens + index
+    for sample in (*given[:1], *given[3:5], *given[6:9]):  # groups of two, one, no and three responses are left
+        sample.reward, sample.verdict = 100.0, Verdict(failed=True)
+
+    def step(drawn: list[Sample]) -> tuple[Roles, list[Sample]]:
+        run, roles = made(configuration.load(mode, [*FOLDERS, "optim.lr=1"]))
+        scored: list[list[Sample]] = []
+        source: Any = Mock(take=lambda step: (drawn, {}))
+        metrics: Any = Mock(time=lambda _: nullcontext())
+        run.source, run.metrics = source, metrics
+        roles.score = partial(models.Roles.score, roles)  # type: ignore[attr-defined]
+        roles.judge, roles.subject = scored.append, "policy"  # type: ignore[attr-defined]
+        roles.learners = {"policy": Mock()}  # type: ignore[attr-defined]
+        assert run.step(0, check=False) == sum(len(s.tokens) for s in drawn)
+        metrics.keep.assert_called_once_with("train", drawn)
+        source.describe.assert_called_once_with(drawn)
+        return roles, scored[0]
+
+    roles, scored = step(given)
+    good = [s for s in given if not s.verdict.failed]
+    assert scored == good
+    wanted, _ = step([replace(s) for s in good])
+    assert roles.updates == wanted.updates
+    assert {member for update in roles.updates for member in update.samples} == {
+        "grpo": {(0, 1), (0, 2), (9, 0), (9, 1), (9, 2)},
+        "rlhf": {(0, 1), (0, 2), (3, 2), (9, 0), (9, 1), (9, 2)},
+        "online-dpo": {(0, 1), (0, 2), (9, 0), (9, 2)},
+    }[mode]
+    roles, scored = step([replace(s, verdict=Verdict(failed=True)) for s in given])
+    assert (roles.updates, roles.visits, scored) == ([], [], [])
+
+
 @pytest.mark.parametrize(
     ("mode", "speakers"),
     [
@@ -275,6 +315,19 @@ def test_what_happens_every_so_many_steps() -> None:
     assert [done for done in range(1, 8) if due(done, 3, 7)] == [3, 6, 7]
     assert [done for done in range(1, 8) if due(done, 0, 7)] == [7]
     assert [done for done in range(1, 8) if due(done, 1, 7)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_checkpoint_is_complete_when_failed_rewards_end_the_run() -> None:
+    def fail(step: int) -> None:
+        raise RewardError("3 of 4 rewards failed")
+
+    settled: list[bool] = []
+    run: Any = SimpleNamespace(config=configuration.load("grpo", FOLDERS), metrics=None, start=2, evaluation=None)
+    run.offer, run.whole_step = lambda version, check: None, fail
+    run.checkpoints = SimpleNamespace(settle=lambda wait: settled.append(wait))
+    with pytest.raises(RewardError):
+        Run.train(run)
+    assert settled == [True]
 
 
 @pytest.mark.parametrize(("signal", "ended"), [(None, True), (4, False), (5, True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,11 +105,15 @@ def test_lines_for_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """They are printed every log.every steps, and after the last step. metrics.jsonl has all lines."""
     metrics = made(tmp_path, 0, 0, (), "log.every=4")
     for step in range(10):
-        metrics.add({"loss": (0.5, 1.0), "grad_norm": (1.0, 1.0)})
+        metrics.add({"loss": (0.5, 1.0), "grad_norm": (1.0, 1.0), "lr": (0.0, 1.0), "drift": (1.0, 1.0)})
+        for trouble in ("truncated", "silent", "reward_failed"):
+            metrics.add({trouble: (float(step == 8), 4.0)})
         metrics.write(step)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["0/9", "4/9", "8/9", "9/9"]
-    assert all("loss 0.5" in line and "grad_norm" not in line for line in lines)
+    assert all(re.search(r"/9  loss 0.5  .*grad_norm 1  lr 0  \d", line) and "drift" not in line for line in lines)
+    assert ["truncated 0.25  silent 0.25  reward_failed 0.25" in line for line in lines] == [False, False, True, False]
+    assert ["silent" in line for line in lines] == [False, False, True, False], "shown unless 0"
     assert steps(tmp_path) == list(range(10))
 
 

@@ -16,11 +16,23 @@ import demo_task  # noqa: E402
 import tutorial_task  # noqa: E402
 
 RULES = """
+import os
+import zlib
+
+
 def quarter(prompt, response, record):
     return 0.25
 
 
+def fail_on_rank_1(prompt, response, record):
+    if os.environ["RANK"] == "1":
+        raise ValueError("this is rank 1")
+    return 1.0
+
+
 def length(prompt, response, record):
+    if zlib.crc32(response.encode()) % 5 == 0:
+        raise ValueError("about every fifth response has no reward")
     return len(response) / 100
 """
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rlhf import rewards
+from rlhf.config import Reward
 from rlhf.errors import UserError
-from rlhf.rewards import Rewards, Score, child
+from rlhf.rewards import Rewards, child
 
 FUNCTIONS = '''
 import json, os, re, subprocess, sys, time
@@ -56,13 +57,18 @@ def echo(prompt, response, record):
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    (tmp_path / "neighbour.py").write_text("def half(text):\n    return len(text) / 2\n")
+    (tmp_path / "neighbour.py").write_text("def half(text, *rest):\n    return len(text) / 2\n")
     (tmp_path / "json.py").write_text(FUNCTIONS)  # a file may have the name of a module that is already imported
     return tmp_path / "json.py"
 
 
-def items(*responses: str) -> list[rewards.worker.Item]:
+def items(*responses: str) -> list[rewards.functions.Item]:
     return [("abc", response, {}) for response in responses]
+
+
+def scored(function: Rewards, given: list[rewards.functions.Item]) -> list[float | None]:
+    """Return the reward of each response; None if it failed."""
+    return [None if score.failed else score.value for score in function.score(given)]
 
 
 def gone(pid: int) -> bool:
@@ -80,26 +86,26 @@ def gone(pid: int) -> bool:
 
 def test_values_and_failures_in_order(file, capfd):
     expected = {
-        "half": Score(1.5, False),
-        "nan": Score(0.0, True),
-        "hang": Score(0.0, True),
-        "yes": Score(1.0, False),
-        "text": Score(0.0, True),
-        "end": Score(0.0, True),
-        "none": Score(0.0, True),
-        "print": Score(0.0, False),
-        "hang inside C": Score(0.0, True),
-        "raise": Score(0.0, True),
-        "infinite": Score(0.0, True),
-        "exit": Score(0.0, True),
-        "zero": Score(0.0, False),
+        "half": 1.5,
+        "nan": None,
+        "hang": None,
+        "yes": 1.0,
+        "text": None,
+        "end": None,
+        "none": None,
+        "print": 0.0,
+        "hang inside C": None,
+        "raise": None,
+        "infinite": None,
+        "exit": None,
+        "zero": 0.0,
     }
-    with Rewards(f"{file}:act", timeout=0.5, workers=2) as function:
+    with Rewards([f"{file}:act"], Reward(timeout=0.5, workers=2)) as function:
         start = time.monotonic()
-        assert dict(zip(expected, function.score(items(*expected)), strict=True)) == expected
+        assert dict(zip(expected, scored(function, items(*expected)), strict=True)) == expected
         assert time.monotonic() - start < 4
-        assert function.score(items("half")) == [Score(1.5, False)], "it goes on after all of that"
-        assert function.score([]) == []
+        assert scored(function, items("half")) == [1.5], "it goes on after all of that"
+        assert scored(function, []) == []
     assert "x" * 100_000 in capfd.readouterr().out, "what it prints is seen, and is no result"
 
 
@@ -115,8 +121,8 @@ def test_values_and_failures_in_order(file, capfd):
     ],
 )
 def test_the_first_failure_is_kept(file, response, says):
-    with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
-        assert function.score(items("half")) == [Score(1.5, False)]
+    with Rewards([f"{file}:act"], Reward(timeout=0.5, workers=1)) as function:
+        assert scored(function, items("half")) == [1.5]
         assert function.failure == ""
         function.score(items(response, "none"))
         assert says in function.failure
@@ -126,31 +132,30 @@ def test_the_first_failure_is_kept(file, response, says):
 
 def test_memory_is_bounded(file):
     """A function that needs more fails, and the next call works. Without a limit it does not fail."""
-    with Rewards(f"{file}:act", timeout=5, workers=1, memory=0.5) as function:
-        assert function.score(items("take memory", "half")) == [Score(0.0, True), Score(1.5, False)]
+    with Rewards([f"{file}:act"], Reward(timeout=5, workers=1, memory=0.5)) as function:
+        assert scored(function, items("take memory", "half")) == [None, 1.5]
         assert function.failure.splitlines()[-1] == "MemoryError"
-    with Rewards(f"{file}:act", timeout=5, workers=1) as function:
-        assert function.score(items("take memory")) == [Score(float(1 << 30), False)]
+    with Rewards([f"{file}:act"], Reward(timeout=5, workers=1)) as function:
+        assert scored(function, items("take memory")) == [float(1 << 30)]
     with pytest.raises(UserError, match="cannot be loaded"):
         rewards.check(f"{file}:act", memory=1e-4)
 
 
 def test_results_keep_their_order_whoever_is_faster(file):
     given = [("", str(i), {"seconds": 0.05 * (i % 3 == 0)}) for i in range(30)]
-    with Rewards(f"{file}:echo", timeout=5, workers=3) as function:
-        assert function.score(given) == [Score(float(i), False) for i in range(30)]
+    with Rewards([f"{file}:echo"], Reward(timeout=5, workers=3)) as function:
+        assert scored(function, given) == [float(i) for i in range(30)]
 
 
 def test_a_time_limit_may_be_longer_than_the_system_waits(file):
-    with Rewards(f"{file}:act", timeout=2**31 - 1, workers=1) as function:
-        assert function.score(items("half")) == [Score(1.5, False)]
+    with Rewards([f"{file}:act"], Reward(timeout=2**31 - 1, workers=1)) as function:
+        assert scored(function, items("half")) == [1.5]
 
 
 def test_processes_are_kept_and_replaced(file):
-    with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
-        first, again, _, other = (
-            int(score.value) for score in function.score(items("process", "process", "hang", "process"))
-        )
+    with Rewards([f"{file}:act"], Reward(timeout=0.5, workers=1)) as function:
+        scores = function.score(items("process", "process", "hang", "process"))
+        first, again, _, other = (int(score.value) for score in scores)
         assert first == again != other
         assert gone(first)
         assert Path(f"/proc/{other}").exists()
@@ -160,13 +165,9 @@ def test_processes_are_kept_and_replaced(file):
 def test_a_time_out_ends_what_the_function_started(file, tmp_path):
     """Its whole process group is ended, and no pipes of it stay open here."""
     before = set(os.listdir("/proc/self/fd"))
-    with Rewards(f"{file}:act", timeout=0.5, workers=1) as function:
+    with Rewards([f"{file}:act"], Reward(timeout=0.5, workers=1)) as function:
         given = ("abc", "hang with a child", {"file": str(tmp_path / "child")})
-        assert function.score([*items("half"), given, *items("half")]) == [
-            Score(1.5, False),
-            Score(0.0, True),
-            Score(1.5, False),
-        ]
+        assert scored(function, [*items("half"), given, *items("half")]) == [1.5, None, 1.5]
         assert gone(int((tmp_path / "child").read_text()))
     assert set(os.listdir("/proc/self/fd")) == before
 
@@ -176,8 +177,8 @@ def test_a_module_may_load_longer_than_a_response_may_take(file):
     (file.parent / "slow.py").write_text(
         "import time\ntime.sleep(1.2)\n\ndef one(prompt, response, record):\n    return 1\n"
     )
-    with Rewards(f"{file.parent}/slow.py:one", timeout=0.5, workers=2) as function:
-        assert function.score(items("a", "b", "c")) == [Score(1.0, False)] * 3
+    with Rewards([f"{file.parent}/slow.py:one"], Reward(timeout=0.5, workers=2)) as function:
+        assert scored(function, items("a", "b", "c")) == [1.0] * 3
 
 
 def test_results_of_an_interrupted_call_do_not_reach_the_next(file):
@@ -186,8 +187,8 @@ def test_results_of_an_interrupted_call_do_not_reach_the_next(file):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with Rewards(f"{file}:echo", timeout=10, workers=1) as function:
-        assert function.score([("", "1", {"seconds": 0})]) == [Score(1.0, False)]
+    with Rewards([f"{file}:echo"], Reward(timeout=10, workers=1)) as function:
+        assert scored(function, [("", "1", {"seconds": 0})]) == [1.0]
         before = signal.signal(signal.SIGALRM, interrupt)
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.3)
@@ -195,18 +196,15 @@ def test_results_of_an_interrupted_call_do_not_reach_the_next(file):
                 function.score([("", "2", {"seconds": 1.0}), ("", "3", {"seconds": 0})])
         finally:
             signal.signal(signal.SIGALRM, before)
-        assert function.score([("", "4", {"seconds": 0}), ("", "5", {"seconds": 0})]) == [
-            Score(4.0, False),
-            Score(5.0, False),
-        ]
+        assert scored(function, [("", "4", {"seconds": 0}), ("", "5", {"seconds": 0})]) == [4.0, 5.0]
 
 
-def test_a_process_that_ended_while_idle_fails_one_response_only(file):
-    with Rewards(f"{file}:act", timeout=5, workers=1) as function:
+def test_a_process_that_ended_while_idle_fails_no_response(file):
+    with Rewards([f"{file}:act"], Reward(timeout=5, workers=1)) as function:
         [score] = function.score(items("process"))
         os.kill(int(score.value), signal.SIGKILL)
-        scores = function.score(items("half", "half", "half"))
-        assert [score.value for score in scores[1:]] == [1.5, 1.5]
+        assert scored(function, items("half", "half", "half")) == [1.5, 1.5, 1.5]
+        assert function.failure == ""
 
 
 def test_no_process_survives_the_parent(file, tmp_path):
@@ -215,8 +213,9 @@ def test_no_process_survives_the_parent(file, tmp_path):
     At this time one function waits for its own child process, one hangs in C code, and one is idle.
     """
     program = f"""
+from rlhf.config import Reward
 from rlhf.rewards import Rewards
-function = Rewards({str(file) + ":act"!r}, timeout=60, workers=3)
+function = Rewards([{str(file) + ":act"!r}], Reward(timeout=60, workers=3))
 print(*[int(s.value) for s in function.score([("", "process", {{}})] * 50)], flush=True)
 function.score([("", response, {{}}) for response in ("hang inside C", "hang with a child", "half")])
 """
@@ -243,7 +242,7 @@ def test_a_process_whose_parent_ended_prints_nothing(file, tmp_path):
     command = [sys.executable, "-P", child.__file__, str(theirs.fileno()), str(end)]
     with subprocess.Popen(command, pass_fds=(theirs.fileno(), end), stderr=subprocess.PIPE, process_group=0) as process:
         theirs.close()
-        own.send((sys.path, str(file), "act", "function", 0))
+        own.send((sys.path, str(file), "act", "function", 0, 10.0))
         own.close()
         assert process.communicate(timeout=30)[1] == b""
     assert process.returncode == 0
@@ -303,8 +302,9 @@ def test_modules_of_the_current_folder_come_last(file):
 
     They do not replace a module that another one imports, such as json.py.
     """
-    program = "import sys\nfrom rlhf.rewards import Rewards, check\ncheck(sys.argv[1])\n"
-    program += "with Rewards(sys.argv[1], 5, 1) as function: print(function.score([('abc', '', {})])[0].value)"
+    program = "import sys\nfrom rlhf.config import Reward\nfrom rlhf.rewards import Rewards, check\n"
+    program += "check(*sys.argv[1:])\nwith Rewards(sys.argv[1:], Reward()) as function:\n"
+    program += "    print(function.score([('abc', '', {})])[0].value)"
     command = [sys.executable, "-P", "-c", program, "neighbour:whole"]
     (file.parent / "neighbour.py").write_text("import json\n\ndef whole(*_):\n    return len(json.dumps([1]))\n")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -317,8 +317,9 @@ def test_a_function_may_print_where_nobody_reads(file):
     (file.parent / "talks.py").write_text(
         "def talk(prompt, response, record):\n    print(response * 9999, flush=True)\n    return 1\n"
     )
-    program = f"from rlhf.rewards import Rewards\nwith Rewards('{file.parent}/talks.py:talk', 5, 1) as function:\n"
-    program += "    assert function.score([('', '\\ud800', {})])[0] == (1.0, False), function.failure"
+    program = "from rlhf.config import Reward\nfrom rlhf.rewards import Rewards\n"
+    program += f"with Rewards(['{file.parent}/talks.py:talk'], Reward()) as function:\n"
+    program += "    assert function.score([('', '\\ud800', {})])[0][:2] == (1.0, False), function.failure"
     for target in ("/dev/full", "&-", "/dev/null"):
         command = ["bash", "-c", f'{sys.executable} -c "$0" >{target}', program]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
@@ -335,7 +336,7 @@ def test_check_starts_fast_and_without_torch(file):
 
 
 def test_math_compares_with_the_answer_of_the_record():
-    with Rewards("math", timeout=1, workers=1) as function:
+    with Rewards(["math"], Reward(timeout=1, workers=1)) as function:
         record = {"answer": "3 * 6 = 18\n#### 18"}
         given = [
             ("", "#### 18", record),
@@ -343,7 +344,7 @@ def test_math_compares_with_the_answer_of_the_record():
             ("", "18", record),
             ("", "The answer is $18.", {"answer": 18}),
         ]
-        assert function.score(given) == [Score(1.0, False), Score(0.0, False), Score(0.0, False), Score(1.0, False)]
+        assert scored(function, given) == [1.0, 0.0, 0.0, 1.0]
         with pytest.raises(UserError, match="'answer'"):
             function.score(items("#### 18"))
         assert function.pool == [], "no process for what is bounded by itself"

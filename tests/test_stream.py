@@ -14,6 +14,7 @@ from meshes import ALONE
 from rows import write
 
 from rlhf import configuration
+from rlhf.config import Reward
 from rlhf.contracts import Completion, Request, Sample, Text, Verdict
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ def test_rewards_are_given_beside_generation(tmp_path: Path, llama2: Tokenizer) 
         "grpo", ["batch.prompts=6", "rollout.group=2", "data.max_tokens=64", "rollout.max_tokens=4"]
     )
     records = Records.load(data, "prompts", llama2, config.data, max_prompt=60)
-    with Rewards(f"{tmp_path}/slow.py:slow", timeout=10, workers=2) as rewards:
+    with Rewards([f"{tmp_path}/slow.py:slow"], Reward(timeout=10, workers=2)) as rewards:
         source = EngineSource(config, ALONE, SlowEngine(0.3), llama2, records, Rule(rewards, ALONE), 64)  # type: ignore[arg-type]
         source.take(0)  # starts the processes
         start = time.perf_counter()
@@ -75,7 +76,7 @@ def test_rewards_are_given_beside_generation(tmp_path: Path, llama2: Tokenizer) 
 
 def test_scores_are_taken_when_they_are_there(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
-    with Rewards(f"{tmp_path}/slow.py:slow", timeout=10, workers=1) as rewards:
+    with Rewards([f"{tmp_path}/slow.py:slow"], Reward(timeout=10, workers=1)) as rewards:
         rewards.score([("", "a", {})])
         rewards.give(7, ("", "abc", {}))
         assert rewards.take() == {}
@@ -103,6 +104,19 @@ def test_a_stop_string_is_seen_when_its_last_token_comes(qwen: Tokenizer, stop: 
             assert [asked(tokens[held:n]) for n in range(held + 1, end + 1)] == [False] * (end - held - 1) + [True]
 
 
+def test_weights_that_fit_no_part_are_noted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "judge.py").write_text("def parts(*_):\n    return {'style': 0.5, 'right': True}\n")
+    with Rewards([f"{tmp_path}/judge.py:parts"], Reward(weights={"right": 2, "stile": 1})) as function:
+        judge = Rule(function, ALONE)
+        for _ in range(2):
+            sample = sampled(1.0)
+            judge.give(sample)
+            judge.collect(block=True)
+            assert sample.verdict == Verdict(rule=3.5, parts={"style": 0.5, "right": 1.0})
+    said = capsys.readouterr().out
+    assert said == "note: reward.weights.stile fits no part of the first rewards, which are right, style\n"
+
+
 def test_progress_is_one_line_of_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,9 +137,12 @@ def test_progress_is_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ""
 
 
-def sampled(reward: float, **more: object) -> Sample:
+def sampled(reward: float, failed: bool = False, **more: object) -> Sample:
     tokens, mask = np.array([1, 2, 3, 4], np.int32), np.array([False, True, True])
-    text, verdict = Text(3, {"answer": "4"}, "2 + 2?", "\ud800 4"), Verdict(rule=reward, score=None, failed=False)
+    text, verdict = (
+        Text(3, {"answer": "4"}, "2 + 2?", "\ud800 4"),
+        Verdict(rule=reward, score=None, parts={"length": 2 * reward}, failed=failed),
+    )
     version = np.array([-1, 5, 6], np.int32)
     return Sample(tokens, mask, group=1, reward=reward, text=text, verdict=verdict, version=version, **more)  # type: ignore[arg-type]
 
@@ -137,7 +154,7 @@ def lines(file: Path) -> list[dict]:
 def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, start=0)
     recorder.keep("train", [sampled(0.5, advantages=np.array([0, 2, 4], np.float32)), sampled(1.0)])
-    recorder.keep("evaluate", [sampled(3.0)])
+    recorder.keep("evaluate", [sampled(3.0), sampled(0.0, failed=True)])
     recorder.write(7)
     recorder.finish()
     [file] = (tmp_path / "samples").iterdir()
@@ -154,6 +171,7 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
         "reward": 0.5,
         "rule": 0.5,
         "score": None,
+        "parts": {"length": 1.0},
         "failed": False,
         "advantage": 3.0,
         "finish": "stop",
@@ -164,6 +182,7 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
     assert [(line["use"], line["reward"], line["advantage"]) for line in others] == [
         ("train", 1.0, None),
         ("evaluate", 3.0, None),
+        ("evaluate", None, None),
     ]
 
 

@@ -89,7 +89,8 @@ class GRPO(Algorithm):
     def credit(self, samples: list[Sample], total: Total = alone) -> tuple[list[Sample], Sums]:
         """Write advantages. Return the samples to learn from, and metrics.
 
-        With overlong=mask, truncated responses count in their group's baseline but are not returned.
+        With overlong=mask, truncated responses count in their group's baseline but are not returned. A response that
+        failures have left alone in its group has no baseline and is not returned.
         """
         c, drawn, silent = self.keys, groups(samples), 0
         for group in drawn:
@@ -97,10 +98,13 @@ class GRPO(Algorithm):
             silent += not differ(rewards)
             for sample, advantage in zip(group, group_advantages(rewards, c.advantage), strict=True):
                 sample.advantages = np.where(sample.mask, advantage, 0.0).astype(np.float32)
-        learned = [s for s in samples if not (c.overlong == "mask" and s.truncated)]
+        lone = {group[0].group for group in drawn if len(group) == 1}
+        learned = [s for s in samples if s.group not in lone and not (c.overlong == "mask" and s.truncated)]
         if c.advantage == "global":
             whiten(learned, total)
-        sums = {"silent": (float(silent), float(len(drawn)))}  # groups of equal rewards, whose advantages are all 0
+        of = float(len(drawn))
+        sums = {"silent": (float(silent), of)}  # groups of equal rewards, whose advantages are all 0
+        sums["lone"] = (float(len(lone)), of)
         if c.overlong == "shape":
             sums["overlong"] = (sum(map(self._penalty, samples)), float(len(samples)))
         return learned, sums

@@ -30,8 +30,9 @@ class OnlineDPO(DPO):
         dropped on all replicas, the step has no update.
         """
         kept: list[Sample] = []
-        drawn, tied, gap = groups(samples), 0, 0.0
+        drawn, tied, lone, gap = groups(samples), 0, 0, 0.0
         for group in drawn:
+            lone += len(group) == 1  # failures have left no other response to compare with
             distinct: dict[bytes, Sample] = {}
             for sample in group:
                 distinct.setdefault(sample.tokens.tobytes(), sample)
@@ -43,4 +44,5 @@ class OnlineDPO(DPO):
                 tied += 1
             else:
                 kept += [best, worst] if self.keys.pairs == "best_worst" else members
-        return kept, {"tied": (float(tied), float(len(drawn))), "reward_gap": (gap, float(len(drawn)))}
+        sums = {"tied": float(tied), "lone": float(lone), "reward_gap": gap}
+        return kept, {name: (total, float(len(drawn))) for name, total in sums.items()}

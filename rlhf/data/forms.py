@@ -44,11 +44,11 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
         wanted = ", or ".join(" and ".join(map(repr, keys)) for keys in forms)
         raise UserError(f"the line has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
     for key in required:
-        if row.get(key) in (None, ""):
+        if row.get(key) in (None, "", []):
             remedy = "add it, or set another reward.function, or set reward.load"
             raise UserError(f"no {key!r}, which the reward needs; {remedy}")
         if not _stated(row[key]):
-            given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number"
+            given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number, or a list of them"
             raise UserError(f"{given}; give one, or set another reward.function")
     if "answer" in required and row.get("eval_func", "math_rule") != "math_rule":
         raise UserError(
@@ -63,7 +63,12 @@ def _is_messages(value: object) -> bool:
 
 
 def _stated(value: object) -> bool:
-    """Return whether a value can be compared with an answer: a text that is not blank, or a finite number."""
+    """Return whether a value can be compared with an answer: a text that is not blank, or a finite number.
+
+    In a list of such values, any of them is right.
+    """
+    if isinstance(value, list):
+        return all(not isinstance(each, list) and _stated(each) for each in value)
     return bool(value.strip()) if isinstance(value, str) else type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
 
 

@@ -29,6 +29,7 @@ class Header(NamedTuple):
     member: int  # index of the response in its group
     length: int  # number of predictions, of the prompt and the response
     reward: float
+    failed: bool  # it has no reward
     versions: Mapping[int, int]  # version of the weights -> number of tokens that they sampled
 
 
@@ -37,7 +38,7 @@ def headers(mesh: Mesh, made: Mapping[Key, Sample]) -> list[Header]:
 
     `made`: the samples of this rank. Each sample is on one rank.
     """
-    mine = [Header(*key, len(s.mask), s.reward, _versions(s)) for key, s in made.items()]
+    mine = [Header(*key, len(s.mask), s.reward, s.verdict.failed, _versions(s)) for key, s in made.items()]
     return sorted(header for part in mesh.all_gather(mine) for header in part)
 
 

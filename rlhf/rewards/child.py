@@ -1,12 +1,14 @@
 """The program of a worker process, which worker.py starts.
 
-It imports a reward function or an environment, then answers each item with (value, error) until the connection closes.
-It imports few modules, so that it starts quickly.
+It imports a reward function or an environment, then answers each call until the connection closes. A call is a number
+and a list of items. Its answer is the number and an outcome, (value, error), for each item. This program imports few
+modules, so that it starts quickly.
 """
 
 import fcntl
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import resource
@@ -16,16 +18,19 @@ import traceback
 from collections.abc import Callable, Collection, Hashable
 from contextlib import suppress
 from copy import deepcopy
+from decimal import Decimal
 from multiprocessing.connection import Connection
 from numbers import Real
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 LONGEST_ERROR = 4000  # characters that are kept of a traceback, from its end
+LATE = "no result within the time limit"
+SEVERAL = ["prompts", "responses", "records"]  # the parameters of a function that gets many responses in one call
 
-Function = Callable[[str, str, dict], float]
 Message = dict[str, str]  # role and content
+Outcome = tuple[Any, str]  # value and error of an item; "" if there is no error
 
 
 class Attempt:
@@ -50,7 +55,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     die_with_parent(lifeline=int(sys.argv[2]))
-    sys.path[:], place, name, kind, memory = connection.recv()
+    sys.path[:], place, name, kind, memory, timeout = connection.recv()
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     with suppress(FileNotFoundError):  # the current folder has been deleted
@@ -59,14 +64,48 @@ def main() -> None:
 
     output.secure()
     with Attempt() as loading:
-        answer = KINDS[kind](load(place, name))
-    connection.send((None, loading.error))
-    while not loading.error:
-        item = connection.recv()
-        value = None
+        code = KINDS[kind](load(place, name))
+    connection.send((() if loading.error else tuple(code.form), loading.error))
+    if loading.error:
+        return
+    if code.form.waits:
+        import asyncio
+
+        asyncio.run(serve(connection, code, timeout))
+    while True:
+        number, items = connection.recv()
         with Attempt() as attempt:
-            value = answer(*item)
-        connection.send((value, attempt.error))
+            outcomes = code.call(items)
+        connection.send((number, [(None, attempt.error)] * len(items) if attempt.error else outcomes))
+
+
+async def serve(connection: Connection, code: "Reward", timeout: float) -> None:
+    """Answer calls of an async function, many at a time, until the connection closes."""
+    import asyncio
+
+    loop, ended, tasks = asyncio.get_running_loop(), asyncio.Event(), set[asyncio.Task[None]]()
+
+    async def answer(number: int, items: list[tuple]) -> None:
+        limit = asyncio.timeout(timeout)
+        with Attempt() as attempt:
+            async with limit:
+                outcomes = await code.wait(items)
+        error = LATE if limit.expired() else attempt.error
+        connection.send((number, [(None, error)] * len(items) if error else outcomes))
+
+    def receive() -> None:
+        try:
+            task = loop.create_task(answer(*connection.recv()))
+        except (EOFError, OSError):  # the parent has ended
+            loop.remove_reader(connection.fileno())
+            ended.set()
+        else:
+            tasks.add(task)  # the loop itself keeps no reference
+            task.add_done_callback(tasks.discard)
+
+    loop.add_reader(connection.fileno(), receive)
+    await ended.wait()
+    os._exit(0)  # no time for calls whose results nobody reads
 
 
 def die_with_parent(lifeline: int) -> None:
@@ -97,20 +136,56 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-class Reward:
-    """Calls a reward function and checks its result."""
+class Form(NamedTuple):
+    """How the user's code is called."""
 
-    def __init__(self, function: Function):
+    many: bool = False  # one call gets many items
+    waits: bool = False  # it is async, so one process works on many calls at a time
+
+
+class Reward:
+    """Calls a reward function and checks its results."""
+
+    def __init__(self, function: Callable):
         if not callable(function):
             raise TypeError(f"it is {function!r:.80}, not a function")
-        self.function = function
+        self.function, many = function, False
+        with suppress(ValueError):  # some functions written in C have no signature
+            signature = inspect.signature(function)
+            many = list(signature.parameters)[:3] == SEVERAL
+            try:
+                signature.bind("", "", {})
+            except TypeError:
+                wanted = f"(prompt, response, record) or ({', '.join(SEVERAL)})"
+                raise TypeError(f"its parameters are {signature}, but it is called with {wanted}") from None
+        waits = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+        self.form = Form(many, waits)
 
-    def __call__(self, prompt: str, response: str, record: dict) -> float:
-        return finite(self.function(prompt, response, record))
+    def call(self, items: list[tuple]) -> list[Outcome]:
+        """Return the outcome of each item."""
+        return self._outcomes(items, self.function(*self._arguments(items)))
+
+    async def wait(self, items: list[tuple]) -> list[Outcome]:
+        """Return the outcome of each item. The function is async."""
+        return self._outcomes(items, await self.function(*self._arguments(items)))
+
+    def _arguments(self, items: list[tuple]) -> Collection:
+        return [list(values) for values in zip(*items, strict=True)] if self.form.many else items[0]
+
+    def _outcomes(self, items: list[tuple], found: Any) -> list[Outcome]:
+        outcomes = []
+        for value in several(found, len(items)) if self.form.many else [found]:
+            checked = None
+            with Attempt() as attempt:
+                checked = reward(value)
+            outcomes.append((checked, attempt.error))
+        return outcomes
 
 
 class Dialogues:
     """The environments by key, one per dialogue. Each entry also has the turns of the model given to it so far."""
+
+    form = Form()
 
     def __init__(self, make: Callable[[], Any]):
         if not callable(getattr(make, "reset", None)) or not callable(getattr(make, "step", None)):
@@ -118,7 +193,11 @@ class Dialogues:
         self.make = make
         self.held: dict[Hashable, tuple[Any, dict, list[str]]] = {}
 
-    def __call__(
+    def call(self, items: list[tuple]) -> list[Outcome]:
+        """Return the outcome of the only item, which is a turn."""
+        return [(self.answer(*item), "") for item in items]
+
+    def answer(
         self, key: Hashable, record: dict, texts: list[str], ended: Collection[Hashable]
     ) -> tuple[list[Message] | None, float]:
         """Return the environment's answer (None if the dialogue has ended) and reward for the last text.
@@ -144,7 +223,7 @@ class Dialogues:
         return reply
 
 
-KINDS: dict[str, Callable[[Any], Callable]] = {"function": Reward, "environment": Dialogues}
+KINDS: dict[str, Callable[[Any], Any]] = {"function": Reward, "environment": Dialogues}
 
 
 def checked(reply: Any) -> tuple[list[Message] | None, float]:
@@ -168,11 +247,31 @@ def messages(said: Any) -> list[Message] | None:
     return [{"role": message["role"], "content": message["content"]} for message in said]
 
 
-def finite(value: Any) -> float:
-    """Return a reward if it is a finite number. Raises ValueError."""
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"the reward must be a finite number, but is {value!r:.80}")
-    return float(value)
+def several(found: Any, count: int) -> list:
+    """Return the rewards of one call for `count` responses: a list, an array or a tensor. Raises TypeError."""
+    if isinstance(found, (str, bytes, dict)) or not hasattr(found, "__len__") or len(found) != count:
+        raise TypeError(f"the function must return {count} rewards, one per response, but returned {found!r:.80}")
+    return list(found)
+
+
+def reward(value: Any) -> float | dict[str, float]:
+    """Return a reward if it is a finite number, or named parts that are. Raises ValueError."""
+    if not isinstance(value, dict):
+        return finite(value)
+    if not value or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(f"the parts of a reward must have names that are texts, but it is {value!r:.80}")
+    return {name: finite(part, f"the part {name!r} of the reward") for name, part in value.items()}
+
+
+def finite(value: Any, what: str = "the reward") -> float:
+    """Return a number as a float. A scalar of numpy, or an array or tensor without dimensions, is a number.
+
+    Raises ValueError if it is not finite, or not a number.
+    """
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(number, (Real, Decimal)) or not abs(float(number)) < math.inf:  # false for nan, too
+        raise ValueError(f"{what} must be a finite number, but is {value!r:.80}")
+    return float(number)
 
 
 if __name__ == "__main__":

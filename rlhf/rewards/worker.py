@@ -1,57 +1,30 @@
-"""Runs reward functions and environments. Those of the user run in worker processes, which can be killed."""
+"""Runs code of the user in processes, which can be killed. functions.py and environments.py give it work."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Set
+from collections.abc import Hashable, Iterable, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from rlhf import progress
+from rlhf.config import Reward
 from rlhf.errors import UserError
-from rlhf.rewards import answers, child
+from rlhf.rewards import child
+from rlhf.rewards.child import LATE
+from rlhf.rewards.rules import REWARDS
 
-LATE = "no result within the time limit"
 LOADING = 120.0  # time limit in seconds for the import of a user's module
 LONGEST = 1e6  # longest wait for a process, in seconds; the system allows at most 2e6
-
-Item = tuple[str, str, dict[str, Any]]  # prompt, response, record
-Turn = tuple[Hashable, dict[str, Any], list[str]]  # key of the dialogue, record, texts of the model's turns so far
-Message = dict[str, str]  # role and content
-
-
-class Score(NamedTuple):
-    """The result of a reward function for one response."""
-
-    value: float
-    failed: bool  # the function raised, timed out, ended its process or returned no finite number; value is 0
-
-
-class Reply(NamedTuple):
-    """The answer of an environment to a turn."""
-
-    messages: list[Message] | None  # None: the dialogue has ended
-    value: float  # reward of the turn
-    failed: bool  # as in Score; the dialogue has ended
-
-
-def verify(prompt: str, response: str, record: dict[str, Any]) -> float:
-    """Return 1.0 if the response states the record's answer, else 0.0."""
-    if "answer" not in record:
-        missing = "reward.function='math' needs the key 'answer' in each record, but a record has none"
-        raise UserError(f"{missing}: add it, or set another function")
-    return answers.verify(response, str(record["answer"]))
-
-
-REWARDS: dict[str, Callable[[str, str, dict[str, Any]], float]] = {
-    "math": verify,  # its time is bounded, so it needs no worker process
-}
-
+GRACE = 1.0  # seconds in which an async process reports a call that has exceeded its time limit
 
 GIVEN = {  # kind in child.KINDS -> configuration key, and the form of its value
     "function": ("reward.function", "module:function or path/file.py:function"),
@@ -59,30 +32,49 @@ GIVEN = {  # kind in child.KINDS -> configuration key, and the form of its value
 }
 
 
-def check(spec: str, memory: float = 0.0, *, kind: str = "function", key: str = "") -> None:
-    """Raise UserError unless a worker process can import spec and it has this kind. A function may be in REWARDS.
+def check(*specs: str, memory: float = 0.0, kind: str = "function", key: str = "") -> None:
+    """Raise UserError unless a worker process can import each of specs and it has this kind.
 
-    key: the configuration key of spec, for the message; empty: the key of its kind.
+    A function may be in REWARDS. key: the configuration key of specs, for the message; empty: the key of its kind.
     """
-    if kind == "function" and spec in REWARDS:
-        return
-    worker = Worker(spec, memory, kind=kind, key=key)
-    try:
-        while not worker.loaded:
-            wait([worker.connection], worker.seconds_left())
-            worker.advance()
-    finally:
-        worker.kill()
+    for spec in specs:
+        if any(called(spec) == called(other) for other in specs if other is not spec):
+            same = f"{key or GIVEN[kind][0]} has two functions with the name {called(spec)!r}"
+            raise UserError(f"{same}, which metrics and reward.weights use: rename one of them")
+        if kind == "function" and spec in REWARDS:
+            continue
+        worker = Worker(spec, Reward(memory=memory), kind, key)
+        try:
+            while not worker.loaded:
+                wait([worker.connection], worker.seconds_left())
+                worker.advance()
+        finally:
+            worker.kill()
+
+
+def called(spec: str) -> str:
+    """Return the name of a function or class: that of `file.py:name` is `name`."""
+    return spec.rpartition(":")[2]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """An item to work on. If it fails, it is tried once more."""
+
+    key: Hashable
+    item: tuple
+    error: str = ""  # of the first try
+    alone: bool = False  # it failed together with other items, so the second try has its own call
 
 
 class Worker:
-    """One process of child.py, and the item that it is working on.
+    """One process of child.py, and the calls that it is working on.
 
-    memory: memory limit in GiB; 0: no limit. The process is not forked, because a fork does not work with a CUDA
-    context or with the threads of torch.distributed.
+    limits: time and memory limit. The process is not forked, because a fork does not work with a CUDA context or with
+    the threads of torch.distributed.
     """
 
-    def __init__(self, spec: str, memory: float = 0.0, *, kind: str = "function", key: str = ""):
+    def __init__(self, spec: str, limits: Reward, kind: str = "function", key: str = ""):
         place, _, name = spec.rpartition(":")
         usual, self.remedy = GIVEN[kind]
         self.key = key or usual
@@ -90,10 +82,11 @@ class Worker:
             known = f"choose {', '.join(REWARDS)}, or " if kind == "function" else ""
             raise UserError(f"{self.key}={spec!r} is unknown: {known}give {self.remedy}")
         self.spec = spec
-        self.loaded = False
-        self.item: int | None = None
+        self.loaded, self.form = False, child.Form()
+        self.calls: dict[int, list[Job]] = {}
         self.ended: list[Hashable] = []  # ended dialogues, whose environments it can drop
-        self.deadline = time.monotonic() + LOADING
+        self._count = 0  # calls so far
+        self.limit, self.deadline = LOADING, time.monotonic() + LOADING
         self.connection, theirs = Pipe()
         end, self.lifeline = os.pipe()  # nothing is written to it; it closes when this process ends
         descriptors = (theirs.fileno(), end)
@@ -101,71 +94,101 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0)
         theirs.close()
         os.close(end)
-        self.connection.send((sys.path, place, name, kind, int(memory * 2**30)))
+        # A thread, because a process that is busy may not read, and kill() must end the wait for it.
+        self._sender = ThreadPoolExecutor(1)
+        self._send((sys.path, place, name, kind, int(limits.memory * 2**30), limits.timeout))
 
-    def give(self, index: int, item: tuple, timeout: float) -> None:
-        self.item, self.deadline = index, time.monotonic() + timeout
-        with suppress(BrokenPipeError):  # the process ended while idle; advance() detects that the connection is closed
-            self.connection.send(item)
+    def give(self, jobs: list[Job], items: list[tuple], limit: float) -> None:
+        """Begin a call. limit: seconds in which an answer to any call must come."""
+        self._count += 1
+        self.limit = limit + (GRACE if self.form.waits else 0.0)
+        if not self.calls:
+            self.deadline = time.monotonic() + self.limit
+        self.calls[self._count] = jobs
+        self._send((self._count, items))
 
     def seconds_left(self) -> float:
         return min(max(0.0, self.deadline - time.monotonic()), LONGEST)
 
-    def advance(self) -> tuple[Any, str] | None:
-        """Return (value, error) of the current item if it is done or its time is over, else None.
+    @property
+    def jobs(self) -> list[Job]:
+        """The unfinished jobs of all calls."""
+        return [job for jobs in self.calls.values() for job in jobs]
+
+    def advance(self) -> list[tuple[Job, Any, str]]:
+        """Return (job, value, error) of the jobs that are done or whose time is over.
 
         Raises UserError if the user's code cannot be loaded.
         """
-        if self.connection.poll():
-            try:
-                value, error = self.connection.recv()
-            except (EOFError, OSError):  # OSError: the process ended while it sent an answer
-                value, error = None, f"the process ended with exit code {self.kill()}"
-        elif self.seconds_left() == 0:
+        done: list[tuple[Job, Any, str]] = []
+        try:
+            while self.connection.poll():
+                number, outcomes = self.connection.recv() if self.loaded else (0, self._load(*self.connection.recv()))
+                done += [(job, *outcome) for job, outcome in zip(self.calls.pop(number, []), outcomes, strict=True)]
+                self.deadline = time.monotonic() + self.limit
+        except (EOFError, OSError):  # OSError: the process ended while it sent an answer
+            return done + self._fail(f"the process ended with exit code {self.kill()}")
+        if self.seconds_left() == 0:
             self.kill()
-            value, error = None, LATE
-        else:
-            return None
-        if self.loaded:
-            self.item = None
-            return value, error
-        if error:
-            reason = error.strip().splitlines()[-1]
-            raise UserError(f"{self.key}={self.spec!r} cannot be loaded: {reason}; give {self.remedy}")
-        self.loaded = True
-        return None
+            done += self._fail(LATE)
+        return done
 
     def kill(self) -> int:
         """Kill the process and all processes in its process group. Return its exit code."""
         if not self.connection.closed:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)  # ends a wait of the sender
+            self._sender.shutdown()
             self.connection.close()
             os.close(self.lifeline)
         return self.process.wait()
 
+    def _send(self, message: tuple) -> None:
+        def send() -> None:
+            with suppress(OSError):  # the process has ended; advance() detects that the connection is closed
+                self.connection.send(message)
 
-Given = TypeVar("Given", Item, Turn)
-Found = TypeVar("Found", Score, Reply)
+        self._sender.submit(send)
+
+    def _load(self, form: tuple, error: str) -> list:
+        if error:
+            reason = error.strip().splitlines()[-1]
+            raise UserError(f"{self.key}={self.spec!r} cannot be loaded: {reason}; give {self.remedy}")
+        self.loaded, self.form = True, child.Form(*form)
+        return []
+
+    def _fail(self, error: str) -> list[tuple[Job, Any, str]]:
+        if not self.loaded:
+            self._load(self.form, error)
+        jobs, self.calls = self.jobs, {}
+        for job in jobs:
+            if len(jobs) > 1 and not job.alone:  # it may not be its fault, so it gets two more tries at most
+                job.alone, job.error = True, ""
+        return [(job, None, error) for job in jobs]
+
+
+Given = TypeVar("Given", bound=tuple)
+Found = TypeVar("Found")
 
 
 class Pool(Generic[Given, Found]):
-    """Up to `workers` processes that run code of the user. They start when needed and are kept until close().
+    """Up to `limits.workers` processes for each of `specs`. They start when needed and are kept until close().
 
-    timeout   time limit of an item in seconds
-    memory    memory limit of each process in GiB; 0: no limit
-    failure   error of the first failed item, as text; "" if none has failed
-    late      whether an item has exceeded the time limit; the results then depend on the speed of the machine
+    limits    workers, time limit and memory limit (Reward)
+    failure   error of the first item that failed twice, as text; "" if there is none
+    late      whether a failed item has exceeded the time limit; the results then depend on the speed of the machine
     """
 
     kind: str  # in child.KINDS
 
-    def __init__(self, spec: str, timeout: float, workers: int, memory: float = 0.0):
-        self.spec, self.timeout, self.num_workers, self.memory = spec, timeout, workers, memory
+    def __init__(self, specs: Iterable[str], limits: Reward):
+        self.specs, self.limits = tuple(specs), limits
         self.pool: list[Worker] = []
         self.failure, self.late = "", False
-        self._waiting: deque[tuple[int, Given]] = deque()
-        self._open: set[int] = set()  # keys of items whose results have not been taken
+        self._waiting: dict[str, deque[Job]] = {spec: deque() for spec in self.specs}
+        self._open: set[Hashable] = set()  # keys of items whose results have not been taken
 
     def __enter__(self) -> Self:
         return self
@@ -180,24 +203,33 @@ class Pool(Generic[Given, Found]):
             worker.kill()
         self.pool = []
 
-    def give(self, key: int, item: Given) -> None:
-        """Add an item. take() returns its result under this key."""
-        self._waiting.append((key, item))
+    def forget(self) -> None:
+        """Drop all items. After an error, their results must not be used for other items with the same keys."""
+        for worker in self.pool:
+            if worker.calls:
+                worker.kill()
+        for waiting in self._waiting.values():
+            waiting.clear()
+        self._open.clear()
+
+    def _add(self, spec: str, key: Hashable, item: Given) -> None:
+        """Add an item. _take() returns its result under this key."""
+        self._waiting[spec].append(Job(key, item))
         self._open.add(key)
 
-    def take(self, block: bool | Set[int] = False) -> dict[int, Found]:
+    def _take(self, block: bool | Set[Hashable]) -> dict[Any, Found]:
         """Return the finished results by key. With block, wait for all results, or at least for those of these keys.
 
         A process that has exceeded the time limit or ended is replaced. Raises UserError if the user's code cannot be
         loaded. All items are then dropped.
         """
-        found: dict[int, Found] = {}
+        found: dict[Any, Found] = {}
         awaited = self._open.intersection(block if isinstance(block, Set) else self._open if block else ())
         complete = False
         try:
             found = self._at_once()
             while self._open > found.keys():
-                busy = self._hand_out(len(self._open) - len(found))
+                busy = self._hand_out(flush=bool(block))
                 waits = not awaited <= found.keys()
                 wait(
                     [worker.connection for worker in busy],
@@ -205,12 +237,9 @@ class Pool(Generic[Given, Found]):
                 )
                 before = len(found)
                 for worker in busy:
-                    key, outcome = worker.item, worker.advance()
-                    if key is not None and outcome is not None:
+                    for job, value, error in worker.advance():
                         progress.move()
-                        value, error = outcome
-                        found[key] = self._result(value, bool(error))
-                        self.failure, self.late = self.failure or error, self.late or error == LATE
+                        self._end(worker, job, value, error, found)
                 if awaited <= found.keys() and len(found) == before:
                     break
             complete = True
@@ -220,93 +249,36 @@ class Pool(Generic[Given, Found]):
         self._open -= found.keys()
         return found
 
-    def forget(self) -> None:
-        """Drop all items. After an error, their results must not be used for other items with the same keys."""
-        for worker in self.pool:
-            if worker.item is not None:
-                worker.kill()
-        self._waiting.clear()
-        self._open.clear()
+    def _end(self, worker: Worker, job: Job, value: Any, error: str, found: dict[Any, Found]) -> None:
+        """Add the result of a job to `found`, or try the job again if it has failed for the first time."""
+        if error and not job.error:
+            job.error, job.alone = error, job.alone or worker.form.many
+            self._waiting[worker.spec].appendleft(job)
+            return
+        if error:
+            self.failure, self.late = self.failure or error, self.late or LATE in (error, job.error)
+        found[job.key] = self._result(value, bool(error))
 
-    def _hand_out(self, num_open: int) -> list[Worker]:
-        """Start processes if there is work for more, and give each idle one an item. Return the busy processes."""
+    def _hand_out(self, flush: bool) -> list[Worker]:
+        """Start processes if there is work for more, and give them items. Return the busy processes."""
         self.pool = [worker for worker in self.pool if not worker.connection.closed]
-        while len(self.pool) < min(self.num_workers, num_open):
-            self.pool.append(Worker(self.spec, self.memory, kind=self.kind))
-        for worker in self.pool:
-            if worker.loaded and worker.item is None:
-                self._hand(worker)
-        return [worker for worker in self.pool if not worker.loaded or worker.item is not None]
+        for spec, waiting in self._waiting.items():
+            workers = [worker for worker in self.pool if worker.spec == spec]
+            while len(workers) < min(self.limits.workers, len(waiting) + sum(len(w.jobs) for w in workers)):
+                workers.append(Worker(spec, self.limits, self.kind))
+                self.pool.append(workers[-1])
+            for worker in workers:
+                if worker.loaded:
+                    self._hand(worker, waiting, flush)
+        return [worker for worker in self.pool if not worker.loaded or worker.calls]
 
-    def _at_once(self) -> dict[int, Found]:
+    def _at_once(self) -> dict[Any, Found]:
         """Return the results of items that need no process."""
         return {}
 
-    def _hand(self, worker: Worker) -> None:
-        """Give an idle process an item, if there is one for it."""
+    def _hand(self, worker: Worker, waiting: deque[Job], flush: bool) -> None:
+        """Give a process items from `waiting`, if it can work on more. flush: no further items will come."""
         raise NotImplementedError
 
     def _result(self, value: Any, failed: bool) -> Found:
         raise NotImplementedError
-
-
-class Rewards(Pool[Item, Score]):
-    """A reward function. timeout is the time limit for one response."""
-
-    kind = "function"
-
-    def score(self, items: list[Item]) -> list[Score]:
-        """Return one score per (prompt, response, record), in order."""
-        for key, item in enumerate(items):
-            self.give(key, item)
-        scores = self.take(block=True)
-        return [scores[key] for key in range(len(items))]
-
-    def _at_once(self) -> dict[int, Score]:
-        if self.spec not in REWARDS:
-            return {}
-        found = {key: Score(REWARDS[self.spec](*item), failed=False) for key, item in self._waiting}
-        self._waiting.clear()
-        return found
-
-    def _hand(self, worker: Worker) -> None:
-        if self._waiting:
-            worker.give(*self._waiting.popleft(), self.timeout)
-
-    def _result(self, value: Any, failed: bool) -> Score:
-        return Score(0.0 if failed else value, failed)
-
-
-class Environments(Pool[Turn, Reply]):
-    """An environment, with one instance per dialogue. timeout is the time limit for one call of a method.
-
-    A dialogue stays in the process that it began in. If that process ends, another process makes a new instance and
-    gives it all turns of the dialogue again.
-    """
-
-    kind = "environment"
-
-    def __init__(self, spec: str, timeout: float, workers: int, memory: float = 0.0):
-        super().__init__(spec, timeout, workers, memory)
-        self._homes: dict[Hashable, Worker] = {}
-
-    def end(self, key: Hashable) -> None:
-        """Mark a dialogue as ended, so that its environment can be dropped."""
-        if worker := self._homes.pop(key, None):
-            worker.ended.append(key)
-
-    def _hand(self, worker: Worker) -> None:
-        """Give the process the oldest turn of a dialogue that it already has, or that no process has."""
-        self._homes = {key: home for key, home in self._homes.items() if not home.connection.closed}
-        for place, (index, (key, record, texts)) in enumerate(self._waiting):
-            if self._homes.get(key, worker) is worker:
-                del self._waiting[place]
-                calls = 1 if key in self._homes else len(texts) + 1
-                self._homes[key] = worker
-                worker.give(index, (key, record, texts, worker.ended), calls * self.timeout)
-                worker.ended = []
-                return
-
-    def _result(self, value: Any, failed: bool) -> Reply:
-        messages, reward = (None, 0.0) if failed else value
-        return Reply(messages, reward, failed)

@@ -14,6 +14,11 @@ from rlhf.rewards import Pool, Rewards
 class Judge(Protocol):
     """Gives responses their rewards while other responses are still being generated."""
 
+    @property
+    def failure(self) -> str:
+        """The first error of a reward that failed; "" if none has failed."""
+        ...
+
     def give(self, sample: Sample) -> None:
         """Start to compute the reward of a response."""
         ...
@@ -24,25 +29,40 @@ class Judge(Protocol):
 
 
 class Rule:
-    """A judge that runs a reward function. Its reward is added to the reward of the environment."""
+    """A judge that runs reward functions. Their reward is added to the reward of the environment."""
 
     def __init__(self, rewards: Rewards, mesh: Mesh):
-        self.rewards, self.warn = rewards, Warnings(rewards, mesh, "reward")
+        self.rewards, self.mesh, self.warn = rewards, mesh, Warnings(rewards, mesh, "reward")
         self._given: list[Sample] = []
+        self._noted = False
 
     def give(self, sample: Sample) -> None:
-        if self.rewards.spec:  # without a function, the reward comes from a reward model or an environment alone
+        # Without a function, the reward comes from a reward model or an environment alone.
+        if self.rewards.specs and not sample.verdict.failed:
             self.rewards.give(len(self._given), (sample.text.prompt, sample.text.response, dict(sample.text.record)))
             self._given.append(sample)
 
     def collect(self, block: bool = False) -> None:
         for key, score in self.rewards.take(block).items():
             sample, before = self._given[key], self._given[key].verdict
-            sample.verdict = Verdict(rule=before.rule + score.value, failed=before.failed or score.failed)
+            sample.verdict = Verdict(before.rule + score.value, parts=score.parts, failed=score.failed)
             sample.reward = sample.verdict.rule
         self.warn()
         if block:
             self._given = []
+            self._note_unused()
+
+    @property
+    def failure(self) -> str:
+        return self.rewards.failure
+
+    def _note_unused(self) -> None:
+        """Print the weights that fit no part of the first rewards. They may be misspelt."""
+        if self.rewards.names and not self._noted:
+            self._noted = True
+            for name in self.rewards.unused if self.mesh.rank == 0 else ():
+                known = ", ".join(sorted(self.rewards.names))
+                say(f"note: reward.weights.{name} fits no part of the first rewards, which are {known}")
 
 
 class Warnings:
@@ -55,8 +75,9 @@ class Warnings:
     def __call__(self) -> None:
         if self.pool.failure and not self.failed and self.mesh.is_first_on_node:
             reason = textwrap.indent(self.pool.failure, "    ")
-            say(f"the code of the {self.what} failed: the reward is 0 (see reward_failed in metrics.jsonl)\n{reason}")
+            left = "such responses are not learned (see reward_failed in metrics.jsonl)"
+            say(f"the code of the {self.what} failed twice on a response: {left}\n{reason}")
         if self.pool.late and not self.late and self.mesh.is_first_on_node:
-            limit = f"reward.timeout={self.pool.timeout:g}"
+            limit = f"reward.timeout={self.pool.limits.timeout:g}"
             say(f"the {self.what} took longer than {limit}: timeouts depend on the load, so another run may differ")
         self.failed, self.late = bool(self.pool.failure), self.pool.late

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -11,14 +11,17 @@ import numpy as np
 from torch import Tensor
 
 from rlhf.config import Config
-from rlhf.contracts import ABSENT, Sample, Sampling, Sums, Verdict, differ, groups
+from rlhf.contracts import ABSENT, Sample, Sampling, Sums, Verdict, differ, groups, rewarded
 from rlhf.data.records import Records
 from rlhf.data.shares import Header, Key, deliver, headers
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import RewardError
+from rlhf.metrics import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
 from rlhf.rollout.flight import Group, Response
 from rlhf.rollout.judge import Judge
+from rlhf.rollout.measures import ages, summary
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.sampler import Sampler, seeded
 
@@ -120,7 +123,8 @@ class EngineSource:
 
         With rollout.rounds > 1, groups of equal rewards are dropped, and another round generates responses to more
         prompts (dynamic sampling, DAPO, 2503.14476). This ends when batch.prompts groups are kept, or after
-        rollout.rounds rounds. If no group was kept, the groups of the last round are returned.
+        rollout.rounds rounds. If no group was kept, the groups of the last round are returned. Raises RewardError on
+        all ranks if too many rewards of a round have failed.
         """
         rounds, count = self.config.rollout.rounds, self.config.batch.prompts
         made: dict[Key, Sample] = {}
@@ -128,8 +132,10 @@ class EngineSource:
         for turn in range(rounds):
             fresh = self._next(step, turn)
             made |= fresh
-            drawn = groups(headers(self.mesh, fresh))
-            kept += drawn if rounds == 1 else [group for group in drawn if differ([h.reward for h in group])]
+            known = headers(self.mesh, fresh)
+            self._limit(known, self.judge, f"step {step + 1}")
+            drawn = groups(known)
+            kept += drawn if rounds == 1 else [g for g in drawn if differ([h.reward for h in g if not h.failed])]
             if len(kept) >= count:
                 break
         chosen = [header for group in (kept or drawn)[:count] for header in group]
@@ -156,8 +162,9 @@ class EngineSource:
         The policy must have scored the samples, and no filter may have changed the engine's distribution.
         """
         sums = summary(samples)
-        if not self.config.rollout.filters and all(s.old_logp is not ABSENT for s in samples):
-            gaps = _gaps(samples, [s.old_logp for s in samples])
+        scored = rewarded(samples)
+        if not self.config.rollout.filters and all(s.old_logp is not ABSENT for s in scored):
+            gaps = _gaps(scored, [s.old_logp for s in scored])
             sums["mismatch"] = (float(gaps.sum()), float(len(gaps)))
         return sums
 
@@ -207,12 +214,13 @@ class EngineSource:
                 if response.finish and self.sampler.judges(group, k):
                     response.sample = self.sampler.sample(group.prompt, response)
                     response.sample.reward = known["reward"]
-                    response.sample.verdict = Verdict(known["rule"], known["score"], known["failed"])
+                    parts = known.get("parts", {})  # checkpoints of older versions have none
+                    response.sample.verdict = Verdict(known["rule"], known["score"], parts, known["failed"])
 
     def answer(self, prompts: list[Sample], judge: Judge) -> list[Sample]:
         """Return this replica's share of one response with its reward per held-out prompt, at evaluate.temperature.
 
-        The seeds are the same at every evaluation.
+        The seeds are the same at every evaluation. Raises RewardError on all ranks if too many rewards have failed.
         """
         sampling = replace(self.sampler.sampling(), temperature=self.config.evaluate.temperature, top_p=1.0, top_k=0)
         return self.sample(prompts, sampling, 1, 0, judge)
@@ -225,14 +233,14 @@ class EngineSource:
         sampling = replace(
             self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0
         )
-        return self._deliver(self._run(prompts, sampling, 1, 0, None))
+        return self._deliver(self._run(prompts, sampling, 1, 0, None), self.judge)
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
         """Return this replica's share of `group` responses with rewards to each prompt.
 
         The random numbers depend only on the seed, the step, the prompt and the index of the response in its group.
         """
-        return self._deliver(self._run(prompts, sampling, group, step, judge))
+        return self._deliver(self._run(prompts, sampling, group, step, judge), judge)
 
     def _compare(self) -> None:
         """Sample a few tokens and score them with the policy.
@@ -249,10 +257,24 @@ class EngineSource:
                 f" ({most:.3g} at most): the engine does not generate with the trained weights"
             )
 
-    def _deliver(self, groups: list[Group]) -> list[Sample]:
+    def _deliver(self, groups: list[Group], judge: Judge) -> list[Sample]:
         """Return this replica's share of the samples of complete groups of all engines."""
         made = self.sampler.made(groups)
-        return deliver(self.mesh, made, headers(self.mesh, made), self.hidden)
+        known = headers(self.mesh, made)
+        self._limit(known, judge, "the evaluation")
+        return deliver(self.mesh, made, known, self.hidden)
+
+    def _limit(self, known: Sequence[Header], judge: Judge, when: str) -> None:
+        """Raise RewardError on all ranks if the share of failed rewards is above reward.max_failed."""
+        failed, most = sum(header.failed for header in known), self.config.reward.max_failed
+        if failed <= most * len(known):
+            return
+        own = self.environments.failure if self.environments else ""
+        trace = next(filter(None, self.mesh.all_gather(own or judge.failure)), "no error is known").strip()
+        if self.mesh.rank == 0:
+            say(textwrap.indent(trace, "    "))
+        share = f"{failed} of {len(known)} rewards of {when} failed, and reward.max_failed={most:g}"
+        raise RewardError(f"{share}; the first error, shown above, was: {trace.splitlines()[-1]}")
 
     def _next(self, step: int, turn: int) -> dict[Key, Sample]:
         """Complete the next batch.prompts groups, and return this rank's portion of their samples.
@@ -300,29 +322,6 @@ class EngineSource:
         for group in groups:
             group.prompt.group += group.key[0] * count  # unique among all groups in flight
         return [group for group in groups if begin <= group.prompt.group < end]
-
-
-def summary(samples: list[Sample]) -> Sums:
-    """Return metrics of samples as (sum, count)."""
-    n = float(len(samples))
-    both = [(s.verdict.rule, s.verdict.score) for s in samples if s.verdict.score is not None]  # with a reward model
-    return {
-        "reward_rule": (sum(rule for rule, _ in both), float(len(both))),
-        "reward_score": (sum(score for _, score in both), float(len(both))),
-        "reward": (sum(s.reward for s in samples), n),
-        "response_tokens": (float(sum(s.mask.sum() for s in samples)), n),
-        "truncated": (float(sum(s.truncated for s in samples)), n),
-        "reward_failed": (float(sum(s.verdict.failed for s in samples)), n),
-    }
-
-
-def ages(known: Sequence[Header], step: int, max_lag: int) -> Sums:
-    """Return the share of tokens by the age, in steps, of the weights that sampled them, and the highest age."""
-    tokens = Counter[int]()  # age -> number of tokens
-    for header in known:
-        tokens.update({step - version: count for version, count in header.versions.items()})
-    shares = {f"lag/{lag}": (float(tokens[lag]), float(tokens.total())) for lag in range(max_lag + 1)}
-    return {**shares, "lag_max": (float(max(tokens)), 1.0)}
 
 
 def _gaps(samples: Sequence[Sample], logp: Sequence[np.ndarray]) -> np.ndarray:

@@ -23,6 +23,7 @@ from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
 
 from rlhf import assemble, configuration
 from rlhf.config import Config
+from rlhf.errors import RewardError
 from rlhf.interrupt import SAVED
 from rlhf.parallel.mesh import Mesh, lost
 from rlhf.prepare import rule
@@ -151,13 +152,21 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
         if mesh.rank == mesh.world - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    with drawing(last_rank_alone), Rewards(rule(cut), 1, 1) as rewards:
+    with drawing(last_rank_alone), Rewards(rule(cut), cut.reward) as rewards:
         assert not assembled(cut, mesh, rewards, rewards).train()
     assert sorted(path.name for path in (folder / "cut").glob("step_*")) == ["step_000001"]
     assert list(metrics(folder / "cut")) == [1], "nothing is held out"
     train(cut, mesh, first=1)
     assert metrics(folder / "cut") == metrics(folder / "whole")
     faulthandler.cancel_dump_traceback_later()
+
+
+def check_failed_rewards(folder: Path, layout: str, mesh: Mesh) -> None:
+    """Check that all ranks end if too many rewards of one rank have failed. The error is that of this rank."""
+    keys = [f"reward.function={folder}/rules.py:fail_on_rank_1", "reward.max_failed=0.3", f"out={folder}/failed"]
+    said = "12 of 24 rewards of step 1 failed, and reward.max_failed=0.3; .*: ValueError: this is rank 1$"
+    with pytest.raises(RewardError, match=said):
+        start(configure(folder, "grpo", layout, *keys), mesh)
 
 
 def check_lost_rank(mesh: Mesh) -> None:
@@ -179,6 +188,7 @@ def main() -> None:
     mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
     if mesh.world > 1:
         check_signal_to_one_rank(folder, layout, mesh)
+        check_failed_rewards(folder, layout, mesh)
         check_lost_rank(mesh)
     else:
         for check in (

@@ -32,8 +32,9 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.residence import Residence
 from rlhf.rewards import Environments
 from rlhf.rollout.kvcache import KVCache
+from rlhf.rollout.measures import summary
 from rlhf.rollout.owner import EngineOwner
-from rlhf.rollout.source import EngineSource, summary
+from rlhf.rollout.source import EngineSource
 from rlhf.weights import initial, names
 
 POOLS = list[Environments]()  # they end with this process
@@ -53,17 +54,9 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
 
     records = Records.load(folder / "train_rl.jsonl", "prompts", tokenizer, config.data, max_prompt=80)
     judge = FREE if config.rollout.environment else Judging(reward)
-    POOLS.append(Environments(config.rollout.environment, 10, 2))
-    return EngineSource(
-        config,
-        mesh,
-        EngineOwner(engine, Residence((), mesh.device)),
-        tokenizer,
-        records,
-        judge,
-        arch.hidden,
-        environments=POOLS[-1],
-    )
+    POOLS.append(Environments(config.rollout.environment, config.reward))
+    owner = EngineOwner(engine, Residence((), mesh.device))
+    return EngineSource(config, mesh, owner, tokenizer, records, judge, arch.hidden, environments=POOLS[-1])
 
 
 def whole(mesh: Mesh, share: list[Sample]) -> list[Sample]:

@@ -1,0 +1,37 @@
+"""Metrics of sampled responses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rlhf.contracts import Sample, Sums, rewarded
+from rlhf.data.shares import Header
+
+
+def summary(samples: list[Sample]) -> Sums:
+    """Return metrics of samples as (sum, count). Those of rewards leave out samples whose rewards have failed."""
+    n, good = float(len(samples)), rewarded(samples)
+    both = [(s.verdict.rule, s.verdict.score) for s in good if s.verdict.score is not None]  # with a reward model
+    parts: dict[str, list[float]] = {}
+    for sample in good:
+        for name, value in sample.verdict.parts.items():
+            parts.setdefault(f"reward/{name}", []).append(value)
+    return {
+        "reward_rule": (sum(rule for rule, _ in both), float(len(both))),
+        "reward_score": (sum(score for _, score in both), float(len(both))),
+        "reward": (sum(s.reward for s in good), float(len(good))),
+        **{name: (sum(values), float(len(values))) for name, values in parts.items()},
+        "response_tokens": (float(sum(s.mask.sum() for s in samples)), n),
+        "truncated": (float(sum(s.truncated for s in samples)), n),
+        "reward_failed": (float(sum(s.verdict.failed for s in samples)), n),
+    }
+
+
+def ages(known: Sequence[Header], step: int, max_lag: int) -> Sums:
+    """Return the share of tokens by the age, in steps, of the weights that sampled them, and the highest age."""
+    tokens = Counter[int]()  # age -> number of tokens
+    for header in known:
+        tokens.update({step - version: count for version, count in header.versions.items()})
+    shares = {f"lag/{lag}": (float(tokens[lag]), float(tokens.total())) for lag in range(max_lag + 1)}
+    return {**shares, "lag_max": (float(max(tokens)), 1.0)}
