@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from rows import AGAIN, ASSISTANT, OTHER, USER, write
+from rows import AGAIN, ASSISTANT, GPT, HUMAN, OTHER, USER, write
 
 from rlhf.config import Data
 from rlhf.data.records import Records
@@ -62,7 +62,7 @@ def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
     [
         (
             {"prompt": "Q?"},
-            "has the keys 'prompt'; give it 'messages', or 'prompt' and 'response', or 'prompt' and 'completion', or",
+            "the keys 'prompt'; give it 'messages', or 'conversations', or 'conversation', or 'prompt' and 'response'",
         ),
         ({"prompt": "Q?", "response": ""}, "'response' is empty"),
         ({"prompt": "Q?", "response": 7}, "'response' is 7; give a string"),
@@ -74,6 +74,46 @@ def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
         ({"messages": [USER]}, "'messages' ends with 'user'; end it with the assistant, whose messages are learned"),
         ({"messages": [USER, USER, ASSISTANT]}, "message 2 has role 'user', expected 'assistant'"),
         ({"prompt": "Q?", "response": "A. " * 30}, "tokens is longer than 32; shorten it, raise data.max_tokens"),
+        ({"conversations": [HUMAN]}, "'conversations' ends with 'user'; end it with the assistant"),
+        ({"conversations": [GPT, HUMAN, GPT]}, "message 1 has role 'assistant', expected 'user'"),
+        (
+            {"conversations": [HUMAN, {"from": "bot", "value": "A."}]},
+            "message 2 is from 'bot'; it must be from one of human, user, gpt, assistant, chatgpt, system, tool, obs",
+        ),
+        (
+            {"conversations": [{"from": ["human"], "value": "Q?"}]},
+            "message 1 is from ['human']; it must be from one of",
+        ),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "message 2 is {'role': 'assistant', 'content': N"),
+        ({"conversations": "Q?"}, "messages are 'Q?'; give a list of objects"),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": "add(1, 2)"}, GPT]},
+            "message 2 is from function_call, but its value is 'add(1, 2)'; give JSON with the keys 'name' and",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": '{"name": "add"}'}, GPT]},
+            "message 2 is from function_call, but its value is",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": 0}]},
+            "message 2 has weight 0, but single messages cannot be left out; remove the key",
+        ),
+        ({"instruction": " ", "output": "A."}, "'instruction' is empty"),
+        (
+            {"instruction": "", "input": None, "output": "A."},
+            "'instruction' is empty; give it a text or remove the line",
+        ),
+        ({"instruction": "Q?", "input": 3, "output": "A."}, "'input' is 3; give a string"),
+        ({"instruction": "Q?", "output": ""}, "'output' is empty"),
+        ({"instruction": "Q?", "output": "A.", "history": 3}, "'history' is 3; give a list of pairs"),
+        ({"instruction": "Q?", "output": "A.", "history": [["Q?"]]}, "'history' is [['Q?']]; give a list of pairs"),
+        ({"instruction": "Q?", "output": "A.", "history": [["Q?", ""]]}, "'history 1' is empty"),
+        ({"instruction": "Q?", "output": "A.", "system": ["S."]}, "'system' is ['S.']; give a string"),
+        (
+            {"prompt": "Q?", "completion": "A.", "label": False},
+            "'label' is False, but lines that label one response (KTO) are not read; give pairs with 'chosen' and 'rej",
+        ),
+        ({"conversations": [HUMAN, GPT], "kto_tag": True}, "'kto_tag' is True, but lines that label one response"),
     ],
 )
 def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
@@ -84,6 +124,10 @@ def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
     ("line", "error"),
     [
         ({"prompt": "Q?", "chosen": "A."}, "'prompt' and 'chosen' and 'rejected', or 'query' and"),
+        (
+            {"prompt": "Q?", "completion": "A.", "label": True},
+            "'label' is True, but lines that label one response (KTO)",
+        ),
         ({"prompt": "Q?", "chosen": "A.", "rejected": " "}, "'rejected' is empty"),
         ({"prompt": "Q?", "chosen": "A.", "rejected": None}, "'rejected' is None; give a string"),
         ({"prompt": [USER, ASSISTANT], "chosen": "A.", "rejected": "No."}, "'prompt' ends with the assistant"),
