@@ -74,7 +74,7 @@ class Parallel:
 class Data:
     """The data sets, and how their lines become tokens."""
 
-    train: str = ""  # training data: jsonl file, or folder of them (.gz too)
+    train: str = ""  # training data: jsonl, JSON or parquet file, or folder (README, Data)
     eval: str = ""  # held-out data: file or folder; empty: no evaluation
     template: Literal["plain", "human", "llama2", "chatml", "tokenizer"] = "plain"  # how messages become text
     learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only

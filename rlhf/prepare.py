@@ -12,7 +12,7 @@ from pathlib import Path
 from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
-from rlhf.data import columns, jsonl, templates
+from rlhf.data import columns, lines, templates
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
@@ -121,7 +121,7 @@ def _read(
         "policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))
     }
     if config.data.train and ALGORITHMS[config.mode].trains:
-        found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
+        found["data.train"] = (config.data.train, columns.contents(lines.files(Path(config.data.train))))
     for key, spec in (("reward.function", config.reward.function), ("rollout.environment", config.rollout.environment)):
         file, _, _ = spec.rpartition(":")
         if file.endswith(".py") and ALGORITHMS[config.mode].online:
@@ -176,10 +176,10 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None
     source = "train" if algorithm.trains else "eval"
     path = {"train": config.data.train, "eval": config.data.eval}[source]
     if not path:
-        raise UserError(f"data.{source} is not set: set it to a jsonl file or a folder of them")
-    if source == "train" and Path(path).is_dir() and config.data.eval:
-        both = {file.resolve() for file in jsonl.files(Path(path))} & {
-            file.resolve() for file in jsonl.files(Path(config.data.eval))
+        raise UserError(f"data.{source} is not set: set it to a jsonl, JSON or parquet file, or to a folder of them")
+    if source == "train" and not Path(path).is_file() and config.data.eval:
+        both = {file.resolve() for file in lines.files(Path(path))} & {
+            file.resolve() for file in lines.files(Path(config.data.eval))
         }
         if both:
             shared = f"contains {min(both).name}, which data.eval={config.data.eval} holds out"

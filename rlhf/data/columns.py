@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf import folders, texts
 from rlhf.config import Data
-from rlhf.data import jsonl
+from rlhf.data import lines, tables
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
@@ -43,7 +43,7 @@ class Record:
     """One line of the data set that was kept."""
 
     row: int  # index among the lines of all files
-    line: bytes
+    line: bytes  # the JSON text of an object
     siblings: list[Conversation]
 
 
@@ -167,9 +167,10 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
     """
     code = sorted(Path(__file__).parent.glob("*.py"))
     libraries = [version(name) for name in ("numpy", "tokenizers", "sentencepiece", "jinja2")]
+    libraries += {tables.library(file).__version__ for file in lines.files(path) if tables.is_table(file)}
     today = date.today() if config.template == "tokenizer" else None  # chat templates may insert the date
     parts = [replace(config, train="", eval=""), arguments, libraries, today]
-    for files in (code, tokenizer.files.values(), jsonl.files(path)):
+    for files in (code, tokenizer.files.values(), lines.files(path)):
         parts.append([_file_digest(file) for file in files])
     return hashlib.sha256(repr((parts, list(tokenizer.files))).encode()).hexdigest()
 

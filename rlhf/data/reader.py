@@ -22,10 +22,10 @@ import numpy as np
 from rlhf import progress
 from rlhf.config import Data
 from rlhf.contracts import Form
-from rlhf.data import forms, jsonl, templates
+from rlhf.data import forms, lines, templates
 from rlhf.data.columns import Columns, Conversation, Record
 from rlhf.data.forms import Keys
-from rlhf.data.limits import Limits, trimmed
+from rlhf.data.limits import Encoded, Limits, trimmed
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
@@ -123,7 +123,7 @@ def _chunks(path: Path) -> Iterator[list[Line]]:
     """Yield all lines in chunks, in order. There is at least one chunk."""
     chunk: list[Line] = []
     size = 0
-    for row, (where, line) in enumerate(jsonl.lines(path)):
+    for row, (where, line) in enumerate(lines.read(path)):
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0

@@ -48,7 +48,7 @@ class Records:
         required: Keys = (),
         cache: Path | None = None,
     ) -> "Records":
-        """Read a file, or all files of a folder in the order of their names.
+        """Read the files of a data set (lines.files) in order.
 
         form: the key of forms.FORMS for its lines. max_prompt: largest number of tokens of a prompt without a response,
         if that is less than data.max_tokens. required: further keys that each line must have, such as the answer for a
