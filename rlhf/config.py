@@ -80,6 +80,7 @@ class Data:
     learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only
     overlong: Literal["error", "truncate", "drop"] = "error"  # samples over max_tokens; truncate cuts the prompt's left
     max_tokens: Count = 2048  # limit of prompt and response together, in tokens
+    invalid: Literal["error", "skip"] = "error"  # lines that cannot be used; skip: leave out up to half of the lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

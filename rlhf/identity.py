@@ -22,9 +22,10 @@ Identity = dict[str, dict[str, Any]]
 # Sections and keys that may differ when a run resumes. Files and folders are compared by their content instead of their
 # paths. rlhf.checkpoint compares the layout and the dtype.
 FREE = {
-    *("out", "steps", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
+    *("out", "steps", "epochs", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
     "watchdog",
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
+    "data.invalid",  # data sets with invalid lines are refused without skip, and others are read alike
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
     *("reward.timeout", "reward.workers", "reward.memory"),
 }

@@ -1,12 +1,15 @@
-"""A line with a wrong form is refused with an error that names file:line."""
+"""A line with a wrong form is refused with an error that names file:line, or skipped and counted."""
 
 import re
 
 import pytest
 from rows import AGAIN, ASSISTANT, GPT, HUMAN, OTHER, USER, write
+from vocabularies import write_byte_level
 
 from rlhf.config import Data
+from rlhf.data import templates
 from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
 
@@ -193,3 +196,51 @@ def test_required_keys(tmp_path, tokenizer):
         UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")
     ):
         Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
+
+
+def test_invalid_lines_are_skipped(tmp_path, tokenizer, monkeypatch):
+    """They are counted, and the first reason is kept in the cache, too. Files that are missing are no lines."""
+    bad = ["{", "[3]", {"text": "?"}, {"prompt": ""}, {"prompt": [OTHER]}, {"prompt": [USER, {**USER, "content": " "}]}]
+    good = [{"prompt": f"number {n}"} for n in range(5)]
+    file = write(tmp_path / "a.jsonl", *good, *bad, *good)
+    with pytest.raises(UserError, match=re.escape(f"{file}:6: not JSON")):
+        Records.load(file, "prompts", tokenizer, Data())
+
+    def skip(path, **data):
+        data = Data(invalid="skip", **data)
+        return Records.load(path, "prompts", tokenizer, data, required=(), cache=tmp_path / "cache")
+
+    first = skip(file)
+    assert (len(first), first.counts.skipped) == (10, 6)
+    assert [sample.text.row for sample in first.head(0)] == [0, 1, 2, 3, 4, 11, 12, 13, 14, 15]
+    said = f"10 records (0 truncated, 0 dropped), 6 invalid lines skipped (37.50%; the first: {file}:6: not JSON"
+    assert str(first.counts).startswith(said)
+    monkeypatch.setattr(templates, "encode", lambda *_: pytest.fail("tokenized again"))
+    assert skip(file).counts == first.counts
+    monkeypatch.undo()
+    half = write(tmp_path / "half.jsonl", good[0], *bad[:1])
+    assert len(skip(half)) == 1
+    most = write(tmp_path / "most.jsonl", good[0], *bad[:2])
+    with pytest.raises(
+        UserError, match=re.escape(f"{most}: 2 of 3 lines are invalid, more than half; the first is {most}:2")
+    ):
+        skip(most)
+    with pytest.raises(UserError, match="2 of 2 lines are invalid, more than half; the first is"):
+        skip(write(tmp_path / "all.jsonl", *bad[:2]))
+    with pytest.raises(UserError, match="no such file or folder"):
+        skip(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match=re.escape("a.jsonl:1: prompt of 8 tokens is longer than 1; shorten it")):
+        skip(file, max_tokens=1)  # data.overlong decides about these lines
+    (tmp_path / "b.json").write_text('[{"prompt": "one"}, {"prompt"')
+    with pytest.raises(UserError, match="element 2: the array is not JSON here"):
+        skip(tmp_path / "b.json")  # the places of the other elements are unknown
+
+
+def test_a_line_that_the_template_refuses_is_skipped(tmp_path):
+    """The tokenizer's own template decides which roles a conversation may have."""
+    refuse = "{% for m in messages if m.role == 'bard' %}{{ raise_exception('no role bard') }}{% endfor %}?"
+    chatty = Tokenizer.load(write_byte_level(tmp_path / "chatty", template=refuse))
+    file = write(tmp_path / "a.jsonl", {"prompt": [USER]}, {"prompt": [{"role": "bard", "content": "?"}]})
+    records = Records.load(file, "prompts", chatty, Data(template="tokenizer", invalid="skip"))
+    assert (records.counts.kept, records.counts.skipped) == (1, 1)
+    assert records.counts.reason.startswith(f"{file}:2: the tokenizer's chat template fails: no role bard")

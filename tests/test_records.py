@@ -190,6 +190,12 @@ def test_many_processes_tell_the_first_mistake(tmp_path, tokenizer, processes):
     file = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(UserError, match=re.escape(f"{file}:32: 'prompt' is empty; give it a text or remove the line")):
         Records.load(file, "prompts", tokenizer, Data())
+    counts = Records.load(file, "prompts", tokenizer, Data(invalid="skip")).counts
+    assert (counts.kept, counts.skipped, counts.reason) == (
+        57,
+        3,
+        f"{file}:32: 'prompt' is empty; give it a text or remove the line",
+    )
 
 
 def die(reader, connection):

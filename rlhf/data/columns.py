@@ -60,10 +60,11 @@ class Columns:
     rows: np.ndarray  # [R] int64
     lines: np.ndarray  # [B] uint8
     line_ends: np.ndarray  # [R] int64, where the bytes of each line end
-    counts: np.ndarray  # [3] int64, lines kept, truncated and dropped
+    counts: np.ndarray  # [4] int64, lines kept, truncated, dropped and skipped
+    reason: np.ndarray  # [M] uint8, why the first skipped line was skipped, in UTF-8
 
     @classmethod
-    def of(cls, records: list[Record], counts: tuple[int, int, int]) -> "Columns":
+    def of(cls, records: list[Record], counts: tuple[int, int, int, int], reason: str = "") -> "Columns":
         every = [conversation for record in records for conversation in record.siblings]
 
         def ends(lengths: list[int]) -> np.ndarray:
@@ -80,6 +81,7 @@ class Columns:
             lines=np.frombuffer(b"".join(record.line for record in records), np.uint8),
             line_ends=ends([len(record.line) for record in records]),
             counts=np.array(counts),
+            reason=np.frombuffer(reason.encode(errors="replace"), np.uint8),
         )
 
     @classmethod
@@ -90,6 +92,8 @@ class Columns:
             arrays = [getattr(part, name) for part in parts]
             if name == "counts":
                 return np.sum(arrays, axis=0)
+            if name == "reason":
+                return next((array for array in arrays if len(array)), arrays[0])
             if name.endswith("_ends"):
                 sizes = [int(ends[-1]) if len(ends) else 0 for ends in arrays]
                 arrays = [ends + start for ends, start in zip(arrays, np.cumsum([0, *sizes[:-1]]), strict=True)]

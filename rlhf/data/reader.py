@@ -32,8 +32,9 @@ from rlhf.errors import UserError
 CHUNK = 1 << 19  # bytes of lines per chunk: about 0.2 s of work
 LEAST = 4  # smallest number of chunks per process for which its start is worth the time
 MOST = 32  # largest number of processes; this process cannot send chunks to more
+MOST_SKIPPED = 0.5  # largest share of skipped lines; more are probably a mistake in a key or in the form of the data
 
-Line = tuple[int, str, bytes]  # index among the lines of all files, "file:line", content
+Line = tuple[int, str, bytes]  # index among the lines of all files, and what lines.read() yields
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +48,21 @@ class Reader:
     required: Keys
 
     def read(self, path: Path) -> Columns:
-        """Return the records of a file, or of all files of a folder in the order of their names.
+        """Return the records of a data set, in the order of its files.
 
-        Raises UserError with file:line for the first invalid line, and for a data set without records.
+        Raises UserError with file:line for the first invalid line, for a data set without records, and for one of which
+        more than half of the lines are skipped (data.invalid=skip).
         """
         chunks = list(_chunks(path))
         processes = min(len(os.sched_getaffinity(0)), MOST, len(chunks) // LEAST)
         columns = Columns.joined(
             self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks))
         )
+        _, _, dropped, skipped = columns.counts.tolist()
+        if skipped > (len(columns) + dropped + skipped) * MOST_SKIPPED:
+            many = f"{skipped} of {len(columns) + dropped + skipped} lines are invalid, more than half; the first is"
+            raise UserError(f"data set {path}: {many} {columns.reason.tobytes().decode()}")
         if not len(columns):
-            dropped = columns.counts[-1]
             too_long = f"all {dropped} lines are longer than data.max_tokens; raise it"
             why = too_long if dropped else "it has no lines; set data.train and data.eval"
             raise UserError(f"data set {path} has no records: {why}")
@@ -65,27 +70,35 @@ class Reader:
 
     def columns(self, chunk: list[Line]) -> Columns:
         """Return the records of some lines. Raises UserError with file:line."""
-        learn = "last" if self.form in forms.COMPARED else self.data.learn
-        records, truncated, dropped = [], 0, 0
+        records, truncated, dropped, skipped, reason = [], 0, 0, 0, ""
         for row, where, line in chunk:
             try:
-                told = forms.read(line, self.form, self.required)
-                siblings = [
-                    trimmed(templates.encode(self.tokenizer, self.data.template, messages, learn))
-                    for messages, _ in told
-                ]
+                try:
+                    siblings, rewards = self._encoded(line)
+                except UserError as error:
+                    if self.data.invalid == "error":
+                        raise
+                    skipped, reason = skipped + 1, reason or f"{where}: {error}"
+                    continue
                 over = self.fit.over(siblings)
                 if over and self.data.overlong == "drop":  # drop all conversations of the group
                     dropped += 1
                     continue
                 truncated += over
                 said = [
-                    _conversation(*cut, reward) for cut, (_, reward) in zip(self.fit.cut(siblings), told, strict=True)
+                    _conversation(*cut, reward) for cut, reward in zip(self.fit.cut(siblings), rewards, strict=True)
                 ]
                 records.append(Record(row, line, said))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-        return Columns.of(records, (len(records), truncated, dropped))
+        return Columns.of(records, (len(records), truncated, dropped, skipped), reason)
+
+    def _encoded(self, line: bytes) -> tuple[list[Encoded], list[float]]:
+        """Return the conversations of a line as tokens, and their rewards. Raises UserError if the line is invalid."""
+        learn = "last" if self.form in forms.COMPARED else self.data.learn
+        told = forms.read(line, self.form, self.required)
+        encoded = [templates.encode(self.tokenizer, self.data.template, messages, learn) for messages, _ in told]
+        return [trimmed(each) for each in encoded], [reward for _, reward in told]
 
     def _apart(self, path: Path, chunks: list[list[Line]], processes: int) -> list[Columns]:
         """Return columns() of each chunk, computed by worker processes.
