@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from rlhf.parallel.layout import Place, spread
 from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
-from rlhf.prepare import Inputs, inputs, readable, rule
+from rlhf.prepare import Inputs, inputs, passes, readable, rule
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards
 from rlhf.roles import Roles
@@ -54,6 +55,7 @@ def run(config: Config) -> int:
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
     mesh.agree(note(config) if mesh.rank == 0 else "")
+    config = replace(config, steps=given.steps, epochs=0.0)
     limits = (config.reward.timeout, config.reward.workers, config.reward.memory)
     with (
         Rewards(rule(config), *limits) as rewards,
@@ -299,6 +301,7 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
     for remark in given.remarks:
         say(f"  {remark}")
     say(f"{given.records.counts} of {config.data.train}; out: {config.out}")
+    say(passes(config, len(given.records)))
     if given.held_out:
         say(f"{given.held_out.counts} of {config.data.eval} are held out")
     for remark in run.source.remarks():

@@ -5,8 +5,10 @@ The launcher calls inputs() before it starts the ranks, so that mistakes are fou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from rlhf import folders, rewards, texts
@@ -16,7 +18,7 @@ from rlhf.data import columns, lines, templates
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
-from rlhf.identity import Identity, compare, description, identity, weights
+from rlhf.identity import Identity, compare, description, identity, rescheduled, weights
 from rlhf.model.architecture import REMEDY, Architecture
 from rlhf.weights import files
 
@@ -41,6 +43,7 @@ class Inputs:
     roles: dict[str, Role]  # the models without the engine's; mode evaluate has at most the reward model
     tokenizer: Tokenizer
     records: Records  # data.train, or data.eval in mode evaluate
+    steps: int  # total number of steps
     held_out: Records | None  # data.eval of a training run
     remarks: list[str]  # on the folders, and on differences from the checkpoint that the run resumes from
     identity: Identity  # identity of the run (rlhf.identity)
@@ -73,7 +76,24 @@ def inputs(config: Config, world: int) -> Inputs:
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
-    return Inputs(arch, models, tokenizer, *_data(config, tokenizer), remarks, known)
+    records, held_out = _data(config, tokenizer)
+    config = replace(config, steps=steps(config, len(records)), epochs=0.0)
+    ALGORITHMS[config.mode](config)  # checks the keys that depend on the number of steps
+    if newest:
+        remarks += rescheduled(folders.meta(newest), config)
+    return Inputs(arch, models, tokenizer, records, config.steps, held_out, remarks, known)
+
+
+def steps(config: Config, records: int) -> int:
+    """Return the total number of steps: the key `steps`, or enough for `epochs` passes over the records."""
+    return math.ceil(Fraction(str(config.epochs)) * records / config.batch.prompts) if config.epochs else config.steps
+
+
+def passes(config: Config, records: int) -> str:
+    """Return how many epochs the steps are. Further rounds of a step (rollout.rounds) take more records."""
+    count = config.steps * config.batch.prompts / records
+    more = "at least " if ALGORITHMS[config.mode].online and config.rollout.rounds > 1 else ""
+    return f"{config.steps:,} steps of {config.batch.prompts:,} of {records:,} records: {more}{count:.4g} epochs"
 
 
 @texts.paths()
@@ -84,6 +104,9 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     """
     if not config.policy.load:
         raise UserError("policy.load is not set: set it to the folder of a model in Hugging Face or Megatron format")
+    if config.epochs and config.steps != (default := Config().steps):
+        both = f"steps={config.steps} and epochs={config.epochs:g} are both set"
+        raise UserError(f"{both}: set epochs=0 to use steps, or steps={default}, its default, to use epochs")
     arch = files.read_architecture(config.policy.load, config.policy.tokenizer)
     models = roles(config, arch)
     check_world(config.parallel, world)

@@ -113,6 +113,11 @@ def test_roles(root: Path, mode: str, overrides: list[str], wanted: dict) -> Non
     [
         ("rlhf", [], "critic.load and reward.load are not set"),
         (
+            "sft",
+            ["steps=7", "epochs=0.5"],
+            "steps=7 and epochs=0.5 are both set: set epochs=0 to use steps, or steps=100, its default, to use epochs",
+        ),
+        (
             "grpo",
             ["policy.load=ROOT/classifier"],
             "policy.load=.*/classifier is a reward model without an output layer",
@@ -186,3 +191,16 @@ def test_worlds(axes: tuple[int, int, int], dp: int, world: int, fits: bool) -> 
     else:
         with pytest.raises(UserError, match=f"does not fit {world} ranks"):
             prepare.check_world(parallel, world)
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys", "said"),
+    [
+        ("sft", [], "100 steps of 64 of 12,345 records: 0.5184 epochs"),
+        ("sft", ["steps=3000", "batch.prompts=1024"], "3,000 steps of 1,024 of 12,345 records: 248.8 epochs"),
+        ("sft", ["rollout.rounds=2"], "100 steps of 64 of 12,345 records: 0.5184 epochs"),
+        ("grpo", ["rollout.rounds=2"], "100 steps of 64 of 12,345 records: at least 0.5184 epochs"),
+    ],
+)
+def test_the_epochs_of_a_run(mode: str, keys: list[str], said: str) -> None:
+    assert prepare.passes(configuration.load(mode, keys), 12345) == said

@@ -106,20 +106,22 @@ def test_exported_folder_loads_in_transformers() -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_resume_is_bitwise(tmp_path: Path) -> None:
-    """Six steps in one run equal six steps with SIGKILL to all ranks in the middle, bitwise.
+    """Six steps (epochs=0.0117) in one run equal six steps with SIGKILL to all ranks in the middle, bitwise.
 
     Weights and numbers are compared. Responses are in flight between the steps, and both engines continue them from
     the checkpoint. The second run has more evaluations.
     """
     common = [
         *GRPO,
-        "steps=6",
+        "steps=100",
+        "epochs=0.0117",
         "checkpoint.every=2",
         "optim.schedule=linear",
         "log.tensorboard=true",
         "rollout.inflight=1.5",
     ]
-    run("grpo", *common, f"out={tmp_path}/whole")
+    output = run("grpo", *common, f"out={tmp_path}/whole")
+    assert "6 steps of 8 of 4,096 records: 0.01172 epochs\n" in output
     process, killed = start("grpo", *common, f"out={tmp_path}/killed"), tmp_path / "killed/metrics.jsonl"
     while process.poll() is None and not (killed.exists() and '"step": 3' in killed.read_text()):
         time.sleep(0.05)
