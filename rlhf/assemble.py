@@ -136,7 +136,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
 
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
-        say(f"{given.records.counts} of {config.data.eval}")
+        say(f"{config.data.eval}: {given.records.counts}")
     progress.begin("evaluation")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
     values = metrics.write(step=0)
@@ -300,10 +300,10 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(f"  {name}: {role.arch.family} of {size} from {role.folder}, {role.use}")
     for remark in given.remarks:
         say(f"  {remark}")
-    say(f"{given.records.counts} of {config.data.train}; out: {config.out}")
-    say(passes(config, len(given.records)))
+    say(f"{config.data.train}: {given.records.counts}")
+    say(f"{passes(config, len(given.records))}; out: {config.out}")
     if given.held_out:
-        say(f"{given.held_out.counts} of {config.data.eval} are held out")
+        say(f"{config.data.eval}, held out: {given.held_out.counts}")
     for remark in run.source.remarks():
         say(remark)
     if run.start:

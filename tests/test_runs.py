@@ -121,7 +121,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
         "rollout.inflight=1.5",
     ]
     output = run("grpo", *common, f"out={tmp_path}/whole")
-    assert "6 steps of 8 of 4,096 records: 0.01172 epochs\n" in output
+    assert "6 steps of 8 of 4,096 records: 0.01172 epochs; out: " in output
     process, killed = start("grpo", *common, f"out={tmp_path}/killed"), tmp_path / "killed/metrics.jsonl"
     while process.poll() is None and not (killed.exists() and '"step": 3' in killed.read_text()):
         time.sleep(0.05)
