@@ -11,9 +11,9 @@ Each task writes FOLDER/KIND/train.jsonl and dev.jsonl. KIND is the purpose of t
 
 alignment has prompts for rlhf, online-dpo and grpo. math has prompts and answers for grpo with the math verifier.
 
-PATH is a file, or a folder that is searched recursively for jsonl files (also .gz). Files named test, dev or valid are
-held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as text with
-HH's markers "Human:" and "Assistant:", for data.template=plain; or as messages, for all other templates. With
+PATH is a file, or a folder that is searched recursively for data files (see Data in the README). Files named test, dev
+or valid are held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as
+text with HH's markers "Human:" and "Assistant:", for data.template=plain; or as messages, for all other templates. With
 data.template=human both give the same tokens.
 """
 
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("task", choices=TASKS)
     parser.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="PATH", help="jsonl file or folder to read"
+        "--from", dest="source", type=Path, required=True, metavar="PATH", help="file or folder to read"
     )
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="FOLDER", help="folder to write to")
     parser.add_argument(
