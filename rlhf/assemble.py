@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from rlhf.parallel.layout import Place, spread
 from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
-from rlhf.prepare import Inputs, inputs, readable, rule
+from rlhf.prepare import Inputs, inputs, passes, readable, rule
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards
 from rlhf.roles import Roles
@@ -55,6 +56,7 @@ def run(config: Config) -> int:
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
     mesh.agree(note(config) if mesh.rank == 0 else "")
+    config = replace(config, steps=given.steps, epochs=0.0)
     with (
         Rewards(rule(config), config.reward) as rewards,
         Rewards(config.evaluate.function or rule(config), config.reward) as held_out_rewards,
@@ -136,7 +138,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
 
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
-        say(f"{given.records.counts} of {config.data.eval}")
+        say(f"{config.data.eval}: {given.records.counts}")
         say(given.records.first())
     progress.begin("evaluation")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
@@ -302,10 +304,11 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(f"  {name}: {role.arch.family} of {size} from {role.folder}, {role.use}")
     for remark in given.remarks:
         say(f"  {remark}")
-    say(f"{given.records.counts} of {config.data.train}; out: {config.out}")
+    say(f"{config.data.train}: {given.records.counts}")
+    say(f"{passes(config, len(given.records))}; out: {config.out}")
     say(given.records.first())
     if given.held_out:
-        say(f"{given.held_out.counts} of {config.data.eval} are held out")
+        say(f"{config.data.eval}, held out: {given.held_out.counts}")
     for remark in run.source.remarks():
         say(remark)
     if run.start:

@@ -76,13 +76,14 @@ class Parallel:
 class Data:
     """The data sets, and how their lines become tokens."""
 
-    train: str = ""  # training data: jsonl file, or folder of them (.gz too)
+    train: str = ""  # training data: jsonl, JSON or parquet file, or folder (README, Data)
     eval: str = ""  # held-out data: file or folder; empty: no evaluation
     template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false
     learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only
     overlong: Literal["error", "truncate", "drop"] = "error"  # samples over max_tokens; truncate cuts the prompt's left
     max_tokens: Count = 2048  # limit of prompt and response together, in tokens
+    invalid: Literal["error", "skip"] = "error"  # lines that cannot be used; skip: leave out up to half of the lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +208,7 @@ class Config:
     mode: str = "sft"  # set by the command line
     out: str = ""  # folder for checkpoints, metrics, samples and config.toml; empty: runs/MODE
     steps: Count = 100  # total number of steps, including those before a resume
+    epochs: Annotated[float, Between(0, 10000)] = 0.0  # passes over data.train, which decide steps; 0: steps is used
     seed: Annotated[int, Between(0, 2**32 - 1)] = 1  # decides data order, sampling and random weights
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and activations; auto: bfloat16 on GPU
     resume: bool = True  # continue from the newest checkpoint in out, if there is one

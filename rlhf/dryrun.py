@@ -1,6 +1,6 @@
 """--dry-run: print what a run would do. Needs config.json of the models, but no weights, no data and no GPU.
 
-If the data is there, it prints the first record as the run does.
+If the data is there, it prints the first record as the run does. Only with `epochs`, it counts the lines of data.train.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf import configuration
+from rlhf import configuration, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
+from rlhf.data import lines
 from rlhf.data.forms import COMPARED
 from rlhf.errors import UserError
 from rlhf.ledger import Ledger
-from rlhf.prepare import read_records, read_tokenizer, records_path, shapes
+from rlhf.prepare import read_records, read_tokenizer, records_path, shapes, steps
 
 DEVICE = 80.0  # GiB, if memory.device is not set
 
@@ -70,19 +71,39 @@ def batch(config: Config, world: int) -> str:
     samples = b.prompts * group
     share = samples / b.minibatches / dp
     responses = f"{group} response{'s' * (group > 1)}{' or more' * (algorithm.form == 'scored')}"
-    lines = [f"{world} ranks: tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"]
+    said = [f"{world} ranks: tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"]
     if algorithm.online:
-        lines[0] += f"; {world // config.rollout.tp} engines of {config.rollout.tp}"
-    lines.append(
+        said[0] += f"; {world // config.rollout.tp} engines of {config.rollout.tp}"
+    said.append(
         f"step: {b.prompts} prompts x {responses} = {samples} samples, "
         f"at most {longest} tokens each, {samples * longest:,} in all"
     )
     if algorithm.trains:
-        many = f"{updates} a step, {updates * config.steps} in {config.steps} steps"
-        lines.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
+        many = f"{updates} a step, {_total(config, updates)}"
+        said.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
         most = -(-int(share * longest) // b.tokens)
-        lines.append(
+        said.append(
             f"each update: {share:g} samples per data-parallel rank, "
             f"in at most about {most} micro-batches of {b.tokens} tokens"
         )
-    return "\n".join(lines)
+    return "\n".join(said)
+
+
+def _total(config: Config, updates: int) -> str:
+    """Return the number of updates and steps of the run. With epochs, they are counted before lines are dropped."""
+    if not config.epochs:
+        return f"{updates * config.steps} in {config.steps} steps"
+    try:
+        count = _count(config.data.train)
+    except UserError as error:
+        return f"the number of steps of epochs={config.epochs:g} is unknown ({error})"
+    total = steps(config, count)
+    return f"{updates * total} in {total} steps, which are {config.epochs:g} epochs of {count:,} lines"
+
+
+@texts.paths()
+def _count(path: str) -> int:
+    """Return the number of lines of a data set. Raises UserError if it cannot be read."""
+    if not path:
+        raise UserError("data.train is not set")
+    return sum(1 for _ in lines.read(Path(path)))

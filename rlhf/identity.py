@@ -22,9 +22,10 @@ Identity = dict[str, dict[str, Any]]
 # Sections and keys that may differ when a run resumes. Files and folders are compared by their content instead of their
 # paths. rlhf.checkpoint compares the layout and the dtype.
 FREE = {
-    *("out", "steps", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
+    *("out", "steps", "epochs", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
     "watchdog",
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
+    "data.invalid",  # data sets with invalid lines are refused without skip, and others are read alike
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
     *("reward.timeout", "reward.workers", "reward.concurrency", "reward.memory", "reward.max_failed"),
 }
@@ -75,11 +76,15 @@ def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity
             before = then["read"][key][0]
             what = f"{key}={before}, this run has {path}" if before != path else f"another content of {key}={path}"
             raise UserError(f"{folder} was saved with {what}: {OTHER_RUN}")
-    steps = meta.get("steps", config.steps)
-    if steps != config.steps and config.optim.schedule != "constant":
-        schedule = f"optim.schedule={config.optim.schedule}"
-        remarks.append(f"steps={config.steps} changes {schedule} from here on; it was steps={steps}")
     return remarks
+
+
+def rescheduled(meta: Mapping[str, Any], config: Config) -> list[str]:
+    """Return a remark if the number of steps has changed since a checkpoint was saved, and with it the schedule."""
+    steps = meta.get("steps", config.steps)
+    if steps == config.steps or config.optim.schedule == "constant":
+        return []
+    return [f"steps={config.steps} changes optim.schedule={config.optim.schedule} from here on; it was steps={steps}"]
 
 
 def description(arch: DataclassInstance) -> str:

@@ -5,19 +5,21 @@ The launcher calls inputs() before it starts the ranks, so that mistakes are fou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
-from rlhf.data import chat, columns, jsonl, templates
+from rlhf.data import chat, columns, lines, templates
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
-from rlhf.identity import Identity, compare, description, identity, weights
+from rlhf.identity import Identity, compare, description, identity, rescheduled, weights
 from rlhf.model.architecture import REMEDY, Architecture
 from rlhf.weights import files
 
@@ -42,6 +44,7 @@ class Inputs:
     roles: dict[str, Role]  # the models without the engine's; mode evaluate has at most the reward model
     tokenizer: Tokenizer
     records: Records  # data.train, or data.eval in mode evaluate
+    steps: int  # total number of steps
     held_out: Records | None  # data.eval of a training run
     remarks: list[str]  # on the folders, and on differences from the checkpoint that the run resumes from
     identity: Identity  # identity of the run (rlhf.identity)
@@ -96,7 +99,11 @@ def inputs(config: Config, world: int) -> Inputs:
     if config.rollout.environment and ALGORITHMS[config.mode].online:
         for template in records.templates | (held_out.templates if held_out else set()):
             templates.reply(tokenizer, template, [tokenizer.eos], [{"role": "user", "content": "?"}])
-    return Inputs(arch, models, tokenizer, records, held_out, remarks, known)
+    config = replace(config, steps=steps(config, len(records)), epochs=0.0)
+    ALGORITHMS[config.mode](config)  # checks the keys that depend on the number of steps
+    if newest:
+        remarks += rescheduled(folders.meta(newest), config)
+    return Inputs(arch, models, tokenizer, records, config.steps, held_out, remarks, known)
 
 
 def read_tokenizer(config: Config) -> Tokenizer:
@@ -115,6 +122,18 @@ def read_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
+def steps(config: Config, records: int) -> int:
+    """Return the total number of steps: the key `steps`, or enough for `epochs` passes over the records."""
+    return math.ceil(Fraction(str(config.epochs)) * records / config.batch.prompts) if config.epochs else config.steps
+
+
+def passes(config: Config, records: int) -> str:
+    """Return how many epochs the steps are. Further rounds of a step (rollout.rounds) take more records."""
+    count = config.steps * config.batch.prompts / records
+    more = "at least " if ALGORITHMS[config.mode].online and config.rollout.rounds > 1 else ""
+    return f"{config.steps:,} steps of {config.batch.prompts:,} of {records:,} records: {more}{count:.4g} epochs"
+
+
 @texts.paths()
 def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     """Return the policy's architecture and the roles, checked against the layout.
@@ -123,6 +142,9 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
     """
     if not config.policy.load:
         raise UserError("policy.load is not set: set it to the folder of a model in Hugging Face or Megatron format")
+    if config.epochs and config.steps != (default := Config().steps):
+        both = f"steps={config.steps} and epochs={config.epochs:g} are both set"
+        raise UserError(f"{both}: set epochs=0 to use steps, or steps={default}, its default, to use epochs")
     arch = files.read_architecture(config.policy.load, config.policy.tokenizer)
     models = roles(config, arch)
     check_world(config.parallel, world)
@@ -162,7 +184,7 @@ def _read(
         "policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))
     }
     if config.data.train and ALGORITHMS[config.mode].trains:
-        found["data.train"] = (config.data.train, columns.contents(jsonl.files(Path(config.data.train))))
+        found["data.train"] = (config.data.train, columns.contents(lines.files(Path(config.data.train))))
     code = {"reward.function": config.reward.function, "rollout.environment": (config.rollout.environment,)}
     for key, specs in code.items():
         places = [file for spec in specs if (file := spec.rpartition(":")[0]).endswith(".py")]
@@ -208,10 +230,10 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None
     trains, read = ALGORITHMS[config.mode].trains, partial(read_records, config, tokenizer)
     source, path = records_path(config)
     if not path:
-        raise UserError(f"data.{source} is not set: set it to a jsonl file or a folder of them")
-    if trains and Path(path).is_dir() and config.data.eval:
-        both = {file.resolve() for file in jsonl.files(Path(path))} & {
-            file.resolve() for file in jsonl.files(Path(config.data.eval))
+        raise UserError(f"data.{source} is not set: set it to a jsonl, JSON or parquet file, or to a folder of them")
+    if trains and not Path(path).is_file() and config.data.eval:
+        both = {file.resolve() for file in lines.files(Path(path))} & {
+            file.resolve() for file in lines.files(Path(config.data.eval))
         }
         if both:
             shared = f"contains {min(both).name}, which data.eval={config.data.eval} holds out"

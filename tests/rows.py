@@ -12,6 +12,7 @@ from rlhf.data.tokenizer import Tokenizer
 SYSTEM, USER, ASSISTANT = (
     {"role": role, "content": text} for role, text in (("system", "S."), ("user", "Q?"), ("assistant", "A."))
 )
+HUMAN, GPT = {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}  # the same messages in ShareGPT
 OTHER, AGAIN = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
 
 

@@ -150,6 +150,13 @@ def test_environments(fail, environment: str, template: str, wanted: str) -> Non
     assert wanted in fail("grpo", f"rollout.environment={environment}", f"data.template={template}")
 
 
+@pytest.mark.parametrize("train", ["data", "data/*.jsonl"])
+def test_held_out_data_is_not_trained_on(fail, made: Path, train: str) -> None:
+    line = fail("sft", f"data.train={made}/{train}", f"data.eval={made}/data/heldout.jsonl")
+    assert f"data.train={made}/{train} contains heldout.jsonl, which data.eval=" in line
+    assert line.endswith("holds out: set data.train to the file to train on")
+
+
 def test_rounds_need_groups(fail, made: Path) -> None:
     """A group of one always has equal rewards, so each step would sample all of its rounds and keep no group."""
     line = fail("rlhf", f"critic.load={made}/model", "rollout.rounds=3", "rollout.group=1")

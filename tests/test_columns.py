@@ -5,7 +5,9 @@ from dataclasses import fields
 from datetime import date, timedelta
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from rows import write
 from vocabularies import write_byte_level
 
@@ -77,7 +79,7 @@ def test_whoever_writes_tokens_second_leaves_the_first(tmp_path):
     assert len(columns.read(tmp_path / "cache" / "name")) == 0
 
 
-def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, tokenizer, llama2):
+def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, tokenizer, llama2, monkeypatch):
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?"})
     other = write(tmp_path / "b.jsonl", {"prompt": "Q!"})
     changes = [
@@ -87,6 +89,7 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
         Data(learn="last"),
         Data(overlong="drop"),
         Data(max_tokens=7),
+        Data(invalid="skip"),
     ]
     names = [digest(file, tokenizer, data, "grpo", 7) for data in (Data(), *changes)]
     names += [
@@ -101,6 +104,12 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
         == digest(file, tokenizer, Data(train="elsewhere"), "grpo", 7)
         == digest(write(file, {"prompt": "Q?"}), tokenizer, Data(), "grpo", 7)
     )
+    table = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "Q?"}]), table)
+    names = [digest(table, tokenizer, Data()), digest(file, tokenizer, Data())]
+    monkeypatch.setattr(pyarrow, "__version__", "0")  # it decides the text of a table's rows
+    again = [digest(table, tokenizer, Data()), digest(file, tokenizer, Data())]
+    assert [name == same for name, same in zip(names, again, strict=True)] == [False, True]
 
 
 def test_the_date_counts_only_for_templates_that_may_write_it(tmp_path, monkeypatch):

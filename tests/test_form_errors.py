@@ -1,12 +1,15 @@
-"""A line with a wrong form is refused with an error that names file:line."""
+"""A line with a wrong form is refused with an error that names file:line, or skipped and counted."""
 
 import re
 
 import pytest
-from rows import AGAIN, ASSISTANT, OTHER, USER, write
+from rows import AGAIN, ASSISTANT, GPT, HUMAN, OTHER, USER, write
+from vocabularies import write_byte_level
 
 from rlhf.config import Data
+from rlhf.data import templates
 from rlhf.data.records import Records
+from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
 
@@ -62,7 +65,7 @@ def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
     [
         (
             {"prompt": "Q?"},
-            "has the keys 'prompt'; give it 'messages', or 'prompt' and 'response', or 'prompt' and 'completion', or",
+            "the keys 'prompt'; give it 'messages', or 'conversations', or 'conversation', or 'prompt' and 'response'",
         ),
         ({"prompt": "Q?", "response": ""}, "'response' is empty"),
         ({"prompt": "Q?", "response": 7}, "'response' is 7; give a string"),
@@ -74,6 +77,46 @@ def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
         ({"messages": [USER]}, "'messages' ends with 'user'; end it with the assistant, whose messages are learned"),
         ({"messages": [USER, USER, ASSISTANT]}, "message 2 has role 'user', expected 'assistant'"),
         ({"prompt": "Q?", "response": "A. " * 30}, "tokens is longer than 32; shorten it, raise data.max_tokens"),
+        ({"conversations": [HUMAN]}, "'conversations' ends with 'user'; end it with the assistant"),
+        ({"conversations": [GPT, HUMAN, GPT]}, "message 1 has role 'assistant', expected 'user'"),
+        (
+            {"conversations": [HUMAN, {"from": "bot", "value": "A."}]},
+            "message 2 is from 'bot'; it must be from one of human, user, gpt, assistant, chatgpt, system, tool, obs",
+        ),
+        (
+            {"conversations": [{"from": ["human"], "value": "Q?"}]},
+            "message 1 is from ['human']; it must be from one of",
+        ),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "message 2 is {'role': 'assistant', 'content': N"),
+        ({"conversations": "Q?"}, "messages are 'Q?'; give a list of objects"),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": "add(1, 2)"}, GPT]},
+            "message 2 is from function_call, but its value is 'add(1, 2)'; give JSON with the keys 'name' and",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": '{"name": "add"}'}, GPT]},
+            "message 2 is from function_call, but its value is",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": 0}]},
+            "message 2 has weight 0, but single messages cannot be left out; remove the key",
+        ),
+        ({"instruction": " ", "output": "A."}, "'instruction' is empty"),
+        (
+            {"instruction": "", "input": None, "output": "A."},
+            "'instruction' is empty; give it a text or remove the line",
+        ),
+        ({"instruction": "Q?", "input": 3, "output": "A."}, "'input' is 3; give a string"),
+        ({"instruction": "Q?", "output": ""}, "'output' is empty"),
+        ({"instruction": "Q?", "output": "A.", "history": 3}, "'history' is 3; give a list of pairs"),
+        ({"instruction": "Q?", "output": "A.", "history": [["Q?"]]}, "'history' is [['Q?']]; give a list of pairs"),
+        ({"instruction": "Q?", "output": "A.", "history": [["Q?", ""]]}, "'history 1' is empty"),
+        ({"instruction": "Q?", "output": "A.", "system": ["S."]}, "'system' is ['S.']; give a string"),
+        (
+            {"prompt": "Q?", "completion": "A.", "label": False},
+            "'label' is False, but lines that label one response (KTO) are not read; give pairs with 'chosen' and 'rej",
+        ),
+        ({"conversations": [HUMAN, GPT], "kto_tag": True}, "'kto_tag' is True, but lines that label one response"),
     ],
 )
 def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
@@ -84,6 +127,10 @@ def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
     ("line", "error"),
     [
         ({"prompt": "Q?", "chosen": "A."}, "'prompt' and 'chosen' and 'rejected', or 'query' and"),
+        (
+            {"prompt": "Q?", "completion": "A.", "label": True},
+            "'label' is True, but lines that label one response (KTO)",
+        ),
         ({"prompt": "Q?", "chosen": "A.", "rejected": " "}, "'rejected' is empty"),
         ({"prompt": "Q?", "chosen": "A.", "rejected": None}, "'rejected' is None; give a string"),
         ({"prompt": [USER, ASSISTANT], "chosen": "A.", "rejected": "No."}, "'prompt' ends with the assistant"),
@@ -156,3 +203,51 @@ def test_required_keys(tmp_path, tokenizer):
         UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")
     ):
         Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
+
+
+def test_invalid_lines_are_skipped(tmp_path, tokenizer, monkeypatch):
+    """They are counted, and the first reason is kept in the cache, too. Files that are missing are no lines."""
+    bad = ["{", "[3]", {"text": "?"}, {"prompt": ""}, {"prompt": [OTHER]}, {"prompt": [USER, {**USER, "content": " "}]}]
+    good = [{"prompt": f"number {n}"} for n in range(5)]
+    file = write(tmp_path / "a.jsonl", *good, *bad, *good)
+    with pytest.raises(UserError, match=re.escape(f"{file}:6: not JSON")):
+        Records.load(file, "prompts", tokenizer, Data())
+
+    def skip(path, **data):
+        data = Data(invalid="skip", **data)
+        return Records.load(path, "prompts", tokenizer, data, required=(), cache=tmp_path / "cache")
+
+    first = skip(file)
+    assert (len(first), first.counts.skipped) == (10, 6)
+    assert [sample.text.row for sample in first.head(0)] == [0, 1, 2, 3, 4, 11, 12, 13, 14, 15]
+    said = f"10 records (0 truncated, 0 dropped), 6 invalid lines skipped (37.50%; the first: {file}:6: not JSON"
+    assert str(first.counts).startswith(said)
+    monkeypatch.setattr(templates, "encode", lambda *_: pytest.fail("tokenized again"))
+    assert skip(file).counts == first.counts
+    monkeypatch.undo()
+    half = write(tmp_path / "half.jsonl", good[0], *bad[:1])
+    assert len(skip(half)) == 1
+    most = write(tmp_path / "most.jsonl", good[0], *bad[:2])
+    with pytest.raises(
+        UserError, match=re.escape(f"{most}: 2 of 3 lines are invalid, more than half; the first is {most}:2")
+    ):
+        skip(most)
+    with pytest.raises(UserError, match="2 of 2 lines are invalid, more than half; the first is"):
+        skip(write(tmp_path / "all.jsonl", *bad[:2]))
+    with pytest.raises(UserError, match="no such file or folder"):
+        skip(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match=re.escape("a.jsonl:1: prompt of 8 tokens is longer than 1; shorten it")):
+        skip(file, max_tokens=1)  # data.overlong decides about these lines
+    (tmp_path / "b.json").write_text('[{"prompt": "one"}, {"prompt"')
+    with pytest.raises(UserError, match="element 2: the array is not JSON here"):
+        skip(tmp_path / "b.json")  # the places of the other elements are unknown
+
+
+def test_a_line_that_the_template_refuses_is_skipped(tmp_path):
+    """The tokenizer's own template decides which roles a conversation may have."""
+    refuse = "{% for m in messages if m.role == 'bard' %}{{ raise_exception('no role bard') }}{% endfor %}?"
+    chatty = Tokenizer.load(write_byte_level(tmp_path / "chatty", template=refuse))
+    file = write(tmp_path / "a.jsonl", {"prompt": [USER]}, {"prompt": [{"role": "bard", "content": "?"}]})
+    records = Records.load(file, "prompts", chatty, Data(template="tokenizer", invalid="skip"))
+    assert (records.counts.kept, records.counts.skipped) == (1, 1)
+    assert records.counts.reason.startswith(f"{file}:2: the tokenizer's chat template fails: no role bard")

@@ -6,12 +6,13 @@ import re
 
 import numpy as np
 import pytest
-from rows import AGAIN, ASSISTANT, OTHER, SYSTEM, USER, first_learned, learned, whole, write
+from rows import AGAIN, ASSISTANT, GPT, HUMAN, OTHER, SYSTEM, USER, first_learned, learned, whole, write
 from vocabularies import CHATML, write_byte_level
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
 from rlhf.contracts import Text
+from rlhf.data import forms
 from rlhf.data.forms import FORMS
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
@@ -39,6 +40,17 @@ def test_every_mode_has_a_form():
         {"prompt": [USER], "completion": [USER, ASSISTANT]},
         {"messages": [USER, ASSISTANT]},
         {"messages": [USER, ASSISTANT], "prompt": "not looked at", "response": "nor this"},
+        {"messages": None, "prompt": "Q?", "response": "A."},  # in a table, every line has all keys
+        {"conversations": [HUMAN, GPT]},
+        {"conversations": [{"from": "user", "value": "Q?"}, {"from": "chatgpt", "value": "A."}], "system": ""},
+        {"conversations": [USER, ASSISTANT]},
+        {"conversation": [USER, ASSISTANT]},
+        {"instruction": "Q?", "output": "A."},
+        {"instruction": "Q?", "input": "", "output": "A.", "history": [], "system": None},
+        {"instruction": "", "input": "Q?", "output": "A."},
+        {"instruction": "Q?", "context": "", "response": "A."},
+        {"question": "Q?", "response": "A."},
+        {"problem": "Q?", "solution": "A."},
     ],
 )
 def test_sft_forms(tmp_path, tokenizer, row):
@@ -68,6 +80,12 @@ def test_sft_forms(tmp_path, tokenizer, row):
         {"messages": [USER, ASSISTANT]},  # the assistant's message is dropped
         {"eval_func": "math_rule", "prompt": "Q?", "answer": "4"},
         {"prompt": "Q?", "chosen": "A.", "rejected": "No."},
+        {"conversations": [HUMAN, GPT]},
+        {"conversations": [HUMAN]},
+        {"conversation": [USER]},
+        {"prompt": [HUMAN], "label": True},
+        {"instruction": "Q?", "input": None, "output": "A."},
+        {"problem": "Q?", "solution": "A.", "messages": [OTHER]},
     ],
 )
 def test_prompt_forms(tmp_path, tokenizer, row):
@@ -164,6 +182,11 @@ def test_a_prompt_of_several_turns_is_a_prompt(tmp_path, qwen, template):
         {"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt is repeated
         {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},  # the prompt is part of the messages
         {"prompt": "Q?", "prompt_id": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER], "score_chosen": 8.5},
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "No."}},
+        {"prompt": "Q?", "chosen": ASSISTANT, "rejected": OTHER, "label": True},
+        {"chosen": [HUMAN, GPT], "rejected": [HUMAN, {"from": "gpt", "value": "No."}]},
+        {"instruction": "Q?", "input": "", "chosen": "A.", "rejected": "No."},
+        {"system": "", "question": "Q?", "chosen": "A.", "rejected": "No."},
     ],
 )
 def test_pairs(tmp_path, tokenizer, form, row):
@@ -190,6 +213,54 @@ def test_pairs_of_several_turns_learn_the_last(tmp_path, tokenizer, learn):
     ).head(0)
     assert len({whole(tokenizer, sample) for sample in samples}) == 2
     assert [learned(tokenizer, sample) for sample in samples] == [" A. <|endoftext|>", " No. <|endoftext|>"] * 3
+
+
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        ("demonstrations", {"instruction": "Q?", "output": "A.", "system": "S."}),
+        ("demonstrations", {"system_prompt": "S.", "question": "Q?", "response": "A."}),
+        ("demonstrations", {"conversations": [HUMAN, GPT], "system": "S."}),
+        ("demonstrations", {"conversations": [{"from": "system", "value": "S."}, HUMAN, GPT], "system": "not this"}),
+        ("demonstrations", {"messages": [SYSTEM, USER, ASSISTANT], "system": "not this"}),
+        ("pairs", {"system": "S.", "question": "Q?", "chosen": "A.", "rejected": "No."}),
+        ("scored", {"system": "S.", "query": "Q?", "response": ["A.", "No."], "score": [1, 0]}),
+        ("prompts", {"system": "S.", "prompt": "Q?"}),
+        ("prompts", {"system": "S.", "messages": [USER, ASSISTANT]}),
+    ],
+)
+def test_the_system_text_of_a_line(tmp_path, tokenizer, form, row):
+    """The key `system` begins every conversation of a line, unless the messages begin with a system message."""
+    samples = Records.load(write(tmp_path / "a.jsonl", row), form, tokenizer, Data(template="human")).head(0)
+    for sample in samples:
+        assert sample.text.prompt == "S.\n\nHuman: Q?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("key", "form"), [("input", "demonstrations"), ("context", "demonstrations"), ("input", "pairs")]
+)
+def test_an_instruction_has_an_input_and_a_history(tmp_path, tokenizer, key, form):
+    """They are joined as in LLaMA-Factory: the input follows in the next line, and the history precedes both."""
+    row = {
+        "instruction": "Add.",
+        key: "1 + 1",
+        "output": "2",
+        "chosen": "2",
+        "rejected": "3",
+        "history": [["Q?", "A."]],
+    }
+    samples = Records.load(write(tmp_path / "a.jsonl", row), form, tokenizer, Data(template="human", learn="last"))
+    said = "\n\nHuman: Q?\n\nAssistant: A.\n\nHuman: Add.\n1 + 1\n\nAssistant:"
+    assert {sample.text.prompt for sample in samples.head(0)} == {said}
+    assert learned(tokenizer, samples.head(0)[0]) == " 2<|endoftext|>"
+
+
+def test_what_tools_say_is_a_message_of_their_own():
+    called = {"from": "observation", "value": "4", "id": 7}
+    row = {"conversations": [HUMAN, GPT, called, {"from": "tool", "value": "5"}, GPT]}
+    [(messages, _)] = forms.read(json.dumps(row).encode(), "demonstrations")
+    tools = [{"id": 7, "role": "tool", "content": "4"}, {"role": "tool", "content": "5"}]
+    assert messages == [USER, ASSISTANT, *tools, ASSISTANT]
 
 
 @pytest.mark.parametrize("query", ["query", "prompt"])

@@ -6,6 +6,7 @@ Keys and inputs that decide its result must be equal, and all others may change.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import demo_task
 
-DATA = {"sft": "train_sft", "dpo": "train_sft", "reward": "train_sft", "grpo": "train_rl", "online-dpo": "train_rl"}
+DATA = {
+    "sft": "train_sft",
+    "dpo": "train_sft",
+    "reward": "train_sft",
+    "grpo": "train_rl",
+    "online-dpo": "train_rl",
+    "rlhf": "train_rl",
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +148,7 @@ def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None
     "keys",
     [
         ["steps=9", "log.every=3", "evaluate.every=3", "checkpoint.every=3", "memory.offload=all", "batch.tokens=512"],
+        ["epochs=3", "data.invalid=skip"],
         ["policy.load={made}/copy", "data.train={made}/data/{data}_copy.jsonl", "policy.tokenizer={made}/other"],
         [
             "rollout.memory=0.3",
@@ -185,6 +194,28 @@ def test_a_pad_token_is_part_of_a_reward_model_alone(made: Path, tmp_path: Path,
     said = f"{tmp_path}/model/config.json has the end-of-text token as pad_token_id={eos}"
     wanted = [f"{said}: the score is read at the token before it, as in transformers"]
     assert second.remarks == (wanted if mode == "reward" else [])
+
+
+def test_epochs_decide_the_number_of_steps(made: Path, tmp_path: Path) -> None:
+    """All that depends on the number of steps uses theirs. A step may span the end of the last epoch."""
+    records = len(start(made, tmp_path, "sft").records)
+    for key, steps in (
+        ("steps=7", 7),
+        ("epochs=1", math.ceil(records / 64)),
+        ("epochs=2.5", math.ceil(2.5 * records / 64)),
+        ("epochs=1e-5", 1),
+    ):
+        assert start(made, tmp_path, "sft", key).steps == steps
+    # the product of the floating-point numbers is 2.1000000000000003 x 10
+    assert start(made, tmp_path, "sft", "epochs=2.1", "batch.prompts=30").steps == -(-records * 21 // 300)
+    save(tmp_path, start(made, tmp_path, "sft", "optim.schedule=linear", "epochs=1"), "sft", math.ceil(records / 64))
+    assert start(made, tmp_path, "sft", "optim.schedule=linear", "epochs=1").remarks == []
+    [remark] = start(made, tmp_path, "sft", "optim.schedule=linear", "epochs=2").remarks
+    assert remark.startswith(f"steps={math.ceil(2 * records / 64)} changes optim.schedule=linear from here on")
+    rlhf = ["policy.init=random", "reward.load={made}/model", "epochs=20", "batch.prompts=2"]
+    assert start(made, tmp_path / "rlhf", "rlhf", *rlhf, "ppo.critic_warmup=150").steps == 200
+    with pytest.raises(UserError, match=r"ppo.critic_warmup=200 leaves no step of steps=200 for the policy"):
+        start(made, tmp_path / "rlhf", "rlhf", *rlhf, "ppo.critic_warmup=200")
 
 
 def test_code_that_has_changed_is_said(made: Path, tmp_path: Path) -> None:

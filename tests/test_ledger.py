@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import configuration, prepare
+from rlhf import configuration, dryrun, prepare
 from rlhf.config import Config
 from rlhf.errors import UserError
 from rlhf.ledger import CONTEXT, GIB, Ledger, parameters
@@ -253,6 +253,18 @@ def test_dry_run_of_a_fresh_clone(tmp_path: Path) -> None:
     )
     assert configuration.load("rlhf", [str(tmp_path / "printed.toml")]) == asked
     assert replace(asked, optim=replace(asked.optim, clip=0.5)) != asked
+
+
+def test_dry_run_counts_the_steps_of_epochs(tmp_path: Path) -> None:
+    """It counts the lines of data.train. Without this file, it shows everything else."""
+    data = tmp_path / "a.jsonl"
+    keys = ["epochs=2.5", "batch.prompts=8", "batch.epochs=3", f"data.train={data}"]
+    config = configuration.load("sft", keys)
+    unknown = f"3 a step, the number of steps of epochs=2.5 is unknown (data set {data}: no such file or folder"
+    assert unknown in dryrun.batch(config, 1)
+    data.write_text('{"prompt": "Q?", "response": "A."}\n' * 33)
+    assert "= 3 a step, 33 in 11 steps, which are 2.5 epochs of 33 lines" in dryrun.batch(config, 1)
+    assert "is unknown (data.train is not set)" in dryrun.batch(configuration.load("sft", ["epochs=1"]), 1)
 
 
 def test_dry_run_refuses_what_cannot_fit() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import configuration, convert, folders, prepare
-from rlhf.data import jsonl
+from rlhf.data import lines
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
@@ -116,6 +116,11 @@ def test_roles(root: Path, mode: str, overrides: list[str], wanted: dict) -> Non
     [
         ("rlhf", [], "critic.load and reward.load are not set"),
         (
+            "sft",
+            ["steps=7", "epochs=0.5"],
+            "steps=7 and epochs=0.5 are both set: set epochs=0 to use steps, or steps=100, its default, to use epochs",
+        ),
+        (
             "grpo",
             ["policy.load=ROOT/classifier"],
             "policy.load=.*/classifier is a reward model without an output layer",
@@ -199,7 +204,7 @@ def test_a_name_on_the_hub_gets_its_command(
     with pytest.raises(UserError, match=command):
         convert.main(["--from", name, "--to", "new", "--format", "hf"])
     with pytest.raises(UserError, match=r"hf download openai/gsm8k --type dataset --local-dir openai/gsm8k$"):
-        jsonl.files(Path("openai/gsm8k"))
+        lines.files(Path("openai/gsm8k"))
     with pytest.raises(UserError, match="/a/b: no such folder; give the folder of a model in Hugging Face or Meg"):
         shapes(root, "sft", "policy.load=/a/b")
 
@@ -261,3 +266,16 @@ def test_worlds(axes: tuple[int, int, int], dp: int, world: int, fits: bool) -> 
     else:
         with pytest.raises(UserError, match=f"does not fit {world} ranks"):
             prepare.check_world(parallel, world)
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys", "said"),
+    [
+        ("sft", [], "100 steps of 64 of 12,345 records: 0.5184 epochs"),
+        ("sft", ["steps=3000", "batch.prompts=1024"], "3,000 steps of 1,024 of 12,345 records: 248.8 epochs"),
+        ("sft", ["rollout.rounds=2"], "100 steps of 64 of 12,345 records: 0.5184 epochs"),
+        ("grpo", ["rollout.rounds=2"], "100 steps of 64 of 12,345 records: at least 0.5184 epochs"),
+    ],
+)
+def test_the_epochs_of_a_run(mode: str, keys: list[str], said: str) -> None:
+    assert prepare.passes(configuration.load(mode, keys), 12345) == said

@@ -13,7 +13,7 @@ from rows import first_lines, learned, whole, write
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
-from rlhf.data import forms, jsonl
+from rlhf.data import forms, lines
 from rlhf.data.records import Records
 from rlhf.errors import told
 from rlhf.rewards.answers import verify
@@ -155,7 +155,7 @@ def test_folders_and_what_is_held_out(tmp_path):
             HH,
             "argument --dev: invalid float value: 'x'; see ./launch.sh prepare_data --help",
         ),
-        (["hh"], "[", "in.jsonl:1: not JSON"),
+        (["hh"], "{", "in.jsonl:1: not JSON"),
         (["hh", "--dev", "5"], HH, "--dev=5 is not a share of the prompts: give a number from 0 to below 1"),
     ],
 )
@@ -202,7 +202,7 @@ def test_every_line_of_the_real_files_has_a_form_of_its_mode(prepared, llama2):
         mode = MODES[file.parent.name]
         form = ALGORITHMS[mode].form
         required = ("answer",) if mode == "grpo" else ()
-        for _, line in jsonl.lines(file):
+        for _, line in lines.read(file):
             assert len(forms.read(line, form, required).told) == (2 if form in forms.COMPARED else 1)
         records = load(head(file, 50), mode, llama2, template, required=required)
         assert len(records) == 50

@@ -1,13 +1,11 @@
-"""Records: files, limits, and the order of drawing."""
+"""Records: limits, processes, and the order of drawing."""
 
-import gzip
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,45 +13,13 @@ from rows import first_lines, learned, whole, write
 
 from rlhf.config import Data
 from rlhf.data import reader, templates
-from rlhf.data.records import Records, permutation
+from rlhf.data.records import Counts, Records, permutation
 from rlhf.errors import UserError
 
 
 @pytest.fixture(scope="session")
 def tokenizer(llama3):
     return llama3
-
-
-def test_files_and_folders(tmp_path, tokenizer):
-    """Files of a folder are read in the order of their names. Blank lines and other files are skipped."""
-    write(tmp_path / "b.jsonl.gz", {"prompt": "three"}, "", {"prompt": "four"})
-    write(tmp_path / "a.jsonl", {"prompt": "one"}, "  ", {"prompt": "two"})
-    write(tmp_path / "c.json", {"prompt": "fünf 🙂"})
-    (tmp_path / "README.md").write_text("no data")
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "d.jsonl").write_text("folders in it are not read")
-    samples = Records.load(tmp_path, "prompts", tokenizer, Data()).head(0)
-    assert [sample.text.prompt for sample in samples] == ["one", "two", "three", "four", "fünf 🙂"]
-    assert [sample.text.row for sample in samples] == [0, 1, 2, 3, 4]
-    assert [sample.group for sample in samples] == [0, 1, 2, 3, 4]
-    assert len(Records.load(tmp_path / "b.jsonl.gz", "prompts", tokenizer, Data())) == 2
-
-
-def test_errors_of_files(tmp_path, tokenizer):
-    def fails(path, message):
-        with pytest.raises(UserError, match=message) as caught:
-            Records.load(path, "demonstrations", tokenizer, Data())
-        assert str(path) in str(caught.value)
-
-    fails(tmp_path / "nowhere.jsonl", "no such file or folder; give a jsonl file")
-    fails(tmp_path, r"no file in this folder ends in .jsonl, ")
-    fails(write(tmp_path / "empty.jsonl", "", " "), "has no records: it has no lines; set data.train")
-    (tmp_path / "plain.jsonl.gz").write_text("{}")
-    fails(tmp_path / "plain.jsonl.gz", "cannot be read .*copy the file again")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x", "response": "y"}\n' * 9)[:-12])
-    fails(tmp_path / "cut.jsonl.gz", "cannot be read .*copy the file again")
-    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    fails(tmp_path / "latin.jsonl", r"latin.jsonl:1: not JSON")
 
 
 def test_overlong_prompts(tmp_path, tokenizer):
@@ -69,13 +35,13 @@ def test_overlong_prompts(tmp_path, tokenizer):
 
     dropped = Records.load(file, "prompts", tokenizer, Data(template="human", overlong="drop"), max_prompt=40)
     assert [sample.text.row for sample in dropped.head(0)] == [0, 2]
-    assert asdict(dropped.counts) == {"kept": 2, "truncated": 0, "dropped": 1}
+    assert str(dropped.counts) == "2 records (0 truncated, 1 dropped)"
 
     cut = Records.load(file, "prompts", tokenizer, Data(template="human", overlong="truncate"), max_prompt=40)
     tokens = cut.head(0)[1].tokens.tolist()
     assert tokens == [tokenizer.bos, *ids[-39:]]
     assert tokenizer.decode(tokens).endswith("\n\nAssistant:")
-    assert asdict(cut.counts) == {"kept": 3, "truncated": 1, "dropped": 0}
+    assert str(cut.counts) == "3 records (1 truncated, 0 dropped)"
     assert [sample.truncated for sample in cut.head(0)] == [False] * 3, "truncated tells of responses"
     assert not any(sample.mask.any() for sample in cut.head(0))
 
@@ -172,7 +138,7 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
         return Records.load(file, "scored", tokenizer, Data(overlong="drop", max_tokens=40), cache=tmp_path / "cache")
 
     first = load()
-    assert asdict(first.counts) == {"kept": 8, "truncated": 0, "dropped": 1}
+    assert first.counts == Counts(kept=8, dropped=1)
     monkeypatch.setattr(templates, "encode", lambda *_: pytest.fail("tokenized again"))
     again = load()
     assert again.counts == first.counts
@@ -207,7 +173,7 @@ def test_many_processes_make_what_one_makes(tmp_path, request, fixture, processe
     def load(name):
         data, cache = Data(overlong="drop", max_tokens=60), tmp_path / name
         records = Records.load(file, "scored", request.getfixturevalue(fixture), data, cache=cache)
-        assert asdict(records.counts) == {"kept": 30, "truncated": 0, "dropped": 10}
+        assert records.counts == Counts(kept=30, dropped=10)
         [kept] = cache.iterdir()
         return kept.name, {path.name: path.read_bytes() for path in kept.iterdir()}
 
@@ -224,6 +190,12 @@ def test_many_processes_tell_the_first_mistake(tmp_path, tokenizer, processes):
     file = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(UserError, match=re.escape(f"{file}:32: 'prompt' is empty; give it a text or remove the line")):
         Records.load(file, "prompts", tokenizer, Data())
+    counts = Records.load(file, "prompts", tokenizer, Data(invalid="skip")).counts
+    assert (counts.kept, counts.skipped, counts.reason) == (
+        57,
+        3,
+        f"{file}:32: 'prompt' is empty; give it a text or remove the line",
+    )
 
 
 def die(reader, connection):
@@ -315,7 +287,7 @@ def test_gsm8k(tmp_path, tokenizer, llama2, shared_data):
     file = shared_data / "gsm8k_test.jsonl.gz"
     prompts = Records.load(file, "prompts", llama2, Data(template="human"), required=("answer",))
     assert len(prompts) == 1319
-    assert asdict(prompts.counts) == {"kept": 1319, "truncated": 0, "dropped": 0}
+    assert prompts.counts == Counts(kept=1319)
     for sample in prompts.draw(3, 16, seed=1):
         record = sample.text.record
         assert "####" in record["answer"]

@@ -110,14 +110,15 @@ def test_exported_folder_loads_in_transformers() -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_resume_is_bitwise(tmp_path: Path) -> None:
-    """Six steps in one run equal six steps with SIGKILL to all ranks in the middle, bitwise.
+    """Six steps (epochs=0.0117) in one run equal six steps with SIGKILL to all ranks in the middle, bitwise.
 
     Weights and numbers are compared. Responses are in flight between the steps, and both engines continue them from
     the checkpoint. The second run has more evaluations.
     """
     common = [
         *GRPO,
-        "steps=6",
+        "steps=100",
+        "epochs=0.0117",
         "checkpoint.every=2",
         "optim.schedule=linear",
         "log.tensorboard=true",
@@ -131,7 +132,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     output = run("grpo", *common, f"out={tmp_path}/killed", "evaluate.every=5")
-    finish(whole_run)
+    assert "6 steps of 8 of 4,096 records: 0.01172 epochs; out: " in finish(whole_run)
     assert "resumed after step" in output
     whole, resumed = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -11,10 +11,10 @@ Each task writes FOLDER/KIND/train.jsonl and dev.jsonl. KIND is the purpose of t
 
 alignment has prompts for rlhf, online-dpo and grpo. math has prompts and answers for grpo with the math verifier.
 
-PATH is a file, or a folder that is searched recursively for jsonl files (also .gz). Files named test, dev or valid are
-held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as text with
-HH's markers "Human:" and "Assistant:", for data.template=auto or plain; or as messages, for all other templates. Text
-with template plain and messages with template human give the same tokens.
+PATH is a file, or a folder that is searched recursively for data files (see Data in the README). Files named test, dev
+or valid are held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as
+text with HH's markers "Human:" and "Assistant:", for data.template=auto or plain; or as messages, for all other
+templates. Text with template plain and messages with template human give the same tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rlhf import folders, output, texts
-from rlhf.data import forms, jsonl
+from rlhf.data import forms, lines
 from rlhf.errors import UserError, told
 
 Row = dict[str, Any]
@@ -131,12 +131,12 @@ def _alternate(turns: list[Row]) -> bool:
 def sources(path: Path) -> Iterator[tuple[Path, bool]]:
     """Return the files to read, sorted by name, and whether each is held out."""
     if not path.is_dir():
-        yield from ((file, False) for file in jsonl.files(path))
+        yield from ((file, False) for file in lines.files(path))
         return
-    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(jsonl.SUFFIXES)]
+    found = lines.readable(file for file in path.rglob("*") if file.is_file())
     found = [file for file in found if "red-team-attempts" not in file.parts]  # part of HH-RLHF, but not preferences
     if not found:
-        raise UserError(f"--from {path}: no file in this folder ends in {', '.join(jsonl.SUFFIXES)}")
+        raise UserError(f"--from {path}: no file in this folder ends in {', '.join(lines.SUFFIXES)}")
     yield from ((file, bool(HELD_OUT.search(file.name))) for file in found)
 
 
@@ -156,11 +156,11 @@ def prepare(
     left_out: Counter = Counter()
     seen: set[str] = set()
     for file, held_out in sources(source):
-        for where, line in jsonl.lines(file):
+        for where, line in lines.read(file):
             try:
                 prompt, made = TASKS[task](forms.parse(line), as_text)
                 part = "dev.jsonl" if held_out or task == "mtbench" or is_in(dev, prompt, seed) else "train.jsonl"
-                lines = {kind: _line(content) for kind, content in made.items() if not isinstance(content, str)}
+                written = {kind: _line(content) for kind, content in made.items() if not isinstance(content, str)}
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             except UnicodeEncodeError:
@@ -172,7 +172,7 @@ def prepare(
                 if isinstance(content, str):
                     left_out[kind, content] += 1
                 else:
-                    files.setdefault(Path(kind, part), []).append(lines[kind])
+                    files.setdefault(Path(kind, part), []).append(written[kind])
     return {name: b"".join(held) for name, held in files.items()}, left_out
 
 
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("task", choices=TASKS)
     parser.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="PATH", help="jsonl file or folder to read"
+        "--from", dest="source", type=Path, required=True, metavar="PATH", help="file or folder to read"
     )
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="FOLDER", help="folder to write to")
     parser.add_argument(

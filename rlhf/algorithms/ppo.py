@@ -86,7 +86,7 @@ class PPO(Algorithm):
             self.models = {**self.models, "reference": "frozen"}
         elif self.keys.kl_target:
             raise UserError("ppo.kl_target adapts ppo.kl, but ppo.kl=0 stays 0: raise ppo.kl, or set ppo.kl_target=0")
-        if self.keys.critic_warmup >= config.steps:
+        if self.keys.critic_warmup >= config.steps and not config.epochs:
             given = f"ppo.critic_warmup={self.keys.critic_warmup}"
             raise UserError(f"{given} leaves no step of steps={config.steps} for the policy: lower it")
         responses = config.batch.prompts * config.rollout.group

@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf import folders, texts
 from rlhf.config import Data
-from rlhf.data import jsonl
+from rlhf.data import lines, tables
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
@@ -43,7 +43,7 @@ class Record:
     """One line of the data set that was kept."""
 
     row: int  # index among the lines of all files
-    line: bytes
+    line: bytes  # the JSON text of an object
     template: str  # the key of templates.TEMPLATES that it is written with
     siblings: list[Conversation]
 
@@ -62,10 +62,11 @@ class Columns:
     lines: np.ndarray  # [B] uint8
     line_ends: np.ndarray  # [R] int64, where the bytes of each line end
     templates: np.ndarray  # [R] text, the template of each record
-    counts: np.ndarray  # [3] int64, lines kept, truncated and dropped
+    counts: np.ndarray  # [4] int64, lines kept, truncated, dropped and skipped
+    reason: np.ndarray  # [M] uint8, why the first skipped line was skipped, in UTF-8
 
     @classmethod
-    def of(cls, records: list[Record], counts: tuple[int, int, int]) -> "Columns":
+    def of(cls, records: list[Record], counts: tuple[int, int, int, int], reason: str = "") -> "Columns":
         every = [conversation for record in records for conversation in record.siblings]
 
         def ends(lengths: list[int]) -> np.ndarray:
@@ -83,6 +84,7 @@ class Columns:
             line_ends=ends([len(record.line) for record in records]),
             templates=np.array([record.template for record in records], "U16"),
             counts=np.array(counts),
+            reason=np.frombuffer(reason.encode(errors="replace"), np.uint8),
         )
 
     @classmethod
@@ -93,6 +95,8 @@ class Columns:
             arrays = [getattr(part, name) for part in parts]
             if name == "counts":
                 return np.sum(arrays, axis=0)
+            if name == "reason":
+                return next((array for array in arrays if len(array)), arrays[0])
             if name.endswith("_ends"):
                 sizes = [int(ends[-1]) if len(ends) else 0 for ends in arrays]
                 arrays = [ends + start for ends, start in zip(arrays, np.cumsum([0, *sizes[:-1]]), strict=True)]
@@ -171,10 +175,11 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
     """
     code = sorted(Path(__file__).parent.glob("*.py"))
     libraries = [version(name) for name in ("numpy", "tokenizers", "sentencepiece", "jinja2")]
+    libraries += {tables.library(file).__version__ for file in lines.files(path) if tables.is_table(file)}
     dated = config.template in ("auto", "tokenizer") and tokenizer.chats and tokenizer.chats.dated
     today = date.today() if dated else None
     parts = [replace(config, train="", eval=""), arguments, libraries, today]
-    for files in (code, tokenizer.files.values(), jsonl.files(path)):
+    for files in (code, tokenizer.files.values(), lines.files(path)):
         parts.append([_file_digest(file) for file in files])
     return hashlib.sha256(repr((parts, list(tokenizer.files))).encode()).hexdigest()
 

@@ -2,8 +2,10 @@
 
 Algorithm.form chooses the table of forms for a mode. A line has the first form in the table whose keys it has. Reward
 functions may use the other keys. A prompt or response may be a text or a list of messages (objects with role and
-content, as in TRL). The text of a prompt becomes a user message, and the text of a response becomes an assistant
-message. In lists of scored responses, each response must be a text. A line of messages may describe `tools`.
+content, as in TRL, or with from and value, as in ShareGPT). The text of a prompt becomes a user message, and the text
+of a response becomes an assistant message. In lists of scored responses, each response must be a text. The text under
+`system` becomes the system message of every form. Alpaca's lines are read as in LLaMA-Factory. A line of messages may
+describe `tools`.
 """
 
 import math
@@ -29,7 +31,7 @@ class Content:
     """The content of a line."""
 
     told: Told
-    is_text: bool  # prompt and responses are texts, not messages
+    is_text: bool  # prompt and responses are texts, not messages or an instruction
     tools: Tools
 
 
@@ -38,11 +40,8 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
 
     required: further keys that the line must have, such as the answer for a reward function.
     """
-    row, forms = parse(line), FORMS[form]
-    keys = next((keys for keys in forms if all(key in row for key in keys)), None)
-    if keys is None:
-        wanted = ", or ".join(" and ".join(map(repr, keys)) for keys in forms)
-        raise UserError(f"the line has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
+    row = parse(line)
+    keys = _form(row, form)
     for key in required:
         if row.get(key) in (None, "", []):
             remedy = "add it, or set another reward.function, or set reward.load"
@@ -54,12 +53,38 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
         raise UserError(
             f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
         )
-    is_text = not any(_is_messages(row[key]) for key in keys)
-    return Content(forms[keys](row, keys), is_text, None if is_text else templates.read_tools(row.get("tools")))
+    system = _system(row)
+    told = [
+        (system + messages if messages[0]["role"] != "system" else messages, reward)
+        for messages, reward in FORMS[form][keys](row, keys)
+    ]
+    is_text = "instruction" not in keys and not any(_is_messages(row[key]) for key in keys)
+    return Content(told, is_text, None if is_text else templates.read_tools(row.get("tools")))
 
 
 def _is_messages(value: object) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and isinstance(next(iter(value), None), dict))
+
+
+def _form(row: Row, form: Form) -> Keys:
+    """Return the keys of the first form that fits a line. Forms whose keys are null come last."""
+    label = next((key for key in ("label", "kto_tag") if type(row.get(key)) is bool), None)
+    if label and form != "prompts" and "chosen" not in row:
+        one = f"{label!r} is {row[label]}, but lines that label one response (KTO) are not read"
+        raise UserError(
+            f"{one}; give pairs with 'chosen' and 'rejected', or for sft the good responses without the key"
+        )
+    fitting = [keys for keys in FORMS[form] if all(key in row for key in keys)]
+    if not fitting:
+        wanted = ", or ".join(" and ".join(map(repr, keys)) for keys in FORMS[form])
+        raise UserError(f"the line has the keys {', '.join(map(repr, row)) or 'none'}; give it {wanted}")
+    return next((keys for keys in fitting if all(row[key] is not None for key in keys)), fitting[0])
+
+
+def _system(row: Row) -> list[Message]:
+    """Return the system message of a line as a list, which is empty without one."""
+    key = next((key for key in SYSTEM if row.get(key) not in (None, "")), None)
+    return [{"role": "system", "content": _text(row[key], key)}] if key else []
 
 
 def _stated(value: object) -> bool:
@@ -77,9 +102,9 @@ def parse(line: bytes) -> Row:
     try:
         row = texts.parse(line)
     except ValueError as error:
-        raise UserError(f"not JSON ({error}); write one object per line") from None
+        raise UserError(f"not JSON ({error}); write one object per line, or an array of objects") from None
     if not isinstance(row, dict):
-        raise UserError(f"not an object but {row!r:.80}; write one object per line")
+        raise UserError(f"not an object but {row!r:.80}; write one object per line, or an array of objects")
     return row
 
 
@@ -89,7 +114,7 @@ def _prompt(row: Row, keys: Keys) -> Told:
 
 def _unanswered(row: Row, keys: Keys) -> Told:
     """Return a conversation as a prompt. A last message of the assistant is dropped, because the policy replaces it."""
-    messages = templates.validate(row[keys[0]])
+    messages = _messages(row[keys[0]])
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1]["role"] == "assistant":
@@ -102,10 +127,14 @@ def _exchange(row: Row, keys: Keys) -> Told:
 
 
 def _conversation(row: Row, keys: Keys) -> Told:
-    messages = templates.validate(row[keys[0]])
+    messages = _messages(row[keys[0]])
     if messages[-1]["role"] != "assistant":
         last = messages[-1]["role"]
         raise UserError(f"{keys[0]!r} ends with {last!r}; end it with the assistant, whose messages are learned")
+    for i, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and message.get("weight") == 0:
+            given = f"message {i} has weight 0, but single messages cannot be left out"
+            raise UserError(f"{given}; remove the key (data.learn=last learns the last message only)")
     return [(messages, 0.0)]
 
 
@@ -142,12 +171,63 @@ def _pair(row: Row, keys: Keys) -> Told:
 
 def _turns(row: Row, key: str) -> list[Message]:
     """Return the messages of a prompt."""
+    if key == "instruction":
+        return _instruction(row)
     if not isinstance(row[key], list):
-        return [{"role": "user", "content": _text(row[key], key)}]
-    messages = templates.validate(row[key])
+        return [_asked(row[key], key)]
+    messages = _messages(row[key])
     if messages[-1]["role"] == "assistant":
         raise UserError(f"{key!r} ends with the assistant; end it with the user")
     return messages
+
+
+def _instruction(row: Row) -> list[Message]:
+    """Return the prompt of Alpaca's form: the pairs of `history`, then the instruction and its input, if it has any."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"'history' is {history!r:.80}; give a list of pairs of an instruction and its response")
+    messages = []
+    for i, (asked, said) in enumerate(history, 1):
+        messages += [_asked(asked, f"history {i}"), _said(said, f"history {i}")]
+    parts = [(key, row[key]) for key in ("instruction", *INPUTS) if row.get(key) not in (None, "")]
+    if not parts:
+        raise UserError("'instruction' is empty; give it a text or remove the line")
+    return [*messages, _asked("\n".join(_text(text, key) for key, text in parts), "instruction")]
+
+
+def _messages(value: object) -> list[Message]:
+    """Return the messages of a list, or of one message. Raises UserError with the number of the message."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        value = [_message(turn, i) if isinstance(turn, dict) else turn for i, turn in enumerate(value, 1)]
+    return templates.validate(value)
+
+
+def _message(turn: Row, number: int) -> Row:
+    """Return a message with role and content. Those of ShareGPT have from and value instead."""
+    if "role" in turn or not {"from", "value"} <= turn.keys():
+        return turn
+    speaker, content = turn["from"], turn["value"]
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise UserError(f"message {number} is from {speaker!r:.80}; it must be from one of {', '.join(SPEAKERS)}")
+    if speaker == CALL:
+        return {**rest, "role": "assistant", "content": None, "tool_calls": _calls(content, number)}
+    return {**rest, "role": SPEAKERS[speaker], "content": content}
+
+
+def _calls(content: object, number: int) -> list[Row]:
+    """Return the tool calls of a ShareGPT message: JSON text of an object with name and arguments, or of a list."""
+    try:
+        found = texts.parse(content) if isinstance(content, str) else content
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        given = f"message {number} is from {CALL}, but its value is {content!r:.80}"
+        raise UserError(f"{given}; give JSON with the keys 'name' and 'arguments'")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _continued(prompt: list[Message], row: Row, key: str) -> list[Message]:
@@ -155,12 +235,12 @@ def _continued(prompt: list[Message], row: Row, key: str) -> list[Message]:
 
     The list may begin with the messages of the prompt. With an empty `prompt`, it must contain the whole conversation.
     """
-    if not isinstance(row[key], list):
+    if not isinstance(row[key], (list, dict)):
         if not prompt:
             remedy = f"add 'prompt', or give {key!r} as messages (tools/prepare_data.py converts HH data)"
             raise UserError(f"{key!r} is {row[key]!r:.80}, and there is no 'prompt'; {remedy}")
         return [*prompt, _said(row[key], key)]
-    messages = templates.validate(row[key])
+    messages = _messages(row[key])
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{key!r} ends with {messages[-1]['role']!r}; end it with the assistant")
     if messages[: len(prompt)] != prompt:
@@ -168,6 +248,10 @@ def _continued(prompt: list[Message], row: Row, key: str) -> list[Message]:
     if len(messages) == 1:
         raise UserError(f"{key!r} is a response without a prompt; add a 'prompt', or begin the messages with the user")
     return messages
+
+
+def _asked(text: object, name: str) -> Message:
+    return {"role": "user", "content": _text(text, name)}
 
 
 def _said(text: object, name: str) -> Message:
@@ -182,24 +266,44 @@ def _text(text: object, name: str) -> str:
     return text
 
 
+SYSTEM = ("system", "system_prompt")  # keys of a system text, in Alpaca's and ShareGPT's lines and in OpenOrca's
+INPUTS = ("input", "context")  # keys of the text to which an instruction applies, in Alpaca's lines and in Dolly's
+CALL = "function_call"
+SPEAKERS = {  # the speakers of ShareGPT's messages -> their roles
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"},
+    **{"system": "system", "tool": "tool", "observation": "tool", CALL: "assistant"},
+}
 _PROMPTS: dict[Keys, Parse] = {
     ("prompt",): _prompt,
     ("query",): _prompt,
     ("question",): _prompt,
+    ("problem",): _prompt,
+    ("instruction",): _prompt,
     ("messages",): _unanswered,
+    ("conversations",): _unanswered,
+    ("conversation",): _unanswered,
 }
 _PAIRS: dict[Keys, Parse] = {
     ("prompt", "chosen", "rejected"): _pair,
     ("query", "chosen", "rejected"): _pair,
+    ("question", "chosen", "rejected"): _pair,
+    ("instruction", "chosen", "rejected"): _pair,
+    ("conversations", "chosen", "rejected"): _pair,
     ("chosen", "rejected"): _pair,
 }
 FORMS: dict[Form, dict[Keys, Parse]] = {
     "demonstrations": {
         ("messages",): _conversation,
+        ("conversations",): _conversation,
+        ("conversation",): _conversation,
         ("prompt", "response"): _exchange,
         ("prompt", "completion"): _exchange,
         ("query", "response"): _exchange,
         ("question", "answer"): _exchange,
+        ("question", "response"): _exchange,
+        ("problem", "solution"): _exchange,
+        ("instruction", "output"): _exchange,
+        ("instruction", "response"): _exchange,
     },
     "scored": {("query", "response", "score"): _scored, ("prompt", "response", "score"): _scored, **_PAIRS},
     "pairs": _PAIRS,

@@ -22,18 +22,19 @@ import numpy as np
 from rlhf import progress
 from rlhf.config import Data
 from rlhf.contracts import Form
-from rlhf.data import forms, jsonl, templates
+from rlhf.data import forms, lines, templates
 from rlhf.data.columns import Columns, Conversation, Record
 from rlhf.data.forms import Keys
-from rlhf.data.limits import Limits, trimmed
+from rlhf.data.limits import Encoded, Limits, trimmed
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 
 CHUNK = 1 << 19  # bytes of lines per chunk: about 0.2 s of work
 LEAST = 4  # smallest number of chunks per process for which its start is worth the time
 MOST = 32  # largest number of processes; this process cannot send chunks to more
+MOST_SKIPPED = 0.5  # largest share of skipped lines; more are probably a mistake in a key or in the form of the data
 
-Line = tuple[int, str, bytes]  # index among the lines of all files, "file:line", content
+Line = tuple[int, str, bytes]  # index among the lines of all files, and what lines.read() yields
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +48,22 @@ class Reader:
     required: Keys
 
     def read(self, path: Path, first: bool = False) -> Columns:
-        """Return the records of a file, or of all files of a folder in the order of their names.
+        """Return the records of a data set, in the order of its files.
 
         first: read only the first chunk of lines.
-        Raises UserError with file:line for the first invalid line, and for a data set without records.
+        Raises UserError with file:line for the first invalid line, for a data set without records, and for one of which
+        more than half of the lines are skipped (data.invalid=skip).
         """
         chunks = list(itertools.islice(_chunks(path), 1 if first else None))
         processes = min(len(os.sched_getaffinity(0)), MOST, len(chunks) // LEAST)
         columns = Columns.joined(
             self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks))
         )
+        _, _, dropped, skipped = columns.counts.tolist()
+        if skipped > (len(columns) + dropped + skipped) * MOST_SKIPPED:
+            many = f"{skipped} of {len(columns) + dropped + skipped} lines are invalid, more than half; the first is"
+            raise UserError(f"data set {path}: {many} {columns.reason.tobytes().decode()}")
         if not len(columns):
-            dropped = columns.counts[-1]
             too_long = f"all {dropped} lines are longer than data.max_tokens; raise it"
             why = too_long if dropped else "it has no lines; set data.train and data.eval"
             raise UserError(f"data set {path} has no records: {why}")
@@ -66,27 +71,36 @@ class Reader:
 
     def columns(self, chunk: list[Line]) -> Columns:
         """Return the records of some lines. Raises UserError with file:line."""
-        learn = "last" if self.form in forms.COMPARED else self.data.learn
-        records, truncated, dropped = [], 0, 0
+        records, truncated, dropped, skipped, reason = [], 0, 0, 0, ""
         for row, where, line in chunk:
             try:
-                content = forms.read(line, self.form, self.required)
-                template = templates.choose(self.tokenizer, self.data.template, content.told[0][0], content.is_text)
-                siblings = [
-                    trimmed(templates.encode(self.tokenizer, template, messages, learn, content.tools))
-                    for messages, _ in content.told
-                ]
+                try:
+                    template, siblings, rewards = self._encoded(line)
+                except UserError as error:
+                    if self.data.invalid == "error":
+                        raise
+                    skipped, reason = skipped + 1, reason or f"{where}: {error}"
+                    continue
                 over = self.fit.over(siblings)
                 if over and self.data.overlong == "drop":  # drop all conversations of the group
                     dropped += 1
                     continue
                 truncated += over
-                cuts = zip(self.fit.cut(siblings, template), content.told, strict=True)
-                said = [_conversation(*cut, reward) for cut, (_, reward) in cuts]
-                records.append(Record(row, line, template, said))
+                cuts = zip(self.fit.cut(siblings, template), rewards, strict=True)
+                records.append(Record(row, line, template, [_conversation(*cut, reward) for cut, reward in cuts]))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-        return Columns.of(records, (len(records), truncated, dropped))
+        return Columns.of(records, (len(records), truncated, dropped, skipped), reason)
+
+    def _encoded(self, line: bytes) -> tuple[str, list[Encoded], list[float]]:
+        """Return the template of a line, the tokens and the reward of each conversation. Raises UserError."""
+        learn = "last" if self.form in forms.COMPARED else self.data.learn
+        content = forms.read(line, self.form, self.required)
+        template = templates.choose(self.tokenizer, self.data.template, content.told[0][0], content.is_text)
+        encoded = [
+            templates.encode(self.tokenizer, template, messages, learn, content.tools) for messages, _ in content.told
+        ]
+        return template, [trimmed(each) for each in encoded], [reward for _, reward in content.told]
 
     def _apart(self, path: Path, chunks: list[list[Line]], processes: int) -> list[Columns]:
         """Return columns() of each chunk, computed by worker processes.
@@ -124,7 +138,7 @@ def _chunks(path: Path) -> Iterator[list[Line]]:
     """Yield all lines in chunks, in order. There is at least one chunk."""
     chunk: list[Line] = []
     size = 0
-    for row, (where, line) in enumerate(jsonl.lines(path)):
+    for row, (where, line) in enumerate(lines.read(path)):
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0

@@ -28,16 +28,23 @@ class Counts:
     kept: int = 0  # including truncated lines
     truncated: int = 0  # longer than the limits and cut (data.overlong=truncate)
     dropped: int = 0  # longer than the limits and dropped (data.overlong=drop)
+    skipped: int = 0  # invalid and skipped (data.invalid=skip)
+    reason: str = ""  # why the first of them was skipped
 
     def __str__(self) -> str:
-        return f"{self.kept} records ({self.truncated} truncated, {self.dropped} dropped)"
+        text = f"{self.kept} records ({self.truncated} truncated, {self.dropped} dropped)"
+        if not self.skipped:
+            return text
+        share = self.skipped / (self.kept + self.dropped + self.skipped)
+        return f"{text}, {self.skipped} invalid lines skipped ({share:.2%}; the first: {self.reason})"
 
 
 class Records:
     """A data set. It takes 5 bytes per token, plus the lines. With a cache, the processes of a node share them."""
 
     def __init__(self, tokenizer: Tokenizer, columns: Columns) -> None:
-        self.counts = Counts(*columns.counts.tolist())
+        kept, truncated, dropped, skipped = columns.counts.tolist()
+        self.counts = Counts(kept, truncated, dropped, skipped, columns.reason.tobytes().decode())
         self._tokenizer, self._columns = tokenizer, columns
 
     @classmethod
@@ -53,7 +60,7 @@ class Records:
         cache: Path | None = None,
         first: bool = False,
     ) -> "Records":
-        """Read a file, or all files of a folder in the order of their names.
+        """Read the files of a data set (lines.files) in order.
 
         form: the key of forms.FORMS for its lines. max_prompt: largest number of tokens of a prompt without a response,
         if that is less than data.max_tokens. required: further keys that each line must have, such as the answer for a
