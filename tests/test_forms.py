@@ -54,9 +54,9 @@ def test_every_mode_has_a_form():
     ],
 )
 def test_sft_forms(tmp_path, tokenizer, row):
-    """By default, texts are written as they are, and messages with the tokenizer's own chat template."""
+    """By default, texts are written as they are. The tokenizer's own chat template writes messages and instructions."""
     [sample] = Records.load(write(tmp_path / "a.jsonl", row), "demonstrations", tokenizer, Data()).head(0)
-    if any(isinstance(value, list) for value in row.values()):
+    if "instruction" in row or any(isinstance(value, list) for value in row.values()):
         prompt, said = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n", "A.<|im_end|>\n<|endoftext|>"
         assert whole(tokenizer, sample) == prompt + said
         assert sample.text == Text(row=0, prompt=prompt, record=row, template="tokenizer")
@@ -258,7 +258,7 @@ def test_an_instruction_has_an_input_and_a_history(tmp_path, tokenizer, key, for
 def test_what_tools_say_is_a_message_of_their_own():
     called = {"from": "observation", "value": "4", "id": 7}
     row = {"conversations": [HUMAN, GPT, called, {"from": "tool", "value": "5"}, GPT]}
-    [(messages, _)] = forms.read(json.dumps(row).encode(), "demonstrations")
+    [(messages, _)] = forms.read(json.dumps(row).encode(), "demonstrations").told
     tools = [{"id": 7, "role": "tool", "content": "4"}, {"role": "tool", "content": "5"}]
     assert messages == [USER, ASSISTANT, *tools, ASSISTANT]
 
