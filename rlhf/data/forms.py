@@ -15,7 +15,7 @@ from typing import Any
 from rlhf import texts
 from rlhf.contracts import Form
 from rlhf.data import templates
-from rlhf.data.chat import Message, Tools
+from rlhf.data.chat import Message
 from rlhf.errors import UserError
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ class Content:
 
     told: Told
     is_text: bool  # prompt and responses are texts, not messages
-    tools: Tools
+    tools: object  # the value of `tools`
 
 
 def read(line: bytes, form: Form, required: Keys = ()) -> Content:
@@ -55,7 +55,7 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
             f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
         )
     is_text = not any(_is_messages(row[key]) for key in keys)
-    return Content(forms[keys](row, keys), is_text, None if is_text else templates.read_tools(row.get("tools")))
+    return Content(forms[keys](row, keys), is_text, row.get("tools"))
 
 
 def _is_messages(value: object) -> bool:

@@ -72,8 +72,10 @@ class Reader:
             try:
                 content = forms.read(line, self.form, self.required)
                 template = templates.choose(self.tokenizer, self.data.template, content.told[0][0], content.is_text)
+                asked = template == "tokenizer" or not content.is_text  # else `tools` is a key of the reward function
+                tools = templates.read_tools(content.tools) if asked else None
                 siblings = [
-                    trimmed(templates.encode(self.tokenizer, template, messages, learn, content.tools))
+                    trimmed(templates.encode(self.tokenizer, template, messages, learn, tools))
                     for messages, _ in content.told
                 ]
                 over = self.fit.over(siblings)
