@@ -150,6 +150,9 @@ def test_tools_of_a_line_are_written_and_not_learned(tmp_path, qwen):
         [sample] = Records.load(write(tmp_path / "a.jsonl", row), "demonstrations", tokenizer, Data()).head(0)
         assert whole(tokenizer, sample).startswith("<t>add<|im_start|>user\nQ?")
         assert learned(tokenizer, sample) == "call add<|im_end|>A.<|im_end|>"
+    text = write(tmp_path / "b.jsonl", {"prompt": "Q?", "response": "A.", "tools": [{"name": "add"}]})
+    [sample] = Records.load(text, "demonstrations", tokenizer, Data(template="tokenizer")).head(0)
+    assert whole(tokenizer, sample).startswith("<t>add<|im_start|>user\nQ?")
     text = write(tmp_path / "b.jsonl", {"prompt": "Q?", "response": "A.", "tools": "for the reward"})
     assert whole(tokenizer, Records.load(text, "demonstrations", tokenizer, Data()).head(1)[0]) == "Q?A.<|im_end|>"
 

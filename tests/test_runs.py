@@ -179,7 +179,7 @@ def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
         output = finish(process)
         accuracies[name] = [row["eval_reward"] for row in metrics(tmp_path / name) if "eval_reward" in row]
         if name == "Calculator":
-            assert re.search(r" => +calc \d+ \* \d+ +<= (\d+) => +#### \1", output), "the dialogue is shown"
+            assert re.search(r" => calc \d+ \* \d+ <= (\d+) => #### \1", output), "the dialogue is shown"
     assert accuracies["Calculator"][0] < 0.5
     assert accuracies["Calculator"][-1] > 0.9
     assert accuracies["Noise"][-1] < 0.5

@@ -56,7 +56,7 @@ def question(a: int, b: int, draw: random.Random) -> str:
 
 def dialogue(a: int, b: int, draw: random.Random) -> list[dict[str, str]]:
     """Return a conversation that uses the calculator, or guesses."""
-    said = [question(a, b, draw), f"{a} * {b} #### {draw.randrange(100, 10_000)}"]
+    said = [question(a, b, draw), f"{a} * {b} #### {draw.randrange(10, 100)}"]
     if draw.random() < ASKING:
         said[1:] = [f"calc {a} * {b}", str(a * b), f"#### {a * b}"]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]

@@ -17,7 +17,7 @@ from typing import Any
 from rlhf import texts
 from rlhf.contracts import Form
 from rlhf.data import templates
-from rlhf.data.chat import Message, Tools
+from rlhf.data.chat import Message
 from rlhf.errors import UserError
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ class Content:
 
     told: Told
     is_text: bool  # prompt and responses are texts, not messages or an instruction
-    tools: Tools
+    tools: object  # the value of `tools`
 
 
 def read(line: bytes, form: Form, required: Keys = ()) -> Content:
@@ -59,7 +59,7 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
         for messages, reward in FORMS[form][keys](row, keys)
     ]
     is_text = "instruction" not in keys and not any(_is_messages(row[key]) for key in keys)
-    return Content(told, is_text, None if is_text else templates.read_tools(row.get("tools")))
+    return Content(told, is_text, row.get("tools"))
 
 
 def _is_messages(value: object) -> bool:

@@ -97,9 +97,9 @@ class Reader:
         learn = "last" if self.form in forms.COMPARED else self.data.learn
         content = forms.read(line, self.form, self.required)
         template = templates.choose(self.tokenizer, self.data.template, content.told[0][0], content.is_text)
-        encoded = [
-            templates.encode(self.tokenizer, template, messages, learn, content.tools) for messages, _ in content.told
-        ]
+        asked = template == "tokenizer" or not content.is_text  # else `tools` is a key of the reward function
+        tools = templates.read_tools(content.tools) if asked else None
+        encoded = [templates.encode(self.tokenizer, template, messages, learn, tools) for messages, _ in content.told]
         return template, [trimmed(each) for each in encoded], [reward for _, reward in content.told]
 
     def _apart(self, path: Path, chunks: list[list[Line]], processes: int) -> list[Columns]:
