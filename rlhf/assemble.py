@@ -137,6 +137,8 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
 
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
+        for remark in given.remarks:
+            say(f"  {remark}")
         say(f"{given.records.counts} of {config.data.eval}")
     progress.begin("evaluation")
     ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
