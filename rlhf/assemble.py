@@ -138,6 +138,8 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
 
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
+        for remark in given.remarks:
+            say(f"  {remark}")
         say(f"{config.data.eval}: {given.records.counts}")
         say(given.records.first())
     progress.begin("evaluation")

@@ -34,7 +34,7 @@ CPU_CACHE = 0.25  # GiB of KV cache on a CPU if rollout.cache is 0
 class Policy:
     """The policy: the model that is trained."""
 
-    load: str = ""  # model folder with config.json, weights and tokenizer
+    load: str = ""  # folder of a model (config.json, weights, tokenizer), or of a run: its newest export
     init: Literal["load", "random"] = "load"  # random: random weights from the seed, shapes from config.json
     tokenizer: str = ""  # folder or tokenizer.model file; empty: the tokenizer in policy.load
 

@@ -117,6 +117,16 @@ def test_pipes(fail, made: Path, tmp_path: Path) -> None:
         assert "not a regular file" in fail("sft", mistake)
 
 
+def test_pointers_of_git_lfs(fail, made: Path, tmp_path: Path) -> None:
+    """A clone without git-lfs has them in place of the large files."""
+    shutil.copytree(made / "model", tmp_path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        path = tmp_path / name
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 13476839\n")
+        assert f"{path}: a pointer of git-lfs, not the file itself; fetch" in fail("sft", f"policy.load={tmp_path}")
+        path.unlink()
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [

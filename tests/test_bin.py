@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,6 +95,14 @@ def shard_missing(folder: Path) -> None:
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
 
 
+def big_endian(folder: Path) -> None:
+    pickled(folder, random_hf(LLAMA))
+    with zipfile.ZipFile(folder / BIN) as old, zipfile.ZipFile(folder / "new", "w") as new:
+        for record in old.infolist():
+            new.writestr(record, b"big" if record.filename.endswith("/byteorder") else old.read(record))
+    (folder / "new").rename(folder / BIN)
+
+
 def unlike(change: Callable[[Tensors], object], **options: bool) -> Callable[[Path], None]:
     return lambda folder: torch.save(change(random_hf(LLAMA)), folder / BIN, **options)
 
@@ -113,6 +122,7 @@ REFUSED = {
         lambda folder: (folder / BIN).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         "pytorch_model.bin: a pointer of git-lfs, not the file itself; fetch the file: git lfs pull",
     ),
+    "of another machine": (big_endian, "written on a big-endian machine; save it again on this one"),
     "a whole module": (unlike(lambda hf: torch.nn.Linear(2, 2)), r"it asks for torch.nn.modules.linear.Linear, but"),
     "a list": (unlike(lambda hf: [*hf]), "it holds a list, not a dict"),
     "a sparse tensor": (unlike(lambda hf: hf | {NORM: hf[NORM].to_sparse()}), "damaged, or not a file of weights"),
@@ -194,7 +204,7 @@ def test_transformers_decides_between_several_files(
     [
         (["stale"], "gone.safetensors: missing, but model.safetensors.index.json lists it"),
         (["stale", "bin"], "gone.safetensors: missing"),
-        (["Mistral's"], r"no model\*.safetensors or pytorch_model\*.bin file"),
+        (["Mistral's"], "consolidated.safetensors: weights in Mistral's own format; download it in Hugging Face's"),
         (["adapter"], r"no model\*.safetensors or pytorch_model\*.bin file"),
     ],
 )

@@ -215,6 +215,18 @@ def test_a_folder_comes_before_a_name_on_the_hub(root: Path, tmp_path: Path, mon
     assert shapes(root, "sft", "policy.load=meta-llama/policy") == {"policy": POLICY}
 
 
+@pytest.mark.parametrize("changes", [{}, {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}])
+@pytest.mark.parametrize("keys", [["parallel.cp=2"], ["parallel.tp=2", "rollout.engine=kvcache"], ["parallel.dp=2"]])
+def test_texts_within_the_window_need_none(tmp_path: Path, changes: dict[str, object], keys: list[str]) -> None:
+    """Llama itself has no windows, so transformers ignores sliding_window there."""
+    config = {**demo_task.MODEL, "max_position_embeddings": 512, "sliding_window": 128} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = [f"policy.load={tmp_path}", "data.max_tokens=64", "rollout.max_tokens=16", "grpo.kl=0"]
+    for mode in ("sft", "grpo"):
+        arch, _ = prepare.shapes(configuration.load(mode, [*given, *keys]), 2)
+        assert (arch.context, arch.window) == ((512, 128) if changes else (128, 0))
+
+
 def test_all_models_read_the_same_tokens(root: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**demo_task.MODEL, "vocab_size": 256}))
     for mode, key in (("dpo", "reference"), ("grpo", "reward"), ("rlhf", "critic")):

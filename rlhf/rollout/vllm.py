@@ -67,6 +67,8 @@ class VLLM(Engine):
         # Without a size, vLLM measures free memory. This fails if other processes use the device at the same time.
         if cache:
             device["kv_cache_memory_bytes"] = int(cache * 2**30)
+        # vLLM refuses some configurations in which only some layers have a window.
+        whole = {"sliding_window": None, "layer_types": ["full_attention"] * windowless}
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch, about names that vLLM uses
             self.llm = LLM(
                 model=folder,
@@ -74,10 +76,8 @@ class VLLM(Engine):
                 generation_config="vllm",  # ignore the sampling parameters and stop ids in the folder
                 # "auto" would prefer files in Mistral's own format (params.json, consolidated.safetensors)
                 config_format="hf",
-                load_format="hf" if load else "dummy",
-                hf_overrides={"sliding_window": None, "layer_types": ["full_attention"] * windowless}
-                if windowless
-                else {},
+                load_format="safetensors" if load else "dummy",
+                hf_overrides=whole if windowless else {},
                 dtype=dtype,
                 seed=seed,
                 tensor_parallel_size=tp,

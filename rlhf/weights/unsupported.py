@@ -19,7 +19,7 @@ KINDS = {
     "config_sentence_transformers.json": "a sentence-transformers model, which embeds texts; give a language model",
     "model_index.json": "a diffusers pipeline, which makes images; give a language model",
 }
-# The same for folders without config.json.
+# The same for folders without config.json, or without weights in a supported format.
 INCOMPLETE = {
     "*.gguf": "weights in GGUF; give the Hugging Face folder from which they were made",
     "consolidated*.pth": f"weights in Meta's own format; {ORIGINAL}",
@@ -42,7 +42,7 @@ def check(folder: Path) -> None:
 
 
 def explain(folder: Path) -> None:
-    """Raise UserError if it is known what a folder without a config.json is, or what is meant by a missing one."""
+    """Raise UserError if it is known what a folder without config.json or weights is, or what a missing one means."""
     if not folder.exists():
         remedy = texts.download(str(folder)) or "give the folder of a model in Hugging Face or Megatron format"
         raise UserError(f"{folder}: no such folder; {remedy}")

@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.model.architecture import Architecture
 from rlhf.model.families import CAUSAL, EMBEDDING, HEAD, SCALAR
-from rlhf.weights import header, names, pt
+from rlhf.weights import header, names, pt, unsupported
 from rlhf.weights.entries import Entry, Shape, groups, intact, kind, mapped, some
 from rlhf.weights.formats.format import Contents, Format, Target
 from rlhf.weights.tiles import Tile, by_local
@@ -145,6 +145,7 @@ def _paths(folder: Path) -> list[Path]:
     for pattern in PATTERNS:
         if found := sorted(folder.glob(pattern)):
             return found
+    unsupported.explain(folder)
     raise UserError(f"{folder}: no {' or '.join(PATTERNS)} file; save the model in this format first")
 
 
