@@ -110,7 +110,8 @@ def _cast(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Mapping:
         if not isinstance(value, dict):
             raise UserError(f"{path} is a table of numbers, got {_shown(value)}: set {path}.NAME=1")
-        return {name: _cast(Annotated[float, limits], number, f"{path}.{name}") for name, number in value.items()}
+        hint = Annotated[get_args(hint)[1], limits]
+        return {_text(name, path): _cast(hint, number, f"{path}.{name}") for name, number in value.items()}
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise UserError(f"{path} must be one of {', '.join(get_args(hint))}; got {_shown(value)}")

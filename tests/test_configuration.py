@@ -113,6 +113,7 @@ def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
         ("optim=1", "optim is a section, got 1: set one of its keys, such as optim.lr"),
         ("steps.many=1", "steps must be int"),
         ("reward.weights=1", "reward.weights is a table of numbers, got 1: set reward.weights.NAME=1"),
+        ("reward.weights.\udcff=1", "reward.weights must be text in UTF-8"),
         ("reward.weights.a=x", "reward.weights.a must be float, got 'x'"),
         ("reward.weights.a=nan", "reward.weights.a must be at least -1000000.0 and at most 1000000.0, got nan"),
         ("mode=grpo", "key 'mode' cannot be set in a file"),

@@ -42,7 +42,7 @@ def test_keys(mode: str):
     config = load(mode, ONE)
     assert config.policy.load == ("/m/base" if mode in ("sft", "reward") else "/m/sft")
     assert config.reward.load == ("/m/rm" if mode in ("rlhf", "online-dpo", "grpo") else "")
-    assert config.reward.function == ("math" if mode == "grpo" else "")
+    assert config.reward.function == (("math",) if mode == "grpo" else ())
     assert config.policy.tokenizer == "/m/tokenizer.model"
     assert config.data.eval == "/d/eval.jsonl"
     if mode == "evaluate":  # it makes no run, and must not write into one
@@ -55,7 +55,7 @@ def test_keys(mode: str):
 def test_file_then_variable_then_key(tmp_path: Path):
     file = tmp_path / "mine.toml"
     file.write_text('out = "file"\nsteps = 7\n[parallel]\ntp = 1\n[reward]\nfunction = "my:own"\n')
-    assert load("grpo", ONE, str(file)).reward.function == "my:own"
+    assert load("grpo", ONE, str(file)).reward.function == ("my:own",)
     config = load("grpo", ONE, "parallel.tp=8", str(file))
     assert (config.steps, config.parallel.tp, config.out) == (7, 8, "/out/first")
     config = load("grpo", {**ONE, "exp_name": ""}, str(file), "out=mine")

@@ -74,7 +74,7 @@ class Warnings:
 
     def __call__(self) -> None:
         if self.pool.failure and not self.failed and self.mesh.is_first_on_node:
-            reason = textwrap.indent(self.pool.failure, "    ")
+            reason = textwrap.indent(self.pool.failure.rstrip(), "    ")
             left = "such responses are not learned (see reward_failed in metrics.jsonl)"
             say(f"the code of the {self.what} failed twice on a response: {left}\n{reason}")
         if self.pool.late and not self.late and self.mesh.is_first_on_node:
