@@ -35,8 +35,8 @@ import demo_task
 from rlhf import configuration
 from rlhf.ledger import Ledger
 from rlhf.model.architecture import Architecture
-from rlhf.prepare import shapes
 from rlhf.residence import capacity
+from rlhf.shapes import shapes
 from rlhf.weights.formats import hf
 
 ROOT = Path(__file__).parents[1]

@@ -209,7 +209,7 @@ def join(config: Config, has_own: bool) -> int:
 
     has_own: the rank may see only its own GPU, so the number of GPUs is not checked.
     """
-    from rlhf.prepare import check_world
+    from rlhf.shapes import check_world
 
     world = cluster.world(os.environ)
     check_world(config.parallel, world)

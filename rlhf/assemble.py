@@ -26,13 +26,14 @@ from rlhf.parallel.layout import Place, spread
 from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
-from rlhf.prepare import Inputs, inputs, passes, readable, rule
+from rlhf.prepare import Inputs, inputs, passes
 from rlhf.residence import Residence, capacity, unused
-from rlhf.rewards import Environments, Rewards
+from rlhf.rewards import Environments, Rewards, rule
 from rlhf.roles import Roles
 from rlhf.rollout.judge import Rule
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import DataSource, EngineSource, Source
+from rlhf.shapes import readable
 from rlhf.weights import files, names
 from rlhf.weights.entries import UNSOUND
 from rlhf.weights.plan import Plan

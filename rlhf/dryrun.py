@@ -16,7 +16,8 @@ from rlhf.data import lines
 from rlhf.data.forms import COMPARED
 from rlhf.errors import UserError
 from rlhf.ledger import Ledger
-from rlhf.prepare import read_records, read_tokenizer, records_path, shapes, steps
+from rlhf.prepare import read_records, read_tokenizer, records_path, steps
+from rlhf.shapes import shapes
 
 DEVICE = 80.0  # GiB, if memory.device is not set
 

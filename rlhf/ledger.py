@@ -18,7 +18,7 @@ from rlhf.errors import UserError
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.layout import Place
 from rlhf.phases import TENANTS, Kind, Phase, Tenant, Visit
-from rlhf.prepare import Role
+from rlhf.shapes import Role
 from rlhf.weights import names
 
 GIB = 2**30

@@ -18,8 +18,8 @@ from rlhf.data.packing import microbatches, shares
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Phase
-from rlhf.prepare import Role
 from rlhf.residence import Residence
+from rlhf.shapes import Role
 from rlhf.train.learner import Learner
 from rlhf.weights import export, files, initial, names
 from rlhf.weights.entries import UNSOUND

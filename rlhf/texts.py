@@ -41,7 +41,7 @@ def download(name: str, kind: str = "model") -> str:
     """
     if not (match := HUB.fullmatch(name)):
         return ""
-    command = f"hf download {match[1]}{'' if kind == 'model' else f' --type {kind}'} --local-dir {match[1]}"
+    command = f"hf download {match[1]}{'' if kind == 'model' else f' --repo-type {kind}'} --local-dir {match[1]}"
     return f"if it is a {kind} on the Hugging Face hub, download it: {command}"
 
 

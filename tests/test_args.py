@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_convert import hf_folder, run
+from test_convert import MODELS, hf_folder, run
 from test_megatron_damage import save_as_megatron_does
 from test_tiles import LLAMA
 
@@ -108,3 +108,16 @@ def test_args_that_ask_for_yarn_have_its_numbers(tmp_path: Path, monkeypatch: py
     save_as_megatron_does(tmp_path / "core", monkeypatch, LLAMA, 102, position_embedding_type="yarn")
     with pytest.raises(UserError, match=r"args\.yarn_rotary_scaling_factor None is not a number above 0"):
         files.open_folder(tmp_path / "core", LLAMA)
+
+
+@pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("format", ["legacy", "mcore"])
+def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str, capsys: pytest.CaptureFixture):
+    """Args contain neither pad token nor family. Fused files are read as the first family that computes the same."""
+    hf_folder(tmp_path / "hf", arch)
+    told = replace(arch, family="mistral" if arch.row.files else arch.family, pad=None)
+    for pp in (1, 2):
+        run("--from", tmp_path / "hf", "--to", tmp_path / f"{pp}", "--format", format, "--pp", pp)
+        (tmp_path / f"{pp}/config.json").unlink()
+        assert ("cannot express pad_token_id 2" in capsys.readouterr().err) == (arch.pad == 2)
+        assert files.read_architecture(tmp_path / f"{pp}") == told

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlhf import prepare
+from rlhf import shapes
 from rlhf.errors import UserError
 from rlhf.model import architecture
 from rlhf.weights import names
@@ -141,8 +141,8 @@ def test_what_transformers_would_refuse(made: Path, tmp_path: Path, changes: dic
         UserError,
         match=f"^{tmp_path}/config.json: transformers, which vLLM reads it with, refuses it: .*; use the file",
     ):
-        prepare.readable(str(tmp_path))
-    assert prepare.readable(f"{made}/model") == f"{made}/model"
+        shapes.readable(str(tmp_path))
+    assert shapes.readable(f"{made}/model") == f"{made}/model"
 
 
 @pytest.mark.parametrize("mode", ["grpo", "evaluate"])

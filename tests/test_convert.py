@@ -176,19 +176,6 @@ def test_a_reward_model_without_its_head_is_none(tmp_path: Path):
         run("--from", tmp_path / "hf", "--to", tmp_path / "old", "--format", "legacy")
 
 
-@pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("format", ["legacy", "mcore"])
-def test_args_alone_tell_what_the_model_is(tmp_path: Path, arch, format: str, capsys: pytest.CaptureFixture):
-    """Args contain neither pad token nor family. Fused files are read as the first family that computes the same."""
-    hf_folder(tmp_path / "hf", arch)
-    told = replace(arch, family="mistral" if arch.row.files else arch.family, pad=None)
-    for pp in (1, 2):
-        run("--from", tmp_path / "hf", "--to", tmp_path / f"{pp}", "--format", format, "--pp", pp)
-        (tmp_path / f"{pp}/config.json").unlink()
-        assert ("cannot express pad_token_id 2" in capsys.readouterr().err) == (arch.pad == 2)
-        assert files.read_architecture(tmp_path / f"{pp}") == told
-
-
 def test_what_float16_cannot_hold_is_refused(tmp_path: Path):
     tensors = hf_folder(tmp_path / "hf", LLAMA)
     tensors["model.norm.weight"][3] = 7e4

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from judges import FREE
 from meshes import ALONE
@@ -14,12 +13,11 @@ from rows import write
 
 from rlhf import configuration, rewards
 from rlhf.config import Reward
-from rlhf.contracts import Completion, Request, Sample, Text, Verdict
+from rlhf.contracts import Completion, Request, Sample
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import RewardError, UserError
-from rlhf.rewards import Environments, Reply, Rewards
-from rlhf.rollout.judge import Rule
+from rlhf.rewards import Environments, Reply
 from rlhf.rollout.source import EngineSource
 
 ENVIRONMENT = """
@@ -342,19 +340,3 @@ def test_turns_have_the_template_of_their_prompt(tmp_path, qwen):
         assert [s.tokens.tolist() for s in talk(tmp_path, qwen, "one", "over", record=record)] == [dialogue] * 4
     text = qwen.encode("Begin.one<|im_end|>ANSWERover<|im_end|>", control=True)
     assert talk(tmp_path, qwen, "one", "over", record={"prompt": "Begin."})[0].tokens.tolist() == text
-
-
-def test_a_reward_function_is_added_to_what_the_environment_gives():
-    def sample(response: str, failed: bool) -> Sample:
-        text, verdict = Text(0, {"answer": "4"}, "2 + 2?", response), Verdict(rule=0.25, failed=failed)
-        return Sample(np.arange(3), np.ones(2, bool), 0, reward=0.25, text=text, verdict=verdict)
-
-    samples = [sample("#### 4", False), sample("#### 5", False), sample("#### 4", True)]
-    with Rewards(["math"], Reward(timeout=1, workers=1)) as function:
-        judge = Rule(function, ALONE)  # type: ignore[arg-type]
-        for s in samples:
-            judge.give(s)
-        judge.collect(block=True)
-    assert [(s.reward, s.verdict.failed) for s in samples] == [(1.25, False), (0.25, False), (0.25, True)]
-    assert samples[0].verdict == Verdict(rule=1.25, parts={"math": 1.0})
-    assert samples[2].verdict.parts == {}, "a response that has failed is not judged"

@@ -31,7 +31,7 @@ LAYERS = (
     ("algorithms", "recorder", "folders", "lock"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
-    ("train", "rollout", "writer"),
+    ("train", "rollout", "writer", "shapes"),
     ("prepare", "convert", "cluster", "launcher", "variables", "watchdog", "checkpoint"),
     ("roles", "ledger"),
     ("evaluate", "dryrun"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import configuration, dryrun, prepare
+from rlhf import configuration, dryrun, shapes
 from rlhf.config import Config
 from rlhf.errors import UserError
 from rlhf.ledger import CONTEXT, GIB, Ledger, parameters
@@ -38,7 +38,7 @@ def ledger(mode: str, size: str, *overrides: str, device: float = 80.0) -> Ledge
 
 
 def made(config: Config, world: int, device: float) -> Ledger:
-    arch, roles = prepare.shapes(config, world)
+    arch, roles = shapes.shapes(config, world)
     return Ledger(config, arch, roles, world, device, 2)
 
 

@@ -288,6 +288,6 @@ def test_files_that_are_not_read(tmp_path, monkeypatch):
         (tmp_path / name).unlink()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"set openai/gsm8k: .*download it \(hf download openai/gsm8k --repo-type dataset --local-dir o"
+        UserError, match=r"set openai/gsm8k: .*download it: hf download openai/gsm8k --repo-type dataset --local-dir o"
     ):
         lines.files(Path("openai/gsm8k"))

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import configuration, convert, folders, prepare
+from rlhf import configuration, convert, folders, prepare, rewards
 from rlhf.data import lines
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
+from rlhf.shapes import check_world
+from rlhf.shapes import shapes as read_shapes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -43,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shapes(root: Path, mode: str, *overrides: str) -> dict[str, tuple[str, str, bool, bool]]:
     """Return role -> (use, name of the folder, has an output layer, has a scalar head)."""
     common = [f"policy.load={root}/policy", "data.max_tokens=64", "rollout.max_tokens=16"]
-    arch, roles = prepare.shapes(
+    arch, roles = read_shapes(
         configuration.load(mode, [*common, *(text.replace("ROOT", str(root)) for text in overrides)]), 1
     )
     assert arch.context == CONTEXT["policy"]
@@ -203,7 +205,7 @@ def test_a_name_on_the_hub_gets_its_command(
         Tokenizer.load(name)
     with pytest.raises(UserError, match=command):
         convert.main(["--from", name, "--to", "new", "--format", "hf"])
-    with pytest.raises(UserError, match=r"hf download openai/gsm8k --type dataset --local-dir openai/gsm8k$"):
+    with pytest.raises(UserError, match=r"hf download openai/gsm8k --repo-type dataset --local-dir openai/gsm8k$"):
         lines.files(Path("openai/gsm8k"))
     with pytest.raises(UserError, match="/a/b: no such folder; give the folder of a model in Hugging Face or Meg"):
         shapes(root, "sft", "policy.load=/a/b")
@@ -223,7 +225,7 @@ def test_texts_within_the_window_need_none(tmp_path: Path, changes: dict[str, ob
     (tmp_path / "config.json").write_text(json.dumps(config))
     given = [f"policy.load={tmp_path}", "data.max_tokens=64", "rollout.max_tokens=16", "grpo.kl=0"]
     for mode in ("sft", "grpo"):
-        arch, _ = prepare.shapes(configuration.load(mode, [*given, *keys]), 2)
+        arch, _ = read_shapes(configuration.load(mode, [*given, *keys]), 2)
         assert (arch.context, arch.window) == ((512, 128) if changes else (128, 0))
 
 
@@ -251,7 +253,7 @@ def test_all_models_read_the_same_tokens(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_rule_that_rewards(overrides: list[str], wanted: list[str]) -> None:
-    assert list(prepare.rule(configuration.load("grpo", overrides))) == wanted
+    assert list(rewards.rule(configuration.load("grpo", overrides))) == wanted
 
 
 @pytest.mark.parametrize(
@@ -275,10 +277,10 @@ def test_worlds(axes: tuple[int, int, int], dp: int, world: int, fits: bool) -> 
     keys = [f"parallel.{axis}={size}" for axis, size in zip(("tp", "pp", "cp"), axes, strict=True)]
     parallel = configuration.load("sft", [*keys, f"parallel.dp={dp}"]).parallel
     if fits:
-        prepare.check_world(parallel, world)
+        check_world(parallel, world)
     else:
         with pytest.raises(UserError, match=f"does not fit {world} ranks"):
-            prepare.check_world(parallel, world)
+            check_world(parallel, world)
 
 
 @pytest.mark.parametrize(

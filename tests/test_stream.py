@@ -202,3 +202,19 @@ def test_a_run_writes_no_step_twice(tmp_path: Path, start: int, left: list[int])
     Recorder(tmp_path, start=start)
     kept = [*(f"step_{step:06}.jsonl" for step in left), "step_best.jsonl"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == kept
+
+
+def test_a_reward_function_is_added_to_what_the_environment_gives():
+    def sample(response: str, failed: bool) -> Sample:
+        text, verdict = Text(0, {"answer": "4"}, "2 + 2?", response), Verdict(rule=0.25, failed=failed)
+        return Sample(np.arange(3), np.ones(2, bool), 0, reward=0.25, text=text, verdict=verdict)
+
+    samples = [sample("#### 4", False), sample("#### 5", False), sample("#### 4", True)]
+    with Rewards(["math"], Reward(timeout=1, workers=1)) as function:
+        judge = Rule(function, ALONE)  # type: ignore[arg-type]
+        for s in samples:
+            judge.give(s)
+        judge.collect(block=True)
+    assert [(s.reward, s.verdict.failed) for s in samples] == [(1.25, False), (0.25, False), (0.25, True)]
+    assert samples[0].verdict == Verdict(rule=1.25, parts={"math": 1.0})
+    assert samples[2].verdict.parts == {}, "a response that has failed is not judged"

@@ -50,11 +50,13 @@ class Reader:
     def read(self, path: Path, first: bool = False) -> Columns:
         """Return the records of a data set, in the order of its files.
 
-        first: read only the first chunk of lines.
+        first: read only chunks of lines until one has a record.
         Raises UserError with file:line for the first invalid line, for a data set without records, and for one of which
         more than half of the lines are skipped (data.invalid=skip).
         """
-        chunks = list(itertools.islice(_chunks(path), 1 if first else None))
+        if first and (found := next(filter(len, map(self.columns, _chunks(path))), None)):
+            return found
+        chunks = list(_chunks(path))
         processes = min(len(os.sched_getaffinity(0)), MOST, len(chunks) // LEAST)
         columns = Columns.joined(
             self._apart(path, chunks, processes) if processes > 1 else list(map(self.columns, chunks))

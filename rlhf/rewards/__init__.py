@@ -7,7 +7,7 @@ class of the user that answers the turns of a response.
 
 from rlhf.rewards.environments import Environments, Reply
 from rlhf.rewards.functions import Rewards, Score
-from rlhf.rewards.rules import REWARDS
+from rlhf.rewards.rules import REWARDS, rule
 from rlhf.rewards.worker import Pool, check
 
-__all__ = ["REWARDS", "Environments", "Pool", "Reply", "Rewards", "Score", "check"]
+__all__ = ["REWARDS", "Environments", "Pool", "Reply", "Rewards", "Score", "check", "rule"]

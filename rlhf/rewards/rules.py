@@ -1,8 +1,9 @@
-"""The table of reward functions that are part of the package."""
+"""The reward functions that are part of the package, and the choice of those of a run."""
 
 from collections.abc import Callable
 from typing import Any
 
+from rlhf.config import Config
 from rlhf.errors import UserError
 from rlhf.rewards import answers
 
@@ -19,3 +20,8 @@ def verify(prompt: str, response: str, record: dict[str, Any]) -> float:
 REWARDS: dict[str, Callable[[str, str, dict[str, Any]], float]] = {
     "math": verify,  # its time is bounded, so it needs no worker process
 }
+
+
+def rule(config: Config) -> tuple[str, ...]:
+    """Return the reward functions of samples. There are none if only a reward model or an environment gives rewards."""
+    return config.reward.function or (() if config.reward.load or config.rollout.environment else ("math",))

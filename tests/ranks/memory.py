@@ -21,8 +21,8 @@ from rlhf.contracts import Sample
 from rlhf.ledger import Ledger
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Kind, Phase
-from rlhf.prepare import shapes
 from rlhf.residence import Residence, capacity
+from rlhf.shapes import shapes
 from rlhf.train.learner import Learner
 
 TOKENS, LENGTH = 8192, 2048

@@ -34,8 +34,8 @@ from rlhf.interrupt import Interrupt
 from rlhf.loop import Run
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Phase
-from rlhf.prepare import inputs, rule
-from rlhf.rewards import Rewards
+from rlhf.prepare import inputs
+from rlhf.rewards import Rewards, rule
 
 STEPS, CHECKPOINT = 3, 2
 # Metrics of the first samples, while the compared models are still equal: mode -> (step, metric, value).

@@ -27,8 +27,8 @@ from rlhf.model import architecture
 from rlhf.model.logp import CHUNK_ELEMENTS
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import TENANTS, Kind, Phase, Tenant
-from rlhf.prepare import shapes
 from rlhf.residence import Residence
+from rlhf.shapes import shapes
 from rlhf.train.learner import Learner
 from rlhf.weights import files, names
 

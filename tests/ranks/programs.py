@@ -26,8 +26,7 @@ from rlhf.config import Config
 from rlhf.errors import RewardError
 from rlhf.interrupt import SAVED
 from rlhf.parallel.mesh import Mesh, lost
-from rlhf.prepare import rule
-from rlhf.rewards import Rewards
+from rlhf.rewards import Rewards, rule
 from rlhf.rollout.kvcache import KVCache
 
 

@@ -19,9 +19,9 @@ from rlhf.contracts import Sample
 from rlhf.model import architecture
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Phase
-from rlhf.prepare import Role
 from rlhf.residence import Residence
 from rlhf.roles import Roles
+from rlhf.shapes import Role
 
 EOS, OTHER = 2, 3
 ENDS = ([], [EOS], [EOS, EOS, EOS], [OTHER], [EOS, OTHER], [OTHER, EOS])  # of the texts; they are in their middle too
