@@ -28,10 +28,15 @@ def regular(path: Path) -> Path:
 
 def fetched(path: Path) -> Path:
     """Return the path. Raises UserError if the file is a pointer of git-lfs in place of its content, and OSError."""
-    with regular(path).open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise UserError(f"{path}: a pointer of git-lfs, not the file itself; fetch the file: git lfs pull")
+    if begins(regular(path), POINTER):
+        raise UserError(f"{path}: a pointer of git-lfs, not the file itself; fetch the file: git lfs pull")
     return path
+
+
+def begins(path: Path, start: bytes) -> bool:
+    """Return whether a file begins with these bytes. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def download(name: str, kind: str = "model") -> str:

@@ -84,6 +84,7 @@ QUANTIZED = "its weights are quantized"
 KINDS = [  # name of a file, its content, whether a config.json is beside it, the message
     ("adapter_config.json", {"base_model_name_or_path": "a/b"}, True, ['adapter of "a/b"', "AutoPeftModelForCausalLM"]),
     ("adapter_config.json", {"task_type": "SEQ_CLS"}, False, ["AutoPeftModelForSequenceClassification", "-merged')"]),
+    ("adapter_config.json", [], True, ["not the description of an adapter"]),
     ("quantize_config.json", {"bits": 4}, True, [QUANTIZED]),
     ("quant_config.json", {"w_bit": 4}, True, [QUANTIZED]),
     ("config_sentence_transformers.json", {}, True, ["a sentence-transformers model"]),
@@ -98,7 +99,7 @@ KINDS = [  # name of a file, its content, whether a config.json is beside it, th
 
 @pytest.mark.parametrize(("name", "content", "described", "wanted"), KINDS)
 def test_folders_of_other_kinds(
-    fail, tmp_path: Path, name: str, content: dict, described: bool, wanted: list[str]
+    fail, tmp_path: Path, name: str, content: object, described: bool, wanted: list[str]
 ) -> None:
     if described:
         (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL))

@@ -84,7 +84,7 @@ def read(path: Path, place: tuple[int, int] | None = None) -> dict[str, Any]:
         function: Any = made.__reduce__()[0]
         known += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
     if not zipfile.is_zipfile(_opened(path, place)):
-        if path.open("rb").read(len(BEFORE_ZIP)) == BEFORE_ZIP:
+        if texts.begins(path, BEFORE_ZIP):
             again = f"python -c \"import torch; f = '{path}'; torch.save(torch.load(f, weights_only=True), f)\""
             raise UserError(f"{path}: in the format of torch.save before torch 1.6; save it again: {again}")
         raise UserError(f"{path}: not a file of torch.save, or cut short at {path.stat().st_size} bytes; copy it again")

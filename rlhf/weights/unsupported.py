@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlhf import folders, texts
 from rlhf.errors import UserError
+from rlhf.weights.entries import intact
 
-SEPARATE = "give the folder of a whole model"
 ORIGINAL = (
     "download it in Hugging Face's format: the same name with -hf, or the files config.json and model*.safetensors"
 )
@@ -59,8 +59,9 @@ def explain(folder: Path) -> None:
 
 def _adapter(folder: Path, path: Path) -> str:
     """Return the message for the folder of a LoRA adapter."""
-    config = texts.load(path, "copy it again")
-    task = "SequenceClassification" if config.get("task_type") == "SEQ_CLS" else "CausalLM"
-    base = json.dumps(config.get("base_model_name_or_path"))
+    with intact(path, "the description of an adapter"):
+        config = texts.load(path, "copy it again")
+        task = "SequenceClassification" if config.get("task_type") == "SEQ_CLS" else "CausalLM"
+        base = json.dumps(config.get("base_model_name_or_path"))
     merge = MERGE.format(task=task, folder=folder)
     return f"{path}: a LoRA adapter of {base:.200}; merge it into that model, and give the new folder: {merge}"
