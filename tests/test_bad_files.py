@@ -161,7 +161,7 @@ def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:
     line = fail("grpo", f"data.train={path}")
     assert "bad.jsonl:2" in line
     assert "answer" in line
-    for answer in ('{"x": 1}', "[1]", "true", '" "', "NaN", "1e400"):
+    for answer in ('{"x": 1}', "[[1]]", "[1, null]", "true", '" "', "NaN", "1e400"):
         path.write_text(f'{{"prompt": "a", "answer": {answer}}}\n')
         assert "bad.jsonl:1: 'answer' is" in fail("grpo", f"data.train={path}")
 
