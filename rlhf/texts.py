@@ -3,7 +3,7 @@
 import argparse
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,16 @@ def load(path: Path, remedy: str) -> Any:
         return parse(read(path, remedy))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+
+
+def fields(files: Mapping[str, Path], name: str, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if there is no such file. files: name -> path. Raises UserError."""
+    if name not in files:
+        return {}
+    value = load(files[name], remedy)
+    if not isinstance(value, dict):
+        raise UserError(f"{files[name]}: not a JSON object; {remedy}")
+    return value
 
 
 def parse(text: str | bytes) -> Any:
@@ -100,6 +110,6 @@ class Blaming:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit, UserError)):
             said = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.what}: {said}; {self.remedy}") from None
