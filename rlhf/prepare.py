@@ -56,10 +56,7 @@ def inputs(config: Config, world: int) -> Inputs:
     remarks = [
         remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")
     ]
-    tokenizer = Tokenizer.load(beside or config.policy.load)
-    if tokenizer.vocab > arch.vocab:
-        model = f"{config.policy.load}/config.json has vocab_size={arch.vocab}"
-        raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set another policy.tokenizer")
+    tokenizer = Tokenizer.load(beside or config.policy.load, config.policy.load, arch.vocab)
     if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     if ALGORITHMS[config.mode].online and 0 < config.watchdog.timeout <= config.reward.timeout:

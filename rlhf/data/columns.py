@@ -168,7 +168,7 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
     code = sorted(Path(__file__).parent.glob("*.py"))
     libraries = [version(name) for name in ("numpy", "tokenizers", "sentencepiece", "jinja2")]
     today = date.today() if config.template == "tokenizer" else None  # chat templates may insert the date
-    parts = [replace(config, train="", eval=""), arguments, libraries, today]
+    parts = [replace(config, train="", eval=""), arguments, libraries, today, tokenizer.rows]
     for files in (code, tokenizer.files.values(), jsonl.files(path)):
         parts.append([_file_digest(file) for file in files])
     return hashlib.sha256(repr((parts, list(tokenizer.files))).encode()).hexdigest()
