@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf import texts
+from rlhf.data.tokenizer import TEMPLATES
 from rlhf.errors import StorageError, UserError
 from rlhf.model.architecture import Architecture
 from rlhf.weights import entries, export, files, names
@@ -38,6 +39,7 @@ BESIDE = (
     "vocab.*",
     "merges.txt",
     "chat_template.*",
+    f"{TEMPLATES}/*.jinja",
     "generation_config.json",
 )
 
@@ -154,14 +156,15 @@ def _make(a: argparse.Namespace, source: files.Source, target: Target) -> None:
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a conversion that was killed
     beside = [
-        [path for pattern in BESIDE for path in Path(place).glob(pattern) if path.is_file()]
+        {path.relative_to(place): path for pattern in BESIDE for path in Path(place).glob(pattern) if path.is_file()}
         for place in (a.config, where)
         if place
     ]
     try:
         convert(source, target, partial)
-        for path in next((paths for paths in beside if paths), []):  # all from one folder, because they belong together
-            shutil.copy(path, partial / path.name)
+        for name, path in next(filter(None, beside), {}).items():  # all from one folder, because they belong together
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copy(path, partial / name)
         export.finish(target, partial, files.read_config(a.source, a.config, a.iteration))
         if a.verify:
             verify(source, target.arch, partial)

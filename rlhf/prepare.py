@@ -68,10 +68,7 @@ def inputs(config: Config, world: int) -> Inputs:
     remarks = [
         remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")
     ]
-    tokenizer = read_tokenizer(config)
-    if tokenizer.vocab > arch.vocab:
-        model = f"{config.policy.load}/config.json has vocab_size={arch.vocab}"
-        raise UserError(f"the tokenizer has {tokenizer.vocab} tokens, but {model}: set another policy.tokenizer")
+    tokenizer = read_tokenizer(config, arch.vocab)
     if "reward" in models and (pad := models["reward"].arch.pad) in tokenizer.stop_ids:
         what = f"{models['reward'].folder}/config.json has the end-of-text token as pad_token_id={pad}"
         remarks.append(f"{what}: the score is read at the token before it, as in transformers")
@@ -98,10 +95,13 @@ def inputs(config: Config, world: int) -> Inputs:
     return Inputs(arch, models, tokenizer, records, config.steps, held_out, remarks, known)
 
 
-def read_tokenizer(config: Config) -> Tokenizer:
-    """Return the tokenizer of a run, with data.template_variables. Raises UserError if they have no effect."""
+def read_tokenizer(config: Config, rows: int | None = None) -> Tokenizer:
+    """Return the tokenizer of a run, with data.template_variables. Raises UserError if they have no effect.
+
+    rows: number of rows of the policy's embedding.
+    """
     variables, template = chat.variables(config.data.template_variables), config.data.template
-    tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load, variables)
+    tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load, config.policy.load, rows, variables)
     if not variables:
         return tokenizer
     key = "data.template_variables"

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,16 @@ def load(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
 
 
+def fields(files: Mapping[str, Path], name: str, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if there is no such file. files: name -> path. Raises UserError."""
+    if name not in files:
+        return {}
+    value = load(files[name], remedy)
+    if not isinstance(value, dict):
+        raise UserError(f"{files[name]}: not a JSON object; {remedy}")
+    return value
+
+
 def parse(text: str | bytes) -> Any:
     """Return the value of a JSON text. Raises ValueError for invalid JSON and for JSON nested deeper than DEEPEST."""
     try:
@@ -129,6 +139,6 @@ class Blaming:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit, UserError)):
             said = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.what}: {said}; {self.remedy}") from None

@@ -284,8 +284,9 @@ def test_the_tutorials_variables(tmp_path: Path):
         torch.equal(tensor, random_hf(LLAMA)[name].bfloat16()) for name, tensor in tensors_of(tmp_path / "back").items()
     )
     assert (tmp_path / "back/tokenizer.json").exists()
-    (tmp_path / "words").mkdir()
+    (tmp_path / "words/additional_chat_templates").mkdir(parents=True)
     (tmp_path / "words/tokenizer.model").write_text("the user's")
+    (tmp_path / "words/additional_chat_templates/tool_use.jinja").write_text("tools")
     run(
         *convert.tutorial(
             "convert_megatron_to_hf",
@@ -296,11 +297,8 @@ def test_the_tutorials_variables(tmp_path: Path):
             },
         )
     )
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.model",
-    ]
+    found = {str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*.*")}
+    assert found == {"config.json", "model.safetensors", "tokenizer.model", "additional_chat_templates/tool_use.jinja"}
     for variables, message in (
         ({"LOAD_PATH": "x"}, "set SAVE_PATH"),
         ({**there, "VOCAB_PATH": str(tmp_path / "nowhere")}, "--config .*nowhere: no such folder"),

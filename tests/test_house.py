@@ -44,6 +44,7 @@ SIBLINGS = {  # the exceptions: part -> modules of the same layer that it may im
     "metrics": ("parallel.mesh",),
     "weights": ("model.architecture", "model.families"),
     "variables": ("cluster",),
+    "data": ("model.families",),
 }
 ONLY_IN = {
     "vllm": {"rollout/vllm.py", "rollout/vllm_private.py"},

@@ -112,13 +112,21 @@ def test_special_tokens_in_a_text_are_text_unless_asked_for(byte_level):
     assert tokenizer.decode(ids) == text
 
 
-def test_stop_ids_come_from_the_generation_config_too(byte_level):
-    tokenizer = Tokenizer.load(byte_level)
-    assert tokenizer.stop_ids == (tokenizer.eos,)
-    (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos, 7]}))
-    assert Tokenizer.load(byte_level).stop_ids == (tokenizer.eos, 7)
-    (byte_level / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
-    assert Tokenizer.load(byte_level).stop_ids == (tokenizer.eos, 9)
+def test_stop_ids_come_from_the_generation_config_or_else_from_config_json(byte_level):
+    def stops(**files):
+        for name, eos in files.items():
+            (byte_level / f"{name}.json").write_text(json.dumps(eos))
+        return Tokenizer.load(byte_level).stop_ids
+
+    eos = Tokenizer.load(byte_level).eos
+    assert stops(config={"model_type": "llama"}) == (eos,)
+    assert stops(config={"eos_token_id": [7, eos]}) == (eos, 7)
+    assert stops(config={"eos_token_id": 9}) == (eos, 9)
+    with pytest.raises(UserError, match=r"/config.json: eos_token_id \['x'\] is not a token id"):
+        stops(config={"eos_token_id": "x"})
+    assert stops(generation_config={"eos_token_id": [eos, 8]}) == (eos, 8)
+    assert stops(generation_config={"eos_token_id": 6}) == (eos, 6)
+    assert stops(generation_config={}) == (eos,)
 
 
 def test_limits_baked_into_the_file_are_off(byte_level):
@@ -139,36 +147,45 @@ def test_sentencepiece(tmp_path, kind):
         for text in [*TEXTS, " leading", "\n", "", "</s><s>[INST]"]:
             assert ours.encode(text) == theirs.encode(text), text
             assert ours.decode(ours.encode(text)) == text
-            assert not {ours.bos, ours.eos} & set(ours.encode(text, control=True)), "control tokens cannot be spelled"
+            assert not {ours.bos, ours.eos} & set(ours.encode(text)), "control tokens are spelled in pieces"
+        assert ours.encode("</s><s>", control=True) == [ours.eos, ours.bos]
 
 
-def test_saved_sentencepiece_equals_transformers(tmp_path, sentencepiece_file):
-    ours = Tokenizer.load(sentencepiece_file)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_saved_sentencepiece_equals_transformers(tmp_path, kind, family):
+    ours = Tokenizer.load(write_sentencepiece(tmp_path / "sp", kind))
     exported = tmp_path / "exported"
     exported.mkdir()
     ours.save(exported)
+    (exported / "config.json").write_text(json.dumps({"model_type": family}))
     theirs = auto(exported)
-    assert_same_ids(ours, theirs)
+    assert_same_ids(ours, theirs, [*TEXTS, " leading", "two  spaces"])
     assert theirs("hello")["input_ids"] == [ours.bos, *ours.encode("hello")]
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos, ours.eos, ours.vocab)
     again = Tokenizer.load(exported)
     assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
 
-def test_metaspace_json_equals_transformers(tmp_path, sentencepiece_file):
-    """The tokenizer.json is that of transformers for the sentencepiece file, as for Llama 2.
+def test_sentencepiece_merges_by_score_and_keeps_user_defined_symbols(tmp_path):
+    """In published models, the order of the scores is not that of the ids, and runs of spaces have equal scores."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as proto
 
-    It is used instead of the file beside it.
-    """
-    exported, folder = tmp_path / "exported", tmp_path / "llama2"
-    exported.mkdir()
-    Tokenizer.load(sentencepiece_file).save(exported)
-    theirs = auto(exported)
-    theirs.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(b"not read")
-    ours = Tokenizer.load(folder)
-    assert_same_ids(ours, theirs)
-    assert (ours.bos, ours.eos, ours.vocab) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
+    write_sentencepiece(tmp_path, user_defined_symbols=["####", "▁<X>"], control_symbols=["[INST]"])
+    model = proto.ModelProto.FromString((tmp_path / "tokenizer.model").read_bytes())
+    kept = [piece for piece in model.pieces if piece.piece.strip("▁") or piece.type != piece.NORMAL]
+    runs = [proto.ModelProto.SentencePiece(piece="▁" * n, score=-1e9) for n in (2, 4, 8, 16, 15, 7, 3)]
+    alone = [piece for piece in model.pieces if piece.piece == "▁"]
+    del model.pieces[:]
+    model.pieces.extend([*kept[:262], *runs, *kept[262:], *alone])
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    ours = Tokenizer.load(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    runs = ["a" + " " * n + "b" for n in range(40)]
+    for text in [*TEXTS, *runs, "#### 42", "4####2 ###", "x <X>y", "[INST]####</s>####[INST]", "<s>", "####"]:
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == text
 
 
 def prefixed(folder, kind):
@@ -226,11 +243,6 @@ def test_save_copies_the_files_that_are_there(tmp_path, byte_level):
     names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
     assert {file.name for file in exported.iterdir()} == names
     assert all((exported / name).read_bytes() == (byte_level / name).read_bytes() for name in names)
-
-
-def test_no_llama_settings_for_a_unigram_model(tmp_path):
-    Tokenizer.load(write_sentencepiece(tmp_path / "sp", "unigram")).save(tmp_path)
-    assert not (tmp_path / "tokenizer_config.json").exists()
 
 
 def test_errors_name_the_file(tmp_path, byte_level):
@@ -322,13 +334,6 @@ def test_damaged_files_beside(byte_level, name, content, message):
 def test_templates_that_raise(tmp_path, template):
     with pytest.raises(UserError, match="chat template fails: "):
         Tokenizer.load(write_byte_level(tmp_path, template=template)).chat(MESSAGES, True)
-
-
-def test_chat_needs_a_tokenizer_json(sentencepiece_file):
-    folder = sentencepiece_file.parent
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    with pytest.raises(UserError, match=r"needs a tokenizer.json"):
-        Tokenizer.load(folder).chat(MESSAGES, True)
 
 
 def test_loading_imports_neither_torch_nor_transformers(byte_level, sentencepiece_file):

@@ -33,17 +33,17 @@ CHATML = (
     "{%- endif %}\n"
 )
 
-# as Qwen splits
+# how Qwen splits
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def write_sentencepiece(folder: Path, kind: str = "bpe") -> Path:
+def write_sentencepiece(folder: Path, kind: str = "bpe", **changes: object) -> Path:
     """Write folder/tokenizer.model as in Llama 2: byte fallback, single digits, no normalization.
 
-    kind: bpe or unigram.
+    kind: bpe or unigram. changes: further arguments of the training.
     """
     import sentencepiece
 
@@ -59,6 +59,7 @@ def write_sentencepiece(folder: Path, kind: str = "bpe") -> Path:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **changes,
     )
     (folder / "tokenizer.vocab").unlink()
     return folder / "tokenizer.model"

@@ -1,34 +1,41 @@
-"""Encodes and decodes text, from a tokenizer.json with `tokenizers` or a sentencepiece tokenizer.model.
+"""Encodes and decodes text with the tokenizer of a Hugging Face folder, or with a sentencepiece tokenizer.model.
 
-It needs no transformers. The ids are those of its AutoTokenizer for the same folder, with two exceptions. Special
-tokens that are spelled in ordinary text stay text (see Tokenizer.encode). And a tokenizer.json is used unchanged, while
-some classes of transformers replace parts of it.
+It needs no transformers. The ids are those of the AutoTokenizer of transformers 5 for the same folder, with two
+exceptions. Special tokens that are spelled in ordinary text stay text (see Tokenizer.encode). And without a
+tokenizer.json, the pieces of a tokenizer.model are those of sentencepiece, and a space is put before the text. There
+AutoTokenizer merges in the order of the ids, and puts no space if the folder names no class or the model is a Mistral.
+Tokenizer.save writes a tokenizer.json for such a folder, so that AutoTokenizer has the ids of the training.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rlhf import texts
 from rlhf.data.chat import ChatTemplates, Message, Tools
 from rlhf.errors import UserError
 
+if TYPE_CHECKING:
+    from rlhf.data.codec import Codec
+
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # folder with more *.jinja files
 AGAIN = "copy the file again"
 
 
@@ -37,9 +44,11 @@ class Tokenizer:
 
     bos       starts every text; None if the model has no such token
     eos       ends every response
-    stop_ids  eos, then the other stop tokens of generation_config.json
+    stop_ids  eos, then the other stop tokens of generation_config.json, or of config.json if there is no such file
     vocab     number of ids; the model's embedding may be larger because of padding
     chats     its chat templates; None if it has none
+    model     the folder of the model
+    rows      number of ids that the model has; None if it has all. Text with other ids cannot be encoded
     path      the folder or file that it was read from; unpickling in another process reads it again
     files     name in a folder -> path, for all files that it was read from
     """
@@ -49,71 +58,72 @@ class Tokenizer:
         path: Path,
         codec: Codec,
         files: dict[str, Path],
-        chats: ChatTemplates | None,
         stops: list[int],
+        chats: ChatTemplates | None,
+        model: str,
+        rows: int | None,
         variables: Mapping[str, Any],
     ) -> None:
-        self.path = path
+        self.path, self.files, self.model, self.rows = path, files, model, rows
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
-        self._codec, self.files, self.chats, self._variables = codec, files, chats, variables
+        self._codec, self.chats, self._variables = codec, chats, variables
         self._encode = lru_cache(maxsize=8)(codec.encode)  # the conversations of a group share a prompt
+        self._check([self.eos] if self.bos is None else [self.bos, self.eos], "the tokenizer")
 
     @classmethod
-    def load(cls, path: str | Path, variables: Mapping[str, Any] = MappingProxyType({})) -> Tokenizer:
+    def load(
+        cls,
+        path: str | Path,
+        model: str = "",
+        rows: int | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tokenizer:
         """Read a Hugging Face folder or a sentencepiece file. In a folder, tokenizer.json comes before tokenizer.model.
 
-        variables: further variables for its chat templates (data.template_variables).
+        model, rows: folder of the model, and number of rows of its embedding. The tokenizer may have more ids, if none
+        of them is used. variables: further variables for its chat templates (data.template_variables).
         Raises UserError with the name of a file that is missing or cannot be read.
         """
+        from rlhf.data import backends  # here, because it imports tokenizers
+        from rlhf.data.codec import Codec
+
         path = Path(path)
         if not path.exists():
             remedy = texts.download(str(path)) or "set policy.tokenizer to a Hugging Face folder or a tokenizer.model"
             raise UserError(f"tokenizer {path}: no such file or folder; {remedy}")
-        folder = {name: path / name for name in FILES if (path / name).is_file()}
+        names = [*FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted((path / TEMPLATES).glob("*.jinja")))]
+        folder = {name: path / name for name in names if (path / name).is_file()}
         files = folder if path.is_dir() else {"tokenizer.model": path}
         for file in files.values():
             texts.fetched(file)
-        settings = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
-        special = {
-            key: text
-            for key, value in settings.items()
-            if key.endswith("_token") and (text := _content(value)) is not None
-        }
-        codec: Codec
-        if "tokenizer.json" in files:
-            codec = _Json(files["tokenizer.json"], special.get("bos_token"), special.get("eos_token"))
-        elif "tokenizer.model" in files:
-            codec = _SentencePiece(files["tokenizer.model"], settings.get("add_bos_token", True))
-        else:
-            raise UserError(
-                f"tokenizer {path}: neither tokenizer.json nor tokenizer.model in this folder; set policy.tokenizer"
-            )
-        stops = _read_json(files, "generation_config.json").get("eos_token_id") or []
-        stops = stops if isinstance(stops, list) else [stops]
-        if not all(type(token) is int and 0 <= token < codec.vocab for token in stops):
-            file = files["generation_config.json"]
-            raise UserError(f"{file}: eos_token_id {stops!r:.80} is not a token id or a list of them; {AGAIN}")
-        sources = _chat_templates(files, settings)
-        chats = ChatTemplates(sources, {**special, **variables}) if sources else None
-        return cls(path, codec, files, chats, stops, dict(variables))
+        beside = {"config.json": path / "config.json"} if (path / "config.json").is_file() else {}
+        settings = backends.Settings.read(files, texts.fields(beside, "config.json", AGAIN))
+        codec = Codec(*backends.build(path, files, settings))
+        sources = _chat_templates(files, settings.values)
+        chats = ChatTemplates(sources, {**codec.special, **variables}) if sources else None
+        stops = _stops(beside | files, codec.vocab)
+        return cls(path, codec, files, stops, chats, model, rows, dict(variables))
 
-    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Path, Mapping[str, Any]]]:
-        return Tokenizer.load, (self.path, self._variables)
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Path, str, int | None, Mapping[str, Any]]]:
+        return Tokenizer.load, (self.path, self.model, self.rows, self._variables)
 
     def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
         """Return the token ids of a text, without adding bos or eos.
 
         continues: the text follows other tokens, so tokenizers like Llama's must not put a space before it.
         control: special tokens that are spelled in the text become these tokens. It is off by default, because the text
-        of a user must not be able to end a turn or start another. With sentencepiece, they always stay text.
-        Raises UserError for half of a surrogate pair, which JSON can contain but no tokenizer can encode.
+        of a user must not be able to end a turn or start another.
+        Raises UserError for half of a surrogate pair, which JSON can contain but no tokenizer can encode, and for a
+        token that the model does not have (see rows).
         """
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"the text contains half of a surrogate pair ({text!r:.80}); remove it") from None
-        return self._encode(text, continues, control).copy()
+        ids = self._encode(text, continues, control)
+        self._check(ids, "the text")
+        return ids.copy()
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of ids. Ids beyond the vocabulary are skipped. A padded embedding may have sampled them."""
@@ -130,9 +140,6 @@ class Tokenizer:
             raise UserError(
                 "data.template=tokenizer, but the tokenizer has no chat template; choose another data.template"
             )
-        if isinstance(self._codec, _SentencePiece):
-            need = "data.template=tokenizer needs a tokenizer.json, not only a tokenizer.model"
-            raise UserError(f"{need}; choose another data.template")
         return self.chats.render(messages, cue, tools)
 
     def chat(self, messages: list[Message], cue: bool) -> list[int]:
@@ -142,141 +149,42 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into an exported Hugging Face folder.
 
-        For a sentencepiece file alone, also write a tokenizer_config.json, so that AutoTokenizer reads it as a Llama
-        tokenizer. That class supports BPE models only, so a unigram model gets no such file.
+        If there is no tokenizer.json, also write one, so that AutoTokenizer has the same ids (see above).
         """
         folder = Path(folder)
         for name, file in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
-        if isinstance(self._codec, _SentencePiece) and self._codec.bpe and "tokenizer_config.json" not in self.files:
-            (folder / "tokenizer_config.json").write_text(json.dumps(self._codec.settings(), indent=2) + "\n")
+        if "tokenizer.json" not in self.files:
+            self._codec.first.save(str(folder / "tokenizer.json"))
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            settings |= texts.fields(self.files, "tokenizer_config.json", AGAIN) | self._codec.settings()
+            texts.save(folder / "tokenizer_config.json", settings)
+
+    def _check(self, ids: Sequence[int], what: str) -> None:
+        """Raise UserError if the model has no row for one of the ids."""
+        if self.rows is not None and self.vocab > self.rows and max(ids, default=0) >= self.rows:
+            token = self.decode([max(ids)], skip_special=False)
+            few = f"with id {max(ids)}, but {self.model}/config.json has vocab_size={self.rows}"
+            raise UserError(f"{what} has the token {token!r:.80} {few}; remove it, or set another policy.tokenizer")
 
 
-class Codec(Protocol):
-    """The interface of the two kinds of tokenizer files."""
-
-    bos: int | None
-    eos: int
-    vocab: int
-
-    def encode(self, text: str, continues: bool, control: bool) -> list[int]: ...
-
-    def decode(self, ids: list[int], skip_special: bool) -> str: ...
-
-
-class _Json:
-    """A tokenizer.json. Its post-processor decides whether texts start with a bos."""
-
-    def __init__(self, file: Path, bos: str | None, eos: str | None) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        self.file = file
-        spec = texts.load(file, AGAIN)
-        if not isinstance(spec, dict) or "model" not in spec:
-            raise UserError(f"{file}: it has no 'model', so it is not a tokenizer.json; {AGAIN}")
-        with _sound(file):
-            self._first = Backend.from_file(str(file))
-            parts = {key: _unprefixed(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
-            same = all(parts[key] == spec.get(key) for key in parts)
-            self._later = self._first if same else Backend.from_str(json.dumps(spec | parts))
-            for backend in (self._first, self._later):
-                backend.no_truncation()
-                backend.no_padding()
-            bos_id, eos_id = (None if token is None else self._first.token_to_id(token) for token in (bos, eos))
-            self.bos = bos_id if bos_id in self._first.encode("").ids[:1] else None  # many have a bos but do not use it
-            added = self._first.get_added_tokens_decoder()
-            self.vocab = max([self._first.get_vocab_size() - 1, *added]) + 1
-        if eos_id is None:
-            raise UserError(f"{file}: eos_token={eos!r} is not in its vocabulary; set it in tokenizer_config.json")
-        self.eos = eos_id
-
-    def encode(self, text: str, continues: bool, control: bool) -> list[int]:
-        backend = self._later if continues else self._first
-        backend.encode_special_tokens = not control  # True: encode special tokens as ordinary text
-        with _sound(self.file):
-            return backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        with _sound(self.file):
-            return self._first.decode(ids, skip_special_tokens=skip_special)
-
-
-class _SentencePiece:
-    """A sentencepiece tokenizer.model, such as that of Llama 2."""
-
-    def __init__(self, file: Path, add_bos: bool) -> None:
-        import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2 as proto
-
-        self.file = texts.regular(file)
-        with texts.Blaming(
-            f"{file}: not a sentencepiece model", "set policy.tokenizer to one, or to a folder with tokenizer.json"
-        ):
-            self._first = sentencepiece.SentencePieceProcessor(model_file=str(file))
-            model = proto.ModelProto.FromString(self._first.serialized_model_proto())
-            model.normalizer_spec.add_dummy_prefix = False
-            self._later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-            self.bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
-            self.vocab, self.eos = self._first.vocab_size(), self._first.eos_id()
-            self.bos = self._first.bos_id() if add_bos and self._first.bos_id() >= 0 else None
-        if self.eos < 0:
-            raise UserError(f"{file}: the model has no eos token to end responses; set policy.tokenizer to another one")
-
-    def encode(self, text: str, continues: bool, control: bool) -> list[int]:
-        with _sound(self.file):
-            return (self._later if continues else self._first).encode(text)
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        with _sound(self.file):
-            if skip_special:
-                return self._first.decode(ids)
-            runs = itertools.groupby(ids, self._first.is_control)
-            return "".join(
-                "".join(map(self._first.id_to_piece, run)) if control else self._first.decode(list(run))
-                for control, run in runs
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """Return the tokenizer_config.json of this model for transformers."""
-        ids = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self._first.unk_id()}
-        pieces = {key: None if i is None else self._first.id_to_piece(i) for key, i in ids.items()}
-        # legacy=False: a space is added before the text only, not after every special token
-        adding = {"add_bos_token": self.bos is not None, "add_eos_token": False, "legacy": False}
-        return {"tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False} | pieces | adding
-
-
-def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return a normalizer or pre-tokenizer of a tokenizer.json, changed so that it adds no space before the text."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    kind = part["type"]
-    if kind == "Sequence":
-        inner = "normalizers" if "normalizers" in part else "pretokenizers"
-        return part | {inner: [kept for kept in map(_unprefixed, part[inner]) if kept is not None]}
-    if kind == "Metaspace":  # add_prefix_space is the older key
-        return {key: value for key, value in part.items() if key != "add_prefix_space"} | {"prepend_scheme": "never"}
-    return part | {"add_prefix_space": False} if kind == "ByteLevel" else part
-
-
-def _read_json(files: dict[str, Path], name: str) -> dict[str, Any]:
-    if name not in files:
-        return {}
-    value = texts.load(files[name], AGAIN)
-    if not isinstance(value, dict):
-        raise UserError(f"{files[name]}: not a JSON object; {AGAIN}")
-    return value
-
-
-def _content(token: object) -> str | None:
-    """Return the text of a special token, which is a string or an object with `content`; None for anything else."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+def _stops(files: Mapping[str, Path], vocab: int) -> list[int]:
+    """Return the stop tokens, as transformers and vLLM read them."""
+    name = "generation_config.json" if "generation_config.json" in files else "config.json"
+    found = texts.fields(files, name, AGAIN).get("eos_token_id")
+    stops = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and 0 <= token < vocab for token in stops):
+        raise UserError(f"{files[name]}: eos_token_id {stops!r:.80} is not a token id or a list of them; {AGAIN}")
+    return stops
 
 
 def _chat_templates(files: dict[str, Path], settings: dict[str, Any]) -> dict[str, str]:
     """Return name -> source of the chat templates. A single one is "default"."""
     if "chat_template.jinja" in files:
-        return {"default": texts.read(files["chat_template.jinja"], AGAIN)}
+        more = {Path(name).stem: file for name, file in files.items() if name.startswith(f"{TEMPLATES}/")}
+        every = {**more, "default": files["chat_template.jinja"]}
+        return {name: texts.read(file, AGAIN) for name, file in every.items()}
     template = settings.get("chat_template")
     named = template if isinstance(template, list) else [{"name": "default", "template": template}]
     found = {str(entry.get("name")): entry.get("template") for entry in named if isinstance(entry, dict)}
@@ -285,7 +193,3 @@ def _chat_templates(files: dict[str, Path], settings: dict[str, Any]) -> dict[st
             raise UserError(f"{files['tokenizer_config.json']}: chat_template {source!r:.80} is not a text; {AGAIN}")
     known = {name: source for name, source in found.items() if source is not None}
     return known if "default" in known else {}
-
-
-def _sound(file: Path) -> texts.Blaming:
-    return texts.Blaming(f"{file}: not a valid tokenizer", AGAIN)

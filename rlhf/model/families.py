@@ -52,6 +52,8 @@ class Family:
     # max_window_layers on.
     window: Literal["all", "some", "none"] = "none"
     ropes: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")  # supported values of rope_type
+    tokenizer: str = ""  # class that transformers reads a tokenizer with, if its folder names none
+    tokenizer_wins: bool = False  # transformers does so even if the folder names another class
     # Canonical name -> name in the Hugging Face files, if it differs. Tensors with the same file name are concatenated
     # by rows, in this order.
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -91,10 +93,19 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("llama", "Llama"),
-        Family("mistral", "Mistral", window="all"),
-        Family("qwen2", "Qwen2", qkv_bias=True, window="some"),
-        Family("qwen3", "Qwen3", qk_norm=True, window="some"),
-        Family("phi3", "Phi3", window="all", ropes=("default",), files=FUSED, pad=32000),  # also Phi-4
+        Family("mistral", "Mistral", window="all", tokenizer="TokenizersBackend", tokenizer_wins=True),
+        Family("qwen2", "Qwen2", qkv_bias=True, window="some", tokenizer="Qwen2Tokenizer", tokenizer_wins=True),
+        Family("qwen3", "Qwen3", qk_norm=True, window="some", tokenizer="Qwen2Tokenizer"),
+        Family(  # also Phi-4
+            "phi3",
+            "Phi3",
+            window="all",
+            ropes=("default",),
+            tokenizer="TokenizersBackend",
+            tokenizer_wins=True,
+            files=FUSED,
+            pad=32000,
+        ),
     )
 }
 CAUSAL, SCALAR = "ForCausalLM", "ForSequenceClassification"  # endings of class names
