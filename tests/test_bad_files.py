@@ -132,7 +132,7 @@ def test_pointers_of_git_lfs(fail, made: Path, tmp_path: Path) -> None:
     [
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n', [":2", "JSON"]),
         ('{"prompt": "a", "response": "b", "more": ' + "[" * 150 + "]" * 150 + "}", [":1", "nested too deeply"]),
-        ("[" * 100_000, [":1", "nested too deeply"]),
+        ("[" * 100_000, ["element 1", "nested too deeply"]),
         ('{"prompt": "a", "response": "b"}\n{"prompt": 7, "response": "b"}\n', [":2", "prompt"]),
         ('{"question": "a"}\n', [":1"]),
         ("", ["no records"]),
@@ -148,11 +148,13 @@ def test_data(fail, tmp_path: Path, content: str, wanted: list[str]) -> None:
 
 
 def test_a_folder_to_train_on_with_what_is_held_out(fail, tmp_path: Path) -> None:
-    """All files of a folder are read, so a folder as prepare_data writes it would train on the held-out file."""
-    for name in ("train.jsonl", "dev.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "a", "response": "b"}\n')
-    line = fail("sft", f"data.train={tmp_path}", f"data.eval={tmp_path}/dev.jsonl")
-    assert f"data.train={tmp_path} contains dev.jsonl, which data.eval=" in line
+    """All files of a folder are read, but not those of several splits, as in a folder that prepare_data writes."""
+    for name, said in (("b.jsonl", "contains b.jsonl, which data.eval="), ("dev.jsonl", "of the splits train, dev; ")):
+        folder = tmp_path / name.removesuffix(".jsonl")
+        folder.mkdir()
+        for file in ("train.jsonl", name):
+            (folder / file).write_text('{"prompt": "a", "response": "b"}\n')
+        assert said in fail("sft", f"data.train={folder}", f"data.eval={folder}/{name}")
 
 
 def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_variables_reach_the_template_everywhere(tmp_path):
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_dict=False, **found
     )
-    first = Tokenizer.load(folder, found)
+    first = Tokenizer.load(folder, variables=found)
     for tokenizer in (first, pickle.loads(pickle.dumps(first))):
         cue = tokenizer.encode("<|im_start|>assistant\ncalm", control=True)
         assert encode(tokenizer, "tokenizer", MESSAGES)[0] == theirs

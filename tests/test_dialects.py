@@ -35,7 +35,7 @@ def load(tmp_path_factory):
 
     def both(template, variables):
         folder = write_byte_level(tmp_path_factory.mktemp("dialect"), template=template)
-        return Tokenizer.load(folder, variables), AutoTokenizer.from_pretrained(folder)
+        return Tokenizer.load(folder, variables=variables), AutoTokenizer.from_pretrained(folder)
 
     return both
 
