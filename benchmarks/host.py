@@ -1,4 +1,4 @@
-"""Measure how host work grows with its size: stop strings, packing, samples, loading tokens, and the publish plan.
+"""Measure how host work grows with its size: stop strings, rewards, packing, samples, loading tokens, publish plan.
 
     python benchmarks/host.py                                                   all, on one core
     python benchmarks/host.py --packing 1024 2048 --stop-strings --data-cache   these sizes; no sizes: skip
@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import vocabularies
 
+from rlhf.config import Reward
 from rlhf.contracts import Sample, Text
 from rlhf.data import columns, shares
 from rlhf.data.columns import Columns
@@ -36,6 +37,7 @@ from rlhf.data.packing import microbatches
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.model.architecture import Architecture
 from rlhf.parallel import objects
+from rlhf.rewards import Rewards
 from rlhf.rollout.stops import Stops
 from rlhf.weights import names
 from rlhf.weights.plan import Plan
@@ -43,6 +45,19 @@ from rlhf.weights.plan import Plan
 Result = dict[str, float]
 ABSENT: Any = None
 GATHERED = 2048  # samples of 2,048 tokens
+JUDGE = """
+import asyncio, time
+
+
+async def ask(prompt, response, record):
+    await asyncio.sleep(0.2)
+    return 1.0
+
+
+def plain(prompt, response, record):
+    time.sleep(0.2)
+    return 1.0
+"""
 SENTENCE, STOP = " The answer is four, and the question is what they mean by it.", " STOP"
 
 
@@ -66,6 +81,24 @@ def stop_strings(sizes: list[int]) -> dict[int, Result]:
             "unset_s": (words[:size], ""),
         }
         found[size] = {name: seconds(*kind) for name, kind in kinds.items()}
+    return found
+
+
+def rewards(sizes: list[int]) -> dict[int, Result]:
+    """Get rewards that take 0.2 s each, from an async function and from a plain one, in two processes each."""
+
+    def seconds(function: Rewards, size: int) -> float:
+        return record.seconds(lambda: function.score([("", "a", {})] * size), repeat=1, warm=0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "judge.py").write_text(JUDGE)
+        kinds = {"seconds": "ask", "plain_s": "plain"}
+        found: dict[int, Result] = {size: {} for size in sizes}
+        for name, kind in kinds.items():
+            with Rewards([f"{folder}/judge.py:{kind}"], Reward(workers=2)) as function:
+                seconds(function, 2)  # starts the processes
+                for size in sizes:
+                    found[size][name] = seconds(function, size)
     return found
 
 
@@ -236,6 +269,7 @@ def _memory() -> Result:
 # name | unit of a size | sizes | measurement
 ROWS: list[tuple[str, str, list[int], Callable[[list[int]], dict[int, Result]]]] = [
     ("stop-strings", "tokens", [1024, 2048, 4096, 8192], stop_strings),
+    ("rewards", "responses", [32, 128], rewards),
     ("packing", "samples", [2048, 4096, 8192, 16384], packing),
     ("gather", "world", [8, 32, 64], gather),
     ("data-cache", "tokens", [7_500_000, 15_000_000, 30_000_000, 60_000_000], data_cache),

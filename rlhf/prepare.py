@@ -77,6 +77,8 @@ def inputs(config: Config, world: int) -> Inputs:
     if ALGORITHMS[config.mode].online and 0 < config.watchdog.timeout <= config.reward.timeout:
         times = f"watchdog.timeout={config.watchdog.timeout:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
+    if config.reward.weights and ALGORITHMS[config.mode].online and not _functions(config):
+        raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
     for key, functions in _functions(config).items():
         rewards.check(*functions, memory=config.reward.memory, key=key)
     if config.rollout.environment and ALGORITHMS[config.mode].online:

@@ -157,6 +157,11 @@ def test_held_out_data_is_not_trained_on(fail, made: Path, train: str) -> None:
     assert line.endswith("holds out: set data.train to the file to train on")
 
 
+def test_weights_need_a_function(fail) -> None:
+    keys = ["rollout.environment=tools/calculator_task.py:Calculator", "reward.weights.math=2"]
+    assert "reward.weights is for the parts of reward functions, but there are none" in fail("grpo", *keys)
+
+
 def test_rounds_need_groups(fail, made: Path) -> None:
     """A group of one always has equal rewards, so each step would sample all of its rounds and keep no group."""
     line = fail("rlhf", f"critic.load={made}/model", "rollout.rounds=3", "rollout.group=1")

@@ -108,10 +108,11 @@ def test_step(tmp_path: Path) -> None:
 
 def test_host() -> None:
     """Each case runs at two sizes. Tokens of a data set are mapped, so a process does not copy them."""
-    sizes = {"stop-strings": (64, 128), "packing": (32, 64), "gather": (2, 4)}
+    sizes = {"stop-strings": (64, 128), "rewards": (2, 4), "packing": (32, 64), "gather": (2, 4)}
     sizes |= {"data-cache": (400_000, 2_000_000), "plan": (32, 4096)}
     found = lines("host", *(str(argument) for name, both in sizes.items() for argument in (f"--{name}", *both)))
-    named = [(line["case"], line.get("tokens", line.get("samples", line.get("world")))) for line in found]
+    units = ("tokens", "responses", "samples", "world")
+    named = [(line["case"], next(line[unit] for unit in units if unit in line)) for line in found]
     assert named == [(name, size) for name, both in sizes.items() for size in both]
     assert all(line["seconds"] > 0 for line in found)
     shared, cache, plans = found[-6:-4], found[-4:-2], found[-2:]

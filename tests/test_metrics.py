@@ -9,14 +9,16 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from judges import FREE
 from meshes import ALONE
 
 from rlhf import configuration
-from rlhf.contracts import Sample
-from rlhf.evaluate import table
+from rlhf.contracts import Sample, Text, Verdict
+from rlhf.evaluate import ResponseEvaluation, table
 from rlhf.metrics import Metrics
 
 
@@ -142,6 +144,30 @@ def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.Captu
     assert row["eval_reward"] == 1 / 3
     lines = ["model on dev.jsonl:", "  reward               0.3333", "  response_tokens          12"]
     assert table(config, values).splitlines() == [*lines, f"every response: {tmp_path}/samples/evaluate.jsonl"]
+
+
+def test_an_evaluation_without_some_of_its_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean is that of the other responses, and the reward model scores only these."""
+    tokens, mask = np.arange(3, dtype=np.int32), np.ones(2, bool)
+    samples = [Sample(tokens, mask, n, reward=float(n), text=Text(response="x"), version=mask * 1) for n in range(3)]
+    samples[2].verdict = Verdict(failed=True)
+    config = configuration.load("evaluate", [f"out={tmp_path}", "evaluate.show=3"])
+    source: Any = SimpleNamespace(answer=lambda prompts, judge: samples)
+    held_out: Any = SimpleNamespace(head=lambda count: [])
+    scored: list[Sample] = []
+    metrics = Metrics(config, ALONE, start=-1)
+    ResponseEvaluation(config, source, held_out, FREE, scored.extend)(metrics)
+    assert scored == samples[:2]
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "reward 0 |  => x",
+        "reward 1 |  => x",
+        "reward failed |  => x",
+    ]
+    values = metrics.write(0)
+    metrics.close()
+    assert (values["eval_reward"], values["eval_reward_failed"]) == (0.5, pytest.approx(1 / 3))
+    lines = [json.loads(line) for line in (tmp_path / "samples/evaluate.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in lines] == [0.0, 1.0, None]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class Response:
         self.version += [-1] * len(tokens)
 
     def fail(self) -> None:
-        """End the response with a reward of 0, because its environment has failed."""
+        """End the response without a reward, because its environment has failed."""
         self.finish, self.earned, self.failed = "stop", 0.0, True
 
     def state(self) -> dict[str, Any]:
