@@ -81,7 +81,10 @@ def test_modes(folder: Path, ranks: int, layouts: list[str]) -> None:
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "tp1"), (2, "dp2")])
 def test_programs(folder: Path, ranks: int, layout: str) -> None:
     """See tests/ranks/programs.py."""
-    assert "programs end well" in run_ranks(ranks, "tests/ranks/programs.py", str(folder), layout)
+    output = run_ranks(ranks, "tests/ranks/programs.py", str(folder), layout)
+    assert "programs end well" in output
+    remark = "model.safetensors.index.json: the first is read, as in transformers"
+    assert (remark in output) == (layout == "tp1"), "only this layout evaluates"
 
 
 def test_reward_model_is_a_classifier_in_transformers(folder: Path) -> None:
