@@ -225,6 +225,7 @@ def test_special_tokens_of_a_sentencepiece_folder_are_text_unless_asked_for(tmp_
     assert {ours.eos, ours.eos - 1, 2} <= set(ids)
     assert not {ours.eos, ours.eos - 1, 2} & set(ours.encode(text))
     assert ours.decode(ours.encode(text)) == text
+    assert Tokenizer.load(folder(tmp_path, tokenizer_config=LLAMA | {"bos_token": ""})).bos is None
 
 
 def spoiled(path: Path, **changes: object) -> Path:

@@ -161,7 +161,7 @@ def _add(backend: Backend, source: Path, added: Added, special: Mapping[str, str
 
 def _begin(backend: Backend, bos: str | None) -> None:
     """Put a bos before texts."""
-    if bos is not None:
+    if bos:
         first = [(bos, backend.token_to_id(bos))]
         backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=first)
 
