@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_rewards import gone
 
 from rlhf import rewards
 from rlhf.config import Reward
@@ -313,10 +314,7 @@ os._exit(0)
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert done.stderr == ""
-    deadline = time.monotonic() + 3
-    while Path(f"/proc/{int(done.stdout)}").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not Path(f"/proc/{int(done.stdout)}").exists()
+    assert gone(int(done.stdout))
 
 
 def test_a_list_of_answers_means_any_of_them() -> None:
