@@ -98,8 +98,11 @@ def test_keys(fail, mode: str, override: str, wanted: list[str]) -> None:
     assert all(part in line for part in wanted), line
 
 
-def test_variables_without_effect(fail, tmp_path: Path) -> None:
-    given = [f"policy.tokenizer={write_byte_level(tmp_path)}", "data.template_variables=enable_thinkin=false"]
+def test_variables_without_effect(fail, made: Path, tmp_path: Path) -> None:
+    write_byte_level(tmp_path)
+    config = json.loads((made / "model/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
+    given = [f"policy.load={tmp_path}", "data.template_variables=enable_thinkin=false"]
     assert "sets enable_thinkin, which the tokenizer's chat template does not read: remove it" in fail("sft", *given)
     given.append("data.template=chatml")
     assert "no effect with data.template=chatml: remove it, or set data.template=tokenizer" in fail("sft", *given)
@@ -108,7 +111,7 @@ def test_variables_without_effect(fail, tmp_path: Path) -> None:
 def test_a_dry_run_shows_the_first_record(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """If the data is there, it is read. The tokenizer may be missing, as on a laptop."""
     file = tmp_path / "a.jsonl"
-    data = "first record, template plain (>>> and <<< enclose what is learned):\n  | <s>1+1>>>2</s><<<\n"
+    data = "first record, template plain (>>> and <<< enclose what is learned):\n  | <s> 1+1>>>2</s><<<\n"
     given = ["sft", f"policy.load={made}/model", "policy.init=random", "data.max_tokens=128", f"data.train={file}"]
     for row, wanted in ((None, ""), ({"prompt": "1+1", "response": "2"}, data)):
         if row:
