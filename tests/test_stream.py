@@ -104,6 +104,20 @@ def test_a_stop_string_is_seen_when_its_last_token_comes(qwen: Tokenizer, stop: 
             assert [asked(tokens[held:n]) for n in range(held + 1, end + 1)] == [False] * (end - held - 1) + [True]
 
 
+def test_a_stop_string_behind_4096_tokens_is_found_quickly(qwen: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bisection decodes the response about log2(4096) times, and the check after each token decodes a few tokens."""
+    stops, decode, sizes = Stops(qwen, ["STOP"]), qwen.decode, list[int]()
+    monkeypatch.setattr(
+        qwen, "decode", lambda ids, skip_special=True: sizes.append(len(ids)) or decode(ids, skip_special)
+    )
+    tokens = [*qwen.encode("a b " * 2048, control=True)[:4096], *qwen.encode("STOP", continues=True)]
+    assert stops.end(tokens) == len(tokens)
+    assert len(sizes) <= 20
+    sizes.clear()
+    assert [n for n in range(1, len(tokens) + 1) if stops.ends(tokens[:n])] == [len(tokens)]
+    assert max(sizes) <= stops.reach
+
+
 def test_weights_that_fit_no_part_are_noted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "judge.py").write_text("def parts(*_):\n    return {'style': 0.5, 'right': True}\n")
     with Rewards([f"{tmp_path}/judge.py:parts"], Reward(weights={"right": 2, "stile": 1})) as function:
