@@ -76,7 +76,7 @@ class Parallel:
 class Data:
     """The data sets, and how their lines become tokens."""
 
-    train: str = ""  # training data: jsonl, JSON or parquet file, or folder (README, Data)
+    train: str = ""  # training data: jsonl, JSON or parquet file, or folder (docs/data.md)
     eval: str = ""  # held-out data: file or folder; empty: no evaluation
     template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false

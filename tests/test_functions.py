@@ -330,8 +330,8 @@ def test_a_list_of_answers_means_any_of_them() -> None:
         assert scored(function, given) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 
 
-def test_the_examples_of_the_readme(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
     match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert match
     (tmp_path / "judge.py").write_text(match[1])

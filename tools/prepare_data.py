@@ -11,7 +11,7 @@ Each task writes FOLDER/KIND/train.jsonl and dev.jsonl. KIND is the purpose of t
 
 alignment has prompts for rlhf, online-dpo and grpo. math has prompts and answers for grpo with the math verifier.
 
-PATH is a file, or a folder that is searched recursively for data files (see Data in the README). Files named test, dev
+PATH is a file, or a folder that is searched recursively for data files (docs/data.md). Files named test, dev
 or valid are held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as
 text with HH's markers "Human:" and "Assistant:", for data.template=auto or plain; or as messages, for all other
 templates. Text with template plain and messages with template human give the same tokens.
