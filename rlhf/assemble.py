@@ -258,6 +258,7 @@ def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load:
         )
     from rlhf.rollout.vllm import VLLM
 
+    window = files.read_config(config.policy.load, config.policy.tokenizer).get("sliding_window")
     return VLLM(
         readable(str(files.config_folder(config.policy.load, config.policy.tokenizer))),
         tp=tp,
@@ -267,7 +268,7 @@ def _engine(config: Config, mesh: Mesh, given: Inputs, dtype: torch.dtype, load:
         memory=config.rollout.memory,
         cache=config.rollout.cache,
         load=load,
-        windowless=0 if given.arch.window else given.arch.layers,
+        windowless=given.arch.layers if window and not given.arch.window else 0,
     )
 
 

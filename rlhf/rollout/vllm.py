@@ -52,7 +52,7 @@ class VLLM(Engine):
         max_len: int,  # largest number of tokens of prompt and response together
         memory: float,  # share of the GPU's memory for weights and KV cache; not used on a CPU
         cache: float,  # GiB of KV cache; 0: the rest of `memory` on a GPU, CPU_CACHE on a CPU
-        windowless: int = 0,  # if no layer needs a sliding window within max_len: the number of layers; else 0
+        windowless: int = 0,  # number of layers if config.json has a sliding window that max_len does not need; else 0
         load: bool = False,  # load weights from the folder; else a publish must write them before generation
     ):
         self.max_len = max_len
