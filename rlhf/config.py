@@ -121,7 +121,7 @@ class Rollout:
     max_tokens: Count = 512  # limit of response tokens, including the answers of an environment
     temperature: Annotated[float, Between(0, 100)] = 1.0  # used for sampling, and for the learner's log-probs too
     top_p: Share = 1.0  # nucleus sampling; 1: off; below 1, mismatch is not measured, and mismatch_cap must be 0
-    top_k: int = 0  # sample only from the k most likely tokens; 0: off; above 0, mismatch as with top_p
+    top_k: int = 0  # sample only from the k most likely tokens; 0: off; else mismatch is as with top_p < 1
     stop: tuple[str, ...] = ()  # strings that end a response; the string is kept in the response
     environment: str = ""  # module:Class or path/file.py:Class (docs/environments.md); empty: single-turn responses
     turns: Count = 8  # limit of the model's turns in a response (with an environment)

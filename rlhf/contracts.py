@@ -38,7 +38,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The parts of a sampled response's reward. Sample.reward is their sum."""
+    """Where the reward of a sampled response comes from. Sample.reward is the sum of rule and score."""
 
     rule: float = 0.0  # from the reward function and the environment
     score: float | None = None  # from the reward model; None without a reward model

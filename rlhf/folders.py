@@ -53,14 +53,15 @@ def newest(out: Path) -> tuple[Path | None, str]:
 def newest_export(folder: Path, formats: Iterable[str]) -> Path | None:
     """Return the newest complete export in the folder of a run, or in one of its step folders; None if there is none.
 
-    Formats are tried in their order. The links of the run name its newest exports.
+    Of one step, formats are tried in their order. The links of the run name its newest exports.
     """
     if NAME.fullmatch(folder.name):
         found = [folder / name for name in formats]
     else:
         there, names = [*reversed(steps(folder).values())], [*formats]
-        links = [folder / name for name in names if there and (folder / name).exists()]
+        links = [folder / name for name in names if (folder / name).exists()]
         found = [link.parent / link.readlink() if link.is_symlink() else link for link in links]
+        found.sort(key=lambda export: export.parent.name, reverse=True)
         found += [step / name for step in there for name in names]
     return next((export for export in found if _is_whole(export)), None)
 

@@ -19,13 +19,13 @@ from rlhf.contracts import ABSENT, Sample
 from rlhf.parallel.mesh import Mesh
 from rlhf.recorder import Recorder, Use
 
+TROUBLES = ("truncated", "silent", "tied", "lone", "reward_failed", "eval_reward_failed")  # shown unless 0
 LINE = (
     *("loss", "accuracy", "reward", "eval_reward", "eval_loss", "eval_accuracy", "kl", "clipped", "entropy"),
     *("critic_loss", "mismatch", "response_tokens"),
-    *("truncated", "silent", "tied", "lone", "reward_failed", "eval_reward_failed"),
+    *TROUBLES,
     *("grad_norm", "lr", "tokens_per_second"),
 )
-TROUBLES = {"truncated", "silent", "tied", "lone", "reward_failed", "eval_reward_failed"}  # shown unless 0
 
 
 class Metrics:

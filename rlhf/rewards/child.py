@@ -249,7 +249,7 @@ def messages(said: Any) -> list[Message] | None:
 
 def several(found: Any, count: int) -> list:
     """Return the rewards of one call for `count` responses: a list, an array or a tensor. Raises TypeError."""
-    if isinstance(found, (str, bytes, dict)) or not hasattr(found, "__len__") or len(found) != count:
+    if isinstance(found, (str, bytes, dict, set, frozenset)) or not hasattr(found, "__len__") or len(found) != count:
         raise TypeError(f"the function must return {count} rewards, one per response, but returned {found!r:.80}")
     return list(found)
 

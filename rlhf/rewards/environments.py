@@ -5,10 +5,10 @@ from collections.abc import Hashable, Set
 from typing import Any, NamedTuple
 
 from rlhf.config import Reward
+from rlhf.rewards.child import Message
 from rlhf.rewards.worker import Job, Pool, Worker
 
 Turn = tuple[Hashable, dict[str, Any], list[str]]  # key of the dialogue, record, texts of the model's turns so far
-Message = dict[str, str]  # role and content
 
 
 class Reply(NamedTuple):

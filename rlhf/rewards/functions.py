@@ -26,7 +26,7 @@ class Rewards(Pool[Item, Value]):
 
     A part of the reward has the name of its function. If a function returns a dict, each key is a part; with several
     functions its name is FUNCTION/KEY. A weight NAME of limits.weights holds for the part of this name, and for all
-    parts NAME/... without a weight of their own. All other weights are 1.
+    parts NAME/... that have no weight of their own. All other weights are 1.
     """
 
     kind = "function"

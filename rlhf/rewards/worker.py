@@ -155,7 +155,9 @@ class Worker:
     def _load(self, form: tuple, error: str) -> list:
         if error:
             reason = error.strip().splitlines()[-1]
-            raise UserError(f"{self.key}={self.spec!r} cannot be loaded: {reason}; give {self.remedy}")
+            raise UserError(
+                f"{self.key}={self.spec!r} cannot be loaded: {reason}; correct it, or give another {self.remedy}"
+            )
         self.loaded, self.form = True, child.Form(*form)
         return []
 

@@ -62,22 +62,29 @@ class Rule:
             self._noted = True
             for name in self.rewards.unused if self.mesh.rank == 0 else ():
                 known = ", ".join(sorted(self.rewards.names))
-                say(f"note: reward.weights.{name} fits no part of the first rewards, which are {known}")
+                source = ", ".join(self.rewards.specs)
+                say(f"note: reward.weights.{name} fits no part of the first rewards of {source}, which are {known}")
 
 
 class Warnings:
-    """Prints the first failure and the first timeout of the user's code on each node. Metrics count all failures."""
+    """Prints the first failure and the first timeout of the user's code on each rank. Metrics count all failures.
+
+    Only the first rank of a node prints the whole traceback.
+    """
 
     def __init__(self, pool: Pool, mesh: Mesh, what: str):
         self.pool, self.mesh, self.what = pool, mesh, what
         self.failed = self.late = False
 
     def __call__(self) -> None:
-        if self.pool.failure and not self.failed and self.mesh.is_first_on_node:
-            reason = textwrap.indent(self.pool.failure.rstrip(), "    ")
-            left = "such responses are not learned (see reward_failed in metrics.jsonl)"
-            say(f"the code of the {self.what} failed twice on a response: {left}\n{reason}")
-        if self.pool.late and not self.late and self.mesh.is_first_on_node:
+        rank = f"rank {self.mesh.rank}: "
+        if self.pool.failure and not self.failed:
+            trace = self.pool.failure.rstrip()
+            reason = textwrap.indent(trace if self.mesh.is_first_on_node else trace.splitlines()[-1], "    ")
+            left = "such responses have no reward (metric reward_failed)"
+            say(f"{rank}the code of the {self.what} failed: {left}\n{reason}")
+        if self.pool.late and not self.late:
             limit = f"reward.timeout={self.pool.limits.timeout:g}"
-            say(f"the {self.what} took longer than {limit}: timeouts depend on the load, so another run may differ")
+            late = f"the {self.what} took longer than {limit}"
+            say(f"{rank}{late}: timeouts depend on the load, so another run may differ")
         self.failed, self.late = bool(self.pool.failure), self.pool.late

@@ -269,12 +269,14 @@ class EngineSource:
         failed, most = sum(header.failed for header in known), self.config.reward.max_failed
         if failed <= most * len(known):
             return
-        own = self.environments.failure if self.environments else ""
-        trace = next(filter(None, self.mesh.all_gather(own or judge.failure)), "no error is known").strip()
+        own = (judge.failure, self.environments.failure if self.environments else "")
+        kinds = zip(*self.mesh.all_gather(own), strict=True)  # the errors of all ranks, by kind
+        traces = [trace.strip() for errors in kinds if (trace := next(filter(None, errors), ""))]
         if self.mesh.rank == 0:
-            say(textwrap.indent(trace, "    "))
+            say(textwrap.indent("\n".join(traces), "    "))
         share = f"{failed} of {len(known)} rewards of {when} failed, and reward.max_failed={most:g}"
-        raise RewardError(f"{share}; the first error, shown above, was: {trace.splitlines()[-1]}")
+        first = "; ".join(trace.splitlines()[-1] for trace in traces)
+        raise RewardError(f"{share}; the first error, shown above, was: {first}")
 
     def _next(self, step: int, turn: int) -> dict[Key, Sample]:
         """Complete the next batch.prompts groups, and return this rank's portion of their samples.

@@ -163,12 +163,12 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
-def check_failed_rewards(folder: Path, layout: str, mesh: Mesh) -> None:
+def check_failed_rewards(folder: Path, layout: str) -> None:
     """Check that all ranks end if too many rewards of one rank have failed. The error is that of this rank."""
     keys = [f"reward.function={folder}/rules.py:fail_on_rank_1", "reward.max_failed=0.3", f"out={folder}/failed"]
     said = "12 of 24 rewards of step 1 failed, and reward.max_failed=0.3; .*: ValueError: this is rank 1$"
     with pytest.raises(RewardError, match=said):
-        start(configure(folder, "grpo", layout, *keys), mesh)
+        start(configure(folder, "grpo", layout, *keys))
 
 
 def check_lost_rank(mesh: Mesh) -> None:
@@ -190,7 +190,7 @@ def main() -> None:
     mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
     if mesh.world > 1:
         check_signal_to_one_rank(folder, layout, mesh)
-        check_failed_rewards(folder, layout, mesh)
+        check_failed_rewards(folder, layout)
         check_lost_rank(mesh)
     else:
         for check in (
