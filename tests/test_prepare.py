@@ -178,13 +178,15 @@ def test_a_run_means_its_newest_complete_export(tmp_path: Path, monkeypatch: pyt
     assert located(*(f"{key}={whole[0]}/" for key in LOADS)) == [f"{run}/step_000010/hf"] * len(LOADS)
     for unchanged in (f"{run}/hf", f"{run}/step_000010/mcore", str(last), "no/folder", "runs", ""):
         assert located(f"policy.load={unchanged}")[0] == unchanged
-    (run / "hf").unlink()  # the link is back at an older step
-    (run / "hf").symlink_to("step_000010/hf")
+    for name in ("hf", "mcore"):  # the links are back at an older step
+        (run / name).unlink()
+        (run / name).symlink_to(f"step_000010/{name}")
     assert located(f"policy.load={run}")[0] == f"{run}/step_000010/hf"
     (whole[0] / "hf/config.json").write_text("{  }")
-    assert located(f"policy.load={run}")[0] == f"{run}/step_000020/mcore"
-    (run / "mcore").unlink()
     assert located(f"policy.load={run}")[0] == f"{run}/step_000020/hf"
+    for step, name in ((10, "hf"), (20, "mcore")):  # checkpoint.format has changed
+        checkpoint(Path("runs/other"), step, name)
+    assert located("policy.load=runs/other")[0] == "runs/other/step_000020/mcore"
     (whole[1] / "meta.json").unlink()
     for given in (run, last):
         with pytest.raises(UserError, match=f"^{given}: of a run, but it has no complete export; let the run reach"):

@@ -128,7 +128,8 @@ def test_weights_that_fit_no_part_are_noted_once(tmp_path: Path, capsys: pytest.
             judge.collect(block=True)
             assert sample.verdict == Verdict(rule=3.5, parts={"style": 0.5, "right": 1.0})
     said = capsys.readouterr().out
-    assert said == "note: reward.weights.stile fits no part of the first rewards, which are right, style\n"
+    source = f"{tmp_path}/judge.py:parts"
+    assert said == f"note: reward.weights.stile fits no part of the first rewards of {source}, which are right, style\n"
 
 
 def test_progress_is_one_line_of_a_terminal(
