@@ -22,7 +22,6 @@ from rlhf import texts
 from rlhf.errors import UserError
 from rlhf.model.families import FAMILIES
 
-AGAIN = "copy the file again"
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # without Fast: classes that use a tokenizer.json as it is
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in the pieces of sentencepiece
@@ -49,17 +48,17 @@ class Settings:
         As in transformers, special_tokens_map.json and added_tokens.json count only if tokenizer_config.json has no
         added_tokens_decoder.
         """
-        values = texts.fields(files, "tokenizer_config.json", AGAIN)
+        values = texts.fields(files, "tokenizer_config.json", texts.AGAIN)
         kind, declared = _kind(values, model), values.get("added_tokens_decoder")
         if declared is not None:
             with sound(files["tokenizer_config.json"]):
                 return cls(kind, values, {int(i): _token(token) for i, token in declared.items()})
-        named = texts.fields(files, "special_tokens_map.json", AGAIN)
+        named = texts.fields(files, "special_tokens_map.json", texts.AGAIN)
         if "tokenizer.json" not in files and "tokenizer.model" in files:
             named.pop("additional_special_tokens", None)  # transformers takes those of the tokenizer.model
         values |= named
         special = {_content(token) for token in [*map(values.get, NAMED), *_unnamed(values)]}
-        added = texts.fields(files, "added_tokens.json", AGAIN)
+        added = texts.fields(files, "added_tokens.json", texts.AGAIN)
         with sound(files.get("added_tokens.json")):
             return cls(kind, values, {index(i): _added(text, text in special) for text, i in added.items()})
 
@@ -71,7 +70,7 @@ class Settings:
 
 
 def sound(file: Path | None) -> texts.Blaming:
-    return texts.Blaming(f"{file}: not a valid tokenizer", AGAIN)
+    return texts.Blaming(f"{file}: not a valid tokenizer", texts.AGAIN)
 
 
 def build(path: Path, files: Mapping[str, Path], settings: Settings) -> tuple[Backend, Path, dict[str, str]]:
@@ -168,9 +167,9 @@ def _begin(backend: Backend, bos: str | None) -> None:
 
 def _from_json(file: Path, settings: Settings) -> tuple[Backend, Added]:
     """Return the backend of a tokenizer.json, and the tokens to add."""
-    spec = texts.load(file, AGAIN)
+    spec = texts.load(file, texts.AGAIN)
     if not isinstance(spec, dict) or "model" not in spec:
-        raise UserError(f"{file}: it has no 'model', so it is not a tokenizer.json; {AGAIN}")
+        raise UserError(f"{file}: it has no 'model', so it is not a tokenizer.json; {texts.AGAIN}")
     if settings.kind not in PARTS:
         return Backend.from_file(str(file)), settings.added
     backend = Backend.from_str(json.dumps(spec | {"added_tokens": []}))

@@ -36,7 +36,6 @@ FILES = (
     "generation_config.json",
 )
 TEMPLATES = "additional_chat_templates"  # folder with more *.jinja files
-AGAIN = "copy the file again"
 
 
 class Tokenizer:
@@ -98,7 +97,7 @@ class Tokenizer:
         for file in files.values():
             texts.fetched(file)
         beside = {"config.json": path / "config.json"} if (path / "config.json").is_file() else {}
-        settings = backends.Settings.read(files, texts.fields(beside, "config.json", AGAIN))
+        settings = backends.Settings.read(files, texts.fields(beside, "config.json", texts.AGAIN))
         codec = Codec(*backends.build(path, files, settings))
         sources = _chat_templates(files, settings.values)
         chats = ChatTemplates(sources, {**codec.special, **variables}) if sources else None
@@ -158,7 +157,7 @@ class Tokenizer:
         if "tokenizer.json" not in self.files:
             self._codec.first.save(str(folder / "tokenizer.json"))
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            settings |= texts.fields(self.files, "tokenizer_config.json", AGAIN) | self._codec.settings()
+            settings |= texts.fields(self.files, "tokenizer_config.json", texts.AGAIN) | self._codec.settings()
             texts.save(folder / "tokenizer_config.json", settings)
 
     def _check(self, ids: Sequence[int], what: str) -> None:
@@ -172,10 +171,10 @@ class Tokenizer:
 def _stops(files: Mapping[str, Path], vocab: int) -> list[int]:
     """Return the stop tokens, as transformers and vLLM read them."""
     name = "generation_config.json" if "generation_config.json" in files else "config.json"
-    found = texts.fields(files, name, AGAIN).get("eos_token_id")
+    found = texts.fields(files, name, texts.AGAIN).get("eos_token_id")
     stops = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and 0 <= token < vocab for token in stops):
-        raise UserError(f"{files[name]}: eos_token_id {stops!r:.80} is not a token id or a list of them; {AGAIN}")
+        raise UserError(f"{files[name]}: eos_token_id {stops!r:.80} is not a token id or a list of them; {texts.AGAIN}")
     return stops
 
 
@@ -184,12 +183,14 @@ def _chat_templates(files: dict[str, Path], settings: dict[str, Any]) -> dict[st
     if "chat_template.jinja" in files:
         more = {Path(name).stem: file for name, file in files.items() if name.startswith(f"{TEMPLATES}/")}
         every = {**more, "default": files["chat_template.jinja"]}
-        return {name: texts.read(file, AGAIN) for name, file in every.items()}
+        return {name: texts.read(file, texts.AGAIN) for name, file in every.items()}
     template = settings.get("chat_template")
     named = template if isinstance(template, list) else [{"name": "default", "template": template}]
     found = {str(entry.get("name")): entry.get("template") for entry in named if isinstance(entry, dict)}
     for source in found.values():
         if not isinstance(source, (str, NoneType)):
-            raise UserError(f"{files['tokenizer_config.json']}: chat_template {source!r:.80} is not a text; {AGAIN}")
+            raise UserError(
+                f"{files['tokenizer_config.json']}: chat_template {source!r:.80} is not a text; {texts.AGAIN}"
+            )
     known = {name: source for name, source in found.items() if source is not None}
     return known if "default" in known else {}
