@@ -1,10 +1,11 @@
 """Encodes and decodes text with the tokenizer of a Hugging Face folder, or with a sentencepiece tokenizer.model.
 
 It needs no transformers. The ids are those of the AutoTokenizer of transformers 5 for the same folder, with two
-exceptions. Special tokens that are spelled in ordinary text stay text (see Tokenizer.encode). And without a
-tokenizer.json, the pieces of a tokenizer.model are those of sentencepiece, and a space is put before the text. There
-AutoTokenizer merges in the order of the ids, and puts no space if the folder names no class or the model is a Mistral.
-Tokenizer.save writes a tokenizer.json for such a folder, so that AutoTokenizer has the ids of the training.
+exceptions. Special tokens that are spelled in ordinary text stay text (see Tokenizer.encode). The other exception is a
+tokenizer.model without a tokenizer.json. Alone, its ids are those of sentencepiece. Beside a tokenizer_config.json or
+another file that names tokens, they are those of LlamaTokenizer, except in runs of spaces, which are merged as in
+sentencepiece; AutoTokenizer uses another class if the folder names none or the model is a Mistral. Tokenizer.save
+writes a tokenizer.json for such a folder, so that AutoTokenizer has the ids of the training.
 """
 
 from __future__ import annotations
