@@ -50,7 +50,8 @@ class Tokenizer:
     model     the folder of the model
     rows      number of ids that the model has; None if it has all. Text with other ids cannot be encoded
     path      the folder or file that it was read from; unpickling in another process reads it again
-    files     name in a folder -> path, for all files that it was read from
+    files     name in a folder -> path, for all files that it was read from, except config.json
+    kind      the class of transformers that reads the folder, as in backends.Settings; config.json may decide it
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Tokenizer:
         model: str,
         rows: int | None,
         variables: Mapping[str, Any],
+        kind: str,
     ) -> None:
-        self.path, self.files, self.model, self.rows = path, files, model, rows
+        self.path, self.files, self.model, self.rows, self.kind = path, files, model, rows, kind
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
         self._codec, self.chats, self._variables = codec, chats, variables
@@ -103,7 +105,7 @@ class Tokenizer:
         sources = _chat_templates(files, settings.values)
         chats = ChatTemplates(sources, {**codec.special, **variables}) if sources else None
         stops = _stops(beside | files, codec.vocab)
-        return cls(path, codec, files, stops, chats, model, rows, dict(variables))
+        return cls(path, codec, files, stops, chats, model, rows, dict(variables), settings.kind)
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Path, str, int | None, Mapping[str, Any]]]:
         return Tokenizer.load, (self.path, self.model, self.rows, self._variables)
