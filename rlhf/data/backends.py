@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Backend
 
 from rlhf import texts
-from rlhf.data.parts import DEFAULTS, PARTS, REBUILT, SPACE, spaced
+from rlhf.data.parts import DEFAULTS, PARTS, REFUSED, SPACE, spaced
 from rlhf.errors import UserError
 from rlhf.model.families import FAMILIES
 
@@ -167,8 +167,10 @@ def _from_json(file: Path, settings: Settings) -> tuple[Backend, Added]:
     spec = texts.load(file, texts.AGAIN)
     if not isinstance(spec, dict) or "model" not in spec:
         raise UserError(f"{file}: it has no 'model', so it is not a tokenizer.json; {texts.AGAIN}")
-    if settings.kind in REBUILT:
-        raise UserError(f"{file}: transformers reads it as {settings.kind}, which builds parts of it anew; {UNCHANGED}")
+    if settings.kind in REFUSED:
+        raise UserError(
+            f"{file}: transformers reads it as {settings.kind}, which does not use this file as it is; {UNCHANGED}"
+        )
     if settings.kind not in PARTS:
         return Backend.from_file(str(file)), settings.added
     backend = Backend.from_str(json.dumps(spec | {"added_tokens": []}))

@@ -55,15 +55,18 @@ PARTS: dict[str, Callable[[Backend, Mapping[str, Any]], None]] = {
     "Qwen2Tokenizer": _qwen2,
     "GPT2Tokenizer": _gpt2,
 }
-# Other classes of transformers that set the parts themselves. Their folders are refused.
+# Other classes of transformers that do not use a tokenizer.json as it is. Their folders are refused.
 _OTHERS = """
-    Albert Bart Barthez Bert BigBird Blenderbot CLIP Camembert CodeGen Cohere ConvBert DPRContextEncoder
-    DPRQuestionEncoder DPRReader Deberta DebertaV2 DistilBert Esmc FNet Funnel GPTNeoX Gemma Herbert Lasr LayoutLMv2
-    LayoutLMv3 LayoutXLM Luke MBart MBart50 MLuke MPNet MarkupLM MobileBert Nllb Nougat OpenAIGPT Pegasus Qwen3_5
-    Reformer RemBert RoFormer Roberta SeamlessM4T Siglip2 Splinter SqueezeBert T5 Tipsv2 Udop VideoPrism Whisper
-    XGLM XLMRoberta XLNet
+    Albert Bart Barthez Bartpho Bert BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall
+    ByT5 CLIP CTRL Camembert Canine Clvp CodeGen Cohere ConvBert Cpm CpmAnt DPRContextEncoder DPRQuestionEncoder
+    DPRReader Deberta DebertaV2 Dia DistilBert Esm Esmc FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoX
+    GPTNeoXJapanese GPTSw3 Gemma Herbert Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke M2M100 MBart MBart50 MLuke MPNet
+    Marian MarkupLM Mgpstr MobileBert MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver Phobert Pop2Piano
+    ProphetNet Qwen3_5 Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5
+    Splinter SqueezeBert T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM
+    XLMRoberta XLNet
 """
-REBUILT = {f"{name}Tokenizer" for name in _OTHERS.split()}
+REFUSED = {f"{name}Tokenizer" for name in _OTHERS.split()}
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _INFILL = {f"{name}_token": f"{SPACE}<{name[:3].upper()}>" for name in ("prefix", "middle", "suffix")}
 # The special tokens of these classes where the files name no others
