@@ -147,8 +147,10 @@ def _read(
     config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources: Mapping[str, Opened]
 ) -> dict[str, tuple[str, str]]:
     """Return the files that the run reads: key -> (path, fingerprint)."""
+    folder = config.policy.tokenizer or config.policy.load
     found = {
-        "policy.tokenizer": (config.policy.tokenizer or config.policy.load, columns.contents(tokenizer.files.values()))
+        "policy.tokenizer": (folder, columns.contents(tokenizer.files.values())),
+        "policy.tokenizer/config.json": (folder, f"{tokenizer.kind} {tokenizer.stop_ids}"),
     }
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(lines.files(Path(config.data.train))))

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from rlhf.errors import UserError
 
+AGAIN = "copy the file again"  # the remedy for a damaged file
+
 DEEPEST = 100  # largest nesting of JSON; deeper values would fail later, when they are pickled for other ranks
 
 POINTER = b"version https://git-lfs.github.com/"  # the first bytes of a pointer of git-lfs

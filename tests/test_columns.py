@@ -1,5 +1,6 @@
 """The folder of a tokenized data set: it is mapped and complete, and its name depends on all inputs."""
 
+import json
 import re
 from dataclasses import fields
 from datetime import date, timedelta
@@ -110,6 +111,19 @@ def test_the_name_of_a_data_set_tells_all_that_decides_its_tokens(tmp_path, toke
     monkeypatch.setattr(pyarrow, "__version__", "0")  # it decides the text of a table's rows
     again = [digest(table, tokenizer, Data()), digest(file, tokenizer, Data())]
     assert [name == same for name, same in zip(names, again, strict=True)] == [False, True]
+
+
+def test_a_config_that_changes_the_tokens_changes_the_name(tmp_path):
+    """config.json has the stop tokens, which end what is learned, and the class of the tokenizer."""
+    file, folder = write(tmp_path / "a.jsonl", {"prompt": "Q?"}), write_byte_level(tmp_path / "model")
+
+    def named(**config):
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+        return digest(file, Tokenizer.load(folder), Data())
+
+    first = named()
+    assert first == named(rope_theta=1e6)
+    assert len({first, named(eos_token_id=[400, 402]), named(model_type="qwen2")}) == 3
 
 
 def test_the_date_counts_only_for_templates_that_may_write_it(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Chat templates that edit messages, and tools: prompts as transformers renders them, and whole responses learned."""
 
+import json
 import re
 
 import pytest
@@ -7,6 +8,7 @@ from dialects import LLAMA31, MISTRAL, QWEN3, QWEN3_THINKING, R1, R1_OPEN
 from test_templates import runs
 from vocabularies import CHATML, write_byte_level
 
+from rlhf.data import forms
 from rlhf.data.templates import encode, num_cue, read_tools, reply, validate
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
@@ -104,6 +106,18 @@ def test_prompts_are_those_of_transformers_and_responses_are_whole(load, case):
     for start, i in zip(starts, spoken if learn == "all" else spoken[-1:], strict=True):
         assert ids[:start] == prompt(messages[:i]) == encode(ours, "tokenizer", messages[:i], tools=tools)[0]
         assert num_cue(ours, "tokenizer") <= start
+
+
+@pytest.mark.parametrize("text", ['{"a": 2, "b": 2}', '{"b":2,"a":2}', "", " {}"])
+def test_arguments_may_be_json_text(text):
+    """OpenAI's API has the text. The template gets the object, also in a call without `function`."""
+    call, wanted = {"name": "add", "arguments": text}, {"name": "add", "arguments": json.loads(text or "{}")}
+    [message] = validate([says(None, tool_calls=[{"type": "function", "function": call}, call])])
+    assert message["tool_calls"] == [{"type": "function", "function": wanted}, wanted]
+    row = {"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": json.dumps(call)}]}
+    [(messages, _)] = forms.read(json.dumps(row).encode(), "demonstrations").told
+    assert messages[1]["tool_calls"] == [{"type": "function", "function": wanted}]
+    assert call["arguments"] == text, "the given message is not changed"
 
 
 WHOLE = [case for case in CASES if not case.startswith(("cut", "open", "text before", "other"))]

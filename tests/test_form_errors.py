@@ -2,7 +2,9 @@
 
 import re
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from rows import AGAIN, ASSISTANT, GPT, HUMAN, OTHER, USER, write
 from vocabularies import write_byte_level
 
@@ -241,6 +243,17 @@ def test_invalid_lines_are_skipped(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "b.json").write_text('[{"prompt": "one"}, {"prompt"')
     with pytest.raises(UserError, match="element 2: the array is not JSON here"):
         skip(tmp_path / "b.json")  # the places of the other elements are unknown
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": b"Q?"}]), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="row 1 has a value of type bytes, which JSON cannot hold"):
+        skip(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+def test_a_label_is_no_error_where_it_does_not_matter(tmp_path, tokenizer, label):
+    """A prompt has no response that could be bad, and of a pair it is known which one is."""
+    for form, row in (("prompts", {"prompt": "Q?"}), ("pairs", {"prompt": "Q?", "chosen": "A.", "rejected": "B."})):
+        file = write(tmp_path / f"{form}.jsonl", {**row, label: False})
+        assert len(Records.load(file, form, tokenizer, Data())) == 1
 
 
 def test_a_line_that_the_template_refuses_is_skipped(tmp_path):

@@ -144,6 +144,20 @@ def test_files_that_have_changed_are_refused(made: Path, tmp_path: Path) -> None
         start(made, out, "sft", f"data.train={data}")
 
 
+def test_other_stop_tokens_are_refused(made: Path, tmp_path: Path) -> None:
+    """Those of config.json count, too. A checkpoint of an earlier version, which has not saved them, may resume."""
+    shutil.copytree(made / "model", tmp_path / "model")
+    file, keys = tmp_path / "model/config.json", [f"policy.load={tmp_path}/model", f"reference.load={made}/model"]
+    first = start(made, tmp_path / "run", "grpo", *keys)
+    save(tmp_path / "run", first, "grpo")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [first.tokenizer.eos, 0]}))
+    with pytest.raises(UserError, match=f"another content of policy.tokenizer/config.json={tmp_path}/model: start"):
+        start(made, tmp_path / "run", "grpo", *keys)
+    del first.identity["read"]["policy.tokenizer/config.json"]
+    save(tmp_path / "old", first, "grpo")
+    assert start(made, tmp_path / "old", "grpo", *keys).remarks == []
+
+
 @pytest.mark.parametrize(
     "keys",
     [

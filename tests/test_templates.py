@@ -307,6 +307,10 @@ def test_roles(qwen, messages, error):
             encode(qwen, template, messages)
 
 
+def called(function):
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+
+
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
@@ -319,6 +323,15 @@ def test_roles(qwen, messages, error):
         ([USER, {"role": "assistant", "content": None}], "message 2 is {'role': 'assistant', 'content': None}; give"),
         ([USER, {"role": "assistant", "content": "", "tool_calls": []}], "message 2 (assistant) is empty"),
         ([USER, {"role": "assistant", "content": "", "tool_calls": "f"}], "message 2 has tool_calls 'f'; give a list"),
+        ([USER, called(3)], "message 2 has a tool call {'function': 3}; give 'function' as an object"),
+        (
+            [USER, called({"arguments": "1 2"})],
+            "message 2 has a tool call with arguments '1 2'; give an object, or its",
+        ),
+        (
+            [USER, called({"arguments": "[1]"})],
+            "message 2 has a tool call with arguments '[1]'; give an object, or its",
+        ),
     ],
 )
 def test_messages(messages, error):

@@ -124,6 +124,9 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "llama2 json alone": lambda path: saved(
         path, special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"}, tokenizer_config={"chat_template": CHATML}
     ),
+    "code llama json": lambda path: saved(
+        path, tokenizer_config=LLAMA | {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}
+    ),
     "mistral json": lambda path: saved(
         path, "mistral", tokenizer_config=LLAMA | {"tokenizer_class": "LlamaTokenizerFast", "eos_token": "</s>"}
     ),

@@ -1,35 +1,31 @@
 """Builds the `tokenizers` backend of a folder, from tokenizer.json, tokenizer.model, or vocab.json and merges.txt.
 
 Some classes of transformers 5 use only the vocabulary of a tokenizer.json and build the parts around it themselves. The
-folders of such a class get the same parts here (PARTS), or are refused.
+folders of such a class get the same parts here, or are refused (see parts.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as proto
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from rlhf import texts
+from rlhf.data.parts import DEFAULTS, PARTS, REFUSED, SPACE, spaced
 from rlhf.errors import UserError
 from rlhf.model.families import FAMILIES
 
-AGAIN = "copy the file again"
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # without Fast: classes that use a tokenizer.json as it is
+UNCHANGED = "set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json, so that it is used as it is"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in the pieces of sentencepiece
-# the pattern of transformers, models/qwen2/tokenization_qwen2.py
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 Added = dict[int, AddedToken]  # by id
 Piece = proto.ModelProto.SentencePiece
 
@@ -49,17 +45,17 @@ class Settings:
         As in transformers, special_tokens_map.json and added_tokens.json count only if tokenizer_config.json has no
         added_tokens_decoder.
         """
-        values = texts.fields(files, "tokenizer_config.json", AGAIN)
+        values = texts.fields(files, "tokenizer_config.json", texts.AGAIN)
         kind, declared = _kind(values, model), values.get("added_tokens_decoder")
         if declared is not None:
             with sound(files["tokenizer_config.json"]):
                 return cls(kind, values, {int(i): _token(token) for i, token in declared.items()})
-        named = texts.fields(files, "special_tokens_map.json", AGAIN)
+        named = texts.fields(files, "special_tokens_map.json", texts.AGAIN)
         if "tokenizer.json" not in files and "tokenizer.model" in files:
             named.pop("additional_special_tokens", None)  # transformers takes those of the tokenizer.model
         values |= named
         special = {_content(token) for token in [*map(values.get, NAMED), *_unnamed(values)]}
-        added = texts.fields(files, "added_tokens.json", AGAIN)
+        added = texts.fields(files, "added_tokens.json", texts.AGAIN)
         with sound(files.get("added_tokens.json")):
             return cls(kind, values, {index(i): _added(text, text in special) for text, i in added.items()})
 
@@ -71,7 +67,7 @@ class Settings:
 
 
 def sound(file: Path | None) -> texts.Blaming:
-    return texts.Blaming(f"{file}: not a valid tokenizer", AGAIN)
+    return texts.Blaming(f"{file}: not a valid tokenizer", texts.AGAIN)
 
 
 def build(path: Path, files: Mapping[str, Path], settings: Settings) -> tuple[Backend, Path, dict[str, str]]:
@@ -168,9 +164,13 @@ def _begin(backend: Backend, bos: str | None) -> None:
 
 def _from_json(file: Path, settings: Settings) -> tuple[Backend, Added]:
     """Return the backend of a tokenizer.json, and the tokens to add."""
-    spec = texts.load(file, AGAIN)
+    spec = texts.load(file, texts.AGAIN)
     if not isinstance(spec, dict) or "model" not in spec:
-        raise UserError(f"{file}: it has no 'model', so it is not a tokenizer.json; {AGAIN}")
+        raise UserError(f"{file}: it has no 'model', so it is not a tokenizer.json; {texts.AGAIN}")
+    if settings.kind in REFUSED:
+        raise UserError(
+            f"{file}: transformers reads it as {settings.kind}, which does not use this file as it is; {UNCHANGED}"
+        )
     if settings.kind not in PARTS:
         return Backend.from_file(str(file)), settings.added
     backend = Backend.from_str(json.dumps(spec | {"added_tokens": []}))
@@ -180,8 +180,7 @@ def _from_json(file: Path, settings: Settings) -> tuple[Backend, Added]:
         if str(settings.values.get("tokenizer_class")).removesuffix("Fast") in GENERIC:
             return Backend.from_file(str(file)), settings.added
         other = f"transformers reads it as {settings.kind}, which ignores how this file splits a text"
-        remedy = "set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json, so that it is used as it is"
-        raise UserError(f"{file}: {other}; {remedy}")
+        raise UserError(f"{file}: {other}; {UNCHANGED}")
     return backend, added
 
 
@@ -221,7 +220,7 @@ def _from_sentencepiece(file: Path, settings: Settings) -> tuple[Backend, Added,
     if alone:
         _plain(backend, model)
     elif bpe and settings.kind in ("", "LlamaTokenizer"):
-        _llama(backend, settings.values)
+        PARTS["LlamaTokenizer"](backend, settings.values)
     else:
         unlike = f"{settings.kind or 'LlamaTokenizer'} cannot read this {'BPE' if bpe else 'unigram'} model"
         raise UserError(f"{file}: {unlike}; set policy.tokenizer to the file alone, or to a folder with tokenizer.json")
@@ -279,7 +278,7 @@ def _plain(backend: Backend, model: proto.ModelProto) -> None:
     if atoms or model.trainer_spec.model_type != proto.TrainerSpec.BPE:
         first = [backend.pre_tokenizer] if atoms else []
         backend.pre_tokenizer = pre_tokenizers.Sequence([*first, _unspelled(model)])
-    backend.decoder = _spaced(spec.add_dummy_prefix)
+    backend.decoder = spaced(spec.add_dummy_prefix)
 
 
 def _unspelled(model: proto.ModelProto) -> pre_tokenizers.PreTokenizer:
@@ -298,45 +297,3 @@ def _unspelled(model: proto.ModelProto) -> pre_tokenizers.PreTokenizer:
 def _either(found: Iterable[str]) -> str:
     """Return a regular expression of texts. It finds the longest."""
     return "|".join(re.escape(text) for text in sorted(found, key=lambda text: (-len(text), text)))
-
-
-def _llama(backend: Backend, values: Mapping[str, Any]) -> None:
-    prefix = values.get("add_prefix_space")
-    scheme = "never" if prefix is False else "always" if values.get("legacy") else "first"
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
-    backend.decoder = _spaced(prefix is not False)
-
-
-def _spaced(prefix: bool) -> decoders.Decoder:
-    """Return the decoder of pieces with SPACE. prefix: texts were encoded with a space before them."""
-    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
-
-
-def _qwen2(backend: Backend, values: Mapping[str, Any]) -> None:
-    prefix = bool(values.get("add_prefix_space"))
-    split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(prefix, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-
-
-def _gpt2(backend: Backend, values: Mapping[str, Any]) -> None:
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(bool(values.get("add_prefix_space")))
-    backend.decoder = decoders.ByteLevel()
-
-
-# Classes of transformers -> function that sets the parts around the model. Each is that of the class's __init__.
-PARTS: dict[str, Callable[[Backend, Mapping[str, Any]], None]] = {
-    "LlamaTokenizer": _llama,
-    "Qwen2Tokenizer": _qwen2,
-    "GPT2Tokenizer": _gpt2,
-}
-# The special tokens of these classes where the files name no others
-DEFAULTS: dict[str, dict[str, str]] = {
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-}

@@ -178,7 +178,8 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
     libraries += {tables.library(file).__version__ for file in lines.files(path) if tables.is_table(file)}
     dated = config.template in ("auto", "tokenizer") and tokenizer.chats and tokenizer.chats.dated
     today = date.today() if dated else None
-    parts = [replace(config, train="", eval=""), arguments, libraries, today, tokenizer.rows]
+    told = (tokenizer.rows, tokenizer.kind, tokenizer.stop_ids)  # config.json decides them, and is not in `files`
+    parts = [replace(config, train="", eval=""), arguments, libraries, today, told]
     for files in (code, tokenizer.files.values(), lines.files(path)):
         parts.append([_file_digest(file) for file in files])
     return hashlib.sha256(repr((parts, list(tokenizer.files))).encode()).hexdigest()

@@ -6,6 +6,7 @@ starts a new piece. So the tokens of a prompt are the same in training and in ge
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from rlhf import texts
 from rlhf.data import rendered
@@ -220,7 +221,29 @@ def _valid(message: object, i: int) -> Message:
     if role in ("user", "assistant") and not calls and not (content or "").strip():
         raise UserError(f"message {i} ({role}) is empty; give it content or remove the line")
     kept = {key: value for key, value in message.items() if value is not None}
+    if calls:
+        kept["tool_calls"] = [_called(call, i) for call in calls]
     return {**kept, "content": content}
+
+
+def _called(call: dict[str, Any], i: int) -> dict[str, Any]:
+    """Return a tool call of message i. If its arguments are JSON text, as in OpenAI's API, they become the object.
+
+    Most chat templates write the arguments as JSON, so that text would be written as a string in quotes.
+    """
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        raise UserError(f"message {i} has a tool call {call!r:.80}; give 'function' as an object")
+    if not isinstance(given := function.get("arguments"), str):
+        return call
+    try:
+        arguments = texts.parse(given) if given.strip() else {}
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f"message {i} has a tool call with arguments {given!r:.80}; give an object, or its JSON text")
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
 
 
 def encode(

@@ -1,10 +1,11 @@
 """Encodes and decodes text with the tokenizer of a Hugging Face folder, or with a sentencepiece tokenizer.model.
 
 It needs no transformers. The ids are those of the AutoTokenizer of transformers 5 for the same folder, with two
-exceptions. Special tokens that are spelled in ordinary text stay text (see Tokenizer.encode). And without a
-tokenizer.json, the pieces of a tokenizer.model are those of sentencepiece, and a space is put before the text. There
-AutoTokenizer merges in the order of the ids, and puts no space if the folder names no class or the model is a Mistral.
-Tokenizer.save writes a tokenizer.json for such a folder, so that AutoTokenizer has the ids of the training.
+exceptions. Special tokens that are spelled in ordinary text stay text (see Tokenizer.encode). The other exception is a
+tokenizer.model without a tokenizer.json. Alone, its ids are those of sentencepiece. Beside a tokenizer_config.json or
+another file that names tokens, they are those of LlamaTokenizer, except in runs of spaces, which are merged as in
+sentencepiece; AutoTokenizer uses another class if the folder names none or the model is a Mistral. Tokenizer.save
+writes a tokenizer.json for such a folder, so that AutoTokenizer has the ids of the training.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ FILES = (
     "generation_config.json",
 )
 TEMPLATES = "additional_chat_templates"  # folder with more *.jinja files
-AGAIN = "copy the file again"
 
 
 class Tokenizer:
@@ -50,7 +50,8 @@ class Tokenizer:
     model     the folder of the model
     rows      number of ids that the model has; None if it has all. Text with other ids cannot be encoded
     path      the folder or file that it was read from; unpickling in another process reads it again
-    files     name in a folder -> path, for all files that it was read from
+    files     name in a folder -> path, for all files that it was read from, except config.json
+    kind      the class of transformers that reads the folder, as in backends.Settings; config.json may decide it
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Tokenizer:
         model: str,
         rows: int | None,
         variables: Mapping[str, Any],
+        kind: str,
     ) -> None:
-        self.path, self.files, self.model, self.rows = path, files, model, rows
+        self.path, self.files, self.model, self.rows, self.kind = path, files, model, rows, kind
         self.bos, self.eos, self.vocab = codec.bos, codec.eos, codec.vocab
         self.stop_ids = tuple(dict.fromkeys([codec.eos, *stops]))
         self._codec, self.chats, self._variables = codec, chats, variables
@@ -98,12 +100,12 @@ class Tokenizer:
         for file in files.values():
             texts.fetched(file)
         beside = {"config.json": path / "config.json"} if (path / "config.json").is_file() else {}
-        settings = backends.Settings.read(files, texts.fields(beside, "config.json", AGAIN))
+        settings = backends.Settings.read(files, texts.fields(beside, "config.json", texts.AGAIN))
         codec = Codec(*backends.build(path, files, settings))
         sources = _chat_templates(files, settings.values)
         chats = ChatTemplates(sources, {**codec.special, **variables}) if sources else None
         stops = _stops(beside | files, codec.vocab)
-        return cls(path, codec, files, stops, chats, model, rows, dict(variables))
+        return cls(path, codec, files, stops, chats, model, rows, dict(variables), settings.kind)
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Path, str, int | None, Mapping[str, Any]]]:
         return Tokenizer.load, (self.path, self.model, self.rows, self._variables)
@@ -158,7 +160,7 @@ class Tokenizer:
         if "tokenizer.json" not in self.files:
             self._codec.first.save(str(folder / "tokenizer.json"))
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            settings |= texts.fields(self.files, "tokenizer_config.json", AGAIN) | self._codec.settings()
+            settings |= texts.fields(self.files, "tokenizer_config.json", texts.AGAIN) | self._codec.settings()
             texts.save(folder / "tokenizer_config.json", settings)
 
     def _check(self, ids: Sequence[int], what: str) -> None:
@@ -172,10 +174,10 @@ class Tokenizer:
 def _stops(files: Mapping[str, Path], vocab: int) -> list[int]:
     """Return the stop tokens, as transformers and vLLM read them."""
     name = "generation_config.json" if "generation_config.json" in files else "config.json"
-    found = texts.fields(files, name, AGAIN).get("eos_token_id")
+    found = texts.fields(files, name, texts.AGAIN).get("eos_token_id")
     stops = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and 0 <= token < vocab for token in stops):
-        raise UserError(f"{files[name]}: eos_token_id {stops!r:.80} is not a token id or a list of them; {AGAIN}")
+        raise UserError(f"{files[name]}: eos_token_id {stops!r:.80} is not a token id or a list of them; {texts.AGAIN}")
     return stops
 
 
@@ -184,12 +186,14 @@ def _chat_templates(files: dict[str, Path], settings: dict[str, Any]) -> dict[st
     if "chat_template.jinja" in files:
         more = {Path(name).stem: file for name, file in files.items() if name.startswith(f"{TEMPLATES}/")}
         every = {**more, "default": files["chat_template.jinja"]}
-        return {name: texts.read(file, AGAIN) for name, file in every.items()}
+        return {name: texts.read(file, texts.AGAIN) for name, file in every.items()}
     template = settings.get("chat_template")
     named = template if isinstance(template, list) else [{"name": "default", "template": template}]
     found = {str(entry.get("name")): entry.get("template") for entry in named if isinstance(entry, dict)}
     for source in found.values():
         if not isinstance(source, (str, NoneType)):
-            raise UserError(f"{files['tokenizer_config.json']}: chat_template {source!r:.80} is not a text; {AGAIN}")
+            raise UserError(
+                f"{files['tokenizer_config.json']}: chat_template {source!r:.80} is not a text; {texts.AGAIN}"
+            )
     known = {name: source for name, source in found.items() if source is not None}
     return known if "default" in known else {}
