@@ -239,6 +239,7 @@ def _columns(size: int) -> Columns:
         rows=ends - 1,
         lines=np.resize(line, len(line) * count),
         line_ends=len(line) * ends,
+        templates=np.full(count, "plain", "U16"),
         counts=np.array((count, 0, 0, 0)),
         reason=np.zeros(0, np.uint8),
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf import configuration, prepare
+from rlhf import configuration, shapes
 from rlhf.algorithms import ALGORITHMS
 from rlhf.contracts import ABSENT, Completion
 from rlhf.errors import UserError
@@ -93,7 +93,7 @@ ARCH = Architecture(
 
 def test_more_in_flight_than_can_be_learned_in_time_is_refused() -> None:
     def check(*keys: str) -> None:
-        prepare._check_sampling(
+        shapes._check_sampling(
             configuration.load("grpo", ["data.max_tokens=64", "rollout.max_tokens=8", "rollout.engine=kvcache", *keys]),
             ARCH,
             1,

@@ -322,6 +322,7 @@ def called(function):
         ([{"role": "user", "content": " \n"}], "message 1 (user) is empty; give it content or remove the line"),
         ([USER, {"role": "assistant", "content": None}], "message 2 is {'role': 'assistant', 'content': None}; give"),
         ([USER, {"role": "assistant", "content": "", "tool_calls": []}], "message 2 (assistant) is empty"),
+        ([USER, {**USER, "function_call": {"name": "f"}}], "message 2 has 'function_call', the older form of a call;"),
         ([USER, {"role": "assistant", "content": "", "tool_calls": "f"}], "message 2 has tool_calls 'f'; give a list"),
         ([USER, called(3)], "message 2 has a tool call {'function': 3}; give 'function' as an object"),
         (

@@ -214,6 +214,8 @@ def _valid(message: object, i: int) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"message {i} is {message!r:.80}; give an object with the strings 'role' and 'content'")
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+    if message.get("function_call"):
+        raise UserError(f"message {i} has 'function_call', the older form of a call; write it as 'tool_calls'")
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise UserError(f"message {i} has tool_calls {calls!r:.80}; give a list of objects")
     if not isinstance(content, str) and not (content is None and calls):
