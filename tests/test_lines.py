@@ -263,6 +263,8 @@ def test_folders_of_the_hub(tmp_path, tokenizer):
         (["x_training.json", "x_evaluation.json"], "train, eval"),
         (["gsm8k-train.jsonl", "gsm8k-testing.jsonl.gz"], "train, test"),
         (["validation.jsonl", "test.jsonl"], "test, val"),
+        (["train.jsonl", "Test.jsonl"], "train, Test"),
+        (["TRAIN.jsonl", "eval.jsonl"], "TRAIN, eval"),
         (["validation-0.jsonl", "dev-1.jsonl"], None),
         (["train_a.jsonl", "train_b.jsonl", "other.jsonl"], None),
         (["contest.jsonl", "trainer.jsonl", "devices.jsonl"], None),
@@ -274,7 +276,8 @@ def test_splits_are_not_mixed(tmp_path, names, splits):
     if splits is None:
         assert [file.name for file in lines.files(tmp_path)] == sorted(names)
         return
-    with pytest.raises(UserError, match=f"it has files of the splits {splits}; give those of one"):
+    remedy = re.escape(f"such as {tmp_path}/*{splits.split(', ')[0]}*")
+    with pytest.raises(UserError, match=f"it has files of the splits {splits}; give those of one, {remedy}"):
         lines.files(tmp_path)
 
 

@@ -143,6 +143,26 @@ def test_folders_and_what_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("train/data-00000-of-00001.jsonl", "train"),  # the folders of a DatasetDict
+        ("test/data-00000-of-00001.jsonl", "dev"),
+        ("Validation/0000.jsonl", "dev"),
+        ("val-00000-of-00001.jsonl", "dev"),
+        ("eval_0.jsonl", "dev"),
+        ("main.test.jsonl", "dev"),
+        ("eval/train.jsonl", "train"),  # the name of the file decides
+        ("latest/contest.jsonl", "train"),
+    ],
+)
+def test_the_split_is_in_the_name_of_the_file_or_its_folder(tmp_path, name, part):
+    (tmp_path / "in" / name).parent.mkdir(parents=True)
+    write(tmp_path / "in" / name, {"question": "Four?", "answer": "#### 4"})
+    assert run("gsm8k", "--from", tmp_path / "in", "--to", tmp_path / "out")[0] == 0
+    assert [file.name for file in (tmp_path / "out" / "math").iterdir()] == [f"{part}.jsonl"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "line", "error"),
     [
         (["hh"], {"prompt": "x"}, "in.jsonl:1: this line has no text 'chosen'"),

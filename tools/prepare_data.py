@@ -11,10 +11,11 @@ Each task writes FOLDER/KIND/train.jsonl and dev.jsonl. KIND is the purpose of t
 
 alignment has prompts for rlhf, online-dpo and grpo. math has prompts and answers for grpo with the math verifier.
 
-PATH is a file, or a folder that is searched recursively for data files (docs/data.md). Files named test, dev
-or valid are held out. --dev holds out a share of the other prompts, too. --as selects how conversations are written: as
-text with HH's markers "Human:" and "Assistant:", for data.template=auto or plain; or as messages, for all other
-templates. Text with template plain and messages with template human give the same tokens.
+PATH is a file, or a folder that is searched recursively for data files (docs/data.md). In a folder, the files of a test
+or validation split are held out. The name of the file has the split, such as test, dev or val, or that of its folder.
+--dev holds out a share of the other prompts, too. --as selects how conversations are written: as text with HH's markers
+"Human:" and "Assistant:", for data.template=auto or plain; or as messages, for all other templates. Text with template
+plain and messages with template human give the same tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ Row = dict[str, Any]
 Text = str | list[Row]  # a conversation with HH's markers, or messages
 Made = tuple[str, dict[str, Row | str]]  # the prompt; KIND -> the line to write, or the reason why there is none
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-HELD_OUT = re.compile(r"(?:^|[_.-])(?:test|dev|valid|validation)(?:[_.-]|$)")
 
 
 def hh(row: Row, as_text: bool) -> Made:
@@ -137,7 +137,9 @@ def sources(path: Path) -> Iterator[tuple[Path, bool]]:
     found = [file for file in found if "red-team-attempts" not in file.parts]  # part of HH-RLHF, but not preferences
     if not found:
         raise UserError(f"--from {path}: no file in this folder ends in {', '.join(lines.SUFFIXES)}")
-    yield from ((file, bool(HELD_OUT.search(file.name))) for file in found)
+    for file in found:
+        splits = map(lines.split, reversed(file.relative_to(path).parts))  # the file's own name comes first
+        yield file, next(filter(None, splits), "train") != "train"
 
 
 def is_in(share: float, prompt: str, seed: int) -> bool:

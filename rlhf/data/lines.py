@@ -23,8 +23,8 @@ WANTED = "give a jsonl, JSON or parquet file, a folder of them, or a folder that
 SPLITS, STATE = "dataset_dict.json", "state.json"
 DESCRIPTIONS = (SPLITS, STATE, "dataset_info.json", "dataset_infos.json")
 CACHED = "cache-*.arrow"  # what datasets has computed from the other files of a folder
-# The name of a split as a word of a file's name. The datasets library knows the same words.
-SPLIT = re.compile(r"(?:^|[-._ 0-9])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?=[-._ 0-9])")
+# The name of a split as a word of a file's or folder's name. The datasets library knows the same words.
+SPLIT = re.compile(r"(?:^|[-._ 0-9])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?=[-._ 0-9]|$)", re.I)
 HELD_OUT = {"val": "valid", "dev": "valid", "eval": "valid"}  # other words for the validation split
 PART = 1 << 20  # characters of a JSON array that are read at a time
 VALUE = json.JSONDecoder()
@@ -70,6 +70,12 @@ def read(path: Path) -> Iterator[tuple[str, bytes]]:
                         yield f"{file}:{number}", line
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file}: cannot be read ({error}); copy the file again") from None
+
+
+def split(name: str) -> str:
+    """Return the split that the name of a file or folder contains: train, test, valid, or "" for none."""
+    word = match[1].lower() if (match := SPLIT.search(name)) else ""
+    return HELD_OUT.get(word, word)
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
@@ -140,9 +146,9 @@ def _of_one_kind(folder: Path, found: list[Path]) -> list[Path]:
 
 def _of_one_split(folder: Path, found: list[Path]) -> list[Path]:
     """Return the files. Raises UserError if their names are those of several splits, such as train and test."""
-    words = [match[1] for file in found if (match := SPLIT.search(file.name))]
-    if len({HELD_OUT.get(word, word) for word in words}) > 1:
-        splits = sorted({*words}, key=lambda word: (word != "train", word))
+    if len({named for file in found if (named := split(file.name))}) > 1:
+        words = {match[1] for file in found if (match := SPLIT.search(file.name))}  # as written, for the pattern
+        splits = sorted(words, key=lambda word: (split(word) != "train", word))
         given = f"it has files of the splits {', '.join(splits)}"
         raise UserError(f"data set {folder}: {given}; give those of one, such as {folder}/*{splits[0]}*")
     return found
