@@ -19,6 +19,7 @@ DEEPEST = 100  # largest nesting of JSON; deeper values would fail later, when t
 POINTER = b"version https://git-lfs.github.com/"  # the first bytes of a pointer of git-lfs
 
 HUB = re.compile(r"(?:https?:/+huggingface\.co/(?:datasets/)?)?([A-Za-z0-9][\w.-]*/[\w.-]+)")  # names of repositories
+FILE = re.compile(r".*\.(?:jsonl?|parquet|arrow|csv|tsv|txt|gz|zst|zip|model|safetensors|bin|pt|pth|gguf)", re.I)
 
 
 def regular(path: Path) -> Path:
@@ -44,9 +45,9 @@ def begins(path: Path, start: bytes) -> bool:
 def download(name: str, kind: str = "model") -> str:
     """Return advice with the command that downloads a model or data set from the Hugging Face hub.
 
-    It is "" if `name` is no possible name of a repository. kind: model or dataset.
+    It is "" if `name` is no possible name of a repository, or is that of a file. kind: model or dataset.
     """
-    if not (match := HUB.fullmatch(name)):
+    if not (match := HUB.fullmatch(name)) or FILE.fullmatch(name):
         return ""
     command = f"hf download {match[1]}{'' if kind == 'model' else f' --repo-type {kind}'} --local-dir {match[1]}"
     return f"if it is a {kind} on the Hugging Face hub, download it: {command}"

@@ -257,6 +257,27 @@ def test_folders_of_the_hub(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("names", "error"),
+    [
+        (["a.arrow", "a.parquet"], "it has .arrow and .parquet files; give one kind, such as {folder}/*.parquet"),
+        (["a.arrow", "b.jsonl", "c.parquet"], "it has .arrow and .jsonl and .parquet files; give one kind"),
+        (["a.jsonl", "a.jsonl.gz"], "a.jsonl and a.jsonl.gz differ only in the suffix, so both may have the same"),
+        (["a.json", "a.jsonl"], "a.json and a.jsonl differ only in the suffix, so both may have the same records; m"),
+        (["a.json", "b.json.gz", "c.jsonl"], None),
+    ],
+)
+def test_records_are_not_read_twice(tmp_path, names, error):
+    for name in names:
+        write(tmp_path / name, *PROMPTS)
+    for path in (tmp_path, tmp_path / "*"):
+        if error is None:
+            assert [file.name for file in lines.files(path)] == names
+            continue
+        with pytest.raises(UserError, match=re.escape(f"data set {tmp_path}: {error.format(folder=tmp_path)}")):
+            lines.files(path)
+
+
+@pytest.mark.parametrize(
     ("names", "splits"),
     [
         (["train.jsonl", "dev.jsonl"], "train, dev"),

@@ -213,6 +213,19 @@ def test_a_name_on_the_hub_gets_its_command(
         shapes(root, "sft", "policy.load=/a/b")
 
 
+def test_a_file_is_no_name_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/train.jsonl", "data/train.json.gz", "data/Train.JSON", "data/a.parquet", "data/a.csv"):
+        with pytest.raises(UserError, match=f"^data set {name}: no such file or folder; give a jsonl, JSON or parquet"):
+            lines.files(Path(name))
+    with pytest.raises(UserError, match=r"^tokenizer m/tokenizer.model: no such file or folder; set policy.tokenizer"):
+        Tokenizer.load("m/tokenizer.model")
+    with pytest.raises(UserError, match=r"m/model.safetensors: no such folder; give the folder of a model"):
+        shapes(root, "sft", "policy.load=m/model.safetensors")
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2.5-0.5B --local-dir"):
+        Tokenizer.load("Qwen/Qwen2.5-0.5B")
+
+
 def test_a_folder_comes_before_a_name_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(root / "policy", "meta-llama/policy")

@@ -162,6 +162,17 @@ def test_the_split_is_in_the_name_of_the_file_or_its_folder(tmp_path, name, part
     assert [file.name for file in (tmp_path / "out" / "math").iterdir()] == [f"{part}.jsonl"]
 
 
+def test_records_are_not_read_twice(tmp_path):
+    for folder in ("main", "socratic"):  # files of one name in two folders are others
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        write(tmp_path / "in" / folder / "train.jsonl", {"question": "Four?", "answer": "#### 4"})
+    assert run("gsm8k", "--from", tmp_path / "in", "--to", tmp_path / "out")[0] == 0
+    write(tmp_path / "in" / "main" / "train.jsonl.gz", {"question": "Four?", "answer": "#### 4"})
+    code, said = run("gsm8k", "--from", tmp_path / "in", "--to", tmp_path / "out")
+    assert code == 2
+    assert "in/main: train.jsonl and train.jsonl.gz differ only in the suffix" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "line", "error"),
     [

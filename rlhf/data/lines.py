@@ -44,7 +44,7 @@ def files(path: Path) -> list[Path]:
         return [_supported(texts.regular(path))]
     if "*" in path.name and path.parent.is_dir():
         if found := readable(file for file in path.parent.iterdir() if fnmatch.fnmatchcase(file.name, path.name)):
-            return _of_one_kind(path.parent, found)
+            return of_one_kind(path.parent, found)
         raise UserError(f"data set {path}: no data file has such a name; {WANTED}")
     remedy = texts.download(str(path), "dataset") or WANTED
     raise UserError(f"data set {path}: no such file or folder; {remedy}")
@@ -84,7 +84,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     if (folder / STATE).is_file():
         return _saved(folder)
     if found := readable(folder.iterdir()):
-        return _of_one_split(folder, _of_one_kind(folder, found))
+        return _of_one_split(folder, of_one_kind(folder, found))
     within = [path for path in sorted(folder.iterdir()) if path.is_dir() and readable(path.iterdir())]
     if within:
         return files(_only(within, folder, "folders"))
@@ -134,13 +134,23 @@ def _supported(file: Path) -> Path:
     return file
 
 
-def _of_one_kind(folder: Path, found: list[Path]) -> list[Path]:
-    """Return the files. Raises UserError if some are text and some are tables: often both have the same records."""
-    if len({tables.is_table(file) for file in found}) > 1:
+def of_one_kind(folder: Path, found: list[Path]) -> list[Path]:
+    """Return the files. Raises UserError if some may have the same records as others.
+
+    These are text and tables, tables of two kinds, and files whose names differ only in the suffix.
+    """
+    if len({file.suffix if tables.is_table(file) else "" for file in found}) > 1:
         kinds = sorted({file.suffix for file in found})
         raise UserError(
             f"data set {folder}: it has {' and '.join(kinds)} files; give one kind, such as {folder}/*{kinds[-1]}"
         )
+    known: dict[str, str] = {}
+    for name in (file.name for file in found):
+        stem = next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix))
+        if stem in known:
+            same = f"{known[stem]} and {name} differ only in the suffix, so both may have the same records"
+            raise UserError(f"data set {folder}: {same}; move one of them away")
+        known[stem] = name
     return found
 
 
