@@ -8,7 +8,7 @@ from rlhf import texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config, Parallel
 from rlhf.errors import UserError
-from rlhf.model.architecture import REMEDY, Architecture
+from rlhf.model.architecture import CONTEXTS, REMEDY, Architecture
 from rlhf.rewards import rule
 from rlhf.weights import files
 
@@ -42,8 +42,9 @@ def shapes(config: Config, world: int) -> tuple[Architecture, dict[str, Role]]:
         _check_training(config, role)
     for folder, read in {config.policy.load: arch, **{role.folder: role.arch for role in models.values()}}.items():
         if config.data.max_tokens > read.context:
-            window = files.read_config(folder, config.policy.tokenizer).get("sliding_window") == read.context
-            limit = "sliding_window of some layers, which is" if window else "context length"
+            held = files.read_config(folder, config.policy.tokenizer)
+            windowed = held.get("sliding_window") == read.context and read.context not in map(held.get, CONTEXTS)
+            limit = "sliding_window of some layers, which is" if windowed else "context length"
             what = f"is larger than the {limit} {read.context} of {folder}"
             raise UserError(f"data.max_tokens={config.data.max_tokens} {what}: lower it")
     if ALGORITHMS[config.mode].online:

@@ -168,6 +168,15 @@ def test_windows(fail, tmp_path: Path) -> None:
     assert said in fail("sft", f"policy.load={tmp_path}")
 
 
+def test_a_window_that_is_not_used_is_not_named(fail, tmp_path: Path) -> None:
+    """Qwen2's config.json has the context length as sliding_window, too."""
+    kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+    sizes = {"sliding_window": 64, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | kind | sizes))
+    said = f"data.max_tokens=128 is larger than the context length 64 of {tmp_path}: lower it"
+    assert said in fail("sft", f"policy.load={tmp_path}")
+
+
 def test_every_model_reads_whole_texts(fail, made: Path, tmp_path: Path) -> None:
     """A reward model with a shorter context than the policy's would score positions on which it was not trained."""
     (tmp_path / "config.json").write_text(json.dumps(demo_task.MODEL | {"max_position_embeddings": 64}))
