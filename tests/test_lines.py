@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
-from rows import write
+from rows import ASSISTANT, USER, write
 
 from rlhf.config import Data
 from rlhf.data import lines, tables
@@ -160,6 +160,16 @@ def test_a_table_is_read_like_the_same_lines(tmp_path, tokenizer):
     for step in range(3):
         first, *others = ([(s.tokens.tolist(), s.mask.tolist(), s.text) for s in r.draw(step, 2, 1)] for r in found)
         assert others == [first, first]
+
+
+def test_a_table_adds_no_keys_to_objects(tmp_path):
+    """All structs of a column have the same fields. Fields that an object does not have are left out again."""
+    calls = [{"name": "a", "arguments": {"city": "x", "days": [{"n": 1}, {}]}}, {"name": "b", "arguments": {"m": 2}}]
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "4"}]
+    given = [{"messages": [*turns, ASSISTANT], "answer": None}, {"messages": [USER, ASSISTANT], "answer": [4, None]}]
+    parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "a.parquet")
+    del turns[1]["content"]
+    assert [json.loads(line) for _, line in lines.read(tmp_path / "a.parquet")] == given
 
 
 def test_errors_of_tables(tmp_path, tokenizer, monkeypatch):

@@ -31,11 +31,22 @@ def rows(file: Path) -> Iterator[bytes]:
             for start in range(0, len(batch), ROWS):
                 for row in batch.slice(start, ROWS).to_pylist():
                     number += 1
-                    yield json.dumps(row, ensure_ascii=False, default=_text).encode()
+                    found = {key: _present(value) for key, value in row.items()}
+                    yield json.dumps(found, ensure_ascii=False, default=_text).encode()
     except UserError as error:
         raise UserError(f"{file}: row {number} has {error}") from None
     except (ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy the file again") from None
+
+
+def _present(value: Any) -> Any:
+    """Return a value without the null fields of its structs.
+
+    All structs of a column have the same fields, so those that an object does not have are null.
+    """
+    if isinstance(value, dict):
+        return {key: _present(inner) for key, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def library(file: Path) -> ModuleType:
