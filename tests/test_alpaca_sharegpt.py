@@ -16,8 +16,9 @@ from rlhf.data.records import Records
         ("demonstrations", {"instruction": "Q?", "output": "A.", "system": "S."}),
         ("demonstrations", {"system_prompt": "S.", "question": "Q?", "response": "A."}),
         ("demonstrations", {"conversations": [HUMAN, GPT], "system": "S."}),
-        ("demonstrations", {"conversations": [{"from": "system", "value": "S."}, HUMAN, GPT], "system": "not this"}),
-        ("demonstrations", {"messages": [SYSTEM, USER, ASSISTANT], "system": "not this"}),
+        ("demonstrations", {"conversations": [{"from": "system", "value": "S."}, HUMAN, GPT], "system": "S."}),
+        ("demonstrations", {"messages": [SYSTEM, USER, ASSISTANT], "system": " \n", "system_prompt": ""}),
+        ("demonstrations", {"messages": [USER, ASSISTANT], "system": "", "system_prompt": "S."}),
         ("pairs", {"system": "S.", "question": "Q?", "chosen": "A.", "rejected": "No."}),
         ("scored", {"system": "S.", "query": "Q?", "response": ["A.", "No."], "score": [1, 0]}),
         ("prompts", {"system": "S.", "prompt": "Q?"}),
@@ -25,7 +26,7 @@ from rlhf.data.records import Records
     ],
 )
 def test_the_system_text_of_a_line(tmp_path, llama3, form, row):
-    """The key `system` begins every conversation of a line, unless the messages begin with a system message."""
+    """The key `system` begins every conversation of a line. The messages may begin with the same text."""
     samples = Records.load(write(tmp_path / "a.jsonl", row), form, llama3, Data(template="human")).head(0)
     for sample in samples:
         assert sample.text.prompt == "S.\n\nHuman: Q?\n\nAssistant:"

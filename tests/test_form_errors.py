@@ -5,7 +5,7 @@ import re
 import pyarrow
 import pytest
 from pyarrow import parquet
-from rows import AGAIN, ASSISTANT, GPT, HUMAN, OTHER, USER, write
+from rows import AGAIN, ASSISTANT, GPT, HUMAN, OTHER, SYSTEM, USER, write
 from vocabularies import write_byte_level
 
 from rlhf.config import Data
@@ -115,6 +115,22 @@ def test_prompt_errors_name_the_line(tmp_path, tokenizer, line, error):
         ({"instruction": "Q?", "output": "A.", "history": [["Q?", ""]]}, "'history 1' is empty"),
         ({"instruction": "Q?", "output": "A.", "system": ["S."]}, "'system' is ['S.']; give a string"),
         (
+            {"messages": [SYSTEM, USER, ASSISTANT], "system": "T."},
+            "'system' and the first message are different system texts; remove one of them",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "S."}, HUMAN, GPT], "system_prompt": "T."},
+            "'system_prompt' and the first message are different system texts",
+        ),
+        (
+            {"instruction": "Q?", "output": "A.", "system": "S.", "system_prompt": "T."},
+            "'system' and 'system_prompt' are different system texts",
+        ),
+        (
+            {"prompt": [USER], "completion": [AGAIN, ASSISTANT]},
+            "'completion' does not contain the messages of the prompt; begin it with the assistant, or with them",
+        ),
+        (
             {"prompt": "Q?", "completion": "A.", "label": False},
             "'label' is False, but lines that label one response (KTO) are not read; give pairs with 'chosen' and 'rej",
         ),
@@ -147,6 +163,14 @@ def test_sft_errors_name_the_line(tmp_path, tokenizer, line, error):
         (
             {"chosen": [ASSISTANT], "rejected": [OTHER]},
             "'chosen' is a response without a prompt; add a 'prompt', or begin the messages with",
+        ),
+        (
+            {"prompt": "Q?", "chosen": [AGAIN, ASSISTANT], "rejected": [AGAIN, OTHER]},
+            "'chosen' does not contain the messages of the prompt; begin it with the assistant, or with them",
+        ),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
+            "'chosen' does not contain the messages of the prompt",
         ),
         ({"chosen": "\n\nHuman: Q?\n\nAssistant: A.", "rejected": "x"}, "'chosen' is '\\n\\nHuman: Q?"),
         (

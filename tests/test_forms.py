@@ -47,6 +47,7 @@ def test_every_mode_has_a_form():
         {"instruction": "Q?", "output": "A."},
         {"instruction": "Q?", "input": "", "output": "A.", "history": [], "system": None},
         {"instruction": "", "input": "Q?", "output": "A."},
+        {"instruction": "Q?", "input": " \n", "context": " ", "output": "A.", "system": " "},
         {"instruction": "Q?", "context": "", "response": "A."},
         {"question": "Q?", "response": "A."},
         {"problem": "Q?", "solution": "A."},
@@ -209,12 +210,16 @@ def test_pairs_of_several_turns_learn_the_last(tmp_path, tokenizer, learn):
         {"prompt": turns, "chosen": [ASSISTANT], "rejected": [OTHER]},
         {"prompt": turns[:2], "chosen": [*turns[2:], ASSISTANT], "rejected": [*turns[2:], OTHER]},
         {"chosen": [*turns, ASSISTANT], "rejected": [*turns, OTHER]},
+        # the whole conversation, of which the prompt is a part
+        {"prompt": AGAIN["content"], "chosen": [*turns, ASSISTANT], "rejected": [*turns, OTHER]},
+        {"prompt": [USER], "chosen": [*turns, ASSISTANT], "rejected": [*turns, OTHER]},
+        {"prompt": [{**AGAIN, "id": 3}], "chosen": [*turns, ASSISTANT], "rejected": [*turns, OTHER]},
     ]
     samples = Records.load(
         write(tmp_path / "a.jsonl", *rows), "pairs", tokenizer, Data(template="llama2", learn=learn)
     ).head(0)
     assert len({whole(tokenizer, sample) for sample in samples}) == 2
-    assert [learned(tokenizer, sample) for sample in samples] == [" A. <|endoftext|>", " No. <|endoftext|>"] * 3
+    assert [learned(tokenizer, sample) for sample in samples] == [" A. <|endoftext|>", " No. <|endoftext|>"] * 6
 
 
 @pytest.mark.parametrize("query", ["query", "prompt"])

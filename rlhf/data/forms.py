@@ -53,11 +53,7 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
         raise UserError(
             f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
         )
-    system = _system(row)
-    told = [
-        (system + messages if messages[0]["role"] != "system" else messages, reward)
-        for messages, reward in FORMS[form][keys](row, keys)
-    ]
+    told = [(_under_system(row, messages), reward) for messages, reward in FORMS[form][keys](row, keys)]
     is_text = "instruction" not in keys and not any(_is_messages(row[key]) for key in keys)
     return Content(told, is_text, row.get("tools"))
 
@@ -81,10 +77,22 @@ def _form(row: Row, form: Form) -> Keys:
     return next((keys for keys in fitting if all(row[key] is not None for key in keys)), fitting[0])
 
 
-def _system(row: Row) -> list[Message]:
-    """Return the system message of a line as a list, which is empty without one."""
-    key = next((key for key in SYSTEM if row.get(key) not in (None, "")), None)
-    return [{"role": "system", "content": _text(row[key], key)}] if key else []
+def _under_system(row: Row, messages: list[Message]) -> list[Message]:
+    """Return the messages with the system text of the line before them. Raises UserError if there are two texts."""
+    found = {repr(key): _text(row[key], key) for key in SYSTEM if _given(row, key)}
+    if messages[0]["role"] == "system":
+        found["the first message"] = messages[0]["content"] or ""
+    if len(set(found.values())) > 1:
+        raise UserError(f"{' and '.join(found)} are different system texts; remove one of them")
+    if not found or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": next(iter(found.values()))}, *messages]
+
+
+def _given(row: Row, key: str) -> bool:
+    """Return whether a line has a value that is not null and not a blank text."""
+    value = row.get(key)
+    return bool(value.strip()) if isinstance(value, str) else value is not None
 
 
 def _stated(value: object) -> bool:
@@ -189,7 +197,7 @@ def _instruction(row: Row) -> list[Message]:
     messages = []
     for i, (asked, said) in enumerate(history, 1):
         messages += [_asked(asked, f"history {i}"), _said(said, f"history {i}")]
-    parts = [(key, row[key]) for key in ("instruction", *INPUTS) if row.get(key) not in (None, "")]
+    parts = [(key, row[key]) for key in ("instruction", *INPUTS) if _given(row, key)]
     if not parts:
         raise UserError("'instruction' is empty; give it a text or remove the line")
     return [*messages, _asked("\n".join(_text(text, key) for key, text in parts), "instruction")]
@@ -233,7 +241,8 @@ def _calls(content: object, number: int) -> list[Row]:
 def _continued(prompt: list[Message], row: Row, key: str) -> list[Message]:
     """Return the prompt and the response under `key`: a text, or a list of messages.
 
-    The list may begin with the messages of the prompt. With an empty `prompt`, it must contain the whole conversation.
+    The list follows the prompt if it begins with the assistant. Otherwise it is the whole conversation and contains the
+    prompt. With an empty `prompt`, it must be the whole conversation.
     """
     if not isinstance(row[key], (list, dict)):
         if not prompt:
@@ -243,8 +252,13 @@ def _continued(prompt: list[Message], row: Row, key: str) -> list[Message]:
     messages = _messages(row[key])
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{key!r} ends with {messages[-1]['role']!r}; end it with the assistant")
-    if messages[: len(prompt)] != prompt:
+    asked, told = ([(turn["role"], turn["content"]) for turn in turns] for turns in (prompt, messages))
+    if messages[0]["role"] == "assistant" and told[: len(asked)] != asked:
         messages = [*prompt, *messages]
+    elif not any(told[i : i + len(asked)] == asked for i in range(len(told))):
+        raise UserError(
+            f"{key!r} does not contain the messages of the prompt; begin it with the assistant, or with them"
+        )
     if len(messages) == 1:
         raise UserError(f"{key!r} is a response without a prompt; add a 'prompt', or begin the messages with the user")
     return messages
