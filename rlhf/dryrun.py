@@ -1,6 +1,7 @@
 """--dry-run: print what a run would do. Needs config.json of the models, but no weights, no data and no GPU.
 
-If the data is there, it prints the first record as the run does. Only with `epochs`, it counts the lines of data.train.
+If the tokenizer is there, it is checked. If the data is there too, the first record is printed as in a run. Only with
+`epochs`, the lines of data.train are counted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.data import lines
 from rlhf.data.forms import COMPARED
-from rlhf.errors import UserError
+from rlhf.errors import MissingError, UserError
 from rlhf.ledger import Ledger
 from rlhf.prepare import read_records, read_tokenizer, records_path, steps
 from rlhf.shapes import shapes
@@ -47,19 +48,25 @@ def show(config: Config, world: int) -> None:
             f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. "
             f"In flight: {flying}{waiting}."
         )
-    _, path = records_path(config)
-    if path and Path(path).exists():
-        print(f"\n{first_record(config, path)}")
+    if record := first_record(config, arch.vocab):
+        print(f"\n{record}")
     ledger.check()
 
 
-def first_record(config: Config, path: str) -> str:
-    """Return the first record of a data set as a run prints it. Raises UserError for mistakes in the data."""
+@texts.paths()
+def first_record(config: Config, rows: int) -> str:
+    """Return the first record as a run prints it, or why it is not shown; "" if there is no data.
+
+    rows: number of rows of the policy's embedding. Raises UserError for mistakes in the tokenizer or the data. Only
+    what does not exist is no mistake.
+    """
+    _, path = records_path(config)
+    held = path != "" and lines.exists(Path(path))
     try:
-        tokenizer = read_tokenizer(config)
-    except UserError as error:
-        return f"The first record is not shown: {error}"
-    return read_records(config, tokenizer, path, first=True).first()
+        tokenizer = read_tokenizer(config, rows)
+    except MissingError as error:
+        return f"The first record is not shown: {error}" if held else ""
+    return read_records(config, tokenizer, path, first=True).first() if held else ""
 
 
 def batch(config: Config, world: int) -> str:

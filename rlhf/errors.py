@@ -22,6 +22,10 @@ class UserError(Exception):
         return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
+class MissingError(UserError):
+    """A tokenizer does not exist. A dry run can do without it."""
+
+
 class SpoiltError(UserError):
     """Training has made values that are not finite; exit code 1. The message has the last checkpoint and a remedy."""
 

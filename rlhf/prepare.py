@@ -97,18 +97,18 @@ def inputs(config: Config, world: int) -> Inputs:
     return Inputs(arch, models, tokenizer, records, config.steps, held_out, remarks, known)
 
 
-def read_tokenizer(config: Config, rows: int | None = None) -> Tokenizer:
-    """Return the tokenizer of a run, with data.template_variables. Raises UserError if they have no effect.
+def read_tokenizer(config: Config, rows: int) -> Tokenizer:
+    """Return the tokenizer of a run, with data.template_variables. rows: number of rows of the policy's embedding.
 
-    rows: number of rows of the policy's embedding.
+    Raises MissingError if there is no tokenizer, and UserError if it does not fit the model or the variables.
     """
     variables, template = chat.variables(config.data.template_variables), config.data.template
+    key = "data.template_variables"
+    if variables and template not in ("auto", "tokenizer"):
+        raise UserError(f"{key} has no effect with data.template={template}: remove it, or set data.template=tokenizer")
     tokenizer = Tokenizer.load(config.policy.tokenizer or config.policy.load, config.policy.load, rows, variables)
     if not variables:
         return tokenizer
-    key = "data.template_variables"
-    if template not in ("auto", "tokenizer"):
-        raise UserError(f"{key} has no effect with data.template={template}: remove it, or set data.template=tokenizer")
     if not tokenizer.chats:
         raise UserError(f"{key} has no effect, because the tokenizer has no chat template: remove it")
     if unread := variables.keys() - tokenizer.chats.reads:

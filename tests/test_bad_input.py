@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,9 +122,42 @@ def test_a_dry_run_shows_the_first_record(made: Path, tmp_path: Path, capsys: py
         assert said.count("first record") == bool(row)
     assert main([*given, "policy.load=configs/models/llama2-7B", "memory.device=1000", "--dry-run"]) == 0
     assert "The first record is not shown: tokenizer configs/models/llama2-7B: neither" in capsys.readouterr().out
+    pattern = [*given[:-1], f"data.train={tmp_path}/*.jsonl", "--dry-run"]
+    assert main(pattern) == 0
+    assert data in capsys.readouterr().out
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.txt")
+    assert main(pattern) == 0
+    assert "first record" not in capsys.readouterr().out
     write(file, {"prompt": 1, "response": "2"})
     assert main([*given, "--dry-run"]) == 2
     assert f"{file}:1: 'prompt' is 1; give a string" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [[], ["data.train={made}/data/train_sft.jsonl"]])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "error"),
+    [
+        ({}, ["data.template_variables=enable_thinkin=false"], "data.template_variables has no effect, because the"),
+        ({"tokenizer.model": "?"}, [], "tokenizer.model: not a sentencepiece model"),
+        ({"generation_config.json": '{"eos_token_id": -1}'}, [], "generation_config.json: eos_token_id [-1] is not"),
+        ({"added_tokens.json": "[]"}, [], "added_tokens.json: not a JSON object"),
+        (
+            {"special_tokens_map.json": '{"eos_token": "<end>"}', "added_tokens.json": '{"<end>": 128}'},
+            [],
+            "has vocab_size=128",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_a_tokenizer_that_a_run_refuses(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: list, tokens: dict, keys: list, error: str
+) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    for name, text in tokens.items():
+        (tmp_path / "model" / name).write_text(text)
+    given = ["sft", f"policy.load={tmp_path}/model", "policy.init=random", "data.max_tokens=128", *keys]
+    given += [key.format(made=made) for key in data]
+    assert main([*given, "--dry-run"]) == 2
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("template", ["auto", "plain"])

@@ -73,8 +73,8 @@ def sound(file: Path | None) -> texts.Blaming:
 def build(path: Path, files: Mapping[str, Path], settings: Settings) -> tuple[Backend, Path, dict[str, str]]:
     """Return the backend of a folder, the file of its vocabulary, and the texts of its special tokens by name.
 
-    path: the folder or file, for messages. Raises UserError if it cannot be read, or if its ids would not be those of
-    transformers.
+    path: the folder or file, for messages. files: those of one of tokenizer.VOCABULARIES, and others. Raises UserError
+    if it cannot be read, or if its ids would not be those of transformers.
     """
     own: dict[str, str] = {}
     if "tokenizer.json" in files:
@@ -86,12 +86,9 @@ def build(path: Path, files: Mapping[str, Path], settings: Settings) -> tuple[Ba
         remedy = "set policy.tokenizer to one, or to a folder with tokenizer.json"
         with texts.Blaming(f"{source}: not a sentencepiece model", remedy):
             backend, added, own = _from_sentencepiece(source, settings)
-    elif files.keys() >= {"vocab.json", "merges.txt"}:
+    else:
         source = files["vocab.json"]
         backend, added = _from_merges(path, files, settings), settings.added
-    else:
-        found = "neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, in this folder"
-        raise UserError(f"tokenizer {path}: {found}; set policy.tokenizer")
     special = settings.special(own)
     with sound(source):
         _add(backend, source, added, special, settings.values)

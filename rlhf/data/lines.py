@@ -42,9 +42,9 @@ def files(path: Path) -> list[Path]:
         return _files_of_folder(path)
     if path.exists():
         return [_supported(texts.regular(path))]
+    if found := _fitting(path):
+        return of_one_kind(path.parent, found)
     if "*" in path.name and path.parent.is_dir():
-        if found := readable(file for file in path.parent.iterdir() if fnmatch.fnmatchcase(file.name, path.name)):
-            return of_one_kind(path.parent, found)
         raise UserError(f"data set {path}: no data file has such a name; {WANTED}")
     remedy = texts.download(str(path), "dataset") or WANTED
     raise UserError(f"data set {path}: no such file or folder; {remedy}")
@@ -70,6 +70,18 @@ def read(path: Path) -> Iterator[tuple[str, bytes]]:
                         yield f"{file}:{number}", line
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file}: cannot be read ({error}); copy the file again") from None
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file or folder of this name, or a data file that fits it as a pattern."""
+    return path.exists() or bool(_fitting(path))
+
+
+def _fitting(path: Path) -> list[Path]:
+    """Return the data files of a pattern. A path without * has none."""
+    if "*" not in path.name or not path.parent.is_dir():
+        return []
+    return readable(file for file in path.parent.iterdir() if fnmatch.fnmatchcase(file.name, path.name))
 
 
 def split(name: str) -> str:

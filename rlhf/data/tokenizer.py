@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf import texts
 from rlhf.data.chat import ChatTemplates, Message, Tools
-from rlhf.errors import UserError
+from rlhf.errors import MissingError, UserError
 
 if TYPE_CHECKING:
     from rlhf.data.codec import Codec
@@ -36,6 +36,7 @@ FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})  # a tokenizer needs one of them
 TEMPLATES = "additional_chat_templates"  # folder with more *.jinja files
 
 
@@ -85,18 +86,21 @@ class Tokenizer:
 
         model, rows: folder of the model, and number of rows of its embedding. The tokenizer may have more ids, if none
         of them is used. variables: further variables for its chat templates (data.template_variables).
-        Raises UserError with the name of a file that is missing or cannot be read.
+        Raises MissingError if there is no tokenizer, and UserError with the name of a file that cannot be read.
         """
-        from rlhf.data import backends  # here, because it imports tokenizers
-        from rlhf.data.codec import Codec
-
         path = Path(path)
         if not path.exists():
             remedy = texts.download(str(path)) or "set policy.tokenizer to a Hugging Face folder or a tokenizer.model"
-            raise UserError(f"tokenizer {path}: no such file or folder; {remedy}")
+            raise MissingError(f"tokenizer {path}: no such file or folder; {remedy}")
         names = [*FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted((path / TEMPLATES).glob("*.jinja")))]
         folder = {name: path / name for name in names if (path / name).is_file()}
         files = folder if path.is_dir() else {"tokenizer.model": path}
+        if not any(files.keys() >= needed for needed in VOCABULARIES):
+            found = "neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, in this folder"
+            raise MissingError(f"tokenizer {path}: {found}; set policy.tokenizer")
+        from rlhf.data import backends  # here, because it imports tokenizers
+        from rlhf.data.codec import Codec
+
         for file in files.values():
             texts.fetched(file)
         beside = {"config.json": path / "config.json"} if (path / "config.json").is_file() else {}
