@@ -137,7 +137,7 @@ def sources(path: Path) -> Iterator[tuple[Path, bool]]:
     found = [file for file in found if "red-team-attempts" not in file.parts]  # part of HH-RLHF, but not preferences
     if not found:
         raise UserError(f"--from {path}: no file in this folder ends in {', '.join(lines.SUFFIXES)}")
-    for folder in {file.parent for file in found}:
+    for folder in dict.fromkeys(file.parent for file in found):
         lines.of_one_kind(folder, [file for file in found if file.parent == folder])
     for file in found:
         splits = map(lines.split, reversed(file.relative_to(path).parts))  # the file's own name comes first
