@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_convert import run, tensors_of
-from test_files import save
+from test_files import check_boxes, save
 from test_megatron_damage import Malice
-from test_tiles import FAMILIES, LLAMA, Tensors, blank, mcore_rank, random_hf
+from test_tiles import FAMILIES, LLAMA, Tensors, random_hf
 
 from rlhf.errors import UserError
 from rlhf.model import architecture
@@ -33,13 +33,7 @@ def pickled(folder: Path, tensors: Tensors, num_files: int = 1) -> None:
     """Write files of torch.save as transformers 4 did: parameters in an OrderedDict with metadata, and an index."""
     state = OrderedDict((name, torch.nn.Parameter(tensor)) for name, tensor in tensors.items())
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
-    if num_files == 1:
-        torch.save(state, folder / BIN)
-        return
-    titles = {name: f"pytorch_model-{i % num_files + 1:05}-of-{num_files:05}.bin" for i, name in enumerate(state)}
-    for title in set(titles.values()):
-        torch.save({name: state[name] for name in state if titles[name] == title}, folder / title)
-    (folder / f"{BIN}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": titles}))
+    save(folder, state, num_files, torch.save, BIN)
 
 
 def read(folder: Path, arch: architecture.Architecture) -> Tensors:
@@ -62,12 +56,7 @@ def test_each_rank_reads_its_boxes(tmp_path: Path, arch, num_files: int) -> None
     if arch.tied:
         held["lm_head.weight"] = held["model.embed_tokens.weight"]
     pickled(tmp_path, held, num_files)
-    as_float = {name: tensor.float() for name, tensor in tensors.items()}
-    for rank, tiling in enumerate(tilings(arch, "megatron", 4, 2, 2)):
-        wanted = mcore_rank(arch, as_float, (rank % 2, 2), (rank // 2, 2))
-        got = blank([wanted])[0]
-        files.read(tmp_path, arch, tiling, got)
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    check_boxes(tmp_path, arch, tensors)
 
 
 @pytest.mark.parametrize("num_files", [1, 2])

@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -21,15 +22,32 @@ from rlhf.weights.formats import FORMATS, args
 from rlhf.weights.names import tilings
 
 
-def save(folder: Path, tensors: dict[str, torch.Tensor], num_files: int = 1) -> None:
-    """Write a Hugging Face folder with the safetensors package."""
+def save(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    num_files: int = 1,
+    write: Callable[[Any, Path], object] = save_file,
+    single: str = "model.safetensors",
+) -> None:
+    """Write the weights of a Hugging Face folder: one file with the name `single`, or several and an index."""
     if num_files == 1:
-        save_file(tensors, folder / "model.safetensors")
+        write(tensors, folder / single)
         return
-    titles = {name: f"model-{i % num_files + 1:05}-of-{num_files:05}.safetensors" for i, name in enumerate(tensors)}
+    stem, suffix = single.split(".")
+    titles = {name: f"{stem}-{i % num_files + 1:05}-of-{num_files:05}.{suffix}" for i, name in enumerate(tensors)}
     for title in set(titles.values()):
-        save_file({name: tensors[name] for name in tensors if titles[name] == title}, folder / title)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": titles}))
+        write({name: tensors[name] for name in tensors if titles[name] == title}, folder / title)
+    (folder / f"{single}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": titles}))
+
+
+def check_boxes(folder: Path, arch, hf: dict[str, torch.Tensor]) -> None:
+    """Check that each of four ranks (TP2 x PP2) reads its boxes of these tensors from the folder."""
+    as_float = {name: tensor.float() for name, tensor in hf.items()}
+    for rank, tiling in enumerate(tilings(arch, "megatron", 4, 2, 2)):
+        wanted = mcore_rank(arch, as_float, (rank % 2, 2), (rank // 2, 2))
+        got = blank([wanted])[0]
+        files.read(folder, arch, tiling, got)
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("arch", FAMILIES.values(), ids=FAMILIES)
@@ -38,12 +56,7 @@ def test_each_rank_reads_its_boxes(tmp_path: Path, arch, num_files: int):
     hf = {name: tensor.bfloat16() for name, tensor in random_hf(arch).items()}
     save(tmp_path, hf, num_files)
     files.open_folder(tmp_path, arch)
-    as_float = {name: tensor.float() for name, tensor in hf.items()}
-    for rank, tiling in enumerate(tilings(arch, "megatron", 4, 2, 2)):
-        wanted = mcore_rank(arch, as_float, (rank % 2, 2), (rank // 2, 2))
-        got = blank([wanted])[0]
-        files.read(tmp_path, arch, tiling, got)
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    check_boxes(tmp_path, arch, hf)
 
 
 def test_stored_tensors_are_transformed_as_a_whole(tmp_path: Path):
