@@ -61,8 +61,9 @@ def located(config: Config) -> Config:
 @texts.paths()
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake."""
+    algorithm = ALGORITHMS[config.mode]
     arch, models = shapes(config, world)
-    newest = _newest(config) if ALGORITHMS[config.mode].trains else None
+    newest = _newest(config) if algorithm.trains else None
     sources = _check_folders(config, models, arch)
     beside = config.policy.tokenizer
     remarks = [
@@ -72,26 +73,26 @@ def inputs(config: Config, world: int) -> Inputs:
     if "reward" in models and (pad := models["reward"].arch.pad) in tokenizer.stop_ids:
         what = f"{models['reward'].folder}/config.json has the end-of-text token as pad_token_id={pad}"
         remarks.append(f"{what}: the score is read at the token before it, as in transformers")
-    if ALGORITHMS[config.mode].online and config.rollout.inflight > 1 and not ALGORITHMS[config.mode].weighs:
+    if algorithm.online and config.rollout.inflight > 1 and not algorithm.weighs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
-    if ALGORITHMS[config.mode].online and 0 < config.watchdog.timeout <= config.reward.timeout:
+    if algorithm.online and 0 < config.watchdog.timeout <= config.reward.timeout:
         times = f"watchdog.timeout={config.watchdog.timeout:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
-    if config.reward.weights and ALGORITHMS[config.mode].online and not _functions(config):
+    if config.reward.weights and algorithm.online and not _functions(config):
         raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
     for key, functions in _functions(config).items():
         rewards.check(*functions, memory=config.reward.memory, key=key)
-    if config.rollout.environment and ALGORITHMS[config.mode].online:
+    if config.rollout.environment and algorithm.online:
         rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
     known = identity(config, _read(config, models, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
     records, held_out = _data(config, tokenizer)
-    if config.rollout.environment and ALGORITHMS[config.mode].online:
+    if config.rollout.environment and algorithm.online:
         for template in records.templates | (held_out.templates if held_out else set()):
             templates.reply(tokenizer, template, [tokenizer.eos], [{"role": "user", "content": "?"}])
     config = replace(config, steps=steps(config, len(records)), epochs=0.0)
-    ALGORITHMS[config.mode](config)  # checks the keys that depend on the number of steps
+    algorithm(config)  # checks the keys that depend on the number of steps
     if newest:
         remarks += rescheduled(folders.meta(newest), config)
     return Inputs(arch, models, tokenizer, records, config.steps, held_out, remarks, known)

@@ -175,7 +175,7 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
     """
     code = sorted(Path(__file__).parent.glob("*.py"))
     libraries = [version(name) for name in ("numpy", "tokenizers", "sentencepiece", "jinja2")]
-    libraries += {tables.library(file).__version__ for file in lines.files(path) if tables.is_table(file)}
+    libraries += {tables.installed(file).__version__ for file in lines.files(path) if tables.is_table(file)}
     dated = config.template in ("auto", "tokenizer") and tokenizer.chats and tokenizer.chats.dated
     today = date.today() if dated else None
     told = (tokenizer.rows, tokenizer.kind, tokenizer.stop_ids)  # config.json decides them, and is not in `files`

@@ -69,7 +69,7 @@ def read(path: Path) -> Iterator[tuple[str, bytes]]:
                     if line.strip():
                         yield f"{file}:{number}", line
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{file}: cannot be read ({error}); copy the file again") from None
+            raise UserError(f"{file}: cannot be read ({error}); {texts.AGAIN}") from None
 
 
 def exists(path: Path) -> bool:

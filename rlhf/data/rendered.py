@@ -84,7 +84,7 @@ def _behind_mark(text: str) -> str:
 def _lost(message: Message, text: str) -> str:
     """Return the name of the first part of a message that the text lacks, or "". White space is not compared."""
     calls = message.get("tool_calls") or []
-    functions = [call["function"] if isinstance(call.get("function"), dict) else call for call in calls]
+    functions = [call.get("function", call) for call in calls]
     parts = [(f"'{key}'", message[key]) for key in TEXTS if isinstance(message.get(key), str)]
     parts += [(f"the call of {function.get('name')!r:.80}", function.get("name")) for function in functions]
     said = "".join(text.split())

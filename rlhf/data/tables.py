@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rlhf import texts
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def is_table(file: Path) -> bool:
 
 def rows(file: Path) -> Iterator[bytes]:
     """Yield each row as the JSON text of an object. Only some rows are in memory. Raises UserError and OSError."""
-    pyarrow, number = library(file), 0
+    pyarrow, number = installed(file), 0
     try:
         for batch in _batches(file):
             for start in range(0, len(batch), ROWS):
@@ -36,7 +37,7 @@ def rows(file: Path) -> Iterator[bytes]:
     except UserError as error:
         raise UserError(f"{file}: row {number} has {error}") from None
     except (ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the file again") from None
+        raise UserError(f"{file}: cannot be read ({error}); {texts.AGAIN}") from None
 
 
 def _present(value: Any) -> Any:
@@ -49,7 +50,7 @@ def _present(value: Any) -> Any:
     return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
-def library(file: Path) -> ModuleType:
+def installed(file: Path) -> ModuleType:
     """Return pyarrow. Raises UserError if it is not installed."""
     try:
         import pyarrow
