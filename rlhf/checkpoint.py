@@ -194,8 +194,9 @@ class Checkpoints:
         saved, found = Layout(**{axis: layout[axis] for axis in ("tp", "pp", "cp", "dp")}), []
         for name in files:
             rank = int(name.rpartition("_rank")[2].partition(".")[0])
-            near = saved.coordinates(rank)[::3] == (self.mesh.tp_rank, self.mesh.pp_rank)
-            found.append((not near, rank != self.mesh.rank, name, saved.place(rank)))
+            place = saved.place(rank)
+            near = (place.tp[0], place.pp[0]) == (self.mesh.tp_rank, self.mesh.pp_rank)
+            found.append((not near, rank != self.mesh.rank, name, place))
         return [(name, place) for *_, name, place in sorted(found, key=lambda each: each[:3])]
 
     def _random(self) -> str:

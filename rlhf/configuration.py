@@ -106,7 +106,9 @@ def _cast(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Annotated:
         hint, limits = get_args(hint)
     if get_origin(hint) is tuple:
-        return _members(get_args(hint)[0], limits, [*filter(None, [value])] if isinstance(value, str) else value, path)
+        if isinstance(value, str):
+            value = [value] if value else []
+        return _members(get_args(hint)[0], limits, value, path)
     if get_origin(hint) is Mapping:
         if not isinstance(value, dict):
             raise UserError(f"{path} is a table of numbers, got {_shown(value)}: set {path}.NAME=1")

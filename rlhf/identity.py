@@ -62,7 +62,7 @@ def compare(folder: Path, meta: Mapping[str, Any], config: Config, now: Identity
     remarks = []
     for key, value in now["keys"].items():
         if isinstance(value, list) and isinstance(saved.get(key), str):  # older versions had one text, perhaps empty
-            saved[key] = [*filter(None, [saved[key]])]
+            saved[key] = [saved[key]] if saved[key] else []
         if key not in saved or saved[key] == value:
             continue
         if not key.startswith(TOLD):
