@@ -70,7 +70,7 @@ def build(a: argparse.Namespace, folder: Path) -> EngineSource:
 
 
 class Free:
-    """A judge that gives reward 0 to every response."""
+    """A grader that gives reward 0 to every response."""
 
     def give(self, sample: Sample) -> None:
         pass

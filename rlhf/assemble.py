@@ -30,7 +30,7 @@ from rlhf.prepare import Inputs, inputs, passes
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards, rule
 from rlhf.roles import Roles
-from rlhf.rollout.judge import Rule
+from rlhf.rollout.grader import Rule
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.shapes import readable
@@ -135,7 +135,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
 
     def model(samples: list[Sample]) -> None:
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
-        Roles(config, mesh, given.roles, dtype, 1.0, residence).judge(samples)
+        Roles(config, mesh, given.roles, dtype, 1.0, residence).grade(samples)
 
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
@@ -144,7 +144,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         say(f"{config.data.eval}: {given.records.counts}")
         say(given.records.first())
     progress.begin("evaluation")
-    ResponseEvaluation(config, source, given.records, source.judge, model)(metrics)
+    ResponseEvaluation(config, source, given.records, source.grader, model)(metrics)
     values = metrics.write(step=0)
     metrics.close()
     if mesh.rank == 0:
@@ -178,12 +178,12 @@ def build(
     evaluation: Evaluation | None = LossEvaluation(config, roles, algorithm, held_out) if held_out else None
     if algorithm.online:
         score, hidden = partial(roles.read, POLICY), given.arch.hidden
-        judge = Rule(rewards, mesh)
+        grader = Rule(rewards, mesh)
         source = EngineSource(
-            config, mesh, owner, given.tokenizer, given.records, judge, hidden, score, TOLERANCE[dtype], environments
+            config, mesh, owner, given.tokenizer, given.records, grader, hidden, score, TOLERANCE[dtype], environments
         )
         evaluation = (
-            ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.judge)
+            ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.grade)
             if held_out
             else None
         )

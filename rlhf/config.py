@@ -162,6 +162,19 @@ class Reward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """A language model that grades responses, at an OpenAI-compatible endpoint (docs/judges.md)."""
+
+    url: str = ""  # address of the endpoint, such as http://localhost:8000/v1
+    model: str = ""  # name of the judge at the endpoint; empty: the only model that the endpoint has
+    key: str = "OPENAI_API_KEY"  # name of the environment variable with the API key; it may be unset
+    concurrency: Annotated[int, Between(1, 4096)] = 32  # requests at a time
+    timeout: Annotated[float, Between(0.01)] = 120.0  # seconds per request
+    retries: int = 6  # further tries after a timeout, a lost connection, or status 408, 409, 429 or 5xx
+    max_tokens: Count = 2048  # limit of a judge's answer, in tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """Checkpoints, and the export of the trained model."""
 
@@ -222,6 +235,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     memory: Memory = field(default_factory=Memory)
     reward: Reward = field(default_factory=Reward)
+    judge: Judge = field(default_factory=Judge)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     log: Log = field(default_factory=Log)

@@ -13,7 +13,7 @@ from rlhf.contracts import Algorithm, Sample, rewarded
 from rlhf.data.records import Records
 from rlhf.metrics import Metrics, first, say
 from rlhf.roles import Roles
-from rlhf.rollout.judge import Judge
+from rlhf.rollout.grader import Grader
 from rlhf.rollout.measures import summary
 from rlhf.rollout.source import EngineSource
 
@@ -35,7 +35,7 @@ class ResponseEvaluation:
     config: Config
     source: EngineSource
     held_out: Records
-    rule: Judge
+    rule: Grader
     model: Callable[[list[Sample]], None]
 
     def __call__(self, metrics: Metrics) -> None:

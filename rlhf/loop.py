@@ -103,7 +103,7 @@ class Run:
         samples = rewarded(drawn)
         with metrics.time("score"):
             self.roles.score(samples, self.algorithm.streams)
-            self.roles.judge(samples)
+            self.roles.grade(samples)
             metrics.add_share(self.source.describe(drawn))
         if any(self.mesh.all_gather(bool(samples))):
             samples, sums = self.algorithm.credit(samples, self.mesh.total)

@@ -98,7 +98,7 @@ class Roles:
             for sample, values in zip(samples, self.read(SCORED_BY[stream], samples), strict=True):
                 setattr(sample, stream, values)
 
-    def judge(self, samples: Sequence[Sample]) -> None:
+    def grade(self, samples: Sequence[Sample]) -> None:
         """Add the reward model's score of each sample to its reward and verdict. Without a reward model, do nothing."""
         if "reward" not in self.learners or "reward" in self.trained:
             return

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from judges import FREE, Judging
+from graders import FREE, Grading
 from meshes import ALONE
 from rows import write
 
@@ -73,7 +73,7 @@ def build(tmp_path: Path, llama2: Tokenizer) -> Callable[..., tuple[EngineSource
         config = configuration.load("grpo", [*KEYS, *overrides])
         engine = Scribe(says or (lambda seed: Completion([5 + seed % 50, llama2.eos], [-0.5, -0.25], "stop")))
         records = Records.load(path, "prompts", llama2, config.data, max_prompt=60)
-        return EngineSource(config, ALONE, engine, llama2, records, Judging(reward), 64), engine  # type: ignore[arg-type]
+        return EngineSource(config, ALONE, engine, llama2, records, Grading(reward), 64), engine  # type: ignore[arg-type]
 
     return made
 
@@ -219,17 +219,17 @@ def test_each_purpose_has_its_way_to_sample(build, llama2: Tokenizer) -> None:
 
 
 def test_who_rewards(build) -> None:
-    """The source's reward judges training samples, and the given judge held-out ones. Probes get no reward."""
+    """The source's reward grades training samples, and the given grader held-out ones. Probes get no reward."""
     source, _ = build(reward=by_sibling)
 
-    def judge(samples: list[Sample]) -> None:
+    def grader(samples: list[Sample]) -> None:
         for sample in samples:
             sample.reward, sample.verdict = 7.0, Verdict(rule=7.0)
 
     assert {s.reward for s in source.take(0)[0]} == {0.0, 1.0}
-    judged = source.answer(source.records.head(2), Judging(judge))
-    assert [s.reward for s in judged] == [7.0, 7.0]
-    assert summary(judged) | {"reward": (14.0, 2.0), "reward_failed": (0.0, 2.0)} == summary(judged)
+    graded = source.answer(source.records.head(2), Grading(grader))
+    assert [s.reward for s in graded] == [7.0, 7.0]
+    assert summary(graded) | {"reward": (14.0, 2.0), "reward_failed": (0.0, 2.0)} == summary(graded)
     assert [s.reward for s in source.probe(source.records.head(2))] == [0.0, 0.0]
 
 
@@ -263,7 +263,7 @@ def test_too_many_failed_rewards_end_the_run(build, capsys: pytest.CaptureFixtur
             sample.verdict = Verdict(failed=True)
 
     source, _ = build("reward.max_failed=0.9", reward=reward)
-    source.judge.failure = "Traceback:\n  a line\nValueError: no key\n"
+    source.grader.failure = "Traceback:\n  a line\nValueError: no key\n"
     wanted = (
         "11 of 12 rewards of step 3 failed, and reward.max_failed=0.9; the first error, shown above, was: ValueError"
     )
@@ -271,10 +271,10 @@ def test_too_many_failed_rewards_end_the_run(build, capsys: pytest.CaptureFixtur
         source.take(2)
     assert error.value.code == 1
     assert capsys.readouterr().out == "    Traceback:\n      a line\n    ValueError: no key\n"
-    assert len(source.answer(source.records.head(2), source.judge)) == 2
+    assert len(source.answer(source.records.head(2), source.grader)) == 2
     source, _ = build("reward.max_failed=0.4", reward=reward)
     with pytest.raises(RewardError, match="1 of 2 rewards of the evaluation failed"):
-        source.answer(source.records.head(2), source.judge)
+        source.answer(source.records.head(2), source.grader)
 
 
 def test_log_probs_stand_on_their_labels(build) -> None:
@@ -288,12 +288,12 @@ def test_log_probs_stand_on_their_labels(build) -> None:
 
 
 def test_responses_are_complete_in_any_order(build) -> None:
-    """The samples do not depend on the order. The judge gets each response as soon as it is complete."""
+    """The samples do not depend on the order. The grader gets each response as soon as it is complete."""
     source, engine = build(
         says=lambda seed: Completion([5 + seed % 50] * (1 + seed % 3), [-0.5] * (1 + seed % 3), "stop")
     )
     given = []
-    source.judge = Judging(lambda samples: given.append(len(samples)))
+    source.grader = Grading(lambda samples: given.append(len(samples)))
     wanted = [(s.group, s.tokens.tolist()) for s in source.take(0)[0]]
     engine.order = -1
     assert [(s.group, s.tokens.tolist()) for s in source.take(0)[0]] == wanted

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from judges import FREE
+from graders import FREE
 from meshes import ALONE
 from rows import write
 

@@ -28,7 +28,7 @@ EVERYTHING = SOURCES + [
 LAYERS = (
     ("errors", "lazy", "phases", "config", "output", "progress"),
     ("contracts", "texts", "patches"),
-    ("algorithms", "recorder", "folders", "lock"),
+    ("algorithms", "recorder", "folders", "lock", "judge"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
     ("train", "rollout", "writer", "shapes"),
@@ -50,7 +50,7 @@ ONLY_IN = {
     "vllm": {"rollout/vllm.py", "rollout/vllm_private.py"},
     "rlhf.patches.replace": {"model/megatron_private.py", "rollout/vllm_private.py", "parallel/cpu.py"},
     "megatron.core.parallel_state": {"parallel/mesh.py"},
-    "os.environ": {"__main__.py", "parallel/mesh.py", "rollout/vllm.py"},
+    "os.environ": {"__main__.py", "parallel/mesh.py", "rollout/vllm.py", "judge/client.py"},
 }
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base", "manager"}
 MAX_KEYS, MAX_FUNCTION, MAX_FILE = 150, 60, 350

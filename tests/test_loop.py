@@ -226,7 +226,7 @@ def test_failed_rewards_leave_score_credit_and_loss(mode: str) -> None:
         metrics: Any = Mock(time=lambda _: nullcontext())
         run.source, run.metrics = source, metrics
         roles.score = partial(models.Roles.score, roles)  # type: ignore[attr-defined]
-        roles.judge, roles.subject = scored.append, "policy"  # type: ignore[attr-defined]
+        roles.grade, roles.subject = scored.append, "policy"  # type: ignore[attr-defined]
         roles.learners = {"policy": Mock()}  # type: ignore[attr-defined]
         assert run.step(0, check=False) == sum(len(s.tokens) for s in drawn)
         metrics.keep.assert_called_once_with("train", drawn)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judges import FREE
+from graders import FREE
 from meshes import ALONE
 
 from rlhf import configuration
@@ -152,7 +152,7 @@ def test_an_evaluation_without_some_of_its_rewards(tmp_path: Path, capsys: pytes
     samples = [Sample(tokens, mask, n, reward=float(n), text=Text(response="x"), version=mask * 1) for n in range(3)]
     samples[2].verdict = Verdict(failed=True)
     config = configuration.load("evaluate", [f"out={tmp_path}", "evaluate.show=3"])
-    source: Any = SimpleNamespace(answer=lambda prompts, judge: samples)
+    source: Any = SimpleNamespace(answer=lambda prompts, grader: samples)
     held_out: Any = SimpleNamespace(head=lambda count: [])
     scored: list[Sample] = []
     metrics = Metrics(config, ALONE, start=-1)

@@ -121,12 +121,12 @@ def test_judged_texts_have_the_scores_of_transformers(folder: Path) -> None:
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
     for mode in ("online-dpo", "grpo", "rlhf"):
-        judged = json.loads((folder / "tp1" / mode / "judged.json").read_text())
-        assert len(judged) == 5
+        graded = json.loads((folder / "tp1" / mode / "graded.json").read_text())
+        assert len(graded) == 5
         with torch.no_grad():
             assert all(
                 model(torch.tensor([tokens])).logits.item() == pytest.approx(score, abs=1e-5)
-                for tokens, score in judged
+                for tokens, score in graded
             )
 
 

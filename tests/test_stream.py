@@ -21,7 +21,7 @@ from rlhf.data.tokenizer import Tokenizer
 from rlhf.metrics import Progress
 from rlhf.recorder import Recorder
 from rlhf.rewards import Rewards
-from rlhf.rollout.judge import Rule
+from rlhf.rollout.grader import Rule
 from rlhf.rollout.source import EngineSource
 from rlhf.rollout.stops import Stops
 
@@ -121,11 +121,11 @@ def test_a_stop_string_behind_4096_tokens_is_found_quickly(qwen: Tokenizer, monk
 def test_weights_that_fit_no_part_are_noted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "judge.py").write_text("def parts(*_):\n    return {'style': 0.5, 'right': True}\n")
     with Rewards([f"{tmp_path}/judge.py:parts"], Reward(weights={"right": 2, "stile": 1})) as function:
-        judge = Rule(function, ALONE)
+        grader = Rule(function, ALONE)
         for _ in range(2):
             sample = sampled(1.0)
-            judge.give(sample)
-            judge.collect(block=True)
+            grader.give(sample)
+            grader.collect(block=True)
             assert sample.verdict == Verdict(rule=3.5, parts={"style": 0.5, "right": 1.0})
     said = capsys.readouterr().out
     source = f"{tmp_path}/judge.py:parts"
@@ -226,10 +226,10 @@ def test_a_reward_function_is_added_to_what_the_environment_gives():
 
     samples = [sample("#### 4", False), sample("#### 5", False), sample("#### 4", True)]
     with Rewards(["math"], Reward(timeout=1, workers=1)) as function:
-        judge = Rule(function, ALONE)  # type: ignore[arg-type]
+        grader = Rule(function, ALONE)  # type: ignore[arg-type]
         for s in samples:
-            judge.give(s)
-        judge.collect(block=True)
+            grader.give(s)
+        grader.collect(block=True)
     assert [(s.reward, s.verdict.failed) for s in samples] == [(1.25, False), (0.25, False), (0.25, True)]
     assert samples[0].verdict == Verdict(rule=1.25, parts={"math": 1.0})
-    assert samples[2].verdict.parts == {}, "a response that has failed is not judged"
+    assert samples[2].verdict.parts == {}, "a response that has failed is not graded"

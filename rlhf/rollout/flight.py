@@ -26,7 +26,7 @@ class Response:
     turns: list[dict[str, str]] = field(default_factory=list)  # role and content; empty without an environment
     earned: float = 0.0  # sum of the environment's rewards for the turns
     failed: bool = False  # the environment has failed
-    sample: Sample | None = None  # set when the response is complete, on the rank that gives it to the judge
+    sample: Sample | None = None  # set when the response is complete, on the rank that gives it to the grader
 
     def extend(self, drawn: Completion, version: int) -> None:
         """Add tokens that weights of this version have sampled."""
@@ -62,8 +62,8 @@ class Response:
             "logp": torch.tensor(self.logp, dtype=torch.float64),
         }
         told = {"finish": self.finish, "turns": self.turns, "earned": self.earned, "failed": self.failed}
-        judged = {"reward": self.sample.reward, **asdict(self.sample.verdict)} if self.sample else {}
-        return {**drawn, "version": torch.tensor(self.version, dtype=torch.int32), **told, **judged}
+        graded = {"reward": self.sample.reward, **asdict(self.sample.verdict)} if self.sample else {}
+        return {**drawn, "version": torch.tensor(self.version, dtype=torch.int32), **told, **graded}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Response:

@@ -19,7 +19,7 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
 from rlhf.rollout.dialogues import Dialogues, Place
 from rlhf.rollout.flight import Group, Response, choose
-from rlhf.rollout.judge import Judge, Warnings
+from rlhf.rollout.grader import Grader, Warnings
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.stops import Stops
 
@@ -76,17 +76,17 @@ class Sampler:
     def opened(self, groups: list[Group]) -> list[Group]:
         """Replace the prompts of the groups by those that their environments give. Every rank calls it."""
         if self.dialogues:
-            self.mesh.agree(self.dialogues.open(groups, self.judges))
+            self.mesh.agree(self.dialogues.open(groups, self.grades))
             self.warn()
         return groups
 
     def generate(
-        self, groups: list[Group], sampling: Sampling, step: int, quota: int, judge: Judge | None
+        self, groups: list[Group], sampling: Sampling, step: int, quota: int, grader: Grader | None
     ) -> list[Group]:
         """Generate until the step can take `quota` complete groups of this engine, and return these groups.
 
         The responses of the other groups keep the tokens that they have so far. Each rank gives its portion of the
-        engine's responses to the judge, each as soon as it is complete. Without a judge, environments are not used
+        engine's responses to the grader, each as soon as it is complete. Without a grader, environments are not used
         either.
         """
         chosen = choose(groups, quota, step, self.config.rollout.max_lag)
@@ -102,14 +102,14 @@ class Sampler:
                 ended = []
                 for n, completion in completed:
                     progress.add(0, len(completion.tokens))
-                    ended += self._end_turn(*jobs[n], completion, judge)
-                for group, k in self._answered() if judge else ():
+                    ended += self._end_turn(*jobs[n], completion, grader)
+                for group, k in self._answered() if grader else ():
                     if group.responses[k].finish:
                         ended.append((group, k))
                     else:
                         self.owner.submit([self._request(len(jobs), group, k, sampling)])
                         jobs.append((group, k))
-                self._complete(ended, judge)
+                self._complete(ended, grader)
                 progress.add(len(ended), 0)
                 if ended and (chosen := choose(groups, quota, step, self.config.rollout.max_lag)):
                     break
@@ -117,10 +117,10 @@ class Sampler:
             group, k = jobs[n]
             group.responses[k].extend(completion, self.owner.version)
         start = time.perf_counter()
-        if judge:
+        if grader:
             rest = self.dialogues.finish() if self.dialogues else []
-            self._complete([(group, k) for group, k in rest if group.responses[k].finish], judge)
-            judge.collect(block=True)
+            self._complete([(group, k) for group, k in rest if group.responses[k].finish], grader)
+            grader.collect(block=True)
         self.waited += time.perf_counter() - start
         return chosen
 
@@ -146,7 +146,7 @@ class Sampler:
         rest = replace(sampling, max_tokens=sampling.max_tokens - len(known))
         return Request(n, group.prompt.tokens.tolist() + known, rest, seed, self.stops.after(response.turn))
 
-    def _end_turn(self, group: Group, k: int, completion: Completion, judge: Judge | None) -> list[Place]:
+    def _end_turn(self, group: Group, k: int, completion: Completion, grader: Grader | None) -> list[Place]:
         """Add a finished turn to its response, and give it to the environment. Return the response if it is complete.
 
         The result is a list of one or no response.
@@ -157,26 +157,26 @@ class Sampler:
         if end is not None:
             response.cut(end)
             response.finish = "stop"
-        if not self.dialogues or not judge:
+        if not self.dialogues or not grader:
             return [(group, k)]
         response.turns.append({"role": "assistant", "content": self.tokenizer.decode(response.turn)})
         if response.finish == "length":
             self.dialogues.end(group, k)
             return [(group, k)]
-        self.dialogues.ask(group, k, self.judges(group, k))
+        self.dialogues.ask(group, k, self.grades(group, k))
         return []
 
-    def _complete(self, ended: list[Place], judge: Judge | None) -> None:
-        """Give the complete responses of this rank's portion to the judge, and collect the rewards that are ready."""
+    def _complete(self, ended: list[Place], grader: Grader | None) -> None:
+        """Give the complete responses of this rank's portion to the grader, and collect the rewards that are ready."""
         for group, k in ended:
-            if self.judges(group, k):
+            if self.grades(group, k):
                 sample = group.responses[k].sample = self.sample(group.prompt, group.responses[k])
-                if judge:
-                    judge.give(sample)
-        if judge:
-            judge.collect()
+                if grader:
+                    grader.give(sample)
+        if grader:
+            grader.collect()
 
-    def judges(self, group: Group, k: int) -> bool:
+    def grades(self, group: Group, k: int) -> bool:
         """Return whether a response is in this rank's portion of its engine's responses."""
         rank, tp = spread(self.mesh.world, self.config.rollout.tp).place(self.mesh.rank).tp
         return (group.key[1] * len(group.responses) + k) % tp == rank

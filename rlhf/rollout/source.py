@@ -20,7 +20,7 @@ from rlhf.metrics import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
 from rlhf.rollout.flight import Group, Response
-from rlhf.rollout.judge import Judge
+from rlhf.rollout.grader import Grader
 from rlhf.rollout.measures import ages, summary
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.sampler import Sampler, seeded
@@ -104,7 +104,7 @@ class EngineSource:
     owner: EngineOwner
     tokenizer: Tokenizer
     records: Records
-    judge: Judge
+    grader: Grader
     hidden: int  # width of the policy, for the cost of a sample
     score: Callable[[Sequence[Sample]], list[np.ndarray]] = ABSENT  # the policy's log-probs [L] of each sample
     tolerance: float = 0.0  # largest allowed mean |engine - policy| over log-probs
@@ -133,7 +133,7 @@ class EngineSource:
             fresh = self._next(step, turn)
             made |= fresh
             known = headers(self.mesh, fresh)
-            self._limit(known, self.judge, f"step {step + 1}")
+            self._limit(known, self.grader, f"step {step + 1}")
             drawn = groups(known)
             kept += drawn if rounds == 1 else [g for g in drawn if differ([h.reward for h in g if not h.failed])]
             if len(kept) >= count:
@@ -181,7 +181,7 @@ class EngineSource:
             (group.key, k, {"begun": group.begun, **response.state()})
             for group in self.flight
             for k, response in enumerate(group.responses)
-            if self.sampler.judges(group, k)
+            if self.sampler.grades(group, k)
         ]
         found = sorted((item for part in self.mesh.all_gather(mine) for item in part), key=lambda item: item[:2])
         responses = [(key, response) for key, _, response in found]
@@ -211,19 +211,19 @@ class EngineSource:
             group.begun = held[group.key][0]["begun"]
             for k, known in enumerate(held[group.key]):
                 response = group.responses[k] = Response.restored(known)
-                if response.finish and self.sampler.judges(group, k):
+                if response.finish and self.sampler.grades(group, k):
                     response.sample = self.sampler.sample(group.prompt, response)
                     response.sample.reward = known["reward"]
                     parts = known.get("parts", {})  # checkpoints of older versions have none
                     response.sample.verdict = Verdict(known["rule"], known["score"], parts, known["failed"])
 
-    def answer(self, prompts: list[Sample], judge: Judge) -> list[Sample]:
+    def answer(self, prompts: list[Sample], grader: Grader) -> list[Sample]:
         """Return this replica's share of one response with its reward per held-out prompt, at evaluate.temperature.
 
         The seeds are the same at every evaluation. Raises RewardError on all ranks if too many rewards have failed.
         """
         sampling = replace(self.sampler.sampling(), temperature=self.config.evaluate.temperature, top_p=1.0, top_k=0)
-        return self.sample(prompts, sampling, 1, 0, judge)
+        return self.sample(prompts, sampling, 1, 0, grader)
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """Sample a few tokens after each prompt, without top_p and top_k, to compare log-probs. They get no rewards.
@@ -233,14 +233,14 @@ class EngineSource:
         sampling = replace(
             self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0
         )
-        return self._deliver(self._run(prompts, sampling, 1, 0, None), self.judge)
+        return self._deliver(self._run(prompts, sampling, 1, 0, None), self.grader)
 
-    def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, judge: Judge) -> list[Sample]:
+    def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, grader: Grader) -> list[Sample]:
         """Return this replica's share of `group` responses with rewards to each prompt.
 
         The random numbers depend only on the seed, the step, the prompt and the index of the response in its group.
         """
-        return self._deliver(self._run(prompts, sampling, group, step, judge), judge)
+        return self._deliver(self._run(prompts, sampling, group, step, grader), grader)
 
     def _compare(self) -> None:
         """Sample a few tokens and score them with the policy.
@@ -257,19 +257,19 @@ class EngineSource:
                 f" ({most:.3g} at most): the engine does not generate with the trained weights"
             )
 
-    def _deliver(self, groups: list[Group], judge: Judge) -> list[Sample]:
+    def _deliver(self, groups: list[Group], grader: Grader) -> list[Sample]:
         """Return this replica's share of the samples of complete groups of all engines."""
         made = self.sampler.made(groups)
         known = headers(self.mesh, made)
-        self._limit(known, judge, "the evaluation")
+        self._limit(known, grader, "the evaluation")
         return deliver(self.mesh, made, known, self.hidden)
 
-    def _limit(self, known: Sequence[Header], judge: Judge, when: str) -> None:
+    def _limit(self, known: Sequence[Header], grader: Grader, when: str) -> None:
         """Raise RewardError on all ranks if the share of failed rewards is above reward.max_failed."""
         failed, most = sum(header.failed for header in known), self.config.reward.max_failed
         if failed <= most * len(known):
             return
-        own = (judge.failure, self.environments.failure if self.environments else "")
+        own = (grader.failure, self.environments.failure if self.environments else "")
         kinds = zip(*self.mesh.all_gather(own), strict=True)  # the errors of all ranks, by kind
         traces = [trace.strip() for errors in kinds if (trace := next(filter(None, errors), ""))]
         if self.mesh.rank == 0:
@@ -287,18 +287,20 @@ class EngineSource:
         # This engine's share of batch.prompts. If it is not divisible, the first engines take one group more.
         quota = len(range(engine, self.config.batch.prompts, engines))
         flight = self.flight + self.sampler.opened(self._fresh(step, turn))
-        chosen = self.sampler.generate(flight, self.sampler.sampling(), step, quota, self.judge)
+        chosen = self.sampler.generate(flight, self.sampler.sampling(), step, quota, self.grader)
         taken = set(chosen)
         self.flight = [group for group in flight if group not in taken]
         self.taken += self.config.batch.prompts
         return self.sampler.made(chosen)
 
-    def _run(self, prompts: list[Sample], sampling: Sampling, size: int, step: int, judge: Judge | None) -> list[Group]:
+    def _run(
+        self, prompts: list[Sample], sampling: Sampling, size: int, step: int, grader: Grader | None
+    ) -> list[Group]:
         """Return this engine's share of the prompts as complete groups."""
         groups = self.sampler.begin(prompts, size, step, step)
-        if judge:
+        if grader:
             groups = self.sampler.opened(groups)
-        return self.sampler.generate(groups, sampling, step, len(groups), judge)
+        return self.sampler.generate(groups, sampling, step, len(groups), grader)
 
     def _fresh(self, step: int, turn: int) -> list[Group]:
         """Return the groups that this engine begins now. The prompts depend only on the seed, the step and the turn.

@@ -123,8 +123,8 @@ def train(config: Config, mesh: Mesh, first: int = 0) -> Run:
     Check that the engine sleeps in phases of other models, and that each step draws its own samples.
     """
     held_out = config.evaluate.function or rule(config)
-    with Rewards(rule(config), config.reward) as rewards, Rewards(held_out, config.reward) as judge:
-        run, steps = assembled(config, mesh, rewards, judge), list[int]()
+    with Rewards(rule(config), config.reward) as rewards, Rewards(held_out, config.reward) as grader:
+        run, steps = assembled(config, mesh, rewards, grader), list[int]()
         enter = run.roles.residence.enter
 
         def watched(phase: Phase, role: str = "policy") -> None:
@@ -143,9 +143,9 @@ def train(config: Config, mesh: Mesh, first: int = 0) -> Run:
     return run
 
 
-def assembled(config: Config, mesh: Mesh, rewards: Rewards, judge: Rewards) -> Run:
+def assembled(config: Config, mesh: Mesh, rewards: Rewards, grader: Rewards) -> Run:
     given = inputs(config, mesh.world)
-    return build(config, mesh, given, checked_ledger(config, mesh, given), rewards, judge, Interrupt())
+    return build(config, mesh, given, checked_ledger(config, mesh, given), rewards, grader, Interrupt())
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def check_rows(config: Config, found: dict[int, dict[str, float]]) -> None:
         for name, rates in RATES.items():
             assert {step: row[name] for step, row in found.items() if name in row} == pytest.approx(rates, rel=1e-6)
     if config.evaluate.function:
-        assert [found[step]["eval_reward"] for step in told] == [0.25] * 2, "the judge's"
+        assert [found[step]["eval_reward"] for step in told] == [0.25] * 2, "the held-out function's"
     if drawn:
         assert sum(row.get("reward_failed", 0.0) for row in found.values()), f"{mode}: no reward has failed"
     for row in found.values():
@@ -247,12 +247,12 @@ def check_judge(run: Run) -> None:
     wanted = [stream[len(s.mask)] for s, stream in zip(samples, run.roles.read("reward", longer), strict=True)]
     for i, sample in enumerate(samples):
         sample.reward = float(i)
-    run.roles.judge(samples)
+    run.roles.grade(samples)
     assert [s.reward for s in samples] == pytest.approx([i + score for i, score in enumerate(wanted)], abs=1e-5)
     assert np.ptp(wanted) > 0.01
     if run.mesh.rank == 0:  # test_modes.py compares it with transformers
-        judged = [[sample.tokens.tolist(), sample.reward - i] for i, sample in enumerate(samples)]
-        Path(run.config.out, "judged.json").write_text(json.dumps(judged))
+        graded = [[sample.tokens.tolist(), sample.reward - i] for i, sample in enumerate(samples)]
+        Path(run.config.out, "graded.json").write_text(json.dumps(graded))
 
 
 def check_split(folder: Path, mode: str, found: dict[int, dict[str, float]]) -> None:

@@ -71,7 +71,7 @@ def check_signal(folder: Path, layout: str, mesh: Mesh) -> None:
     assert start(config) == 0
     rows = metrics(folder / "program")
     assert list(rows) == [0, 1, 2]
-    assert rows[2]["eval_reward"] == 0.25, "the judge's"
+    assert rows[2]["eval_reward"] == 0.25, "the held-out function's"
     assert rows[2]["reward_rule"] != 0.25
     assert configuration.load("grpo", [f"{folder}/program/config.toml"]) == config
 

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import nodes
-from judges import FREE, Judging
+from graders import FREE, Grading
 
 from rlhf import configuration
 from rlhf.config import Parallel
@@ -53,10 +53,10 @@ def build(folder: Path, mesh: Mesh, *overrides: str) -> EngineSource:
             sample.reward = float(len(sample.text.response))
 
     records = Records.load(folder / "train_rl.jsonl", "prompts", tokenizer, config.data, max_prompt=80)
-    judge = FREE if config.rollout.environment else Judging(reward)
+    grader = FREE if config.rollout.environment else Grading(reward)
     POOLS.append(Environments(config.rollout.environment, config.reward))
     owner = EngineOwner(engine, Residence((), mesh.device))
-    return EngineSource(config, mesh, owner, tokenizer, records, judge, arch.hidden, environments=POOLS[-1])
+    return EngineSource(config, mesh, owner, tokenizer, records, grader, arch.hidden, environments=POOLS[-1])
 
 
 def whole(mesh: Mesh, share: list[Sample]) -> list[Sample]:
@@ -88,7 +88,7 @@ def check_draw_is_a_function_of_seed_and_step(folder: Path, mesh: Mesh) -> None:
 
 
 def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> None:
-    """Check that the ranks of one engine judge equal shares of its samples.
+    """Check that the ranks of one engine grader equal shares of its samples.
 
     The samples are the same as with one engine per rank.
     """
@@ -97,8 +97,8 @@ def check_the_ranks_of_an_engine_share_its_samples(folder: Path, mesh: Mesh) -> 
         folder, mesh, f"rollout.tp={mesh.world}"
     )  # each rank has a whole engine, which counts as one rank of a shared engine
     rewarded = []
-    reward = together.judge.call
-    together.judge = Judging(lambda samples: rewarded.append(len(samples)) or reward(samples))
+    reward = together.grader.call
+    together.grader = Grading(lambda samples: rewarded.append(len(samples)) or reward(samples))
 
     def said(samples: list[Sample]) -> list[tuple]:
         return [(s.group, s.tokens.tolist(), s.reward, s.text, s.verdict, s.version.tolist()) for s in samples]
@@ -153,7 +153,7 @@ def sampler_text_without_last(folder: Path, sample: Sample) -> str:
 def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
     sampler = build(folder, mesh)
     prompts = sampler.records.head(5)
-    samples, again = (whole(mesh, sampler.answer(prompts, sampler.judge)) for _ in range(2))
+    samples, again = (whole(mesh, sampler.answer(prompts, sampler.grader)) for _ in range(2))
     assert [s.tokens.tolist() for s in samples] == [s.tokens.tolist() for s in again]
     sums = summary(samples)
     assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
@@ -171,7 +171,7 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
         for sample in samples:
             sample.reward = float(len(sample.text.response) % 3 == 0)
 
-    sampler.judge = Judging(parity)
+    sampler.grader = Grading(parity)
     share, sums = sampler.take(0)
     kept = groups(whole(mesh, share))
     assert len(kept) == 4
@@ -179,7 +179,7 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
     rounds, found = sums["rounds"][0], sums["groups_kept"]
     assert 1 < rounds <= 5, "the case needs more than one round"
     assert 4 <= found[0] <= found[1] == 4 * rounds
-    sampler.judge = FREE
+    sampler.grader = FREE
     share, sums = sampler.take(0)
     assert len(groups(whole(mesh, share))) == 4, "the last round's groups, where none has unequal rewards"
     assert sums["groups_kept"] == (0.0, 20.0)
@@ -306,7 +306,7 @@ def check_dynamic_sampling_in_flight(folder: Path, mesh: Mesh) -> None:
         for sample in samples:
             sample.reward = float(len(sample.text.response) % 3 == 0)
 
-    sampler.judge = Judging(parity)
+    sampler.grader = Grading(parity)
     rounds = 0.0
     for step in range(4):
         share, sums = sampler.take(step)

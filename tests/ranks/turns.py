@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from judges import FREE
+from graders import FREE
 from sampling import IN_FLIGHT, build, steps_in_flight, take, whole, whole_logp
 
 from rlhf.contracts import Sample

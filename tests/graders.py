@@ -1,4 +1,4 @@
-"""Judges for tests: one that calls a function with a list of samples, and one that gives no rewards."""
+"""Graders for tests: one that calls a function with a list of samples, and one that gives no rewards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rlhf.contracts import Sample
 
 
-class Judging:
+class Grading:
     """Collects samples, and calls a function with all of them at the end."""
 
     failure = ""
@@ -24,4 +24,4 @@ class Judging:
             self.call(given)
 
 
-FREE = Judging(lambda samples: None)  # all rewards are 0
+FREE = Grading(lambda samples: None)  # all rewards are 0

@@ -1,4 +1,4 @@
-"""The interface of a judge, which gives responses their rewards, and a judge that runs a reward function."""
+"""The interface of a grader, which gives responses their rewards, and a grader that runs a reward function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Pool, Rewards
 
 
-class Judge(Protocol):
+class Grader(Protocol):
     """Gives responses their rewards while other responses are still being generated."""
 
     @property
@@ -29,7 +29,7 @@ class Judge(Protocol):
 
 
 class Rule:
-    """A judge that runs reward functions. Their reward is added to the reward of the environment."""
+    """A grader that runs reward functions. Their reward is added to the reward of the environment."""
 
     def __init__(self, rewards: Rewards, mesh: Mesh):
         self.rewards, self.mesh, self.warn = rewards, mesh, Warnings(rewards, mesh, "reward")
