@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -120,41 +122,72 @@ def gone(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-@pytest.mark.parametrize(("what", "ranks", "torchrun"), [("stop", 2, False), ("loop", 4, False), ("loop", 2, True)])
-def test_a_rank_that_stands_still_ends_the_run(what: str, ranks: int, torchrun: bool, tmp_path: Path):
-    run = Run(tmp_path, ranks, 10, torchrun)
-    pids = run.tell(what)
-    said, seconds = run.end()
-    print(f"{what} {ranks} ranks torchrun={torchrun}: {seconds:.1f} s")
-    assert 10 <= seconds < 25
-    assert run.process.returncode == (1 if torchrun else HUNG), said
-    assert said.count("no rank has made progress for 10 s (watchdog.timeout): ending the run") == 1, said
-    assert "; the run ends after 10 s" in said, "the warning"
+@dataclass
+class Ended:
+    """How a run ended."""
+
+    pids: list[int]
+    code: int
+    said: str  # what it printed to standard error
+    seconds: float  # from tell() to its end
+
+
+RUNS: dict[str, tuple[str, int, float, bool]] = {  # name -> what rank 1 does, ranks, timeout, torchrun
+    "stop": ("stop", 2, 10, False),
+    "loop": ("loop", 4, 10, False),
+    "torchrun": ("loop", 2, 10, True),
+    "signal": ("loop", 2, 60, False),
+    "long": ("long", 2, 4, False),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ended]]:
+    """Start all RUNS at once, because they mostly wait, and return a function that waits for one of them to end."""
+
+    def carry_out(name: str) -> Ended:
+        what, ranks, timeout, torchrun = RUNS[name]
+        run = Run(tmp_path_factory.mktemp(name), ranks, timeout, torchrun)
+        pids = run.tell(what)
+        if name == "signal":
+            run.process.send_signal(signal.SIGTERM)
+        said, seconds = run.end()
+        if name == "long":
+            assert not (run.folder / "watchdog").exists(), "the watchers remove their files"
+        return Ended(pids, run.process.returncode, said, seconds)
+
+    with ThreadPoolExecutor(len(RUNS)) as pool:
+        ends = {name: pool.submit(carry_out, name) for name in RUNS}
+        yield lambda name: ends[name].result()
+
+
+@pytest.mark.parametrize("name", ["stop", "loop", "torchrun"])
+def test_a_rank_that_stands_still_ends_the_run(name: str, ended: Callable[[str], Ended]):
+    run, (what, _, _, torchrun) = ended(name), RUNS[name]
+    print(f"{name}: {run.seconds:.1f} s")
+    assert 10 <= run.seconds < 40
+    assert run.code == (1 if torchrun else HUNG), run.said
+    assert run.said.count("no rank has made progress for 10 s (watchdog.timeout): ending the run") == 1, run.said
+    assert "; the run ends after 10 s" in run.said, "the warning"
     reason = {"stop": "is stopped (SIGSTOP)", "loop": "does not wait for other ranks"}[what]
-    assert f"{reason}; it stands in 'step 1: begins'" in said
-    assert "rank 1 on " in said
-    assert what == "stop" or "in looping" in said.partition("rank 1 is here")[2]
-    wait(lambda: gone(pids), 15)
+    assert f"{reason}; it stands in 'step 1: begins'" in run.said
+    assert "rank 1 on " in run.said
+    assert what == "stop" or "in looping" in run.said.partition("rank 1 is here")[2]
+    wait(lambda: gone(run.pids), 15)
 
 
-def test_a_signal_ends_a_looping_run_sooner(tmp_path: Path):
+def test_a_signal_ends_a_looping_run_sooner(ended: Callable[[str], Ended]):
     """The ranks ignore the signal, as in a loop that does not end. The limit is a tenth."""
-    run = Run(tmp_path, 2, 60)
-    run.tell("loop")
-    run.process.send_signal(signal.SIGTERM)
-    said, seconds = run.end()
-    assert run.process.returncode == HUNG, said
-    assert seconds < 30
-    assert "no rank has made progress for 6 s" in said
+    run = ended("signal")
+    assert run.code == HUNG, run.said
+    assert run.seconds < 40
+    assert "no rank has made progress for 6 s" in run.said
 
 
-def test_a_rank_that_waits_for_one_that_moves_is_no_hang(tmp_path: Path):
-    run = Run(tmp_path, 2, 4)
-    run.tell("long")
-    said, seconds = run.end()
-    assert seconds >= 10
-    assert (run.process.returncode, said) == (0, "")
-    assert not (tmp_path / "watchdog").exists(), "the watchers remove their files"
+def test_a_rank_that_waits_for_one_that_moves_is_no_hang(ended: Callable[[str], Ended]):
+    run = ended("long")
+    assert run.seconds >= 10
+    assert (run.code, run.said) == (0, "")
 
 
 def test_a_lost_rank_is_named():
