@@ -81,7 +81,7 @@ def carry_out(arguments: list[str]) -> int:
     if mode not in ALGORITHMS:
         raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
     if "-h" in rest or "--help" in rest:
-        keys = f"Keys (key=value), their defaults and meanings:\n{configuration.manual()}"
+        keys = f"Keys (key=value), their defaults and meanings:\n{configuration.manual(ALGORITHMS[mode].defaults)}"
         print(f"{mode}: {ALGORITHMS[mode].summary}\n\n{keys}")
         return 0
     dry = "--dry-run" in rest

@@ -182,7 +182,6 @@ class MTBench:
     references: str = ""  # file with reference answers for the judge, in FastChat's form; empty: the judge sees none
     prompts: str = ""  # file with the judge's prompts, such as FastChat's judge_prompts.jsonl; empty: own ones
     pairwise: bool = False  # compare the models in pairs, in both orders, and do not grade single answers
-    max_tokens: Count = 1024  # limit of an answer, in tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ def show(config: Config, world: int) -> None:
     algorithm = ALGORITHMS[config.mode]
     if (
         algorithm.online
+        and not algorithm.judged
         and not algorithm.rule
         and not (config.reward.load or config.reward.function or config.critic.load)
     ):
