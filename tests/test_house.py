@@ -31,7 +31,7 @@ LAYERS = (
     ("algorithms", "recorder", "folders", "lock", "judge"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
-    ("train", "rollout", "writer", "shapes"),
+    ("train", "rollout", "writer", "shapes", "mtbench"),
     ("prepare", "convert", "cluster", "launcher", "variables", "watchdog", "checkpoint"),
     ("roles", "ledger"),
     ("evaluate", "dryrun"),
