@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import configuration, lock, progress
+from rlhf import answering, configuration, lock, progress
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -32,6 +32,7 @@ from rlhf.rewards import Environments, Rewards, rule
 from rlhf.roles import Roles
 from rlhf.rollout.grader import Rule
 from rlhf.rollout.owner import EngineOwner
+from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.shapes import readable
 from rlhf.weights import files, names
@@ -58,20 +59,28 @@ def run(config: Config) -> int:
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
     mesh.agree(note(config) if mesh.rank == 0 else "")
     config = replace(config, steps=given.steps, epochs=0.0)
+    try:
+        return carry_out(config, mesh, given)
+    except OSError as error:
+        if not (text := failure(error, config.out)):
+            raise
+        raise StorageError(f"{text}; fix this and start again: the run resumes from its last checkpoint") from None
+
+
+def carry_out(config: Config, mesh: Mesh, given: Inputs) -> int:
+    """Do the work of the mode, and return the exit code."""
+    if ALGORITHMS[config.mode].judged:
+        answering.answer(config, mesh, given, partial(build_sampler, config, mesh, given))
+        return 0
     with (
         Rewards(rule(config), config.reward) as rewards,
         Rewards(config.evaluate.function or rule(config), config.reward) as held_out_rewards,
         Environments(config.rollout.environment, config.reward) as environments,
     ):
-        try:
-            if ALGORITHMS[config.mode].trains:
-                return 0 if train(config, mesh, given, rewards, held_out_rewards, environments) else SAVED
-            evaluate(config, mesh, given, held_out_rewards, environments)
-            return 0
-        except OSError as error:
-            if not (text := failure(error, config.out)):
-                raise
-            raise StorageError(f"{text}; fix this and start again: the run resumes from its last checkpoint") from None
+        if ALGORITHMS[config.mode].trains:
+            return 0 if train(config, mesh, given, rewards, held_out_rewards, environments) else SAVED
+        evaluate(config, mesh, given, held_out_rewards, environments)
+        return 0
 
 
 def claim(config: Config) -> str:
@@ -116,16 +125,11 @@ def train(
 
 def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, environments: Environments) -> None:
     """Run mode evaluate. The engine gets its weights directly from the folder policy.load. Nothing is trained."""
-    dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
-    alone = engine_loads(config, given)
-    engine = build_engine(config, mesh, given, dtype, load=alone)
-    owner = EngineOwner(engine, residence, fill=None if alone else partial(fill_engine, config, mesh, given))
-    mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
     source = EngineSource(
         config,
         mesh,
-        owner,
+        load_engine(config, mesh, given, residence),
         given.tokenizer,
         given.records,
         Rule(rewards, mesh),
@@ -135,7 +139,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
 
     def model(samples: list[Sample]) -> None:
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
-        Roles(config, mesh, given.roles, dtype, 1.0, residence).grade(samples)
+        Roles(config, mesh, given.roles, dtype_of(config, mesh), 1.0, residence).grade(samples)
 
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
@@ -149,6 +153,21 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     metrics.close()
     if mesh.rank == 0:
         say(table(config, values))
+
+
+def build_sampler(config: Config, mesh: Mesh, given: Inputs) -> Sampler:
+    """Return a sampler with the model in policy.load, for mode mtbench."""
+    residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
+    return Sampler(config, mesh, load_engine(config, mesh, given, residence), given.tokenizer)
+
+
+def load_engine(config: Config, mesh: Mesh, given: Inputs, residence: Residence) -> EngineOwner:
+    """Return an engine with the weights of policy.load. Raises UserError on all ranks if they are damaged."""
+    alone = engine_loads(config, given)
+    engine = build_engine(config, mesh, given, dtype_of(config, mesh), load=alone)
+    owner = EngineOwner(engine, residence, fill=None if alone else partial(fill_engine, config, mesh, given))
+    mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
+    return owner
 
 
 def build(

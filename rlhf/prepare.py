@@ -85,7 +85,8 @@ def inputs(config: Config, world: int) -> Inputs:
         rewards.check(*functions, memory=config.reward.memory, key=key)
     if config.rollout.environment and graded:
         rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
-    known = identity(config, _read(config, models, tokenizer, sources))
+    loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
+    known = identity(config, _read(config, loaded, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
     records, held_out = _data(config, tokenizer)
@@ -165,7 +166,7 @@ def _read(
         folder: weights({entry.path for shard in source.contents.shards for entry in shard.values()})
         for folder, (source, _) in sources.items()
     }
-    for name, role in {"policy": Role("frozen", config.policy.load, arch), **models}.items():
+    for name, role in models.items():
         found[f"{name}.load"] = (role.folder, f"{held.get(role.folder, 'random')} {description(role.arch)}")
     return found
 
