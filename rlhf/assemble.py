@@ -52,12 +52,13 @@ def run(config: Config) -> int:
     # The watchdog ends a run earlier, with a report. A collective that waits in vain is only the last resort.
     mesh = Mesh(config.parallel, config.seed, max(PATIENCE, 2 * config.watchdog.timeout, 2 * config.watchdog.start))
     config = mesh.all_gather(config)[0]  # ranks may have located different exports of a run that still trains
-    mesh.agree(claim(config) if mesh.rank == 0 else "")
+    mesh.agree(lock.claim(config.out, own_name(config) or "run") if mesh.rank == 0 else "")
     progress.enter("reading the data")
     # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
-    mesh.agree(note(config) if mesh.rank == 0 else "")
+    writes = mesh.rank == 0 and not ALGORITHMS[config.mode].judged  # with a judge, these ranks do a part of the command
+    mesh.agree(configuration.save(config, own_name(config) or "config") if writes else "")
     config = replace(config, steps=given.steps, epochs=0.0)
     try:
         return carry_out(config, mesh, given)
@@ -81,28 +82,6 @@ def carry_out(config: Config, mesh: Mesh, given: Inputs) -> int:
             return 0 if train(config, mesh, given, rewards, held_out_rewards, environments) else SAVED
         evaluate(config, mesh, given, held_out_rewards, environments)
         return 0
-
-
-def claim(config: Config) -> str:
-    """Create config.out and lock it until this process ends. Return an error message, or "" on success."""
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        other = lock.hold(out / f"{own_name(config) or 'run'}.lock")
-    except OSError as error:
-        return f"out={out} cannot be written: {failure(error, out) or error}; set out to a folder that has free space"
-    return other and f"out={out} is in use by {other}: wait until it ends, or set another out"
-
-
-def note(config: Config) -> str:
-    """Write the configuration to config.out. Return an error message, or "" on success."""
-    file = Path(config.out) / f"{own_name(config) or 'config'}.toml"
-    try:
-        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}", encoding="utf-8")
-    except OSError as error:
-        reason = failure(error, file) or error
-        return f"out={config.out} cannot be written: {reason}; set out to a folder that has free space"
-    return ""
 
 
 def train(

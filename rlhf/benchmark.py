@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from rlhf import folders
+from rlhf import configuration, folders, lock
 from rlhf.config import Config
 from rlhf.contracts import Text
 from rlhf.data import forms, templates
@@ -198,12 +198,22 @@ def run(config: Config, start: Callable[[Config, list[str]], int], world: int | 
         )
     if world is not None:
         due = [model for model in due if is_due(config, model, world)]
+    for model in called if first else ():
+        if model not in due:
+            say(f"{model.answers(config.out)}: the answers of {model.name} are there")
     for model in due:
         if code := start(own(config, model), overrides(model)):
             return code
-    # The launcher and the watcher of a rank have blocked them.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher and the watcher of a rank have blocked them
+    if first:
+        finish(config, called)
     return 0
+
+
+def finish(config: Config, called: list[Model]) -> None:
+    """Let the judge grade the answers of the models, and print the table. Raises UserError."""
+    if problem := lock.claim(config.out, config.mode) or configuration.save(config, config.mode):
+        raise UserError(problem)
 
 
 def check(config: Config, called: list[Model]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from rlhf import texts
 from rlhf.algorithms import ALGORITHMS, SECTIONS
 from rlhf.config import Between, Config
-from rlhf.errors import UserError
+from rlhf.errors import UserError, failure
 
 UNREADABLE = (ValueError, RecursionError)  # tomllib raises ValueError, also for huge numbers, and RecursionError
 
@@ -182,6 +182,17 @@ def manual(own: Mapping[str, Any], cls: Any = Config, where: str = "") -> str:
                 + (f" ({' | '.join(choices)})" if choices else "")
             )
     return "\n".join(lines)
+
+
+def save(config: Config, name: str) -> str:
+    """Write the configuration to NAME.toml in its `out`. Return an error message, or "" on success."""
+    file = Path(config.out) / f"{name}.toml"
+    try:
+        file.write_text(f"# ./launch.sh {config.mode} {file}\n{to_toml(config)}", encoding="utf-8")
+    except OSError as error:
+        reason = failure(error, file) or error
+        return f"out={config.out} cannot be written: {reason}; set out to a folder that has free space"
+    return ""
 
 
 def to_toml(config: Config) -> str:
