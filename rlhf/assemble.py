@@ -21,7 +21,8 @@ from rlhf.folders import newest_export
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
-from rlhf.metrics import Metrics, own_name, say
+from rlhf.metrics import Metrics, own_name
+from rlhf.output import say
 from rlhf.parallel.layout import Place, spread
 from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY

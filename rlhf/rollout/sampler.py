@@ -13,7 +13,7 @@ from rlhf.config import Config
 from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict
 from rlhf.data.shares import Key
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.metrics import Progress
+from rlhf.output import Progress
 from rlhf.parallel.layout import spread
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
