@@ -175,6 +175,16 @@ class Judge:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MTBench:
+    """MT-Bench: a judge grades the answers to questions of two turns (docs/evaluation.md)."""
+
+    models: tuple[str, ...] = ()  # FOLDER or NAME=FOLDER, or FastChat's files of answers; empty: policy.load
+    references: str = ""  # file with reference answers for the judge, in FastChat's form; empty: the judge sees none
+    prompts: str = ""  # file with the judge's prompts, such as FastChat's judge_prompts.jsonl; empty: own ones
+    pairwise: bool = False  # compare the models in pairs, in both orders, and do not grade single answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """Checkpoints, and the export of the trained model."""
 
@@ -236,6 +246,7 @@ class Config:
     memory: Memory = field(default_factory=Memory)
     reward: Reward = field(default_factory=Reward)
     judge: Judge = field(default_factory=Judge)
+    mtbench: MTBench = field(default_factory=MTBench)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     log: Log = field(default_factory=Log)

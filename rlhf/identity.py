@@ -23,7 +23,7 @@ Identity = dict[str, dict[str, Any]]
 # paths. rlhf.checkpoint compares the layout and the dtype.
 FREE = {
     *("out", "steps", "epochs", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
-    "watchdog",
+    *("mtbench", "watchdog"),
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
     "data.invalid",  # data sets with invalid lines are refused without skip, and others are read alike
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),

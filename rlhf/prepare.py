@@ -75,20 +75,22 @@ def inputs(config: Config, world: int) -> Inputs:
         remarks.append(f"{what}: the score is read at the token before it, as in transformers")
     if algorithm.online and config.rollout.inflight > 1 and not algorithm.weighs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
-    if algorithm.online and 0 < config.watchdog.timeout <= config.reward.timeout:
+    graded = algorithm.online and not algorithm.judged  # responses get rewards in the run
+    if graded and 0 < config.watchdog.timeout <= config.reward.timeout:
         times = f"watchdog.timeout={config.watchdog.timeout:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
-    if config.reward.weights and algorithm.online and not _functions(config):
+    if config.reward.weights and graded and not _functions(config):
         raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
     for key, functions in _functions(config).items():
         rewards.check(*functions, memory=config.reward.memory, key=key)
-    if config.rollout.environment and algorithm.online:
+    if config.rollout.environment and graded:
         rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
-    known = identity(config, _read(config, models, tokenizer, sources))
+    loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
+    known = identity(config, _read(config, loaded, tokenizer, sources))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
     records, held_out = _data(config, tokenizer)
-    if config.rollout.environment and algorithm.online:
+    if config.rollout.environment and graded:
         for template in records.templates | (held_out.templates if held_out else set()):
             templates.reply(tokenizer, template, [tokenizer.eos], [{"role": "user", "content": "?"}])
     config = replace(config, steps=steps(config, len(records)), epochs=0.0)
@@ -184,7 +186,7 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
 def _functions(config: Config) -> dict[str, tuple[str, ...]]:
     """Return the reward functions of sampled responses, by key."""
     algorithm, own = ALGORITHMS[config.mode], config.evaluate.function
-    if not algorithm.online:
+    if not algorithm.online or algorithm.judged:
         return {}
     named = {"reward.function": rule(config) if algorithm.trains or not own else (), "evaluate.function": own}
     return {key: names for key, names in named.items() if names}

@@ -31,7 +31,7 @@ class Content:
     """The content of a line."""
 
     told: Told
-    is_text: bool  # prompt and responses are texts, not messages or an instruction
+    is_text: bool  # prompt and responses are texts, not messages, an instruction or a question
     tools: object  # the value of `tools`
 
 
@@ -53,8 +53,8 @@ def read(line: bytes, form: Form, required: Keys = ()) -> Content:
         raise UserError(
             f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
         )
-    told = [(_under_system(row, messages), reward) for messages, reward in FORMS[form][keys](row, keys)]
-    is_text = "instruction" not in keys and not any(_is_messages(row[key]) for key in keys)
+    told = [(under_system(row, messages), reward) for messages, reward in FORMS[form][keys](row, keys)]
+    is_text = not {"instruction", "turns"} & {*keys} and not any(_is_messages(row[key]) for key in keys)
     return Content(told, is_text, row.get("tools"))
 
 
@@ -77,7 +77,7 @@ def _form(row: Row, form: Form) -> Keys:
     return next((keys for keys in fitting if all(row[key] is not None for key in keys)), fitting[0])
 
 
-def _under_system(row: Row, messages: list[Message]) -> list[Message]:
+def under_system(row: Row, messages: list[Message]) -> list[Message]:
     """Return the messages with the system text of the line before them. Raises UserError if there are two texts."""
     found = {repr(key): _text(row[key], key) for key in SYSTEM if _given(row, key)}
     if messages[0]["role"] == "system":
@@ -118,6 +118,14 @@ def parse(line: bytes) -> Row:
 
 def _prompt(row: Row, keys: Keys) -> Told:
     return [(_turns(row, keys[0]), 0.0)]
+
+
+def _question(row: Row, keys: Keys) -> Told:
+    """Return the first turn of a question, as a prompt. The others follow its answer."""
+    turns = row[keys[0]]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{keys[0]!r} is {turns!r:.80}; give a list of texts")
+    return [([_asked(turns[0], f"{keys[0]} 1")], 0.0)]
 
 
 def _unanswered(row: Row, keys: Keys) -> Told:
@@ -322,5 +330,6 @@ FORMS: dict[Form, dict[Keys, Parse]] = {
     "scored": {("query", "response", "score"): _scored, ("prompt", "response", "score"): _scored, **_PAIRS},
     "pairs": _PAIRS,
     "prompts": _PROMPTS,
+    "questions": {("turns",): _question},
 }
 COMPARED: tuple[Form, ...] = ("scored", "pairs")  # forms that compare last responses; only these responses are learned
