@@ -20,7 +20,7 @@ import tutorial_task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rlhf.mtbench.prompts import OWN, Prompts  # noqa: E402
+from rlhf.mtbench.prompts import OWN, Prompts
 
 MODEL = "gold"  # name of the judge
 
@@ -44,7 +44,9 @@ def rating(gold: float) -> float:
 def _pattern(template: str) -> re.Pattern[str]:
     """Return a pattern for the texts of a template, with a group per field."""
     parts = Formatter().parse(template.strip())
-    return re.compile("".join(re.escape(text) + (f"(?P<{name}>.*?)" if name else "") for text, name, _, _ in parts), re.S)
+    return re.compile(
+        "".join(re.escape(text) + (f"(?P<{name}>.*?)" if name else "") for text, name, _, _ in parts), re.S
+    )
 
 
 class Handler(BaseHTTPRequestHandler):

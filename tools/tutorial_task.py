@@ -21,6 +21,10 @@ QUESTIONS = {  # by category
     "repair": "{name} writes: my {thing} is broken.",
     "price": "{name} wants to know what a {thing} costs.",
 }
+TEMPLATE = (  # chat template: one exchange has the tokens of data.template=plain
+    "{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 FOLLOW_UPS = ("And the {thing}?", "Can you say that again?")  # the second one is about the article of the first turn
 POLITE = ("Thank you for asking.", "I am happy to help.", "We are sorry for the wait.", "Please call us any time.")
 RUDE = ("That is not my problem.", "Read the label.", "Do not ask again.")
@@ -104,7 +108,7 @@ def bench(asked: list[tuple[str, str, str]], each: int = 20) -> list[dict[str, A
 
 
 def write(folder: Path, seed: int = 0, num: int = 8192, num_heldout: int = 128, siblings: int = 4) -> None:
-    """Write the files of each stage: train_*.jsonl, dev_*.jsonl with other prompts, and mtbench.jsonl with some of these.
+    """Write the files of each stage: train_*.jsonl, and dev_*.jsonl with other prompts, some of them in mtbench.jsonl.
 
     Every fourth demonstration has two turns.
     """
