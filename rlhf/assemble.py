@@ -60,8 +60,8 @@ def run(config: Config) -> int:
     mesh.agree(note(config) if mesh.rank == 0 else "")
     config = replace(config, steps=given.steps, epochs=0.0)
     with (
-        Rewards(rule(config), config.reward) as rewards,
-        Rewards(config.evaluate.function or rule(config), config.reward) as held_out_rewards,
+        Rewards(rule(config), config.reward, config.judge) as rewards,
+        Rewards(config.evaluate.function or rule(config), config.reward, config.judge) as held_out_rewards,
         Environments(config.rollout.environment, config.reward) as environments,
     ):
         try:
