@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rlhf.interrupt import SIGNALS, srun_reports
 
@@ -81,7 +81,7 @@ def carry_out(arguments: list[str]) -> int:
     if mode not in ALGORITHMS:
         raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
     if "-h" in rest or "--help" in rest:
-        keys = f"Keys (key=value), their defaults and meanings:\n{configuration.manual()}"
+        keys = f"Keys (key=value), their defaults and meanings:\n{configuration.manual(ALGORITHMS[mode].defaults)}"
         print(f"{mode}: {ALGORITHMS[mode].summary}\n\n{keys}")
         return 0
     dry = "--dry-run" in rest
@@ -97,7 +97,21 @@ def carry_out(arguments: list[str]) -> int:
     os.environ.update(task := cluster.task(os.environ))
     if task and gpus() == 1:
         os.environ["LOCAL_RANK"] = "0"  # with srun --gpus-per-task=1 each rank sees only its own GPU
+    if ALGORITHMS[mode].judged:
+        return judge(config, arguments, bool(task))
     return join(config, bool(task)) if "LOCAL_RANK" in os.environ else launch(config, arguments)
+
+
+def judge(config: Config, arguments: list[str], has_own: bool) -> int:
+    """Run a mode whose responses a judge grades. Return the exit code. has_own: as in join()."""
+    from rlhf import benchmark
+
+    if "LOCAL_RANK" in os.environ:
+        first = cluster.number(os.environ, "RANK", 0) == 0
+        return benchmark.run(config, lambda alone, _: join(alone, has_own), None, first)
+    node = cluster.node(os.environ)
+    world = node.count * ranks_per_node(config, node.count)
+    return benchmark.run(config, lambda alone, more: launch(alone, [*arguments, *more]), world, node.index == 0)
 
 
 def tell(line: str, code: int) -> None:
@@ -136,9 +150,14 @@ def usage() -> str:
 def explain(config: Config) -> int:
     """Print what a run would do on the nodes that the environment variables give (--dry-run)."""
     nodes = cluster.number(os.environ, "WORLD_SIZE", cluster.number(os.environ, "SLURM_NNODES", 1))
-    from rlhf import dryrun
+    from rlhf import benchmark, dryrun
 
-    dryrun.show(config, nodes * ranks_per_node(config, nodes))
+    runs = [config]
+    if ALGORITHMS[config.mode].judged:
+        print(benchmark.plan(config))
+        runs = [benchmark.own(config, model) for model in benchmark.missing(config, benchmark.models(config))]
+    for each in runs:
+        dryrun.show(each, nodes * ranks_per_node(each, nodes))
     return 0
 
 
@@ -223,7 +242,9 @@ def run(config: Config) -> int:
     env, place = os.environ, "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
     folder = Path(config.out, "watchdog", place.replace("/", "_"))
     rank, world = (cluster.number(env, name) for name in ("RANK", "WORLD_SIZE"))
-    return watchdog.supervised(config.watchdog, folder, rank, world, place, lambda: run_rank(config))
+    watcher = os.getpid()
+    code = watchdog.supervised(config.watchdog, folder, rank, world, place, lambda: run_rank(config))
+    return code if os.getpid() == watcher else end(code)
 
 
 def run_rank(config: Config) -> int:
@@ -263,7 +284,7 @@ def fail(kind: type[BaseException], error: BaseException, trace: TracebackType |
     end(1)
 
 
-def end(code: int) -> None:
+def end(code: int) -> NoReturn:
     """Flush the output and end the process without the interpreter's exit handlers.
 
     In these handlers the engine and torch.distributed would destroy each other's process groups.

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import configuration, lock, progress
+from rlhf import answering, configuration, lock, progress
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -21,7 +21,8 @@ from rlhf.folders import newest_export
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
-from rlhf.metrics import Metrics, own_name, say
+from rlhf.metrics import Metrics, own_name
+from rlhf.output import say
 from rlhf.parallel.layout import Place, spread
 from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
@@ -32,6 +33,7 @@ from rlhf.rewards import Environments, Rewards, rule
 from rlhf.roles import Roles
 from rlhf.rollout.grader import Rule
 from rlhf.rollout.owner import EngineOwner
+from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.source import DataSource, EngineSource, Source
 from rlhf.shapes import readable
 from rlhf.weights import files, names
@@ -51,49 +53,36 @@ def run(config: Config) -> int:
     # The watchdog ends a run earlier, with a report. A collective that waits in vain is only the last resort.
     mesh = Mesh(config.parallel, config.seed, max(PATIENCE, 2 * config.watchdog.timeout, 2 * config.watchdog.start))
     config = mesh.all_gather(config)[0]  # ranks may have located different exports of a run that still trains
-    mesh.agree(claim(config) if mesh.rank == 0 else "")
+    mesh.agree(lock.claim(config.out, own_name(config) or "run") if mesh.rank == 0 else "")
     progress.enter("reading the data")
     # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
     given = mesh.first_on_node(lambda: inputs(config, mesh.world))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
-    mesh.agree(note(config) if mesh.rank == 0 else "")
+    writes = mesh.rank == 0 and not ALGORITHMS[config.mode].judged  # with a judge, these ranks do a part of the command
+    mesh.agree(configuration.save(config, own_name(config) or "config") if writes else "")
     config = replace(config, steps=given.steps, epochs=0.0)
+    try:
+        return carry_out(config, mesh, given)
+    except OSError as error:
+        if not (text := failure(error, config.out)):
+            raise
+        raise StorageError(f"{text}; fix this and start again: the run resumes from its last checkpoint") from None
+
+
+def carry_out(config: Config, mesh: Mesh, given: Inputs) -> int:
+    """Do the work of the mode, and return the exit code."""
+    if ALGORITHMS[config.mode].judged:
+        answering.answer(config, mesh, given, partial(build_sampler, config, mesh, given))
+        return 0
     with (
-        Rewards(rule(config), config.reward) as rewards,
-        Rewards(config.evaluate.function or rule(config), config.reward) as held_out_rewards,
+        Rewards(rule(config), config.reward, config.judge) as rewards,
+        Rewards(config.evaluate.function or rule(config), config.reward, config.judge) as held_out_rewards,
         Environments(config.rollout.environment, config.reward) as environments,
     ):
-        try:
-            if ALGORITHMS[config.mode].trains:
-                return 0 if train(config, mesh, given, rewards, held_out_rewards, environments) else SAVED
-            evaluate(config, mesh, given, held_out_rewards, environments)
-            return 0
-        except OSError as error:
-            if not (text := failure(error, config.out)):
-                raise
-            raise StorageError(f"{text}; fix this and start again: the run resumes from its last checkpoint") from None
-
-
-def claim(config: Config) -> str:
-    """Create config.out and lock it until this process ends. Return an error message, or "" on success."""
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        other = lock.hold(out / f"{own_name(config) or 'run'}.lock")
-    except OSError as error:
-        return f"out={out} cannot be written: {failure(error, out) or error}; set out to a folder that has free space"
-    return other and f"out={out} is in use by {other}: wait until it ends, or set another out"
-
-
-def note(config: Config) -> str:
-    """Write the configuration to config.out. Return an error message, or "" on success."""
-    file = Path(config.out) / f"{own_name(config) or 'config'}.toml"
-    try:
-        file.write_text(f"# ./launch.sh {config.mode} {file}\n{configuration.to_toml(config)}", encoding="utf-8")
-    except OSError as error:
-        reason = failure(error, file) or error
-        return f"out={config.out} cannot be written: {reason}; set out to a folder that has free space"
-    return ""
+        if ALGORITHMS[config.mode].trains:
+            return 0 if train(config, mesh, given, rewards, held_out_rewards, environments) else SAVED
+        evaluate(config, mesh, given, held_out_rewards, environments)
+        return 0
 
 
 def train(
@@ -116,16 +105,11 @@ def train(
 
 def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, environments: Environments) -> None:
     """Run mode evaluate. The engine gets its weights directly from the folder policy.load. Nothing is trained."""
-    dtype = dtype_of(config, mesh)
     residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
-    alone = engine_loads(config, given)
-    engine = build_engine(config, mesh, given, dtype, load=alone)
-    owner = EngineOwner(engine, residence, fill=None if alone else partial(fill_engine, config, mesh, given))
-    mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
     source = EngineSource(
         config,
         mesh,
-        owner,
+        load_engine(config, mesh, given, residence),
         given.tokenizer,
         given.records,
         Rule(rewards, mesh),
@@ -135,7 +119,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
 
     def model(samples: list[Sample]) -> None:
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
-        Roles(config, mesh, given.roles, dtype, 1.0, residence).grade(samples)
+        Roles(config, mesh, given.roles, dtype_of(config, mesh), 1.0, residence).grade(samples)
 
     metrics = Metrics(config, mesh, start=-1)
     if mesh.rank == 0:
@@ -149,6 +133,21 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     metrics.close()
     if mesh.rank == 0:
         say(table(config, values))
+
+
+def build_sampler(config: Config, mesh: Mesh, given: Inputs) -> Sampler:
+    """Return a sampler with the model in policy.load, for mode mtbench."""
+    residence = Residence(checked_ledger(config, mesh, given).offload, mesh.device)
+    return Sampler(config, mesh, load_engine(config, mesh, given, residence), given.tokenizer)
+
+
+def load_engine(config: Config, mesh: Mesh, given: Inputs, residence: Residence) -> EngineOwner:
+    """Return an engine with the weights of policy.load. Raises UserError on all ranks if they are damaged."""
+    alone = engine_loads(config, given)
+    engine = build_engine(config, mesh, given, dtype_of(config, mesh), load=alone)
+    owner = EngineOwner(engine, residence, fill=None if alone else partial(fill_engine, config, mesh, given))
+    mesh.agree("" if owner.sound() else f"policy.load={config.policy.load}: {UNSOUND}")
+    return owner
 
 
 def build(

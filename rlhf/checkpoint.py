@@ -32,7 +32,7 @@ from rlhf import folders
 from rlhf.config import Config
 from rlhf.errors import UserError, failure
 from rlhf.identity import OTHER_RUN
-from rlhf.metrics import say
+from rlhf.output import say
 from rlhf.parallel.layout import Layout, Place
 from rlhf.parallel.mesh import Mesh
 from rlhf.train.learner import Learner

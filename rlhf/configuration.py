@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf import texts
-from rlhf.algorithms import SECTIONS
+from rlhf.algorithms import ALGORITHMS, SECTIONS
 from rlhf.config import Between, Config
-from rlhf.errors import UserError
+from rlhf.errors import UserError, failure
+from rlhf.judge import client
 
 UNREADABLE = (ValueError, RecursionError)  # tomllib raises ValueError, also for huge numbers, and RecursionError
 
@@ -23,6 +24,8 @@ def load(mode: str, arguments: list[str]) -> Config:
     Raises UserError with the file or key, the value and the remedy.
     """
     tree: dict[str, Any] = {}
+    for key, value in ALGORITHMS[mode].defaults.items():
+        _merge(tree, _nested(key, value))
     for argument in arguments:
         if "=" in argument and not argument.startswith("-"):
             _merge(tree, _override(argument))
@@ -32,7 +35,9 @@ def load(mode: str, arguments: list[str]) -> Config:
         raise UserError("key 'mode' cannot be set in a file: it is the first word of the command")
     if tree.get("out", "") == "":
         tree["out"] = f"runs/{mode}"
-    return _build(Config, tree | {"mode": mode})
+    config = _build(Config, tree | {"mode": mode})
+    client.validate(config.judge)  # first of all, because the configuration is printed and written to files
+    return config
 
 
 def _read(argument: str) -> dict[str, Any]:
@@ -55,6 +60,11 @@ def _override(argument: str) -> dict[str, Any]:
         value = text  # a word without quotes is a string
     if hint is str and not isinstance(value, str):
         value = text  # a folder's name may look like a number or a date
+    return _nested(key, value)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """Return {"a": {"b": value}} for the key a.b."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -160,13 +170,13 @@ def notes(cls: type) -> dict[str, str]:
     return {left.split(":")[0].strip(): right.strip() for left, right in lines}
 
 
-def manual(cls: Any = Config, where: str = "") -> str:
-    """Return the help text: one line per key with name, default and the field's comment."""
+def manual(own: Mapping[str, Any], cls: Any = Config, where: str = "") -> str:
+    """Return the help text: one line per key with name, default and the field's comment. own: defaults of the mode."""
     lines, said = [], notes(cls)
-    defaults = {f.name: f.default for f in fields(cls)}
+    defaults = {f.name: own.get(where + f.name, f.default) for f in fields(cls)}
     for name, hint in keys(cls).items():
         if is_dataclass(hint):
-            lines.append(f"\n{hint.__doc__}\n{manual(hint, f'{where}{name}.')}")
+            lines.append(f"\n{hint.__doc__}\n{manual(own, hint, f'{where}{name}.')}")
         elif name != "mode":
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             default = {(): "[]", MISSING: "{}"}.get(defaults[name], defaults[name])
@@ -175,6 +185,17 @@ def manual(cls: Any = Config, where: str = "") -> str:
                 + (f" ({' | '.join(choices)})" if choices else "")
             )
     return "\n".join(lines)
+
+
+def save(config: Config, name: str) -> str:
+    """Write the configuration to NAME.toml in its `out`. Return an error message, or "" on success."""
+    file = Path(config.out) / f"{name}.toml"
+    try:
+        file.write_text(f"# ./launch.sh {config.mode} {file}\n{to_toml(config)}", encoding="utf-8")
+    except OSError as error:
+        reason = failure(error, file) or error
+        return f"out={config.out} cannot be written: {reason}; set out to a folder that has free space"
+    return ""
 
 
 def to_toml(config: Config) -> str:

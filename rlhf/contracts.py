@@ -200,7 +200,9 @@ class Loss:
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count)
 
 
-Form = Literal["demonstrations", "scored", "pairs", "prompts"]  # the kind of a data set's lines (rlhf.data.forms)
+Form = Literal[
+    "demonstrations", "scored", "pairs", "prompts", "questions"
+]  # the kind of a data set's lines (rlhf.data.forms)
 
 
 class Algorithm:
@@ -216,12 +218,14 @@ class Algorithm:
     aliases: ClassVar[tuple[str, ...]] = ()  # other names of the mode on the command line
     # name and dataclass of the mode's section in the configuration; two modes may share a section
     section: ClassVar[tuple[str, type] | None] = None
+    defaults: ClassVar[Mapping[str, Any]] = {}  # key of the configuration -> default of the mode, if it has its own
     trains: ClassVar[bool] = True  # True: the mode trains a model on data.train. False: it reads data.eval only
     online: ClassVar[bool] = False  # samples come from an engine, not from the data set
     whole_groups: ClassVar[bool] = False  # all samples of a group must be in the same micro-batch (pairwise losses)
     # the loss corrects for tokens that were sampled with older weights than the policy's (rollout.inflight)
     weighs: ClassVar[bool] = False
     aligns: ClassVar[bool] = True  # the mode starts from a fine-tuned model; False for sft and reward
+    judged: ClassVar[bool] = False  # a judge grades the responses after the run, so the run computes no rewards
     rule: ClassVar[str] = ""  # usual reward function of the mode; empty: a reward model
 
     models: Mapping[str, Literal["train", "frozen"]] = {}  # by role; the run exports the first trained model

@@ -29,6 +29,7 @@ def show(config: Config, world: int) -> None:
     algorithm = ALGORITHMS[config.mode]
     if (
         algorithm.online
+        and not algorithm.judged
         and not algorithm.rule
         and not (config.reward.load or config.reward.function or config.critic.load)
     ):
@@ -44,10 +45,8 @@ def show(config: Config, world: int) -> None:
         r, holds = config.rollout, int(ledger.sequences())
         flying = math.ceil(round(r.inflight * config.batch.prompts) / (world // r.tp)) * r.group
         waiting = "; the others wait" if flying > holds else ""
-        print(
-            f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens. "
-            f"In flight: {flying}{waiting}."
-        )
+        more = f" In flight: {flying}{waiting}." if algorithm.trains else ""
+        print(f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens.{more}")
     if record := first_record(config, arch.vocab):
         print(f"\n{record}")
     ledger.check()
@@ -82,18 +81,19 @@ def batch(config: Config, world: int) -> str:
     said = [f"{world} ranks: tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"]
     if algorithm.online:
         said[0] += f"; {world // config.rollout.tp} engines of {config.rollout.tp}"
+    if not algorithm.trains:
+        return said[0]
     said.append(
         f"step: {b.prompts} prompts x {responses} = {samples} samples, "
         f"at most {longest} tokens each, {samples * longest:,} in all"
     )
-    if algorithm.trains:
-        many = f"{updates} a step, {_total(config, updates)}"
-        said.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
-        most = -(-int(share * longest) // b.tokens)
-        said.append(
-            f"each update: {share:g} samples per data-parallel rank, "
-            f"in at most about {most} micro-batches of {b.tokens} tokens"
-        )
+    many = f"{updates} a step, {_total(config, updates)}"
+    said.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
+    most = -(-int(share * longest) // b.tokens)
+    said.append(
+        f"each update: {share:g} samples per data-parallel rank, "
+        f"in at most about {most} micro-batches of {b.tokens} tokens"
+    )
     return "\n".join(said)
 
 

@@ -44,6 +44,12 @@ class RewardError(UserError):
     code = 1
 
 
+class JudgingError(UserError):
+    """A judge has not answered all requests; exit code 1. The message has an error of the judge."""
+
+    code = 1
+
+
 class LostError(UserError):
     """Another rank has ended or does not respond; exit code 1."""
 

@@ -11,7 +11,8 @@ from typing import Protocol
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Sample, rewarded
 from rlhf.data.records import Records
-from rlhf.metrics import Metrics, first, say
+from rlhf.metrics import Metrics, first
+from rlhf.output import say
 from rlhf.roles import Roles
 from rlhf.rollout.grader import Grader
 from rlhf.rollout.measures import summary

@@ -16,12 +16,26 @@ from errno import EACCES, EAGAIN
 from pathlib import Path
 from threading import Thread
 
+from rlhf.errors import failure
+
 PATIENCE = 5.0  # seconds to wait for a lock, because a killed process may take a moment to end
 RENEWAL = 5.0  # seconds between two renewals of a lease
 LEASE = 30.0  # seconds without a renewal after which a lease has expired
 LENGTH = 256  # characters of a lease file; a host name has at most 64
 
 _held: set[Path] = set()  # files that this process has locked
+
+
+def claim(out: str, name: str) -> str:
+    """Create the folder `out`, and lock its file NAME.lock. Return an error message, or "" on success."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        other = hold(folder / f"{name}.lock")
+    except OSError as error:
+        why = failure(error, folder) or error
+        return f"out={folder} cannot be written: {why}; set out to a folder that has free space"
+    return other and f"out={folder} is in use by {other}: wait until it ends, or set another out"
 
 
 def hold(path: Path) -> str:

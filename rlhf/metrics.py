@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
 
 from rlhf import progress, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
 from rlhf.contracts import ABSENT, Sample
+from rlhf.output import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.recorder import Recorder, Use
 
@@ -142,33 +142,6 @@ class Metrics:
         return f"{text} [{'#' * done}{'.' * (20 - done)}]"
 
 
-class Progress:
-    """A progress line on the terminal. It prints nothing if standard output is not a terminal."""
-
-    def __init__(self, name: str, units: str, total: int, shown: bool):
-        self.name, self.units, self.total, self.shown = name, units, total, shown and sys.stdout.isatty()
-        self.done = self.tokens = 0
-        self.began = self.said = time.perf_counter()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown:
-            print("\r\033[K", end="", flush=True)  # erase the line
-
-    def add(self, done: int, tokens: int) -> None:
-        """Count `done` more finished units and `tokens` more tokens."""
-        self.done += done
-        self.tokens += tokens
-        now = time.perf_counter()
-        if self.shown and now - self.said > 0.5:
-            self.said, seconds = now, now - self.began
-            left = seconds * (self.total - self.done) / self.done  # assumes that the rest is as fast
-            rate = f"{self.tokens / seconds:,.0f} tokens/s, about {left:.0f} s to go"
-            print(f"\r\033[K{self.name}: {self.done} of {self.total} {self.units}, {rate}", end="", flush=True)
-
-
 def first(mesh: Mesh, samples: Sequence[Sample], count: int) -> list[Sample]:
     """Return the first `count` samples of all replicas (-1: all) on rank 0, in order of groups; [] on other ranks.
 
@@ -189,11 +162,6 @@ def own_name(config: Config) -> str:
     The folder `out` may belong to a training run, so such a mode needs its own file names.
     """
     return "" if ALGORITHMS[config.mode].trains else config.mode
-
-
-def say(text: str) -> None:
-    """Print a line to standard output. Call on rank 0."""
-    print(text, flush=True)
 
 
 def _forget(path: Path, start: int) -> None:

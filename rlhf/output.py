@@ -6,7 +6,8 @@ import io
 import os
 import select
 import sys
-from typing import Any
+import time
+from typing import Any, Self
 
 
 class Lossy(io.FileIO):
@@ -40,3 +41,35 @@ def secure() -> None:
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def say(text: str) -> None:
+    """Print a line to standard output. Call on rank 0."""
+    print(text, flush=True)
+
+
+class Progress:
+    """A progress line on the terminal. It prints nothing if standard output is not a terminal."""
+
+    def __init__(self, name: str, units: str, total: int, shown: bool):
+        self.name, self.units, self.total, self.shown = name, units, total, shown and sys.stdout.isatty()
+        self.done = self.tokens = 0
+        self.began = self.said = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            print("\r\033[K", end="", flush=True)  # erase the line
+
+    def add(self, done: int, tokens: int) -> None:
+        """Count `done` more finished units and `tokens` more tokens."""
+        self.done += done
+        self.tokens += tokens
+        now = time.perf_counter()
+        if self.shown and now - self.said > 0.5:
+            self.said, seconds = now, now - self.began
+            left = seconds * (self.total - self.done) / self.done  # assumes that the rest is as fast
+            rate = f"{self.tokens / seconds:,.0f} tokens/s, about {left:.0f} s to go"
+            print(f"\r\033[K{self.name}: {self.done} of {self.total} {self.units}, {rate}", end="", flush=True)

@@ -59,7 +59,12 @@ def roles(config: Config, policy: Architecture) -> dict[str, Role]:
     """
     algorithm = ALGORITHMS[config.mode](config)
     models = dict(algorithm.models)
-    if algorithm.online and config.reward.load and (algorithm.trains or not config.evaluate.function):
+    if (
+        algorithm.online
+        and not algorithm.judged
+        and config.reward.load
+        and (algorithm.trains or not config.evaluate.function)
+    ):
         models["reward"] = "frozen"
     if "critic" in models and not (config.reward.load or config.critic.load):
         raise UserError("critic.load and reward.load are not set: set one to a reward model to start the critic from")

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from rlhf import folders
-from rlhf.metrics import say
+from rlhf.output import say
 from rlhf.residence import HostMemory, aligned
 from rlhf.weights.shards import LiveShard
 

@@ -50,12 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "data",
         {"vocab_size": 320, "hidden_size": 64, "max_position_embeddings": 512},
         pieces=320,
+        template=tutorial_task.TEMPLATE,
     )
     demo_task.make_weights(root / "model")
     config = json.loads((root / "model/config.json").read_text())
     for name, seed in (("sft", 1), ("reward", 2)):
         (root / name).mkdir()
-        for file in ("tokenizer.model", "config.json"):
+        for file in ("tokenizer.model", "config.json", "chat_template.jinja"):
             (root / name / file).write_bytes((root / "model" / file).read_bytes())
         demo_task.make_weights(root / name, seed)
     tensors = load_file(root / "reward/model.safetensors")

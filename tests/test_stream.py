@@ -18,7 +18,7 @@ from rlhf.config import Reward
 from rlhf.contracts import Completion, Request, Sample, Text, Verdict
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.metrics import Progress
+from rlhf.output import Progress
 from rlhf.recorder import Recorder
 from rlhf.rewards import Rewards
 from rlhf.rollout.grader import Rule

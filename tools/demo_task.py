@@ -87,10 +87,11 @@ def make_model(
     changes: Mapping[str, Any] = MappingProxyType({}),
     pieces: int = MODEL["vocab_size"],
     marks: Sequence[str] = (),
+    template: str = "",
 ) -> None:
     """Write config.json (MODEL | changes), and a tokenizer trained on the demonstrations. Weights are not written.
 
-    marks: texts of a template that are one token each.
+    marks: texts of a template that are one token each. template: the tokenizer's chat template; empty: none.
     """
     import sentencepiece
 
@@ -116,6 +117,8 @@ def make_model(
         minloglevel=2,
     )
     (folder / "config.json").write_text(json.dumps({**MODEL, **changes}, indent=2))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
 
 
 def noise(prompt: str, response: str, record: dict) -> float:

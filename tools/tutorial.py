@@ -2,20 +2,24 @@
 
 It converts a Hugging Face folder to Megatron's format, trains SFT and the reward model, then RLHF, DPO, OnlineDPO and
 GRPO from the same SFT model, and converts back. At the end, a new engine per model answers held-out prompts, and a
-table shows the gold rewards.
+table shows the gold rewards. A second table is that of MT-Bench: each model answers questions of two turns, and a judge
+rates the answers. tools/tutorial_judge.py is the judge. Set JUDGE_URL to an OpenAI-compatible endpoint to use a
+language model instead, and JUDGE_MODEL if the endpoint has several.
 
-All stages run once per seed. Independent stages run in parallel, one per core or per GPU. tools/tutorial_task.py has
-the task, and configs/tutorial/ the keys of each stage.
+All stages run once per seed, MT-Bench for the first seed only. Independent stages run in parallel, one per core or per
+GPU. tools/tutorial_task.py has the task, and configs/tutorial/ the keys of each stage.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,13 +27,16 @@ from typing import Any
 
 import curves
 import demo_task
+import tutorial_judge
 import tutorial_task
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from rlhf import output, texts, variables  # noqa: E402
+from rlhf.config import Judge  # noqa: E402
 from rlhf.errors import UserError, told  # noqa: E402
+from rlhf.judge import client  # noqa: E402
 
 OUT = ROOT / "runs/tutorial"
 MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "OnlineDPO", "grpo": "GRPO"}
@@ -60,8 +67,8 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def stages(out: Path, size: str, seed: int) -> list[Stage]:
-    """Return the stages of one seed."""
+def stages(out: Path, size: str, seed: int, url: str) -> list[Stage]:
+    """Return the stages of one seed. url: the endpoint of the judge."""
     run, data, reward = out / f"seed{seed}", out / "data", f"reward.load={out}/seed{seed}/reward/hf"
 
     def train(mode: str, load: Path, after: tuple[str, ...], *more: str) -> Stage:
@@ -97,10 +104,31 @@ def stages(out: Path, size: str, seed: int) -> list[Stage]:
         evaluate("rlhf", run / "rlhf/converted", "convert"),
         *[evaluate(mode, run / mode / "hf", mode) for mode in MODELS if mode != "rlhf"],
     ]
+    if seed == 1:
+        found.append(benchmark(out, run, url))
     return [
         replace(stage, name=f"{run.name}/{stage.name}", after=tuple(f"{run.name}/{name}" for name in stage.after))
         for stage in found
     ]
+
+
+def benchmark(out: Path, run: Path, url: str) -> Stage:
+    """Return the stage of MT-Bench for the models in `run`."""
+    folders = {mode: run / mode / ("converted" if mode == "rlhf" else "hf") for mode in MODELS}
+    models = ",".join(f'"{mode}={folder}"' for mode, folder in folders.items())
+    keys = [f"mtbench.models=[{models}]", f"data.eval={out}/data/mtbench.jsonl", f"judge.url={url}"]
+    keys += [f"judge.model={os.environ.get('JUDGE_MODEL', '')}", "data.max_tokens=128", "rollout.max_tokens=64"]
+    after = ("convert", *(mode for mode in MODELS if mode != "rlhf"))
+    return Stage("mtbench", ["mtbench", *keys, f"out={run}/mtbench", "seed=1"], after, {"no_proxy": "127.0.0.1"})
+
+
+def judge() -> AbstractContextManager[str]:
+    """Return the endpoint that JUDGE_URL names, or else the tutorial's own judge. Raises UserError if none answers."""
+    url = os.environ.get("JUDGE_URL")
+    if not url:
+        return tutorial_judge.serve()
+    client.probe(Judge(url=url, model=os.environ.get("JUDGE_MODEL", "")))
+    return nullcontext(url)
 
 
 def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
@@ -134,7 +162,7 @@ def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
 def start(stage: Stage, logs: Path, slot: Slot) -> subprocess.Popen:
     """Start the command of a stage, and print it as a user would type it."""
     shown = [f"{name}={value}" for name, value in stage.environment.items()]
-    print(f"== {' '.join([*shown, './launch.sh', *stage.arguments])}", flush=True)
+    print(f"== {' '.join([*shown, shlex.join(['./launch.sh', *stage.arguments])])}", flush=True)
     environment = {
         **variables.without(os.environ),
         **stage.environment,
@@ -154,7 +182,9 @@ def prepare(out: Path, size: str) -> None:
     """Create what a user provides: data, tokenizer, and a Hugging Face folder with random weights."""
     shutil.rmtree(out, ignore_errors=True)
     tutorial_task.write(out / "data", num=RECORDS[size])
-    demo_task.make_model(out / "model", out / "data", SIZES[size], pieces=SIZES[size]["vocab_size"])
+    demo_task.make_model(
+        out / "model", out / "data", SIZES[size], pieces=SIZES[size]["vocab_size"], template=tutorial_task.TEMPLATE
+    )
     demo_task.make_weights(out / "model")
     convert = {"LOAD_PATH": f"{out}/model", "SAVE_PATH": f"{out}/megatron", "TP": "1", "PP": "1"}
     carry_out([Stage("convert", ["convert_hf_to_megatron"], (), convert)], out / "logs", [(0, "")])
@@ -165,7 +195,7 @@ def rows(path: Path, name: str = "metrics") -> list[dict[str, float]]:
 
 
 def report(out: Path, seeds: range, seconds: float) -> str:
-    """Return the table: gold reward of each model, and its gain over SFT, over the seeds."""
+    """Return the tables: gold reward of each model, and its gain over SFT, over the seeds; and that of MT-Bench."""
     found = {
         mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}", "evaluate")[-1]["eval_reward"] for seed in seeds]
         for mode in MODELS
@@ -181,6 +211,8 @@ def report(out: Path, seeds: range, seconds: float) -> str:
         lines.append(f"  {title:12} {mean(found[mode]):7.3f} {mean(gains):+9.3f} {noise}   {each}")
     accuracy = [rows(out / f"seed{seed}/reward")[-1]["eval_accuracy"] for seed in seeds]
     lines.append(f"the reward model orders {mean(accuracy):.1%} of held-out pairs like the gold reward")
+    (bench,) = out.glob("seed1/mtbench/model_judgment/*_single.md")
+    lines.append(f"\nMT-Bench, mean ratings from 1 to 10, first seed\n\n{bench.read_text()}")
     lines.append(f"{seconds / 60:.1f} minutes in total")
     return "\n".join(lines) + "\n"
 
@@ -203,9 +235,11 @@ def main(arguments: list[str]) -> int:
     if out != OUT and out.exists():
         raise UserError(f"--out {out} exists: give a new folder, or delete it")
     slots = list(enumerate(chosen.gpus.split(","))) if chosen.gpus else [(i, "") for i in range(chosen.slots)]
-    prepare(out, chosen.size)
     seeds = range(1, chosen.seeds + 1)
-    carry_out([stage for seed in seeds for stage in stages(out, chosen.size, seed)], out / "logs", slots)
+    with judge() as url:
+        prepare(out, chosen.size)
+        todo = [stage for seed in seeds for stage in stages(out, chosen.size, seed, url)]
+        carry_out(todo, out / "logs", slots)
     text = report(out, seeds, time.time() - began)
     (out / "table.txt").write_text(text)
     curves.draw(

@@ -16,6 +16,7 @@ MODES = {  # mode -> module in this folder, and class
     "online-dpo": "online_dpo.OnlineDPO",
     "grpo": "grpo.GRPO",
     "evaluate": "evaluate.Evaluate",
+    "mtbench": "mtbench.MTBench",
 }
 
 

@@ -6,7 +6,7 @@ import textwrap
 from typing import Protocol
 
 from rlhf.contracts import Sample, Verdict
-from rlhf.metrics import say
+from rlhf.output import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Pool, Rewards
 

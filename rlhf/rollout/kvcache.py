@@ -135,18 +135,17 @@ class KVCache(Engine):
     def advance(self) -> list[tuple[int, Completion]]:
         """Sample one token for each running request, as in Engine.
 
-        Requests run in batches of similar length. A batch begins when all requests of the previous one are complete.
+        The requests of a batch have the same sampling parameters, except max_tokens, and similar lengths. A batch
+        begins when all requests of the previous one are complete.
         """
         if not self.running and self.waiting:
             self.waiting.sort(key=lambda request: len(request.prompt))  # prompts of similar length need less padding
-            length = min(
-                max(len(request.prompt) + request.sampling.max_tokens for request in self.waiting), self.max_len
-            )
-            size = max(1, BATCH // length)
-            batch, self.waiting = self.waiting[-size:], self.waiting[:-size]
-            assert len({replace(request.sampling, max_tokens=0) for request in batch}) == 1, (
-                "all requests of a batch must have the same sampling parameters, except max_tokens"
-            )
+            kinds = [replace(request.sampling, max_tokens=0) for request in self.waiting]
+            alike = [request for request, kind in zip(self.waiting, kinds, strict=True) if kind == kinds[-1]]
+            length = min(max(len(request.prompt) + request.sampling.max_tokens for request in alike), self.max_len)
+            batch = alike[-max(1, BATCH // length) :]
+            chosen = {request.key for request in batch}
+            self.waiting = [request for request in self.waiting if request.key not in chosen]
             self.running = Batch(self, batch, length)
         if not self.running:
             return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from rlhf.config import Config
 from rlhf.contracts import Completion, Request, Sample, Sampling, Verdict
 from rlhf.data.shares import Key
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.metrics import Progress
+from rlhf.output import Progress
 from rlhf.parallel.layout import spread
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
@@ -123,6 +123,36 @@ class Sampler:
             grader.collect(block=True)
         self.waited += time.perf_counter() - start
         return chosen
+
+    def complete(self, prompts: Sequence[tuple[list[int], Sampling]], *key: int) -> list[Completion]:
+        """Return a completion of each prompt, in order, on every rank. Each engine generates its share of them.
+
+        They get no rewards, and environments are not used. The random numbers depend only on the seed, the key and the
+        index of the prompt.
+        """
+        engines, engine = self.engines
+        requests = [
+            Request(n, *prompts[n], seeded(self.config.seed, *key, n), self.stops.after([]))
+            for n in range(engine, len(prompts), engines)
+        ]
+        found: dict[int, Completion] = {}
+        with (
+            Progress("rollout", "responses", len(requests), shown=self.mesh.rank == 0) as progress,
+            closing(self.owner.stream(requests)) as stream,
+        ):
+            for completed in stream:
+                for n, completion in completed:
+                    found[n] = self._stopped(completion)
+                    progress.add(1, len(completion.tokens))
+        place = spread(self.mesh.world, self.config.rollout.tp).place(self.mesh.rank)
+        for part in self.mesh.all_gather({} if place.tp[0] else found):
+            found |= part
+        return [found[n] for n in range(len(prompts))]
+
+    def _stopped(self, completion: Completion) -> Completion:
+        """Return the completion without the tokens after a stop string."""
+        end = self.stops.end(completion.tokens)
+        return completion if end is None else Completion(completion.tokens[:end], completion.logp[:end], "stop")
 
     def _answered(self) -> Iterator[Place]:
         """Yield the responses that their environment has answered after one more step of the engine.

@@ -16,7 +16,7 @@ from rlhf.data.records import Records
 from rlhf.data.shares import Header, Key, deliver, headers
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import RewardError
-from rlhf.metrics import say
+from rlhf.output import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
 from rlhf.rollout.flight import Group, Response
