@@ -141,7 +141,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
     if mesh.rank == 0:
         for remark in given.remarks:
             say(f"  {remark}")
-        say(f"{config.data.eval}: {given.records.counts}")
+        say(f"{config.data.eval[0]}: {given.records.counts}")
         say(given.records.first())
     progress.begin("evaluation")
     ResponseEvaluation(config, source, given.records, source.grader, model)(metrics)
@@ -166,7 +166,11 @@ def build(
     rewards: reward function for training samples. held_out_rewards: reward function for responses to held-out prompts.
     environments: environments for both.
     """
-    algorithm, dtype, held_out = ALGORITHMS[config.mode](config), dtype_of(config, mesh), given.held_out
+    algorithm, dtype, held_out = (
+        ALGORITHMS[config.mode](config),
+        dtype_of(config, mesh),
+        next(iter(given.held_out.values()), None),
+    )
     residence = Residence(ledger.offload, mesh.device)
     if algorithm.online:  # the engine is built first, because it sizes its cache by the free device memory
         engine = build_engine(config, mesh, given, dtype)
@@ -182,11 +186,8 @@ def build(
         source = EngineSource(
             config, mesh, owner, given.tokenizer, given.records, grader, hidden, score, TOLERANCE[dtype], environments
         )
-        evaluation = (
-            ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.grade)
-            if held_out
-            else None
-        )
+        if held_out:
+            evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.grade)
     checkpoints = Checkpoints(config, mesh, dtype, given.identity)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0
     if start:
@@ -308,11 +309,11 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(f"  {name}: {role.arch.family} of {size} from {role.folder}, {role.use}")
     for remark in given.remarks:
         say(f"  {remark}")
-    say(f"{config.data.train}: {given.records.counts}")
+    say(f"{config.data.train[0]}: {given.records.counts}")
     say(f"{passes(config, len(given.records))}; out: {config.out}")
     say(given.records.first())
-    if given.held_out:
-        say(f"{config.data.eval}, held out: {given.held_out.counts}")
+    for entry, held_out in zip(config.data.eval, given.held_out.values(), strict=True):
+        say(f"{entry}, held out: {held_out.counts}")
     for remark in run.source.remarks():
         say(remark)
     if run.start:

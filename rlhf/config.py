@@ -76,8 +76,8 @@ class Parallel:
 class Data:
     """The data sets, and how their lines become tokens."""
 
-    train: str = ""  # training data: jsonl, JSON or parquet file, or folder (docs/data.md)
-    eval: str = ""  # held-out data: file or folder; empty: no evaluation
+    train: tuple[str, ...] = ()  # training data: jsonl, JSON or parquet file or folder, or a list (docs/data.md)
+    eval: tuple[str, ...] = ()  # held-out data: file or folder, or a list; empty: no evaluation
     template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false
     learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only

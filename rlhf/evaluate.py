@@ -71,7 +71,7 @@ def table(config: Config, values: Mapping[str, float]) -> str:
     width = max(map(len, rows))
     lines = [f"  {name:{width}}  {value:10.4g}" for name, value in rows.items()]
     file = f"{config.out}/samples/{config.mode}.jsonl"
-    return "\n".join([f"{config.policy.load} on {config.data.eval}:", *lines, f"every response: {file}"])
+    return "\n".join([f"{config.policy.load} on {config.data.eval[0]}:", *lines, f"every response: {file}"])
 
 
 def show(samples: list[Sample]) -> None:
