@@ -16,7 +16,7 @@ from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
 from rlhf.errors import StorageError, failure
-from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, table
+from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, prefixes, table
 from rlhf.folders import newest_export
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
@@ -137,18 +137,19 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
         Roles(config, mesh, given.roles, dtype, 1.0, residence).grade(samples)
 
-    metrics = Metrics(config, mesh, start=-1)
+    metrics = Metrics(config, mesh, start=-1, sets=prefixes(config))
     if mesh.rank == 0:
         for remark in given.remarks:
             say(f"  {remark}")
-        say(f"{config.data.eval[0]}: {given.records.counts}")
-        say(given.records.first())
+        for entry, records in zip(config.data.eval, given.held_out.values(), strict=True):
+            say(f"{entry}: {records.counts}")
+            say(records.first())
     progress.begin("evaluation")
-    ResponseEvaluation(config, source, given.records, source.grader, model)(metrics)
-    values = metrics.write(step=0)
+    found = ResponseEvaluation(config, source, given.held_out, source.grader, model).measure(metrics)
+    metrics.write(step=0)
     metrics.close()
     if mesh.rank == 0:
-        say(table(config, values))
+        say(table(config, found))
 
 
 def build(
@@ -166,11 +167,7 @@ def build(
     rewards: reward function for training samples. held_out_rewards: reward function for responses to held-out prompts.
     environments: environments for both.
     """
-    algorithm, dtype, held_out = (
-        ALGORITHMS[config.mode](config),
-        dtype_of(config, mesh),
-        next(iter(given.held_out.values()), None),
-    )
+    algorithm, dtype, held_out = ALGORITHMS[config.mode](config), dtype_of(config, mesh), given.held_out
     residence = Residence(ledger.offload, mesh.device)
     if algorithm.online:  # the engine is built first, because it sizes its cache by the free device memory
         engine = build_engine(config, mesh, given, dtype)
@@ -209,7 +206,7 @@ def build(
         checkpoints,
         export,
         interrupt,
-        metrics=Metrics(config, mesh, start),
+        metrics=Metrics(config, mesh, start, prefixes(config)),
     )
 
 
@@ -314,6 +311,7 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
     say(given.records.first())
     for entry, held_out in zip(config.data.eval, given.held_out.values(), strict=True):
         say(f"{entry}, held out: {held_out.counts}")
+        say(held_out.first())
     for remark in run.source.remarks():
         say(remark)
     if run.start:

@@ -191,9 +191,10 @@ class Evaluate:
 
     every: int = 50  # steps between evaluations; 0: only before the first and after the last step
     function: tuple[str, ...] = ()  # as reward.function, for held-out responses; empty: the training reward
-    prompts: int = 256  # how many held-out records to use; 0: all
+    prompts: int = 256  # how many records of each held-out set to use; 0: all
+    samples: Count = 1  # responses per prompt; above 1: pass@k and majority too (docs/evaluation.md)
     temperature: Annotated[float, Between(0, 100)] = 0.0  # sampling temperature; 0: greedy
-    show: int = 2  # how many responses to print
+    show: int = 2  # how many responses of each held-out set to print
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,9 @@ def inputs(config: Config, world: int) -> Inputs:
     if algorithm.online and 0 < config.watchdog.timeout <= config.reward.timeout:
         times = f"watchdog.timeout={config.watchdog.timeout:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
+    if algorithm.online and config.evaluate.samples > 1 and not config.evaluate.temperature:
+        why = f"evaluate.samples={config.evaluate.samples} at evaluate.temperature=0 gives equal responses (greedy)"
+        raise UserError(f"{why}: set evaluate.temperature=1, or remove evaluate.samples")
     if config.reward.weights and algorithm.online and not _functions(config):
         raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
     for key, functions in _functions(config).items():

@@ -160,6 +160,20 @@ def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
     assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
 
 
+SEVERAL = ["evaluate.samples=3", "evaluate.temperature=1"]
+
+
+def check_several_answers(folder: Path, mesh: Mesh) -> list[Sample]:
+    """Check that the k-th response to a held-out prompt does not depend on the number of responses. Return them."""
+    several, one = build(folder, mesh, *SEVERAL), build(folder, mesh, "evaluate.temperature=1")
+    prompts = several.records.head(5)
+    drawn, first = (whole(mesh, source.answer(prompts, FREE)) for source in (several, one))
+    found = [[s.tokens.tolist() for s in group] for group in groups(drawn)]
+    assert [group[0] for group in found] == [s.tokens.tolist() for s in first]
+    assert all(len(set(map(tuple, group))) == 3 for group in found), "the responses to a prompt came out alike"
+    return drawn
+
+
 def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
     """Check that groups of equal rewards are replaced by others.
 
@@ -246,7 +260,7 @@ def check_in_flight(folder: Path, mesh: Mesh) -> None:
     )
 
     assert steps_in_flight(build(folder, mesh, *IN_FLIGHT), 6) == steps
-    sampler = build(folder, mesh, *IN_FLIGHT)
+    sampler = build(folder, mesh, *IN_FLIGHT, *SEVERAL)
     prompts = sampler.records.head(5)
     assert steps_in_flight(sampler, 6, between=lambda: (sampler.answer(prompts, FREE), sampler.probe(prompts))) == steps
 
@@ -332,7 +346,8 @@ def main() -> None:
     check_in_flight(folder, mesh)
     check_log_probs_of_every_version(folder, mesh)
     check_dynamic_sampling_in_flight(folder, mesh)
-    drawn = [s.tokens.tolist() for s in [*take(build(folder, mesh), 0), *turns.check(folder, mesh)]]
+    answers = check_several_answers(folder, mesh)
+    drawn = [s.tokens.tolist() for s in [*take(build(folder, mesh), 0), *turns.check(folder, mesh), *answers]]
     if mesh.rank == 0:
         print("drawn", drawn, flush=True)
     mesh.barrier()
