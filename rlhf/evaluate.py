@@ -15,9 +15,8 @@ from rlhf.data.records import Records
 from rlhf.metrics import Metrics, first, say
 from rlhf.rewards import rule
 from rlhf.roles import Roles
-from rlhf.rollout import measures
 from rlhf.rollout.grader import Grader
-from rlhf.rollout.measures import MATH, Outcome, attempts, by_category, categories, measured
+from rlhf.rollout.measures import MATH, Outcome, attempts, by_category, categories, measured, outcomes
 from rlhf.rollout.source import EngineSource
 
 MOST_SHOWN = 40  # characters of the name of a category in a table
@@ -73,7 +72,7 @@ class ResponseEvaluation:
     def _outcomes(self, metrics: Metrics, samples: list[Sample]) -> list[Outcome]:
         """Return the outcomes of all prompts in order. samples: the share of this replica."""
         votes = self.config.evaluate.samples > 1 and MATH in (self.config.evaluate.function or rule(self.config))
-        mine = measures.outcomes(samples, votes) if metrics.mesh.is_first_in_replica else []
+        mine = outcomes(samples, votes) if metrics.mesh.is_first_in_replica else []
         return sorted((outcome for part in metrics.mesh.all_gather(mine) for outcome in part), key=lambda o: o.group)
 
     def _measured(self, found: list[Outcome], kinds: Mapping[int, str]) -> Measured:
