@@ -190,7 +190,7 @@ def theirs(a: argparse.Namespace, config: Config, settings: dict[str, Any]) -> d
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    prompts = Dataset.from_json(config.data.train, cache_dir=str(a.out / "trl" / "cache"))
+    prompts = Dataset.from_json(list(config.data.train), cache_dir=str(a.out / "trl" / "cache"))
     trainer = GRPOTrainer(str(model), coin, GRPOConfig(**settings), prompts)
     spent: dict[str, list[float]] = {"_generate": [], "_generate_and_score_completions": []}
     for name, seconds in spent.items():

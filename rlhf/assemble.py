@@ -16,7 +16,7 @@ from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.contracts import Engine, Sample
 from rlhf.errors import StorageError, failure
-from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, table
+from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, prefixes, table
 from rlhf.folders import newest_export
 from rlhf.interrupt import SAVED, Interrupt
 from rlhf.ledger import Ledger
@@ -121,18 +121,19 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
         Roles(config, mesh, given.roles, dtype_of(config, mesh), 1.0, residence).grade(samples)
 
-    metrics = Metrics(config, mesh, start=-1)
+    metrics = Metrics(config, mesh, start=-1, sets=prefixes(config))
     if mesh.rank == 0:
         for remark in given.remarks:
             say(f"  {remark}")
-        say(f"{config.data.eval}: {given.records.counts}")
-        say(given.records.first())
+        for entry, records in zip(config.data.eval, given.held_out.values(), strict=True):
+            say(f"{entry}: {records.counts}")
+            say(records.first())
     progress.begin("evaluation")
-    ResponseEvaluation(config, source, given.records, source.grader, model)(metrics)
-    values = metrics.write(step=0)
+    found = ResponseEvaluation(config, source, given.held_out, source.grader, model).measure(metrics)
+    metrics.write(step=0)
     metrics.close()
     if mesh.rank == 0:
-        say(table(config, values))
+        say(table(config, found))
 
 
 def build_sampler(config: Config, mesh: Mesh, given: Inputs) -> Sampler:
@@ -181,11 +182,8 @@ def build(
         source = EngineSource(
             config, mesh, owner, given.tokenizer, given.records, grader, hidden, score, TOLERANCE[dtype], environments
         )
-        evaluation = (
-            ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.grade)
-            if held_out
-            else None
-        )
+        if held_out:
+            evaluation = ResponseEvaluation(config, source, held_out, Rule(held_out_rewards, mesh), roles.grade)
     checkpoints = Checkpoints(config, mesh, dtype, given.identity)
     start = checkpoints.resume(roles.visit(Phase.LEARN), algorithm.state) if config.resume else 0
     if start:
@@ -207,7 +205,7 @@ def build(
         checkpoints,
         export,
         interrupt,
-        metrics=Metrics(config, mesh, start),
+        metrics=Metrics(config, mesh, start, prefixes(config)),
     )
 
 
@@ -307,11 +305,12 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(f"  {name}: {role.arch.family} of {size} from {role.folder}, {role.use}")
     for remark in given.remarks:
         say(f"  {remark}")
-    say(f"{config.data.train}: {given.records.counts}")
+    say(f"{config.data.train[0]}: {given.records.counts}")
     say(f"{passes(config, len(given.records))}; out: {config.out}")
     say(given.records.first())
-    if given.held_out:
-        say(f"{config.data.eval}, held out: {given.held_out.counts}")
+    for entry, held_out in zip(config.data.eval, given.held_out.values(), strict=True):
+        say(f"{entry}, held out: {held_out.counts}")
+        say(held_out.first())
     for remark in run.source.remarks():
         say(remark)
     if run.start:

@@ -78,8 +78,8 @@ class Parallel:
 class Data:
     """The data sets, and how their lines become tokens."""
 
-    train: str = ""  # training data: jsonl, JSON or parquet file, or folder (docs/data.md)
-    eval: str = ""  # held-out data: file or folder; empty: no evaluation
+    train: tuple[str, ...] = ()  # training data: jsonl, JSON or parquet file or folder, or a list (docs/data.md)
+    eval: tuple[str, ...] = ()  # held-out data: file or folder, or a list; empty: no evaluation
     template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false
     learn: Literal["all", "last"] = "all"  # train on all assistant turns of a conversation, or on the last only
@@ -204,9 +204,10 @@ class Evaluate:
 
     every: int = 50  # steps between evaluations; 0: only before the first and after the last step
     function: tuple[str, ...] = ()  # as reward.function, for held-out responses; empty: the training reward
-    prompts: int = 256  # how many held-out records to use; 0: all
+    prompts: int = 256  # how many records of each held-out set to use; 0: all
+    samples: Count = 1  # responses per prompt; above 1: pass@k and majority too (docs/evaluation.md)
     temperature: Annotated[float, Between(0, 100)] = 0.0  # sampling temperature; 0: greedy
-    show: int = 2  # how many responses to print
+    show: int = 2  # how many responses of each held-out set to print
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +216,7 @@ class Log:
 
     tensorboard: bool = False  # write event files next to metrics.jsonl (pip install tensorboard)
     every: Count = 1  # steps between lines on the terminal
-    samples: Annotated[int, Between(-1)] = 16  # responses per step and evaluation in out/samples; -1: all
+    samples: Annotated[int, Between(-1)] = 16  # responses per step, and per held-out set, in out/samples; -1: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,8 @@ def _override(argument: str) -> dict[str, Any]:
         value = tomllib.loads(f"v = {text}")["v"]
     except UNREADABLE:
         value = text  # a word without quotes is a string
-    if hint is str and not isinstance(value, str):
+    kinds = {str: (str,), tuple[str, ...]: (str, list)}
+    if not isinstance(value, kinds.get(hint, (object,))):
         value = text  # a folder's name may look like a number or a date
     return _nested(key, value)
 

@@ -17,7 +17,7 @@ from rlhf.data import lines
 from rlhf.data.forms import COMPARED
 from rlhf.errors import MissingError, UserError
 from rlhf.ledger import Ledger
-from rlhf.prepare import read_records, read_tokenizer, records_path, steps
+from rlhf.prepare import read_records, read_tokenizer, records_paths, steps
 from rlhf.shapes import shapes
 
 DEVICE = 80.0  # GiB, if memory.device is not set
@@ -59,7 +59,7 @@ def first_record(config: Config, rows: int) -> str:
     rows: number of rows of the policy's embedding. Raises UserError for mistakes in the tokenizer or the data. Only
     what does not exist is no mistake.
     """
-    _, path = records_path(config)
+    path = next(iter(records_paths(config).values()), "")
     held = path != "" and lines.exists(Path(path))
     try:
         tokenizer = read_tokenizer(config, rows)
@@ -102,7 +102,7 @@ def _total(config: Config, updates: int) -> str:
     if not config.epochs:
         return f"{updates * config.steps} in {config.steps} steps"
     try:
-        count = _count(config.data.train)
+        count = _count(next(iter(records_paths(config).values()), ""))
     except UserError as error:
         return f"the number of steps of epochs={config.epochs:g} is unknown ({error})"
     total = steps(config, count)

@@ -34,8 +34,9 @@ class Metrics:
     Mode evaluate keeps every response and prints no line. It prints a table at the end (rlhf.evaluate).
     """
 
-    def __init__(self, config: Config, mesh: Mesh, start: int):
-        self.mesh, self.steps, self.every = mesh, config.steps, config.log.every
+    def __init__(self, config: Config, mesh: Mesh, start: int, sets: Mapping[str, str] | None = None):
+        """sets: name of a held-out set -> how the names of its metrics begin."""
+        self.mesh, self.steps, self.every, self.sets = mesh, config.steps, config.log.every, dict(sets or {})
         self.sums: dict[str, tuple[float, float]] = {}
         own = own_name(config)
         self.count = -1 if own else config.log.samples  # responses to record per step and evaluation; -1: all
@@ -104,15 +105,15 @@ class Metrics:
             self._record(step, values)
         return values
 
-    def keep(self, use: Use, samples: Sequence[Sample]) -> None:
+    def keep(self, use: Use, samples: Sequence[Sample], held_out: str = "") -> None:
         """Record the first sampled responses of all replicas in out/samples (see Recorder). Every rank calls it.
 
-        `samples` is the share of this replica. Samples from the data set are ignored.
+        `samples` is the share of this replica. Samples from the data set are ignored. held_out: the name of their set.
         """
         if self.count:
             kept = first(self.mesh, [s for s in samples if s.version is not ABSENT], self.count)
             if self.recorder:
-                self.recorder.keep(use, kept)
+                self.recorder.keep(use, kept, held_out)
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -130,9 +131,20 @@ class Metrics:
                 self.events.add_scalar(name, value, step)
             self.events.flush()
         if not self.silent and (step % self.every == 0 or step == self.steps):
-            told = [name for name in LINE if name in values and (values[name] or name not in TROUBLES)]
+            told = [
+                name
+                for key in LINE
+                for name in self._of_sets(key)
+                if name in values and (values[name] or key not in TROUBLES)
+            ]
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in told)
             say(f"{self._bar(step)}  {shown}  {values['time/step']:.1f} s")
+
+    def _of_sets(self, key: str) -> list[str]:
+        """Return the names of a metric. Those that begin with eval_ have one name per held-out set."""
+        return (
+            [prefix + key.removeprefix("eval_") for prefix in self.sets.values()] if key.startswith("eval_") else [key]
+        )
 
     def _bar(self, step: int) -> str:
         text = f"step {step:>{len(str(self.steps))}}/{self.steps}"

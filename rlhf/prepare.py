@@ -5,17 +5,17 @@ The launcher calls inputs() before it starts the ranks, so that mistakes are fou
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import JUDGE, Config
-from rlhf.data import chat, columns, lines, templates
+from rlhf.data import chat, columns, lines, sources, templates
 from rlhf.data.forms import ANSWER, Need
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class Inputs:
     tokenizer: Tokenizer
     records: Records  # data.train, or data.eval in mode evaluate
     steps: int  # total number of steps
-    held_out: Records | None  # data.eval of a training run
+    held_out: Mapping[str, Records]  # data.eval by name (rlhf.data.sources), in every mode
     remarks: list[str]  # on the folders, and on differences from the checkpoint that the run resumes from
     identity: Identity  # identity of the run (rlhf.identity)
 
@@ -67,10 +67,10 @@ def inputs(config: Config, world: int) -> Inputs:
     algorithm = ALGORITHMS[config.mode]
     arch, models = shapes(config, world)
     newest = _newest(config) if algorithm.trains else None
-    sources = _check_folders(config, models, arch)
+    opened = _check_folders(config, models, arch)
     beside = config.policy.tokenizer
     remarks = [
-        remark for source, held in sources.values() for remark in source.remarks(held, beside, "policy.tokenizer")
+        remark for source, held in opened.values() for remark in source.remarks(held, beside, "policy.tokenizer")
     ]
     tokenizer = read_tokenizer(config, arch.vocab)
     if "reward" in models and (pad := models["reward"].arch.pad) in tokenizer.stop_ids:
@@ -82,12 +82,12 @@ def inputs(config: Config, world: int) -> Inputs:
     if graded:
         remarks += _check_functions(config)
     loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
-    known = identity(config, _read(config, loaded, tokenizer, sources))
+    known = identity(config, _read(config, loaded, tokenizer, opened))
     if newest:
         remarks += compare(newest, folders.meta(newest), config, known)
     records, held_out = _data(config, tokenizer)
     if config.rollout.environment and graded:
-        for template in records.templates | (held_out.templates if held_out else set()):
+        for template in {template for each in (records, *held_out.values()) for template in each.templates}:
             templates.reply(tokenizer, template, [tokenizer.eos], [{"role": "user", "content": "?"}])
     config = replace(config, steps=steps(config, len(records)), epochs=0.0)
     algorithm(config)  # checks the keys that depend on the number of steps
@@ -143,7 +143,7 @@ def _newest(config: Config) -> Path | None:
 
 
 def _read(
-    config: Config, models: dict[str, Role], tokenizer: Tokenizer, sources: Mapping[str, Opened]
+    config: Config, models: dict[str, Role], tokenizer: Tokenizer, opened: Mapping[str, Opened]
 ) -> dict[str, tuple[str, str]]:
     """Return the files that the run reads: key -> (path, fingerprint)."""
     folder = config.policy.tokenizer or config.policy.load
@@ -152,7 +152,10 @@ def _read(
         "policy.tokenizer/config.json": (folder, f"{tokenizer.kind} {tokenizer.stop_ids}"),
     }
     if config.data.train and ALGORITHMS[config.mode].trains:
-        found["data.train"] = (config.data.train, columns.contents(lines.files(Path(config.data.train))))
+        found["data.train"] = (
+            ", ".join(config.data.train),
+            " ".join(columns.contents(lines.files(Path(path))) for path in records_paths(config).values()),
+        )
     code = {"reward.function": config.reward.function, "rollout.environment": (config.rollout.environment,)}
     own = {
         key: [file for spec in specs if (file := spec.rpartition(":")[0]).endswith(".py")]
@@ -164,7 +167,7 @@ def _read(
             found[key] = ", ".join(places), columns.contents(map(Path, places))
     held = {
         folder: weights({entry.path for shard in source.contents.shards for entry in shard.values()})
-        for folder, (source, _) in sources.items()
+        for folder, (source, _) in opened.items()
     }
     for name, role in models.items():
         found[f"{name}.load"] = (role.folder, f"{held.get(role.folder, 'random')} {description(role.arch)}")
@@ -189,6 +192,9 @@ def _check_functions(config: Config) -> list[str]:
     if 0 < seconds <= config.reward.timeout:
         times = f"watchdog.timeout={seconds:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
+    if config.evaluate.samples > 1 and not config.evaluate.temperature:
+        why = f"evaluate.samples={config.evaluate.samples} at evaluate.temperature=0 gives equal responses (greedy)"
+        raise UserError(f"{why}: set evaluate.temperature=1, or remove evaluate.samples")
     if config.reward.weights and not functions:
         raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
     for key, names in functions.items():
@@ -224,25 +230,37 @@ def _needs(config: Config) -> tuple[Need, ...]:
     return (*((ANSWER,) if verified else ()), *map(Need, rubric.needs if rubric else ()))
 
 
-def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
-    """Return the records of the mode (Inputs.records) and the held-out records."""
-    trains, read = ALGORITHMS[config.mode].trains, partial(read_records, config, tokenizer)
-    source, path = records_path(config)
-    if not path:
-        raise UserError(f"data.{source} is not set: set it to a jsonl, JSON or parquet file, or to a folder of them")
-    if trains and not Path(path).is_file() and config.data.eval:
+def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, dict[str, Records]]:
+    """Return the records of the mode (Inputs.records) and the held-out records by name."""
+    trains, paths = ALGORITHMS[config.mode].trains, records_paths(config)
+    if not paths:
+        key = "train" if trains else "eval"
+        raise UserError(f"data.{key} is not set: set it to a jsonl, JSON or parquet file, or to a folder of them")
+    held_out = sources.named(config.data.eval, "data.eval")
+    if trains:
+        _check_apart(paths, held_out)
+        records = read_records(config, tokenizer, next(iter(paths.values())))
+    evaluated = {name: read_records(config, tokenizer, path) for name, path in held_out.items()}
+    return records if trains else next(iter(evaluated.values())), evaluated
+
+
+def _check_apart(paths: Mapping[str, str], held_out: Mapping[str, str]) -> None:
+    """Raise UserError if a folder to train on contains a file that is held out."""
+    for path, eval_path in itertools.product(paths.values(), held_out.values()):
+        if Path(path).is_file():
+            continue
         both = {file.resolve() for file in lines.files(Path(path))} & {
-            file.resolve() for file in lines.files(Path(config.data.eval))
+            file.resolve() for file in lines.files(Path(eval_path))
         }
         if both:
-            shared = f"contains {min(both).name}, which data.eval={config.data.eval} holds out"
+            shared = f"contains {min(both).name}, which data.eval={eval_path} holds out"
             raise UserError(f"data.train={path} {shared}: set data.train to the file to train on")
-    return read(path), read(config.data.eval) if trains and config.data.eval else None
 
 
-def records_path(config: Config) -> tuple[str, str]:
-    """Return the name of the mode's data set, train or eval, and its path."""
-    return ("train", config.data.train) if ALGORITHMS[config.mode].trains else ("eval", config.data.eval)
+def records_paths(config: Config) -> dict[str, str]:
+    """Return name -> path of the mode's data sets: data.train, or data.eval in mode evaluate."""
+    key = "train" if ALGORITHMS[config.mode].trains else "eval"
+    return sources.named(getattr(config.data, key), f"data.{key}")
 
 
 def read_records(config: Config, tokenizer: Tokenizer, path: str, first: bool = False) -> Records:

@@ -67,6 +67,7 @@ from rlhf.errors import UserError
         ("sft", "optim.lr=" + "[" * 5000, ["optim.lr", "must be float"]),
         ("grpo", "rollout.temperature=inf", ["rollout.temperature", "at most 100", "inf"]),
         ("grpo", "evaluate.temperature=inf", ["evaluate.temperature", "at most 100", "inf"]),
+        ("grpo", "evaluate.samples=4", ["evaluate.samples=4", "equal responses", "set evaluate.temperature=1"]),
         ("grpo", "rollout.temperature=1e-3", ["rollout.temperature=0.001", "0.01 or more"]),
         ("grpo", "reward.timeout=0", ["reward.timeout", "at least 0.01"]),
         ("grpo", "watchdog.timeout=10", ["watchdog.timeout=10 is not above reward.timeout=10", "raise it"]),

@@ -129,6 +129,8 @@ def test_what_is_no_value_of_a_key(argument: str, wanted: str) -> None:
 def test_a_list_of_strings_may_be_one_string() -> None:
     assert configuration.load("grpo", ["rollout.stop=Human:"]).rollout.stop == ("Human:",)
     assert configuration.load("grpo", ["reward.function=math", "reward.function="]).reward.function == ()
+    assert configuration.load("sft", ["data.train=2024"]).data.train == ("2024",)
+    assert configuration.load("sft", ['data.train=["2024", "a=b.jsonl"]']).data.train == ("2024", "a=b.jsonl")
 
 
 def test_a_table_of_numbers(tmp_path: Path) -> None:

@@ -112,7 +112,9 @@ def test_kto_runs(copy: Path) -> None:
         "data.eval=data/pairs.jsonl",
         "out=runs/kto",
     )
-    assert said.count("first record, template plain (>>> and <<< enclose what is learned):\n  | <s>") == 1
+    assert said.count("first record, template plain (>>> and <<< enclose what is learned):\n  | <s>") == 2, (
+        "of both data sets"
+    )
     rows = metrics(copy / "runs/kto")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert math.isclose(rows[0]["eval_loss"], 0.5, abs_tol=1e-5)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from graders import FREE
-from meshes import ALONE
+from meshes import ALONE, together
 
 from rlhf import configuration
 from rlhf.contracts import Sample, Text, Verdict
-from rlhf.evaluate import ResponseEvaluation, table
+from rlhf.evaluate import Measured, ResponseEvaluation, prefixes, table
 from rlhf.metrics import Metrics
 
 
@@ -135,15 +135,17 @@ def test_an_evaluation_has_files_of_its_own(tmp_path: Path, capsys: pytest.Captu
     config = configuration.load("evaluate", [f"out={tmp_path}", "policy.load=model", "data.eval=dev.jsonl"])
     for reward in (0.25, 1 / 3):
         metrics = Metrics(config, ALONE, start=-1)
-        metrics.add_common({"eval_reward": (reward, 1.0), "eval_response_tokens": (12.0, 1.0)})
+        metrics.add_common({"eval_reward": (reward, 1.0)})
         capsys.readouterr()
-        values = metrics.write(0)
+        metrics.write(0)
         assert capsys.readouterr().out == ""
     assert steps(tmp_path) == [1]
     (row,) = map(json.loads, (tmp_path / "evaluate.jsonl").read_text().splitlines())
     assert row["eval_reward"] == 1 / 3
     lines = ["model on dev.jsonl:", "  reward               0.3333", "  response_tokens          12"]
-    assert table(config, values).splitlines() == [*lines, f"every response: {tmp_path}/samples/evaluate.jsonl"]
+    found = Measured({"reward": (1.0, 3.0), "response_tokens": (12.0, 1.0), "majority": (0.0, 0.0)}, {}, [])
+    text = table(config, {"dev": found})
+    assert text.splitlines() == [*lines, f"every response: {tmp_path}/samples/evaluate.jsonl"]
 
 
 def test_an_evaluation_without_some_of_its_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +157,8 @@ def test_an_evaluation_without_some_of_its_rewards(tmp_path: Path, capsys: pytes
     source: Any = SimpleNamespace(answer=lambda prompts, grader: samples)
     held_out: Any = SimpleNamespace(head=lambda count: [])
     scored: list[Sample] = []
-    metrics = Metrics(config, ALONE, start=-1)
-    ResponseEvaluation(config, source, held_out, FREE, scored.extend)(metrics)
+    metrics = Metrics(config, ALONE, start=-1, sets={"dev": "eval_"})
+    ResponseEvaluation(config, source, {"dev": held_out}, FREE, scored.extend)(metrics)
     assert scored == samples[:2]
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
         "reward 0 |  => x",
@@ -168,6 +170,96 @@ def test_an_evaluation_without_some_of_its_rewards(tmp_path: Path, capsys: pytes
     assert (values["eval_reward"], values["eval_reward_failed"]) == (0.5, pytest.approx(1 / 3))
     lines = [json.loads(line) for line in (tmp_path / "samples/evaluate.jsonl").read_text().splitlines()]
     assert [line["reward"] for line in lines] == [0.0, 1.0, None]
+
+
+def held_out_sets() -> tuple[dict[str, Any], Any]:
+    """Return two held-out sets, and a source that answers their four prompts twice. Set `a` has categories."""
+    tokens, mask = np.arange(3, dtype=np.int32), np.ones(2, bool)
+    prompts = {
+        name: [
+            Sample(tokens, mask, n, text=Text(prompt=name, record={"category": f"kind {n % 2}"} if name == "a" else {}))
+            for n in range(4)
+        ]
+        for name in ("a", "b")
+    }
+
+    def response(prompt: Sample, k: int) -> Sample:
+        reward = float(prompt.group + k < 3) if prompt.text.prompt == "a" else prompt.group / 7
+        text = Text(prompt=prompt.text.prompt, response="The answer is 4.")
+        verdict = Verdict(rule=reward, parts={"math": reward})
+        return Sample(tokens, mask, prompt.group, reward, text=text, verdict=verdict, version=mask * 1)
+
+    def of(mesh: Any) -> Any:
+        share = range(4)[mesh.dp_rank :: len(mesh.replicas)]
+        return SimpleNamespace(
+            answer=lambda asked, grader: [
+                response(prompt, k) for prompt in asked if prompt.group in share for k in (0, 1)
+            ]
+        )
+
+    return {name: SimpleNamespace(head=lambda count, name=name: prompts[name]) for name in prompts}, of
+
+
+def test_several_held_out_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metrics, samples and the table are by set and by category. They do not depend on the number of ranks."""
+    keys = ["evaluate.samples=2", "evaluate.temperature=1", "evaluate.show=1", "policy.load=model"]
+    keys.append('data.eval=["a=x.jsonl", "folder/b.jsonl"]')
+    config = configuration.load("evaluate", [f"out={tmp_path}", *keys])
+    held_out, source = held_out_sets()
+    scored: list[int] = []
+
+    def evaluated(mesh: Any) -> Any:
+        metrics = Metrics(config, mesh, start=-1, sets=prefixes(config))
+        evaluation = ResponseEvaluation(config, source(mesh), held_out, FREE, lambda some: scored.append(len(some)))
+        found = evaluation.measure(metrics)
+        values = metrics.write(0)
+        metrics.close()
+        return found, values
+
+    (found, values), *others = [evaluated(ALONE), *together([[0, 1], [2]], evaluated)]
+    assert all(each == found for each, _ in others)
+    assert scored == [16, 8, 8, 8], "one call for all sets"
+    assert values["eval_a_reward"] == 5 / 8
+    assert values["eval_a_pass@1"] == 5 / 8
+    assert values["eval_a_pass@2"] == values["eval_a_majority"] == 3 / 4
+    assert values["eval_a_reward/category/kind 0"] == values["eval_a_pass@2/category/kind 0"] - 1 / 4 == 3 / 4
+    assert values["eval_a_prompts/category/kind 1"] == 2
+    assert values["eval_b_reward"] == pytest.approx(6 / 28)
+    assert not [name for name in values if name.startswith("eval_b_pass") or name.startswith("eval_b_reward/category")]
+    lines = [json.loads(line) for line in (tmp_path / "samples/evaluate.jsonl").read_text().splitlines()]
+    assert [line["set"] for line in lines] == ["a"] * 8 + ["b"] * 8
+    assert "    a: reward 1 | a =>" in capsys.readouterr().out
+    text = table(config, found)
+    first, second = text.split("model on folder/b.jsonl:\n")
+    assert re.search(r"^  category +prompts +reward +reward_stderr +pass@1 +pass@2 +majority$", first, re.MULTILINE)
+    assert re.search(r"^  kind 1 +2 +0.5 +0.5 +0.5 +0.5 +0.5$", first, re.MULTILINE), first
+    assert "no pass@k" not in first
+    assert "  no pass@k: it needs rewards that are all 0 or 1" in second
+    assert "category" not in second
+
+
+def test_names_of_held_out_sets() -> None:
+    """One set without a name has the metrics of a run with a single set."""
+    for given, wanted in (
+        ("x/dev.jsonl", {"dev": "eval_"}),
+        ('["dev=x/y.jsonl"]', {"dev": "eval_dev_"}),
+        ('["a.jsonl", "b=b.jsonl"]', {"a": "eval_a_", "b": "eval_b_"}),
+        ("[]", {}),
+    ):
+        assert prefixes(configuration.load("grpo", [f"data.eval={given}"])) == wanted
+
+
+def test_the_terminal_shows_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metrics whose names are similar are not those of a set."""
+    config = configuration.load("grpo", [f"out={tmp_path}"])
+    metrics = Metrics(config, ALONE, 0, sets={"a": "eval_a_", "b": "eval_b_"})
+    names = ("reward", "reward_failed", "reward_stderr", "chosen_reward", "reward/category/x", "loss")
+    metrics.add({f"eval_{name}_{key}": (0.5, 1.0) for name in "ab" for key in names})
+    metrics.add({"eval_b_reward_failed": (-0.5, 0.0), "loss": (0.25, 1.0)})
+    metrics.write(0)
+    said = re.findall(r"  (\S+) [\d.]+(?=  )", capsys.readouterr().out)
+    wanted = ["loss", "eval_a_reward", "eval_b_reward", "eval_a_loss", "eval_b_loss", "eval_a_reward_failed"]
+    assert said == wanted, said
 
 
 @pytest.mark.parametrize(

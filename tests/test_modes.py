@@ -20,6 +20,10 @@ import os
 import zlib
 
 
+def even(prompt, response, record):
+    return float(len(response) % 2 == 0)
+
+
 def quarter(prompt, response, record):
     return 0.25
 
@@ -66,6 +70,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classifier = {**config, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     (root / "reward/config.json").write_text(json.dumps(classifier))
     (root / "rules.py").write_text(RULES)
+    for kind in ("sft", "prompts"):
+        rows = [json.loads(line) for line in (root / f"data/dev_{kind}.jsonl").read_text().splitlines()]
+        rows = [{**row, "category": ("even", "odd")[n % 2]} for n, row in enumerate(rows)]
+        (root / f"data/kinds_{kind}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return root
 
 

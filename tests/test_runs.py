@@ -65,7 +65,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         [sys.executable, "tools/demo.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert done.stdout.count("first record, template plain (") == 3, "every stage shows one"
+    assert done.stdout.count("first record, template plain (") == 4, "one per data set of every stage"
     accuracies = [row["eval_reward"] for row in metrics(ROOT / "runs/demo/grpo") if "eval_reward" in row]
     (fresh,) = metrics(ROOT / "runs/demo/evaluate", "evaluate")
     return {"sft": accuracies[0], "grpo": accuracies[-1], "fresh": fresh["eval_reward"]}

@@ -169,7 +169,7 @@ def lines(file: Path) -> list[dict]:
 def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, start=0)
     recorder.keep("train", [sampled(0.5, advantages=np.array([0, 2, 4], np.float32)), sampled(1.0)])
-    recorder.keep("evaluate", [sampled(3.0), sampled(0.0, failed=True)])
+    recorder.keep("evaluate", [sampled(3.0), sampled(0.0, failed=True)], "dev")
     recorder.write(7)
     recorder.finish()
     [file] = (tmp_path / "samples").iterdir()
@@ -178,6 +178,7 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
     assert first == {
         "step": 7,
         "use": "train",
+        "set": None,
         "row": 3,
         "group": 1,
         "prompt": "2 + 2?",
@@ -194,10 +195,10 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
         "prompt_tokens": [1, 2],
         "response_tokens": [3, 4],
     }
-    assert [(line["use"], line["reward"], line["advantage"]) for line in others] == [
-        ("train", 1.0, None),
-        ("evaluate", 3.0, None),
-        ("evaluate", None, None),
+    assert [(line["use"], line["set"], line["reward"], line["advantage"]) for line in others] == [
+        ("train", None, 1.0, None),
+        ("evaluate", "dev", 3.0, None),
+        ("evaluate", "dev", None, None),
     ]
 
 

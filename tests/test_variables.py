@@ -44,11 +44,11 @@ def test_keys(mode: str):
     assert config.reward.load == ("/m/rm" if mode in ("rlhf", "online-dpo", "grpo") else "")
     assert config.reward.function == (("math",) if mode == "grpo" else ())
     assert config.policy.tokenizer == "/m/tokenizer.model"
-    assert config.data.eval == "/d/eval.jsonl"
+    assert config.data.eval == ("/d/eval.jsonl",)
     if mode == "evaluate":  # it makes no run, and must not write into one
-        assert (config.data.train, config.out, config.parallel.tp) == ("", "runs/evaluate", 1)
+        assert (config.data.train, config.out, config.parallel.tp) == ((), "runs/evaluate", 1)
     else:
-        assert (config.data.train, config.parallel.tp, config.parallel.pp) == ("/d/train", 4, 2)
+        assert (config.data.train, config.parallel.tp, config.parallel.pp) == (("/d/train",), 4, 2)
         assert config.out == ("/out/stage" if mode in ("sft", "reward") else "/out/first")
 
 

@@ -218,12 +218,14 @@ class EngineSource:
                     response.sample.verdict = Verdict(known["rule"], known["score"], parts, known["failed"])
 
     def answer(self, prompts: list[Sample], grader: Grader) -> list[Sample]:
-        """Return this replica's share of one response with its reward per held-out prompt, at evaluate.temperature.
+        """Return this replica's share of evaluate.samples responses with rewards to each held-out prompt.
 
-        The seeds are the same at every evaluation. Raises RewardError on all ranks if too many rewards have failed.
+        They are sampled at evaluate.temperature, with the same seeds at every evaluation. Raises RewardError on all
+        ranks if too many rewards have failed.
         """
-        sampling = replace(self.sampler.sampling(), temperature=self.config.evaluate.temperature, top_p=1.0, top_k=0)
-        return self.sample(prompts, sampling, 1, 0, grader)
+        keys = self.config.evaluate
+        sampling = replace(self.sampler.sampling(), temperature=keys.temperature, top_p=1.0, top_k=0)
+        return self.sample(prompts, sampling, keys.samples, 0, grader)
 
     def probe(self, prompts: list[Sample]) -> list[Sample]:
         """Sample a few tokens after each prompt, without top_p and top_k, to compare log-probs. They get no rewards.

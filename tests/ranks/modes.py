@@ -71,7 +71,12 @@ KEYS = {
     "reward": ["optim.lr=1e-3"],
     "dpo": ["optim.lr=1e-3"],
     # The function fails for some responses, so at every layout the same samples must leave the loss.
-    "online-dpo": ["rollout.group=4", "dpo.pairs=all", "reward.function={folder}/rules.py:length"],
+    "online-dpo": [
+        "rollout.group=4",
+        "dpo.pairs=all",
+        "reward.function={folder}/rules.py:length",
+    ]
+    + ["evaluate.samples=2", "evaluate.temperature=1"],
     "grpo": [
         "rollout.group=4",
         "rollout.temperature=0.7",
@@ -88,6 +93,10 @@ KEYS = {
     ]
     + ["ppo.critic_warmup=1", "optim.warmup=2", "optim.schedule=linear", "critic.lr=3e-4", "rollout.temperature=1.3"],
 }
+SETS = {
+    "sft": ("dev", "kinds"),
+    "online-dpo": ("dev", "kinds"),
+}  # held-out sets; the records of `kinds` have categories
 COMMON = [
     "data.max_tokens=96",
     "batch.prompts=6",
@@ -107,7 +116,9 @@ COMMON += [
 
 def configure(folder: Path, mode: str, layout: str, *overrides: str) -> Config:
     kind = mode if mode in ("sft", "reward", "dpo") else "prompts"
-    data = [f"data.train={folder}/data/train_{kind}.jsonl", f"data.eval={folder}/data/dev_{kind}.jsonl"]
+    held_out = [f"{name}={folder}/data/{name}_{kind}.jsonl" for name in SETS.get(mode, ())]
+    data = [f"data.train={folder}/data/train_{kind}.jsonl"]
+    data.append(f"data.eval={held_out or [f'{folder}/data/dev_{kind}.jsonl']}")
     load = [f"policy.load={folder}/{'model' if mode == 'sft' else 'sft'}"]
     if kind == "prompts":
         load.append(f"reward.load={folder}/reward")
@@ -175,20 +186,28 @@ def check_step_zero(mode: str, found: dict[int, dict[str, float]]) -> None:
 def check_rows(config: Config, found: dict[int, dict[str, float]]) -> None:
     """Check the names of the metrics, the steps with an evaluation, and numbers by hand."""
     mode, (loss, drawn), last = config.mode, NAMES[config.mode], found[STEPS]
-    held_out = drawn & JUDGED | {"reward/length"} if drawn else loss
+    held_out = drawn & JUDGED | {"reward/length", "reward_stderr"} if drawn else loss
     if config.evaluate.function:
         held_out = held_out - {"reward_rule", "reward_score", "reward/length"} | {"reward/quarter"}
+    by_kind = {"prompts", "reward", "reward_stderr"} if drawn else loss
+    in_sets = {f"eval_{name}_{metric}" for name in SETS.get(mode, ()) for metric in held_out}
+    in_sets |= {f"eval_kinds_{metric}/category/{kind}" for kind in ("even", "odd") for metric in by_kind}
     wanted = (
         {"step", "grad_norm", "lr"}
         | loss
         | drawn
         | ({"reward/length"} if drawn else set())
-        | {f"eval_{name}" for name in held_out}
+        | (in_sets if mode in SETS else {f"eval_{name}" for name in held_out})
         | (CRITIC if mode == "rlhf" else set())
     )
     assert last.keys() == wanted - {"mismatch"}, f"{mode}: {last.keys() ^ wanted}"
     told = [step for step, row in found.items() if any(name.startswith("eval_") for name in row)]
     assert told == ([0, 2, 3] if mode == "sft" else [0, 3]), f"{mode}: held-out numbers at steps {told}"
+    if mode in SETS:  # two sets with the same records
+        name = "reward" if drawn else "loss"
+        even, odd = (last[f"eval_kinds_{name}/category/{kind}"] for kind in ("even", "odd"))
+        assert last[f"eval_dev_{name}"] == pytest.approx(last[f"eval_kinds_{name}"], abs=1e-5)
+        assert min(even, odd) < last[f"eval_kinds_{name}"] < max(even, odd)
     if mode in MOVED:
         name, least = MOVED[mode]
         assert abs(last[name]) > least, f"{mode}: {name} is {last[name]}, as if nothing had been learned"

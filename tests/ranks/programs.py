@@ -8,6 +8,7 @@ FOLDER is the one of modes.py.
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import shutil
 import signal
@@ -79,8 +80,9 @@ def check_signal(folder: Path, layout: str, mesh: Mesh) -> None:
 def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
     """Check that mode evaluate, on the exported folder, gives the run's last numbers.
 
-    Rewards are those of function and reward model, or of evaluate.function alone. `out` may be the folder of the run:
-    mode evaluate writes its own files there, with every response, and changes no other.
+    There are two sets with two samples per prompt, and one has categories. Rewards are those of function and reward
+    model, or of evaluate.function alone. `out` may be the folder of the run: mode evaluate writes its own files there,
+    with every response, and changes no other.
     """
     assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1")) == 0
     wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
@@ -90,24 +92,35 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
     keys = [f"policy.load={folder}/pairs/hf", *(key.format(folder=folder) for key in KEYS["online-dpo"])]
     before = {path: path.read_bytes() for path in (folder / "pairs").rglob("*") if path.is_file()}
     mesh.barrier()
-    found = {}
+    sets = f"data.eval={[*configure(folder, 'online-dpo', layout).data.eval]}"
+    found, lines = {}, {}
     for name, out, more in (
         ("both", "pairs", ["log.samples=0"]),
         ("both", "pairs", ["log.samples=2"]),  # overwrites the files of the first one
-        ("judge", "judged", [f"evaluate.function={folder}/rules.py:quarter"]),
-        ("hot", "hot", ["evaluate.temperature=1"]),
+        ("judge", "judged", [f"evaluate.function={folder}/rules.py:even"]),
+        ("one", "one", ["evaluate.samples=1", f"data.eval={folder}/data/kinds_prompts.jsonl"]),
+        ("hot", "hot", ["evaluate.temperature=2"]),
     ):
-        assert start(configure(folder, "evaluate", layout, *keys, f"out={folder}/{out}", *more)) == 0
+        run = configure(folder, "evaluate", layout, *keys, f"out={folder}/{out}", sets, *more)
+        assert start(run) == 0
         (found[name],) = metrics(folder / out, "evaluate").values()
-        assert len((folder / out / "samples/evaluate.jsonl").read_text().splitlines()) == 8
+        lines[name] = [json.loads(line) for line in (folder / out / "samples/evaluate.jsonl").read_text().splitlines()]
+        assert len(lines[name]) == (8 if name == "one" else 32)
     assert {path: path.read_bytes() for path in before} == before
     if mesh.rank == 0:  # this process was the run, and keeps its lock until it ends
         program = f"import pathlib; from rlhf import lock; print(lock.hold(pathlib.Path('{folder}/pairs/run.lock')))"
         other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert other.stdout.startswith(f"process {os.getpid()} on "), other
     assert found["both"] == pytest.approx({**wanted, "step": 0}, abs=1e-5)
-    assert found["judge"]["eval_reward"] == 0.25
-    assert found["hot"]["eval_reward"] != pytest.approx(found["both"]["eval_reward"], abs=1e-3)
+    first = [line["response_tokens"] for line in lines["both"] if line["set"] == "kinds"][::2]
+    assert [line["response_tokens"] for line in lines["one"]] == first, "whatever else is sampled"
+    assert found["one"]["eval_prompts/category/odd"] == 4
+    assert found["judge"]["eval_dev_pass@1"] == found["judge"]["eval_dev_reward"]
+    pairs = [sum(line["reward"] for line in lines["judge"][at : at + 2]) for at in range(0, 16, 2)]
+    assert found["judge"]["eval_dev_pass@2"] == sum(map(bool, pairs)) / 8
+    assert 0 < sum(pairs) < 16, "the case needs right and wrong responses"
+    hot, both = (found[name]["eval_dev_reward"] for name in ("hot", "both"))
+    assert hot != pytest.approx(both, abs=1e-3)
 
 
 def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
@@ -122,7 +135,7 @@ def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
         rows.append(metrics(folder / f"{init}{seed}"))
     loaded, same, other = rows
     assert same == loaded
-    assert other[0]["eval_loss"] != loaded[0]["eval_loss"]
+    assert other[0]["eval_dev_loss"] != loaded[0]["eval_dev_loss"]
 
 
 def check_in_flight(folder: Path, layout: str, mesh: Mesh) -> None:

@@ -150,7 +150,14 @@ def sampler_text_without_last(folder: Path, sample: Sample) -> str:
     return Tokenizer.load(folder / "model").decode(sample.tokens[1:][sample.mask][:-1])
 
 
-def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
+SEVERAL = ["evaluate.samples=3", "evaluate.temperature=1"]
+
+
+def check_answers(folder: Path, mesh: Mesh) -> list[Sample]:
+    """Check greedy answers and their metrics. Return several answers per prompt.
+
+    The k-th answer to a prompt does not depend on the number of answers.
+    """
     sampler = build(folder, mesh)
     prompts = sampler.records.head(5)
     samples, again = (whole(mesh, sampler.answer(prompts, sampler.grader)) for _ in range(2))
@@ -158,6 +165,11 @@ def check_greedy_and_summary(folder: Path, mesh: Mesh) -> None:
     sums = summary(samples)
     assert sums["reward"] == (sum(s.reward for s in samples), 5.0)
     assert sums["response_tokens"][0] == sum(int(s.mask.sum()) for s in samples)
+    one, several = (whole(mesh, build(folder, mesh, *keys).answer(prompts, FREE)) for keys in (SEVERAL[1:], SEVERAL))
+    found = [[s.tokens.tolist() for s in group] for group in groups(several)]
+    assert [group[0] for group in found] == [s.tokens.tolist() for s in one]
+    assert all(len(set(map(tuple, group))) == 3 for group in found), "the answers to a prompt came out alike"
+    return several
 
 
 def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
@@ -188,6 +200,11 @@ def check_dynamic_sampling(folder: Path, mesh: Mesh) -> None:
 IN_FLIGHT = ["rollout.inflight=2.5", "rollout.max_lag=2", "rollout.max_tokens=32", "rollout.stop=['ap', 't', 'i']"]
 
 
+def content(s: Sample) -> tuple:
+    arrays = (s.tokens, s.version, s.sampler_logp)
+    return (s.group, *(array.tolist() for array in arrays), s.reward, s.truncated, s.verdict)
+
+
 def steps_in_flight(
     sampler: EngineSource, count: int, first: int = 0, between: Callable[[], object] = lambda: None
 ) -> list[list[tuple]]:
@@ -198,20 +215,7 @@ def steps_in_flight(
         for name, tensor in sampler.owner.engine.parameters().items():
             tensor.copy_(weights[name] * (1 + step / 10))
         sampler.owner.version = step
-        found.append(
-            [
-                (
-                    s.group,
-                    s.tokens.tolist(),
-                    s.version.tolist(),
-                    s.sampler_logp.tolist(),
-                    s.reward,
-                    s.truncated,
-                    s.verdict,
-                )
-                for s in take(sampler, step)
-            ]
-        )
+        found.append([content(s) for s in take(sampler, step)])
         between()
     for name, tensor in sampler.owner.engine.parameters().items():
         tensor.copy_(weights[name])
@@ -246,7 +250,7 @@ def check_in_flight(folder: Path, mesh: Mesh) -> None:
     )
 
     assert steps_in_flight(build(folder, mesh, *IN_FLIGHT), 6) == steps
-    sampler = build(folder, mesh, *IN_FLIGHT)
+    sampler = build(folder, mesh, *IN_FLIGHT, *SEVERAL)
     prompts = sampler.records.head(5)
     assert steps_in_flight(sampler, 6, between=lambda: (sampler.answer(prompts, FREE), sampler.probe(prompts))) == steps
 
@@ -327,12 +331,12 @@ def main() -> None:
     check_the_ranks_of_an_engine_share_its_samples(folder, mesh)
     check_samples_are_aligned(folder, mesh)
     check_stop_string_cuts_tokens(folder, mesh)
-    check_greedy_and_summary(folder, mesh)
+    answers = check_answers(folder, mesh)
     check_dynamic_sampling(folder, mesh)
     check_in_flight(folder, mesh)
     check_log_probs_of_every_version(folder, mesh)
     check_dynamic_sampling_in_flight(folder, mesh)
-    drawn = [s.tokens.tolist() for s in [*take(build(folder, mesh), 0), *turns.check(folder, mesh)]]
+    drawn = [s.tokens.tolist() for s in [*take(build(folder, mesh), 0), *turns.check(folder, mesh), *answers]]
     if mesh.rank == 0:
         print("drawn", drawn, flush=True)
     mesh.barrier()

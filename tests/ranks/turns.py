@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from graders import FREE
-from sampling import IN_FLIGHT, build, steps_in_flight, take, whole, whole_logp
+from sampling import IN_FLIGHT, SEVERAL, build, steps_in_flight, take, whole, whole_logp
 
 from rlhf.contracts import Sample
 from rlhf.data import templates
@@ -114,7 +114,7 @@ def check_turns_in_flight(folder: Path, mesh: Mesh) -> None:
     assert any(-1 in s[2][s[2].index(next(v for v in s[2] if v >= 0)) :] for step in steps for s in step), (
         "the case needs answers"
     )
-    sampler = build(folder, mesh, *given)
+    sampler = build(folder, mesh, *given, *SEVERAL)
     prompts = sampler.records.head(5)
     assert steps_in_flight(sampler, 2, between=lambda: sampler.answer(prompts, FREE)) == steps[:2]
     file = io.BytesIO()
