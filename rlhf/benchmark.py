@@ -91,7 +91,7 @@ def models(config: Config) -> list[Model]:
 def _model(text: str) -> Model:
     name, equals, path = text.partition("=")
     if not equals or Path(text).exists():
-        name, path = _name(text), text
+        name, path = _name(text).replace("=", "-"), text
     if not name or not path:
         raise UserError(f"mtbench.models has {text!r:.80}; give FOLDER or NAME=FOLDER")
     return Model(name, path)

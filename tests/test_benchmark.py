@@ -176,7 +176,7 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert [model.name for model in called(f"mtbench.models={path}")] == [name]
     assert called("policy.load=runs/a", 'mtbench.models=["b", "c=runs/a"]') == [Model("b", "b"), Model("c", "runs/a")]
     (tmp_path / "a=b").mkdir()
-    assert called("policy.load=a=b") == [Model("a=b", "a=b")]
+    assert called("policy.load=a=b") == [Model("a-b", "a=b")]
     for keys, why in {
         ('mtbench.models=["runs/a/hf", "runs/a"]',): "have the same name a: give one another name",
         ('mtbench.models=["a/b=x", "a--b=y"]',): "have the same name",

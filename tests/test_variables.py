@@ -45,8 +45,8 @@ def test_keys(mode: str):
     assert config.reward.function == (("math",) if mode == "grpo" else ())
     assert config.policy.tokenizer == "/m/tokenizer.model"
     assert config.data.eval == "/d/eval.jsonl"
-    if mode == "evaluate":  # it makes no run, and must not write into one
-        assert (config.data.train, config.out, config.parallel.tp) == ("", "runs/evaluate", 1)
+    if mode in ("evaluate", "mtbench"):  # they make no run, and must not write into one
+        assert (config.data.train, config.out, config.parallel.tp) == ("", f"runs/{mode}", 1)
     else:
         assert (config.data.train, config.parallel.tp, config.parallel.pp) == ("/d/train", 4, 2)
         assert config.out == ("/out/stage" if mode in ("sft", "reward") else "/out/first")
