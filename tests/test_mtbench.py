@@ -266,38 +266,55 @@ def test_no_judge(tmp_path, monkeypatch, capsys):
         assert key not in text
 
 
-def test_a_killed_call_loses_nothing(tmp_path):
-    """A call that is killed in the middle, and a half-written line: only what is missing is asked."""
+PROGRAM = """
+import signal, sys
+from rlhf.config import Config, Judge
+from rlhf.errors import told
+from rlhf.mtbench import answers, judged, questions
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+signal.signal(signal.SIGTERM, interrupt)
+url, out = sys.argv[1:]
+asked = questions.read(f"{out}/questions.jsonl")
+config = Config(out=out, judge=Judge(url=url, model="judge", concurrency=3))
+sys.exit(told("rlhf", lambda: judged(config, asked, {"a": answers.read(f"{out}/a.jsonl", asked)}) and 0))
+"""
+
+
+def test_an_interrupted_call_loses_nothing(tmp_path):
+    """SIGTERM ends it with one line. After SIGKILL and a half-written line only what is missing is asked."""
     asked = [replace(ONCE, id=number) for number in range(20)]
     given = of("a", asked=asked)["a"]
     answer_files.write(tmp_path / "a.jsonl", "a", given)
-    written(
-        tmp_path / "questions.jsonl",
-        ({"question_id": q.id, "category": q.category, "turns": q.turns} for q in asked),
-    )
-    program = (
-        "import sys; from rlhf.config import Config, Judge; from rlhf.mtbench import answers, judged, questions\n"
-        "url, out = sys.argv[1:]; asked = questions.read(f'{out}/questions.jsonl')\n"
-        "config = Config(out=out, judge=Judge(url=url, model='judge', concurrency=3))\n"
-        "judged(config, asked, {'a': answers.read(f'{out}/a.jsonl', asked)})"
-    )
-    with Endpoint(lambda body: "[[7]]" if len(endpoint.asked) <= 8 else (HANG,)) as endpoint:
-        call = subprocess.Popen(
-            [sys.executable, "-c", program, endpoint.url, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        while len(endpoint.asked) < 11 and call.poll() is None:
-            time.sleep(0.02)
-        call.send_signal(signal.SIGKILL)
-        call.wait()
+    lines_of = ({"question_id": q.id, "category": q.category, "turns": q.turns} for q in asked)
+    written(tmp_path / "questions.jsonl", lines_of)
+    file, limit = tmp_path / "model_judgment" / "judge_single.jsonl", 8
+
+    def interrupted(number: int) -> tuple[int, str]:
+        """Call the program, and send a signal when the judge does not answer any more."""
+        command = [sys.executable, "-c", PROGRAM, endpoint.url, str(tmp_path)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as call:
+            while len(endpoint.asked) < limit + 3 and call.poll() is None:
+                time.sleep(0.02)
+            call.send_signal(number)
+            return call.wait(), call.communicate()[1]
+
+    with Endpoint(lambda body: "[[7]]" if len(endpoint.asked) <= limit else (HANG,)) as endpoint:
+        assert interrupted(signal.SIGTERM) == (128 + 15, "rlhf: ended by SIGTERM; nothing more was saved\n")
         assert len(lines(tmp_path)) == 8
-        file = tmp_path / "model_judgment" / "judge_single.jsonl"
+        limit = 11 + 4
+        assert interrupted(signal.SIGKILL) == (-9, "")
+        assert len(lines(tmp_path)) == 12
         with file.open("a") as stream:
             stream.write(file.read_text().splitlines()[0][:-9])
-        endpoint.answer = lambda body: "[[5]]"
+        endpoint.answer, known = (lambda body: "[[5]]"), len(endpoint.asked)
         table = judged(config(endpoint, tmp_path, model="judge"), asked, {"a": given})
-        assert len(endpoint.asked) == 11 + 12
+        assert len(endpoint.asked) == known + 8
     assert len(lines(tmp_path)) == 20
-    assert rows(table)["mean"] == [f"{(7 * 8 + 5 * 12) / 20:.2f}"]
+    assert rows(table)["mean"] == [f"{(7 * 12 + 5 * 8) / 20:.2f}"]
 
 
 def compare(body: dict) -> str:

@@ -5,9 +5,9 @@ Needs no torch.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
+from rlhf import interrupt
 from rlhf.config import Config
 from rlhf.errors import JudgingError, UserError
 from rlhf.judge.client import Client, JudgeError
@@ -40,7 +40,7 @@ def judged(config: Config, questions: list[Question], answers: Answers) -> str:
     answers: of each model to each question. Raises UserError, and JudgingError if requests to the judge have failed.
     """
     prompts = prepare(config, questions, len(answers))
-    file, judge, found = asyncio.run(_grade(config, prompts, questions, answers))
+    file, judge, found = interrupt.run(_grade(config, prompts, questions, answers))
     table = (tables.wins if config.mtbench.pairwise else tables.scores)(answers, found)
     source = config.mtbench.prompts or "those of this package, so published scores are no comparison"
     text = f"{table}\n\nJudge: {judge}. Prompts: {source}.\n"
