@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from endpoint import CLOSE, HANG, Endpoint, completion, fault
 from judgments import ASKED, MATH, ONCE, config, lines, of, rows, written
 
 from rlhf.config import MTBench
-from rlhf.errors import JudgingError, UserError
+from rlhf.errors import JudgingError, StorageError, UserError
 from rlhf.mtbench import answers as answer_files
 from rlhf.mtbench import grading, judged, questions
 from rlhf.mtbench.answers import Answer
@@ -213,6 +214,25 @@ def test_a_judge_that_is_out_of_order_gets_few_requests(tmp_path):
         with pytest.raises(JudgingError, match="0 of 100 requests have a reply"):
             judged(config(endpoint, tmp_path, concurrency=4), asked, of("a", asked=asked))
         assert grading.FAILURES <= len(endpoint.asked) < grading.FAILURES + 4
+
+
+def test_a_full_disk_ends_the_call_with_one_line(tmp_path):
+    """The limit of the size of files is a full disk to the program. A reply that is cut off is asked again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Endpoint() as endpoint:
+        given = config(endpoint, tmp_path, concurrency=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+        try:
+            with pytest.raises(
+                StorageError, match=r"judge_single\.jsonl: File too large; fix this and start again"
+            ) as error:
+                judged(given, ASKED, of("a"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert error.value.code == 1
+        assert 1 < len(endpoint.asked) < 5
+        judged(given, ASKED, of("a"))
+        assert len(endpoint.asked) == 5 + 1
 
 
 def test_no_judge(tmp_path, monkeypatch, capsys):
