@@ -285,11 +285,14 @@ def test_each_model_without_answers_has_its_run(home: Path, tmp_path: Path) -> N
         started.append((alone.policy.load, more))
         if len(started) == 2:
             return 7
-        config = configuration.load("mtbench", [*keys, *more])
+        rank = configuration.load("mtbench", [*keys, *more])
+        (model,) = benchmark.models(rank)
+        config = benchmark.own(rank, model)
+        assert config == replace(alone, mtbench=config.mtbench, judge=config.judge)
         given = benchmark.inputs(config, 2)
         asked = benchmark.talks(config, given)
         said = {talk.question.id: Answer(("x", "y"), (), benchmark.identity(config, given, talk)) for talk in asked}
-        answers.write(benchmark.models(config)[0].answers(config.out), "m", said)
+        answers.write(model.answers(config.out), "m", said)
         return 0
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -320,9 +323,9 @@ def test_mistakes_are_found_before_a_model_answers(home: Path, tmp_path: Path, r
         (load,): "judge.url is not set: set it to that of a judge, as http://host:8000/v1, or judge.model=none",
         (load, "judge.url=http://127.0.0.1:9/v1", "judge.retries=0"): "nobody answers at judge.url=http://127.0.0.1:9",
         (load, none, f"data.eval={other}"): f"{other}:1: 'turns' is None; give a list of strings",
-        (load, none, "data.eval=gone.jsonl"): "gone.jsonl: No such file or directory",
+        (load, none, "data.eval=gone.jsonl"): "data set gone.jsonl: no such file or folder",
         (load, none, "data.eval="): "data.eval is not set: set it to a file of questions",
-        (load, none, "mtbench.references=gone.jsonl"): "gone.jsonl: No such file or directory",
+        (load, none, "mtbench.references=gone.jsonl"): "gone.jsonl: no such file or folder",
         (load, none, "mtbench.pairwise=true"): "mtbench.pairwise needs a judge, but judge.model=none",
         (load, "judge.url=http://x", "mtbench.pairwise=true"): "mtbench.pairwise=true compares models: give at least",
         (none, f"policy.load={home}/b"): "b.jsonl has answers that another program wrote: set another out",
