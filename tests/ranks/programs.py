@@ -138,10 +138,11 @@ def check_judge(folder: Path, layout: str, mesh: Mesh) -> None:
     ):
         patch.setenv("OPENAI_API_KEY", key)
         keys = ["reward.function=judge", "evaluate.function=judge", f"judge.rubric={folder}/rubric.txt"]
-        config = configure(folder, "grpo", layout, f"out={folder}/rated", "steps=1", f"judge.url={endpoint.url}", *keys)
+        keys += [f"judge.url={endpoint.url}", "reward.load=", f"out={folder}/rated", "steps=1"]
+        config = configure(folder, "grpo", layout, *keys)
         assert start(config) == 0
     rows = metrics(folder / "rated")
-    assert rows[1]["reward"] == rows[1]["eval_reward"] == 2.5
+    assert rows[1]["reward"] == rows[1]["eval_reward"] == 2.5, rows
     assert 0 < rows[1]["reward_failed"] <= 0.5
     sent = [body["messages"][0]["content"] for body in endpoint.asked]
     assert any("How many" in text for text in sent)
