@@ -109,19 +109,13 @@ def measured(found: Sequence[Outcome], passes: Sequence[int]) -> Sums:
 
 def by_category(found: Sequence[Outcome], kinds: Mapping[int, str], passes: Sequence[int]) -> dict[str, Sums]:
     """Return the main metrics of each category, and its number of prompts. kinds: see categories()."""
-    members: dict[str, list[Outcome]] = {kind: [] for kind in kinds.values()}
-    for outcome in found:
-        if kinds:
-            members[kinds[outcome.group]].append(outcome)
     names = ("reward", "reward_stderr", *(f"pass@{k}" for k in passes), "majority")
-    sums = {kind: measured(part, passes) for kind, part in members.items()}
-    return {
-        kind: {
-            "prompts": (float(len(members[kind])), 1.0),
-            **{name: known[name] for name in names if name in known},
-        }
-        for kind, known in sums.items()
-    }
+    sums: dict[str, Sums] = {}
+    for kind in dict.fromkeys(kinds.values()):
+        part = [outcome for outcome in found if kinds[outcome.group] == kind]
+        known = measured(part, passes)
+        sums[kind] = {"prompts": (float(len(part)), 1.0), **{name: known[name] for name in names if name in known}}
+    return sums
 
 
 def categories(prompts: Sequence[Sample]) -> dict[int, str]:
