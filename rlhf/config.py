@@ -77,6 +77,7 @@ class Data:
     """The data sets, and how their lines become tokens."""
 
     train: tuple[str, ...] = ()  # training data: jsonl, JSON or parquet file or folder, or a list (docs/data.md)
+    weights: Annotated[Mapping[str, float], Between(1e-6, 1e6)] = field(default_factory=dict)  # of the sets in train
     eval: tuple[str, ...] = ()  # held-out data: file or folder, or a list; empty: no evaluation
     template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false

@@ -62,6 +62,7 @@ def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
     return {
         "step": step,
         "use": use,
+        "set": text.set,
         "row": text.row,
         "group": sample.group,
         "prompt": text.prompt,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from rlhf.contracts import Sample, Sums, rewarded
+from rlhf.contracts import Sample, Sums, groups, rewarded
 from rlhf.data.shares import Header
 
 
@@ -22,10 +22,28 @@ def summary(samples: list[Sample]) -> Sums:
         "reward_score": (sum(score for _, score in both), float(len(both))),
         "reward": (sum(s.reward for s in good), float(len(good))),
         **{name: (sum(values), float(len(values))) for name, values in parts.items()},
-        "response_tokens": (float(sum(s.mask.sum() for s in samples)), n),
+        **lengths(samples),
         "truncated": (float(sum(s.truncated for s in samples)), n),
         "reward_failed": (float(sum(s.verdict.failed for s in samples)), n),
     }
+
+
+def by_set(samples: Sequence[Sample], names: Collection[str], measure: Callable[[list[Sample]], Sums]) -> Sums:
+    """Return metrics of the samples of each data set: its share of the groups, and what `measure` returns.
+
+    A single data set has none, because they would be those of all samples.
+    """
+    sums: Sums = {}
+    for name in names if len(names) > 1 else ():
+        own = [sample for sample in samples if sample.text.set == name]
+        found = {"share": (float(len(groups(own))), float(len(groups(samples)))), **measure(own)}
+        sums |= {f"set/{name}/{metric}": pair for metric, pair in found.items()}
+    return sums
+
+
+def lengths(samples: Sequence[Sample]) -> Sums:
+    """Return the number of response tokens of samples as (sum, count)."""
+    return {"response_tokens": (float(sum(s.mask.sum() for s in samples)), float(len(samples)))}
 
 
 def ages(known: Sequence[Header], step: int, max_lag: int) -> Sums:
