@@ -120,7 +120,7 @@ def _sets(config: Config) -> list[str]:
         return []
     shares = zip(names, sets.shares(sets.weights(names, config.data.weights)), strict=True)
     told = ", ".join(f"{name} {share}" for name, share in shares)
-    return [f"data sets: {told} of the prompts of each step"] if len(names) > 1 else []
+    return [f"of each step: {told}"] if len(names) > 1 else []
 
 
 @texts.paths()

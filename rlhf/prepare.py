@@ -126,21 +126,24 @@ def passes(config: Config, records: Records) -> str:
     """Return how many epochs the steps are. Further rounds of a step (rollout.rounds) take more records."""
     longest, draws = records.epoch
     count = float(config.steps * config.batch.prompts / draws)
-    more = "at least " if ALGORITHMS[config.mode].online and config.rollout.rounds > 1 else ""
-    said = f"{config.steps:,} steps of {config.batch.prompts:,} of {len(records):,} records: {more}{count:.4g} epochs"
-    return said if len(records.sets) == 1 else f"{said}; an epoch is one pass over {longest}"
+    said = (
+        f"{config.steps:,} steps of {config.batch.prompts:,} of {len(records):,} records: {_least(config)}{count:.4g}"
+    )
+    return f"{said} epochs" + (f" (one pass over {longest} each)" if len(records.sets) > 1 else "")
 
 
 def described(config: Config, records: Records) -> list[str]:
-    """Return a line per data set to train on: its numbers of lines, and with several its share and its passes."""
-    counts = zip(config.data.train, records.sets.items(), strict=True)
-    if len(records.sets) == 1:
-        return [f"{entry}: {held}" for entry, (_, held) in counts]
-    known = records.passes(config.steps * config.batch.prompts)
-    return [
-        f"{entry}: {held}; {name} is {share} of each step, {known[name]:.4g} passes"
-        for (entry, (name, held)), share in zip(counts, sets.shares(records.weights), strict=True)
-    ]
+    """Return a line for each data set to train on, and for several a line with their shares and numbers of passes."""
+    each = [f"{entry}: {counts}" for entry, counts in zip(config.data.train, records.sets.values(), strict=True)]
+    if len(each) == 1:
+        return each
+    known = zip(sets.shares(records.weights), records.passes(config.steps * config.batch.prompts).items(), strict=True)
+    read = [f"{name} {share} (read {_least(config)}{count:.4g} times)" for share, (name, count) in known]
+    return [*each, f"of each step: {', '.join(read)}"]
+
+
+def _least(config: Config) -> str:
+    return "at least " if ALGORITHMS[config.mode].online and config.rollout.rounds > 1 else ""
 
 
 def _newest(config: Config) -> Path | None:

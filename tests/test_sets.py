@@ -1,8 +1,10 @@
 """Several data sets of one key: their names, and the order in which a run takes records from them."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from rlhf.data import sets
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
+from rlhf.prepare import described, passes, steps
 from rlhf.rollout.measures import by_set, lengths, summary
 
 
@@ -136,6 +139,23 @@ def test_an_epoch_is_one_pass_over_the_set_that_takes_longest(parts: list[Record
     assert Records.joined(parts, {"one": 2, "two": 2, "few": 0.125}).epoch == ("few", 99)
     assert Records.joined(parts[2:], {"few": 5}).epoch == ("few", 3)
     assert len(Records.joined(parts, {})) == 63
+
+
+def test_what_a_run_prints(parts: list[Records]) -> None:
+    """It prints how often each data set is read. One that is small for its weight is read many times."""
+    keys = ['data.train=["a/one.jsonl", "two=x", "few=y"]', "data.weights.two=2", "batch.prompts=8", "steps=15"]
+    records, config = Records.joined(parts, {"two": 2}), configuration.load("grpo", keys)
+    assert described(config, records) == [
+        "a/one.jsonl: 30 records (0 truncated, 0 dropped)",
+        "two=x: 30 records (0 truncated, 0 dropped)",
+        "few=y: 3 records (0 truncated, 0 dropped)",
+        "of each step: one 25.0% (read 1 times), two 50.0% (read 2 times), few 25.0% (read 10 times)",
+    ]
+    assert passes(config, records) == "15 steps of 8 of 63 records: 1 epochs (one pass over one each)"
+    single = configuration.load("grpo", ["data.train=a/one.jsonl", "rollout.rounds=2", *keys[2:]])
+    assert described(single, parts[0]) == ["a/one.jsonl: 30 records (0 truncated, 0 dropped)"]
+    assert passes(single, parts[0]) == "15 steps of 8 of 30 records: at least 4 epochs"
+    assert steps(replace(config, epochs=1.1), records.epoch[1]) == math.ceil(1.1 * 120 / 8)
 
 
 def test_records_of_several_sets(parts: list[Records]) -> None:
