@@ -27,7 +27,7 @@ from rlhf.parallel.layout import Place, spread
 from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
-from rlhf.prepare import Inputs, inputs, passes
+from rlhf.prepare import Inputs, described, inputs, passes
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards, rule
 from rlhf.roles import Roles
@@ -305,8 +305,9 @@ def announce(run: Run, given: Inputs, ledger: Ledger) -> None:
         say(f"  {name}: {role.arch.family} of {size} from {role.folder}, {role.use}")
     for remark in given.remarks:
         say(f"  {remark}")
-    say(f"{config.data.train[0]}: {given.records.counts}")
-    say(f"{passes(config, len(given.records))}; out: {config.out}")
+    for line in described(config, given.records):
+        say(line)
+    say(f"{passes(config, given.records)}; out: {config.out}")
     say(given.records.first())
     for entry, held_out in zip(config.data.eval, given.held_out.values(), strict=True):
         say(f"{entry}, held out: {held_out.counts}")

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf import configuration, folders, lock, mtbench
 from rlhf.config import Config
 from rlhf.contracts import Text
-from rlhf.data import forms, templates
+from rlhf.data import forms, sets, templates
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.interrupt import SIGNALS
@@ -116,16 +116,17 @@ def own(config: Config, model: Model) -> Config:
 def talks(config: Config, given: Inputs) -> list[Talk]:
     """Return the questions as dialogues without answers. Raises UserError if one of them cannot be asked."""
     kept = {sample.text.record["question_id"]: sample.text for sample in given.records.head(0)}
-    asked = questions.read(config.data.eval)
+    path = questions_path(config)
+    asked = questions.read(path)
     if left := [question.id for question in asked if question.id not in kept]:
-        what = f"{config.data.eval}: question {left[0]!r} is left out, but a score needs all of them"
+        what = f"{path}: question {left[0]!r} is left out, but a score needs all of them"
         raise UserError(f"{what}; raise data.max_tokens, or set data.overlong=truncate")
     if any(len(question.turns) > 1 for question in asked):
         roles = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
         try:
             templates.choose(given.tokenizer, config.data.template, roles, is_text=False)
         except UserError as error:
-            raise UserError(f"{config.data.eval} has questions of two turns: {error}") from None
+            raise UserError(f"{path} has questions of two turns: {error}") from None
     return [Talk(question, kept[question.id]) for question in asked]
 
 
@@ -232,13 +233,20 @@ def finish(config: Config, called: list[Model], asked: list[Question]) -> None:
         say(mtbench.judged(config, asked, given))
 
 
+def questions_path(config: Config) -> str:
+    """Return the file of questions. Raises UserError unless data.eval is one file."""
+    paths = sets.named(config.data.eval, "data.eval")
+    if len(paths) != 1:
+        wrong = f"data.eval has {len(paths)} files" if paths else "data.eval is not set"
+        raise UserError(f"{wrong}: set it to one file of questions, such as mt_bench_question.jsonl")
+    return next(iter(paths.values()))
+
+
 def check(config: Config, called: list[Model]) -> list[Question]:
     """Return the questions. Raises UserError if files of the judge or keys are wrong, before any model answers."""
-    if not config.data.eval:
-        raise UserError("data.eval is not set: set it to a file of questions, such as mt_bench_question.jsonl")
     if config.mtbench.pairwise and not is_judged(config):
         raise UserError(f"mtbench.pairwise needs a judge, but judge.model={NO_JUDGE}: set mtbench.pairwise=false")
-    asked = questions.read(config.data.eval, config.mtbench.references)
+    asked = questions.read(questions_path(config), config.mtbench.references)
     if is_judged(config) and not config.judge.url:
         remedy = f"set it to that of a judge, as http://host:8000/v1, or judge.model={NO_JUDGE} to only write answers"
         raise UserError(f"judge.url is not set: {remedy}")
@@ -278,7 +286,7 @@ def plan(config: Config) -> str:
     asked = check(config, called)
     turns = sum(len(question.turns) for question in asked)
     due = [model.name for model in missing(config, called)]
-    lines = [f"{config.data.eval}: {len(asked)} questions with {turns} turns"]
+    lines = [f"{questions_path(config)}: {len(asked)} questions with {turns} turns"]
     lines += [f"models: {', '.join(model.name for model in called)}"]
     lines += [f"answers: {turns} of {', '.join(due) or 'no model'}, unless {config.out}/model_answer has them"]
     if is_judged(config):

@@ -23,6 +23,7 @@ Rate = Annotated[float, Between(0, 10)]
 Decay = Annotated[float, Between(0, 0.99999)]
 Retries = Annotated[int, Between(0, 100)]
 Weights = Annotated[Mapping[str, float], Between(-1e6, 1e6)]
+Shares = Annotated[Mapping[str, float], Between(1e-6, 1e6)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
 Template = Literal["auto", "plain", "human", "llama2", "chatml", "tokenizer"]
 # Up to this tensor parallel size, ranks exchange hidden states during matrix products (rlhf.parallel.exchange).
@@ -79,6 +80,7 @@ class Data:
     """The data sets, and how their lines become tokens."""
 
     train: tuple[str, ...] = ()  # training data: jsonl, JSON or parquet file or folder, or a list (docs/data.md)
+    weights: Shares = field(default_factory=dict)  # shares of several sets in train, as data.weights.NAME=2; else 1
     eval: tuple[str, ...] = ()  # held-out data: file or folder, or a list; empty: no evaluation
     template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false

@@ -28,12 +28,13 @@ Total = Callable[["np.ndarray"], "np.ndarray"]  # the sum of an array over all d
 class Text:
     """The text of a sample, and the line of the data set that the sample comes from."""
 
-    row: int = -1  # index of the line, counted over all files of the data set
+    row: int = -1  # index of the line, counted over all files of its data set
     record: Mapping[str, Any] = field(default_factory=dict)  # the parsed line, for reward functions
     prompt: str = ""
     response: str = ""  # empty until a response is sampled; with several turns, the text of all turns
     turns: Sequence[Mapping[str, str]] = ()  # role and content of each turn; empty without an environment
     template: str = ""  # key of rlhf.data.templates.TEMPLATES that the prompt is written with
+    set: str = ""  # name of the data set (rlhf.data.sets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """--dry-run: print what a run would do. Needs config.json of the models, but no weights, no data and no GPU.
 
-If the tokenizer is there, it is checked. If the data is there too, the first record is printed as in a run. Only with
+If the tokenizer is there, it is checked. If the data is there too, the first records are printed as in a run. Only with
 `epochs`, the lines of data.train are counted.
 """
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from rlhf import configuration, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Config
-from rlhf.data import lines
+from rlhf.data import lines, sets
 from rlhf.data.forms import COMPARED
+from rlhf.data.records import Records
 from rlhf.errors import MissingError, UserError
 from rlhf.ledger import Ledger
 from rlhf.prepare import read_records, read_tokenizer, records_paths, steps
@@ -54,18 +55,18 @@ def show(config: Config, world: int) -> None:
 
 @texts.paths()
 def first_record(config: Config, rows: int) -> str:
-    """Return the first record as a run prints it, or why it is not shown; "" if there is no data.
+    """Return the first record of each data set as a run prints it, or why it is not shown; "" if there is no data.
 
     rows: number of rows of the policy's embedding. Raises UserError for mistakes in the tokenizer or the data. Only
     what does not exist is no mistake.
     """
-    path = next(iter(records_paths(config).values()), "")
-    held = path != "" and lines.exists(Path(path))
+    held = {name: path for name, path in records_paths(config).items() if lines.exists(Path(path))}
     try:
         tokenizer = read_tokenizer(config, rows)
     except MissingError as error:
         return f"The first record is not shown: {error}" if held else ""
-    return read_records(config, tokenizer, path, first=True).first() if held else ""
+    parts = [read_records(config, tokenizer, path, name, first=True) for name, path in held.items()]
+    return Records.joined(parts, {}).first() if parts else ""
 
 
 def batch(config: Config, world: int) -> str:
@@ -87,6 +88,7 @@ def batch(config: Config, world: int) -> str:
         f"step: {b.prompts} prompts x {responses} = {samples} samples, "
         f"at most {longest} tokens each, {samples * longest:,} in all"
     )
+    said += _sets(config)
     many = f"{updates} a step, {_total(config, updates)}"
     said.append(f"updates: {b.epochs} epoch{'s' * (b.epochs > 1)} x {b.minibatches} mini-batches = {many}")
     most = -(-int(share * longest) // b.tokens)
@@ -102,16 +104,28 @@ def _total(config: Config, updates: int) -> str:
     if not config.epochs:
         return f"{updates * config.steps} in {config.steps} steps"
     try:
-        count = _count(next(iter(records_paths(config).values()), ""))
+        counts = _counts(records_paths(config))
     except UserError as error:
         return f"the number of steps of epochs={config.epochs:g} is unknown ({error})"
-    total = steps(config, count)
-    return f"{updates * total} in {total} steps, which are {config.epochs:g} epochs of {count:,} lines"
+    longest, draws = sets.epoch(sets.weights(list(counts), config.data.weights), list(counts.values()))
+    total = steps(config, draws)
+    of = [f"{count:,} lines{f' of {name}' * (len(counts) > 1)}" for name, count in counts.items()][longest]
+    return f"{updates * total} in {total} steps, which are {config.epochs:g} epochs of {of}"
 
 
 @texts.paths()
-def _count(path: str) -> int:
-    """Return the number of lines of a data set. Raises UserError if it cannot be read."""
-    if not path:
+def _sets(config: Config) -> list[str]:
+    """Return a line with the shares of several data sets to train on. Raises UserError for wrong names."""
+    if not (names := list(records_paths(config))):
+        return []
+    shares = zip(names, sets.shares(sets.weights(names, config.data.weights)), strict=True)
+    told = ", ".join(f"{name} {share}" for name, share in shares)
+    return [f"of each step: {told}"] if len(names) > 1 else []
+
+
+@texts.paths()
+def _counts(paths: dict[str, str]) -> dict[str, int]:
+    """Return the number of lines of each data set. Raises UserError if one cannot be read."""
+    if not paths:
         raise UserError("data.train is not set")
-    return sum(1 for _ in lines.read(Path(path)))
+    return {name: sum(1 for _ in lines.read(Path(path))) for name, path in paths.items()}

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rlhf.config import Config
 from rlhf.contracts import Algorithm, Sample, Sums, rewarded
-from rlhf.data import sources
+from rlhf.data import sets
 from rlhf.data.records import Records
 from rlhf.metrics import Metrics, first
 from rlhf.output import say
@@ -64,7 +64,7 @@ class ResponseEvaluation:
             self.model([sample for samples in answered.values() for sample in rewarded(samples)])
         found: dict[str, Measured] = {}
         for name, samples in answered.items():
-            metrics.keep("evaluate", samples, name)
+            metrics.keep("evaluate", samples)
             show(first(metrics.mesh, samples, keys.show), name if len(answered) > 1 else "")
             found[name] = self._measured(self._outcomes(metrics, samples), categories(prompts[name]))
             metrics.add_common(_named(metrics.sets[name], found[name].whole, found[name].categories))
@@ -113,7 +113,7 @@ def prefixes(config: Config) -> dict[str, str]:
 
     A single set without NAME= has no name in them.
     """
-    paths = sources.named(config.data.eval, "data.eval")
+    paths = sets.named(config.data.eval, "data.eval")
     if len(paths) == 1 and tuple(paths.values()) == config.data.eval:
         return dict.fromkeys(paths, "eval_")
     return {name: f"eval_{name}_" for name in paths}

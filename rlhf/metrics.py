@@ -105,15 +105,15 @@ class Metrics:
             self._record(step, values)
         return values
 
-    def keep(self, use: Use, samples: Sequence[Sample], held_out: str = "") -> None:
+    def keep(self, use: Use, samples: Sequence[Sample]) -> None:
         """Record the first sampled responses of all replicas in out/samples (see Recorder). Every rank calls it.
 
-        `samples` is the share of this replica. Samples from the data set are ignored. held_out: the name of their set.
+        `samples` is the share of this replica. Samples from the data set are ignored.
         """
         if self.count:
             kept = first(self.mesh, [s for s in samples if s.version is not ABSENT], self.count)
             if self.recorder:
-                self.recorder.keep(use, kept, held_out)
+                self.recorder.keep(use, kept)
 
     def close(self) -> None:
         """Wait until everything is written."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import JUDGE, Config
-from rlhf.data import chat, columns, lines, sources, templates
+from rlhf.data import chat, columns, lines, sets, templates
 from rlhf.data.forms import ANSWER, Need
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class Inputs:
     tokenizer: Tokenizer
     records: Records  # data.train, or data.eval in mode evaluate
     steps: int  # total number of steps
-    held_out: Mapping[str, Records]  # data.eval by name (rlhf.data.sources), in every mode
+    held_out: Mapping[str, Records]  # data.eval by name (rlhf.data.sets), in every mode
     remarks: list[str]  # on the folders, and on differences from the checkpoint that the run resumes from
     identity: Identity  # identity of the run (rlhf.identity)
 
@@ -89,7 +89,7 @@ def inputs(config: Config, world: int) -> Inputs:
     if config.rollout.environment and graded:
         for template in {template for each in (records, *held_out.values()) for template in each.templates}:
             templates.reply(tokenizer, template, [tokenizer.eos], [{"role": "user", "content": "?"}])
-    config = replace(config, steps=steps(config, len(records)), epochs=0.0)
+    config = replace(config, steps=steps(config, records.epoch[1]), epochs=0.0)
     algorithm(config)  # checks the keys that depend on the number of steps
     if newest:
         remarks += rescheduled(folders.meta(newest), config)
@@ -115,16 +115,33 @@ def read_tokenizer(config: Config, rows: int) -> Tokenizer:
     return tokenizer
 
 
-def steps(config: Config, records: int) -> int:
-    """Return the total number of steps: the key `steps`, or enough for `epochs` passes over the records."""
-    return math.ceil(Fraction(str(config.epochs)) * records / config.batch.prompts) if config.epochs else config.steps
+def steps(config: Config, draws: Fraction) -> int:
+    """Return the total number of steps: the key `steps`, or enough for `epochs` epochs. draws: records of an epoch."""
+    return math.ceil(Fraction(str(config.epochs)) * draws / config.batch.prompts) if config.epochs else config.steps
 
 
-def passes(config: Config, records: int) -> str:
+def passes(config: Config, records: Records) -> str:
     """Return how many epochs the steps are. Further rounds of a step (rollout.rounds) take more records."""
-    count = config.steps * config.batch.prompts / records
-    more = "at least " if ALGORITHMS[config.mode].online and config.rollout.rounds > 1 else ""
-    return f"{config.steps:,} steps of {config.batch.prompts:,} of {records:,} records: {more}{count:.4g} epochs"
+    longest, draws = records.epoch
+    count = float(config.steps * config.batch.prompts / draws)
+    said = (
+        f"{config.steps:,} steps of {config.batch.prompts:,} of {len(records):,} records: {_least(config)}{count:.4g}"
+    )
+    return f"{said} epochs" + (f" (one pass over {longest} each)" if len(records.sets) > 1 else "")
+
+
+def described(config: Config, records: Records) -> list[str]:
+    """Return a line for each data set to train on, and for several a line with their shares and numbers of passes."""
+    each = [f"{entry}: {counts}" for entry, counts in zip(config.data.train, records.sets.values(), strict=True)]
+    if len(each) == 1:
+        return each
+    known = zip(sets.shares(records.weights), records.passes(config.steps * config.batch.prompts).items(), strict=True)
+    read = [f"{name} {share} (read {_least(config)}{count:.4g} times)" for share, (name, count) in known]
+    return [*each, f"of each step: {', '.join(read)}"]
+
+
+def _least(config: Config) -> str:
+    return "at least " if ALGORITHMS[config.mode].online and config.rollout.rounds > 1 else ""
 
 
 def _newest(config: Config) -> Path | None:
@@ -236,34 +253,40 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, dict[str, Reco
     if not paths:
         key = "train" if trains else "eval"
         raise UserError(f"data.{key} is not set: set it to a jsonl, JSON or parquet file, or to a folder of them")
-    held_out = sources.named(config.data.eval, "data.eval")
+    held_out = sets.named(config.data.eval, "data.eval")
     if trains:
         _check_apart(paths, held_out)
-        records = read_records(config, tokenizer, next(iter(paths.values())))
-    evaluated = {name: read_records(config, tokenizer, path) for name, path in held_out.items()}
-    return records if trains else next(iter(evaluated.values())), evaluated
+        sets.weights(list(paths), config.data.weights)  # before the data is tokenized, because this may take long
+        parts = [read_records(config, tokenizer, path, name) for name, path in paths.items()]
+    evaluated = {name: read_records(config, tokenizer, path, name) for name, path in held_out.items()}
+    return Records.joined(parts, config.data.weights) if trains else next(iter(evaluated.values())), evaluated
 
 
 def _check_apart(paths: Mapping[str, str], held_out: Mapping[str, str]) -> None:
-    """Raise UserError if a folder to train on contains a file that is held out."""
+    """Raise UserError if two data sets have a file in common: two to train on, or a folder and a held-out one."""
+    for (name, path), (other, other_path) in itertools.combinations(paths.items(), 2):
+        if both := _common(path, other_path):
+            shared = f"{name}={path} and {other}={other_path} both contain {min(both).name}"
+            raise UserError(f"data.train: {shared}: remove one of them, and set data.weights to read it more often")
     for path, eval_path in itertools.product(paths.values(), held_out.values()):
-        if Path(path).is_file():
-            continue
-        both = {file.resolve() for file in lines.files(Path(path))} & {
-            file.resolve() for file in lines.files(Path(eval_path))
-        }
-        if both:
+        if not Path(path).is_file() and (both := _common(path, eval_path)):
             shared = f"contains {min(both).name}, which data.eval={eval_path} holds out"
             raise UserError(f"data.train={path} {shared}: set data.train to the file to train on")
+
+
+def _common(path: str, other: str) -> set[Path]:
+    """Return the files that two data sets have in common."""
+    one, two = ({file.resolve() for file in lines.files(Path(each))} for each in (path, other))
+    return one & two
 
 
 def records_paths(config: Config) -> dict[str, str]:
     """Return name -> path of the mode's data sets: data.train, or data.eval in mode evaluate."""
     key = "train" if ALGORITHMS[config.mode].trains else "eval"
-    return sources.named(getattr(config.data, key), f"data.{key}")
+    return sets.named(getattr(config.data, key), f"data.{key}")
 
 
-def read_records(config: Config, tokenizer: Tokenizer, path: str, first: bool = False) -> Records:
+def read_records(config: Config, tokenizer: Tokenizer, path: str, name: str, first: bool = False) -> Records:
     """Return the records of a data set. first: only some at its beginning, which are not kept for the next run."""
     algorithm = ALGORITHMS[config.mode]
     return Records.load(
@@ -271,6 +294,7 @@ def read_records(config: Config, tokenizer: Tokenizer, path: str, first: bool = 
         algorithm.form,
         tokenizer,
         config.data,
+        name=name,
         max_prompt=config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None,
         required=_needs(config),
         cache=None if first else Path(config.out) / "records",

@@ -29,7 +29,7 @@ class Recorder:
 
     def __init__(self, out: Path, start: int, name: str = ""):
         self.folder, self.name = out / "samples", name
-        self._kept: list[tuple[Use, str, Sample]] = []
+        self._kept: list[tuple[Use, Sample]] = []
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         for file in self.folder.glob("step_*.jsonl") if start >= 0 else ():
@@ -37,9 +37,9 @@ class Recorder:
             if known and (start == 0 or int(known[1]) > start):
                 file.unlink()
 
-    def keep(self, use: Use, samples: Sequence[Sample], held_out: str = "") -> None:
-        """Add sampled responses to the file of the current step. held_out: the name of their held-out set."""
-        self._kept += [(use, held_out, sample) for sample in samples]
+    def keep(self, use: Use, samples: Sequence[Sample]) -> None:
+        """Add sampled responses to the file of the current step."""
+        self._kept += [(use, sample) for sample in samples]
 
     def write(self, step: int) -> None:
         """Start to write the file of a step, after the previous file is complete."""
@@ -56,13 +56,13 @@ class Recorder:
             self._writing.result()
 
 
-def describe(step: int, use: Use, held_out: str, sample: Sample) -> dict[str, Any]:
+def describe(step: int, use: Use, sample: Sample) -> dict[str, Any]:
     """Return the content of a line. advantage is the mean over the response; None if the algorithm has none."""
     text, verdict, first = sample.text, sample.verdict, int(sample.mask.argmax()) + 1
     return {
         "step": step,
         "use": use,
-        "set": held_out or None,
+        "set": text.set,
         "row": text.row,
         "group": sample.group,
         "prompt": text.prompt,
@@ -88,7 +88,7 @@ def _finite(line: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(file: Path, step: int, kept: list[tuple[Use, str, Sample]]) -> None:
+def _write(file: Path, step: int, kept: list[tuple[Use, Sample]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text("".join(json.dumps(_finite(describe(step, *each)), allow_nan=False) + "\n" for each in kept))

@@ -34,7 +34,7 @@ def test_tokens_that_were_kept_are_mapped(tmp_path, tokenizer):
     first, again = (Records.load(file, "prompts", tokenizer, Data(), cache=old.parent) for _ in range(2))
     for records in (first, again):
         for field in fields(Columns):
-            array = getattr(records._columns, field.name)
+            array = getattr(records._columns[0][1], field.name)
             assert isinstance(array, np.memmap)
             assert not array.flags.writeable
         for sample in records.head(0):

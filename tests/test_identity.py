@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -116,6 +117,24 @@ def test_another_run_is_refused(made: Path, tmp_path: Path, mode: str, key: str,
         "start with the same settings and files, or set another out$",
     ):
         start(made, tmp_path, mode, key)
+
+
+def test_other_data_sets_are_refused(made: Path, tmp_path: Path) -> None:
+    """Their contents, their order and their weights decide the result. Their names and paths do not."""
+    data, other = f"{made}/data/train_sft.jsonl", f"{made}/data/train_sft_less.jsonl"
+    given = start(made, tmp_path, "sft", f'data.train=["{data}", "b={other}"]', "data.weights.b=3", "epochs=1")
+    assert given.steps == math.ceil(300 * 4 / 64), "a pass over 300 lines, which are a quarter of the draws"
+    save(tmp_path, given, "sft")
+    same = [f'data.train=["a={data}", "b={made}/data/../data/train_sft_less.jsonl"]', "data.weights.b=3"]
+    assert start(made, tmp_path, "sft", *same).remarks == []
+    for keys, said in (
+        ([same[0]], "data.weights={'b': 3.0}, this run has {}: "),
+        ([same[0], "data.weights.b=2"], "data.weights={'b': 3.0}, this run has {'b': 2.0}: "),
+        ([f'data.train=["b={other}", "{data}"]', "data.weights.b=3"], f"data.train={data}, b={other}, this run has b="),
+        ([f"data.train=b={other}", "data.weights.b=3"], f"data.train={data}, b={other}, this run has b="),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"step_000007 was saved with {said}")):
+            start(made, tmp_path, "sft", *keys)
 
 
 def test_another_mode_is_refused(made: Path, tmp_path: Path) -> None:

@@ -263,6 +263,15 @@ def test_draws_depend_on_seed_and_step_alone(ten):
     assert [sample.group for sample in ten.draw(2, 4, seed=7)] == [0, 1, 2, 3]
 
 
+def test_a_single_data_set_has_the_order_of_earlier_versions(ten):
+    """A resumed run counts on it. These are the indices that a version without several data sets has drawn."""
+    first = [[8, 4, 3, 6], [2, 1, 0, 5], [9, 7, 7, 9], [6, 1, 4, 8], [3, 2, 5, 0], [0, 3, 5, 1]]
+    later = [5, 2, 0, 8, 7, 6, 7, 2, 0, 3, 5, 1, 8, 9, 4, 2, 3, 1, 7, 5, 9, 4, 0, 8, 6]
+    for records in (ten, Records.joined([ten], {})):
+        assert [rows(records.draw(step, 4, seed=7)) for step in range(6)] == first
+        assert rows(records.draw(3, 25, seed=2**62 + 12345)) == later, "seeds of rounds (rollout.rounds) are this large"
+
+
 def test_samples_share_nothing(ten):
     first, again = ten.draw(0, 3, seed=1), ten.draw(0, 3, seed=1)
     first[0].tokens[:] = 0
@@ -272,7 +281,7 @@ def test_samples_share_nothing(ten):
 
 
 def test_permutations_are_uniform_and_stay_as_they_are():
-    assert permutation(6, seed=1, epoch=0).tolist() == [2, 0, 1, 4, 5, 3], "a resumed run counts on this order"
+    assert permutation(6, seed=1, index=0).tolist() == [2, 0, 1, 4, 5, 3], "a resumed run counts on this order"
     places = Counter((int(row), place) for seed in range(3000) for place, row in enumerate(permutation(4, seed, 0)))
     assert all(abs(count - 750) < 120 for count in places.values()), places  # 5 sigma
     assert len(places) == 16

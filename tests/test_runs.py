@@ -110,15 +110,20 @@ def test_exported_folder_loads_in_transformers() -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_resume_is_bitwise(tmp_path: Path) -> None:
-    """Six steps (epochs=0.0117) in one run equal six steps with SIGKILL to all ranks in the middle, bitwise.
+    """Six steps (epochs=0.0106) in one run equal six steps with SIGKILL to all ranks in the middle, bitwise.
 
     Weights and numbers are compared. Responses are in flight between the steps, and both engines continue them from
-    the checkpoint. The second run has more evaluations.
+    the checkpoint. The second run has more evaluations. The prompts are those of two data sets.
     """
+    lines = (ROOT / "runs/demo/data/train_rl.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("many", lines[:3000]), ("few", lines[3000:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
     common = [
         *GRPO,
         "steps=100",
-        "epochs=0.0117",
+        "epochs=0.0106",
+        f'data.train=["{tmp_path}/many.jsonl", "{tmp_path}/few.jsonl"]',
+        "data.weights.few=0.5",
         "checkpoint.every=2",
         "optim.schedule=linear",
         "log.tensorboard=true",
@@ -132,7 +137,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     output = run("grpo", *common, f"out={tmp_path}/killed", "evaluate.every=5")
-    assert "6 steps of 8 of 4,096 records: 0.01172 epochs; out: " in finish(whole_run)
+    assert "6 steps of 8 of 4,096 records: 0.01067 epochs (one pass over many each); out: " in finish(whole_run)
     assert "resumed after step" in output
     whole, resumed = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -155,7 +155,7 @@ def test_progress_is_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> Non
 def sampled(reward: float, failed: bool = False, **more: object) -> Sample:
     tokens, mask = np.array([1, 2, 3, 4], np.int32), np.array([False, True, True])
     text, verdict = (
-        Text(3, {"answer": "4"}, "2 + 2?", "\ud800 4"),
+        Text(3, {"answer": "4"}, "2 + 2?", "\ud800 4", set="math"),
         Verdict(rule=reward, score=None, parts={"length": 2 * reward}, failed=failed),
     )
     version = np.array([-1, 5, 6], np.int32)
@@ -178,7 +178,7 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
     assert first == {
         "step": 7,
         "use": "train",
-        "set": None,
+        "set": "math",
         "row": 3,
         "group": 1,
         "prompt": "2 + 2?",

@@ -179,7 +179,7 @@ def digest(path: Path, tokenizer: Tokenizer, config: Data, *arguments: object) -
     dated = config.template in ("auto", "tokenizer") and tokenizer.chats and tokenizer.chats.dated
     today = date.today() if dated else None
     told = (tokenizer.rows, tokenizer.kind, tokenizer.stop_ids)  # config.json decides them, and is not in `files`
-    parts = [replace(config, train=(), eval=()), arguments, libraries, today, told]
+    parts = [replace(config, train=(), weights={}, eval=()), arguments, libraries, today, told]
     for files in (code, tokenizer.files.values(), lines.files(path)):
         parts.append([_file_digest(file) for file in files])
     return hashlib.sha256(repr((parts, list(tokenizer.files))).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -130,6 +130,24 @@ def categories(prompts: Sequence[Sample]) -> dict[int, str]:
     if frequent in ([], [UNNAMED]):
         return {}
     return {group: kind if kind in frequent else REST for group, kind in kinds.items()}
+
+
+def by_set(samples: Sequence[Sample], names: Collection[str], measure: Callable[[list[Sample]], Sums]) -> Sums:
+    """Return metrics of the samples of each data set: its share of the groups, and what `measure` returns.
+
+    A single data set has none, because they would be those of all samples.
+    """
+    sums: Sums = {}
+    for name in names if len(names) > 1 else ():
+        own = [sample for sample in samples if sample.text.set == name]
+        found = {"share": (float(len(groups(own))), float(len(groups(samples)))), **measure(own)}
+        sums |= {f"set/{name}/{metric}": pair for metric, pair in found.items()}
+    return sums
+
+
+def lengths(samples: Sequence[Sample]) -> Sums:
+    """Return the number of response tokens of samples as (sum, count)."""
+    return {"response_tokens": (float(sum(s.mask.sum() for s in samples)), float(len(samples)))}
 
 
 def ages(known: Sequence[Header], step: int, max_lag: int) -> Sums:

@@ -21,7 +21,7 @@ from rlhf.parallel.mesh import Mesh
 from rlhf.rewards import Environments
 from rlhf.rollout.flight import Group, Response
 from rlhf.rollout.grader import Grader
-from rlhf.rollout.measures import ages, summary
+from rlhf.rollout.measures import ages, by_set, lengths, summary
 from rlhf.rollout.owner import EngineOwner
 from rlhf.rollout.sampler import Sampler, seeded
 
@@ -80,7 +80,7 @@ class DataSource:
         pass
 
     def describe(self, samples: list[Sample]) -> Sums:
-        return {}
+        return by_set(samples, self.records.sets, lengths)
 
     def remarks(self) -> list[str]:
         return []
@@ -157,11 +157,11 @@ class EngineSource:
             self.owner.offer(weights, version)
 
     def describe(self, samples: list[Sample]) -> Sums:
-        """Return summary(), and the mean |engine - learner| of log-probs if they are comparable.
+        """Return summary() of all samples and of each data set, and mean |engine - learner| of comparable log-probs.
 
         The policy must have scored the samples, and no filter may have changed the engine's distribution.
         """
-        sums = summary(samples)
+        sums = {**summary(samples), **by_set(samples, self.records.sets, summary)}
         scored = rewarded(samples)
         if not self.config.rollout.filters and all(s.old_logp is not ABSENT for s in scored):
             gaps = _gaps(scored, [s.old_logp for s in scored])

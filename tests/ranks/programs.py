@@ -168,15 +168,20 @@ def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
 
 
 def check_in_flight(folder: Path, layout: str, mesh: Mesh) -> None:
-    """Check PPO and OnlineDPO with responses in flight: a resumed run equals an uninterrupted one bitwise."""
+    """Check PPO and OnlineDPO with responses in flight: a resumed run equals an uninterrupted one bitwise.
+
+    The prompts are those of two data sets.
+    """
     for mode in ("rlhf", "online-dpo"):
-        keys = [key.format(folder=folder) for key in KEYS[mode]]
+        keys = [key.format(folder=folder) for key in KEYS[mode]] + two_sets(folder, "prompts")
         keys += ["rollout.inflight=1.5", "checkpoint.every=2", "log.samples=-1", "rollout.stop=['e']"]
         config = configure(folder, mode, layout, f"out={folder}/flying-{mode}", *keys)
         assert start(config) == 0
         whole, samples = metrics(folder / f"flying-{mode}"), Path(config.out) / f"samples/step_{STEPS:06}.jsonl"
         assert any(row.get("lag/1") for row in whole.values()), "some tokens were drawn by older weights"
         before = samples.read_text()
+        assert {json.loads(line)["set"] for line in before.splitlines()} == {"train_prompts", "few", "dev_prompts"}
+        assert {"set/few/reward", "set/train_prompts/reward"} <= whole[STEPS].keys()
         shutil.rmtree(folder / f"flying-{mode}/step_{STEPS:06}")
         (folder / f"flying-{mode}/latest").write_text("step_000002")
         assert start(config) == 0
@@ -190,7 +195,8 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
     The numbers are those of an uninterrupted run.
     """
     faulthandler.dump_traceback_later(90, exit=True)  # ranks that do not agree would wait for each other
-    whole, cut = (configure(folder, "sft", layout, f"out={folder}/{name}", "data.eval=") for name in ("whole", "cut"))
+    keys = ["data.eval=", *two_sets(folder, "sft")]
+    whole, cut = (configure(folder, "sft", layout, f"out={folder}/{name}", *keys) for name in ("whole", "cut"))
     train(whole, mesh)
 
     def last_rank_alone(step: int) -> None:
@@ -203,7 +209,16 @@ def check_signal_to_one_rank(folder: Path, layout: str, mesh: Mesh) -> None:
     assert list(metrics(folder / "cut")) == [1], "nothing is held out"
     train(cut, mesh, first=1)
     assert metrics(folder / "cut") == metrics(folder / "whole")
+    for row in metrics(folder / "cut").values():
+        assert row["set/train_sft/share"] + row["set/few/share"] == 1.0
+        assert abs(row["set/few/share"] - 1 / 3) < 2 / cut.batch.prompts
     faulthandler.cancel_dump_traceback_later()
+
+
+def two_sets(folder: Path, kind: str) -> list[str]:
+    """Return keys of two data sets. One of them is read half as often as the other."""
+    data = folder / "data"
+    return [f'data.train=["{data}/train_{kind}.jsonl", "few={data}/dev_{kind}.jsonl"]', "data.weights.few=0.5"]
 
 
 def check_failed_rewards(folder: Path, layout: str) -> None:
