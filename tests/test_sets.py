@@ -153,10 +153,22 @@ def test_what_a_run_prints(parts: list[Records]) -> None:
         "of each step: one 25.0% (read 1 times), two 50.0% (read 2 times), few 25.0% (read 10 times)",
     ]
     assert passes(config, records) == "15 steps of 8 of 63 records: 1 epochs (one pass over one each)"
-    single = configuration.load("grpo", ["data.train=a/one.jsonl", "rollout.rounds=2", *keys[2:]])
-    assert described(single, parts[0]) == ["a/one.jsonl: 30 records (0 truncated, 0 dropped)"]
-    assert passes(single, parts[0]) == "15 steps of 8 of 30 records: at least 4 epochs"
     assert steps(replace(config, epochs=1.1), records.epoch[1]) == math.ceil(1.1 * 120 / 8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys", "said"),
+    [
+        ("sft", [], "100 steps of 64 of 30 records: 213.3 epochs"),
+        ("sft", ["steps=3000", "batch.prompts=1024"], "3,000 steps of 1,024 of 30 records: 1.024e+05 epochs"),
+        ("sft", ["rollout.rounds=2"], "100 steps of 64 of 30 records: 213.3 epochs"),
+        ("grpo", ["rollout.rounds=2"], "100 steps of 64 of 30 records: at least 213.3 epochs"),
+    ],
+)
+def test_the_epochs_of_a_run(parts: list[Records], mode: str, keys: list[str], said: str) -> None:
+    config = configuration.load(mode, ["data.train=a/one.jsonl", *keys])
+    assert described(config, parts[0]) == ["a/one.jsonl: 30 records (0 truncated, 0 dropped)"]
+    assert passes(config, parts[0]) == said
 
 
 def test_what_a_dry_run_prints(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
