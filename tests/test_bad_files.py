@@ -157,6 +157,27 @@ def test_a_folder_to_train_on_with_what_is_held_out(fail, tmp_path: Path) -> Non
         assert said in fail("sft", f"data.train={folder}", f"data.eval={folder}/{name}")
 
 
+def test_several_data_sets(fail, made: Path, tmp_path: Path) -> None:
+    """Each has a name of its own and files of its own, and a weight has the name of one. Every line is checked."""
+    data, bad = made / "data", tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "Q?", "response": "A."}\n{"prompt": 1, "response": "A."}\n')
+
+    def said(*train: object, more: str = "data.eval=") -> str:
+        return fail("sft", f"data.train={json.dumps([str(each) for each in train])}", more)
+
+    both = said(f"{data}/heldout.jsonl", bad, f"{tmp_path}/../{tmp_path.name}/bad.jsonl")
+    assert f"data.train: {bad} and {tmp_path}/../{tmp_path.name}/bad.jsonl both have the name bad; give one" in both
+    shared = said(f"a={bad}", f"b={tmp_path}/*.jsonl")
+    assert f"data.train: a={bad} and b={tmp_path}/*.jsonl both contain bad.jsonl: remove one of them" in shared
+    held_out = said(f"a={data}/train_sft.jsonl", f"b={tmp_path}", more=f"data.eval={bad}")
+    assert f"data.train={tmp_path} contains bad.jsonl, which data.eval={bad} holds out" in held_out
+    assert f"{bad}:2: 'prompt' is 1; give a string" in said(f"{data}/train_sft.jsonl", bad)
+    unknown = said(f"a={data}/train_sft.jsonl", bad, more="data.weights.b=2")
+    assert "data.weights.b: no data set of data.train has this name; its names are a, bad; correct it" in unknown
+    assert "data set b=none.jsonl" not in said(bad, "b=none.jsonl")
+    assert "data set none.jsonl: no such file or folder" in said(bad, "b=none.jsonl")
+
+
 def test_answer_is_needed_by_the_verifier(fail, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "a"}\n')

@@ -123,15 +123,6 @@ def test_a_dry_run_shows_the_first_record(made: Path, tmp_path: Path, capsys: py
         assert said.count("first record") == bool(row)
     assert main([*given, "policy.load=configs/models/llama2-7B", "memory.device=1000", "--dry-run"]) == 0
     assert "The first record is not shown: tokenizer configs/models/llama2-7B: neither" in capsys.readouterr().out
-    two = f'data.train=["{file}", "b={tmp_path}/b.jsonl"]'
-    for count in (1, 2):
-        assert main([*given[:-1], two, "--dry-run", "epochs=2", "batch.prompts=2", "data.weights.b=0.5"]) == 0
-        assert (said := capsys.readouterr().out).count("first record") == count
-        assert "of each step: a 66.7%, b 33.3%\n" in said
-        assert ("3 in 3 steps, which are 2 epochs of 1 lines of b" in said) == (count == 2)
-        write(tmp_path / "b.jsonl", {"prompt": "1+1", "response": "2"})
-    assert data.replace("record,", "record of b,") in said
-    (tmp_path / "b.jsonl").unlink()
     pattern = [*given[:-1], f"data.train={tmp_path}/*.jsonl", "--dry-run"]
     assert main(pattern) == 0
     assert data in capsys.readouterr().out
@@ -202,27 +193,6 @@ def test_held_out_data_is_not_trained_on(fail, made: Path, train: str) -> None:
     line = fail("sft", f"data.train={made}/{train}", f"data.eval={made}/data/heldout.jsonl")
     assert f"data.train={made}/{train} contains heldout.jsonl, which data.eval=" in line
     assert line.endswith("holds out: set data.train to the file to train on")
-
-
-def test_several_data_sets(fail, made: Path, tmp_path: Path) -> None:
-    """Each has a name of its own and files of its own, and a weight has the name of one. Every line is checked."""
-    data, bad = made / "data", tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "Q?", "response": "A."}\n{"prompt": 1, "response": "A."}\n')
-
-    def said(*train: object, more: str = "data.eval=") -> str:
-        return fail("sft", f"data.train={json.dumps([str(each) for each in train])}", more)
-
-    both = said(f"{data}/heldout.jsonl", bad, f"{tmp_path}/../{tmp_path.name}/bad.jsonl")
-    assert f"data.train: {bad} and {tmp_path}/../{tmp_path.name}/bad.jsonl both have the name bad; give one" in both
-    shared = said(f"a={bad}", f"b={tmp_path}/*.jsonl")
-    assert f"data.train: a={bad} and b={tmp_path}/*.jsonl both contain bad.jsonl: remove one of them" in shared
-    held_out = said(f"a={data}/train_sft.jsonl", f"b={tmp_path}", more=f"data.eval={bad}")
-    assert f"data.train={tmp_path} contains bad.jsonl, which data.eval={bad} holds out" in held_out
-    assert f"{bad}:2: 'prompt' is 1; give a string" in said(f"{data}/train_sft.jsonl", bad)
-    unknown = said(f"a={data}/train_sft.jsonl", bad, more="data.weights.b=2")
-    assert "data.weights.b: no data set of data.train has this name; its names are a, bad; correct it" in unknown
-    assert "data set b=none.jsonl" not in said(bad, "b=none.jsonl")
-    assert "data set none.jsonl: no such file or folder" in said(bad, "b=none.jsonl")
 
 
 def test_weights_need_a_function(fail) -> None:

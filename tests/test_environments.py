@@ -260,7 +260,7 @@ def talk(
     given = ["batch.prompts=2", "rollout.group=2", "data.max_tokens=128", "rollout.max_tokens=64"]
     given.append(f"rollout.environment={folder}/talking.py:Talking")
     config = configuration.load("grpo", [*given, *keys])
-    records = Records.load(data, "prompts", tokenizer, config.data, max_prompt=64)
+    records = Records.load(data, "prompts", tokenizer, config.data, name="train", max_prompt=64)
     engine = Engine(tokenizer, *texts)
     with Environments(config.rollout.environment, config.reward) as environments:
         source = EngineSource(config, ALONE, engine, tokenizer, records, FREE, 64, environments=environments)  # type: ignore[arg-type]
@@ -326,7 +326,8 @@ def test_reset_gives_the_prompt(tmp_path, llama2):
         assert s.text.prompt == "Begin."
         assert s.tokens[: s.mask.argmax() + 1].tolist() == [llama2.bos, *llama2.encode("Begin.")]
     with pytest.raises(
-        UserError, match=r"reset\(\) of line 1: a prompt of \d+ tokens is longer than .*=64; shorten it"
+        UserError,
+        match=r"reset\(\) of line 1 of data set train: a prompt of \d+ tokens is longer than .*=64; shorten it",
     ):
         talk(tmp_path, llama2, "over", record={"reset": "Begin. " * 80})
 

@@ -296,16 +296,3 @@ def test_worlds(axes: tuple[int, int, int], dp: int, world: int, fits: bool) -> 
     else:
         with pytest.raises(UserError, match=f"does not fit {world} ranks"):
             check_world(parallel, world)
-
-
-@pytest.mark.parametrize(
-    ("mode", "keys", "said"),
-    [
-        ("sft", [], "100 steps of 64 of 12,345 records: 0.5184 epochs"),
-        ("sft", ["steps=3000", "batch.prompts=1024"], "3,000 steps of 1,024 of 12,345 records: 248.8 epochs"),
-        ("sft", ["rollout.rounds=2"], "100 steps of 64 of 12,345 records: 0.5184 epochs"),
-        ("grpo", ["rollout.rounds=2"], "100 steps of 64 of 12,345 records: at least 0.5184 epochs"),
-    ],
-)
-def test_the_epochs_of_a_run(mode: str, keys: list[str], said: str) -> None:
-    assert prepare.passes(configuration.load(mode, keys), 12345) == said

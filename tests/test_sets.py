@@ -12,6 +12,7 @@ import pytest
 from rows import write
 
 from rlhf import configuration
+from rlhf.__main__ import main
 from rlhf.config import Data
 from rlhf.contracts import Sample
 from rlhf.data import sets
@@ -152,10 +153,36 @@ def test_what_a_run_prints(parts: list[Records]) -> None:
         "of each step: one 25.0% (read 1 times), two 50.0% (read 2 times), few 25.0% (read 10 times)",
     ]
     assert passes(config, records) == "15 steps of 8 of 63 records: 1 epochs (one pass over one each)"
-    single = configuration.load("grpo", ["data.train=a/one.jsonl", "rollout.rounds=2", *keys[2:]])
-    assert described(single, parts[0]) == ["a/one.jsonl: 30 records (0 truncated, 0 dropped)"]
-    assert passes(single, parts[0]) == "15 steps of 8 of 30 records: at least 4 epochs"
     assert steps(replace(config, epochs=1.1), records.epoch[1]) == math.ceil(1.1 * 120 / 8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys", "said"),
+    [
+        ("sft", [], "100 steps of 64 of 30 records: 213.3 epochs"),
+        ("sft", ["steps=3000", "batch.prompts=1024"], "3,000 steps of 1,024 of 30 records: 1.024e+05 epochs"),
+        ("sft", ["rollout.rounds=2"], "100 steps of 64 of 30 records: 213.3 epochs"),
+        ("grpo", ["rollout.rounds=2"], "100 steps of 64 of 30 records: at least 213.3 epochs"),
+    ],
+)
+def test_the_epochs_of_a_run(parts: list[Records], mode: str, keys: list[str], said: str) -> None:
+    config = configuration.load(mode, ["data.train=a/one.jsonl", *keys])
+    assert described(config, parts[0]) == ["a/one.jsonl: 30 records (0 truncated, 0 dropped)"]
+    assert passes(config, parts[0]) == said
+
+
+def test_what_a_dry_run_prints(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows the first record of each data set that is there."""
+    row, files = {"prompt": "1+1", "response": "2"}, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    keys = ["sft", f"policy.load={made}/model", "policy.init=random", "data.max_tokens=128"]
+    keys += [f'data.train=["{files[0]}", "b={files[1]}"]', "data.weights.b=0.5", "epochs=2", "batch.prompts=2"]
+    for count, file in enumerate(files, 1):
+        write(file, row)
+        assert main([*keys, "--dry-run"]) == 0
+        assert (said := capsys.readouterr().out).count("first record of" if count == 2 else "first record,") == count
+        assert "of each step: a 66.7%, b 33.3%\n" in said
+        assert ("3 in 3 steps, which are 2 epochs of 1 lines of b" in said) == (count == 2)
+    assert "first record of b, template plain (>>> and <<< enclose what is learned):\n  | <s> 1+1>>>2</s><<<\n" in said
 
 
 def test_records_of_several_sets(parts: list[Records]) -> None:

@@ -54,7 +54,8 @@ class Dialogues:
                 try:
                     group.prompt = self._prompt(group.prompt, reply.messages)
                 except UserError as error:
-                    return f"rollout.environment: reset() of line {group.prompt.text.row + 1}: {error}"
+                    place = f"line {group.prompt.text.row + 1} of data set {group.prompt.text.set}"
+                    return f"rollout.environment: reset() of {place}: {error}"
         return ""
 
     def ask(self, group: Group, k: int, mine: bool) -> None:
