@@ -185,7 +185,7 @@ def held_out_sets() -> tuple[dict[str, Any], Any]:
 
     def response(prompt: Sample, k: int) -> Sample:
         reward = float(prompt.group + k < 3) if prompt.text.prompt == "a" else prompt.group / 7
-        text = Text(prompt=prompt.text.prompt, response="The answer is 4.")
+        text = Text(prompt=prompt.text.prompt, response="The answer is 4.", set=prompt.text.prompt)
         verdict = Verdict(rule=reward, parts={"math": reward})
         return Sample(tokens, mask, prompt.group, reward, text=text, verdict=verdict, version=mask * 1)
 

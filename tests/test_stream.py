@@ -152,10 +152,10 @@ def test_progress_is_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ""
 
 
-def sampled(reward: float, failed: bool = False, **more: object) -> Sample:
+def sampled(reward: float, failed: bool = False, name: str = "math", **more: object) -> Sample:
     tokens, mask = np.array([1, 2, 3, 4], np.int32), np.array([False, True, True])
     text, verdict = (
-        Text(3, {"answer": "4"}, "2 + 2?", "\ud800 4", set="math"),
+        Text(3, {"answer": "4"}, "2 + 2?", "\ud800 4", set=name),
         Verdict(rule=reward, score=None, parts={"length": 2 * reward}, failed=failed),
     )
     version = np.array([-1, 5, 6], np.int32)
@@ -169,7 +169,7 @@ def lines(file: Path) -> list[dict]:
 def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, start=0)
     recorder.keep("train", [sampled(0.5, advantages=np.array([0, 2, 4], np.float32)), sampled(1.0)])
-    recorder.keep("evaluate", [sampled(3.0), sampled(0.0, failed=True)], "dev")
+    recorder.keep("evaluate", [sampled(3.0, name="dev"), sampled(0.0, failed=True, name="dev")])
     recorder.write(7)
     recorder.finish()
     [file] = (tmp_path / "samples").iterdir()
@@ -196,7 +196,7 @@ def test_what_was_sampled_is_kept(tmp_path: Path) -> None:
         "response_tokens": [3, 4],
     }
     assert [(line["use"], line["set"], line["reward"], line["advantage"]) for line in others] == [
-        ("train", None, 1.0, None),
+        ("train", "math", 1.0, None),
         ("evaluate", "dev", 3.0, None),
         ("evaluate", "dev", None, None),
     ]
