@@ -187,7 +187,7 @@ def test_an_engine_has_one_owner():
     sleeping = {
         (name(path), dotted_name(c.func)) for path, c in calls if c.func.attr in ("sleep", "wake_weights", "wake")
     }
-    assert {place for place, called in sleeping if called not in ("time.sleep", "self.llm.sleep")} == {
+    assert {place for place, called in sleeping if called not in ("time.sleep", "asyncio.sleep", "self.llm.sleep")} == {
         "rollout/owner.py"
     }
     built = [

@@ -271,8 +271,9 @@ class Pool(Generic[Given, Found]):
         self.pool = [worker for worker in self.pool if not worker.connection.closed]
         for spec, waiting in self._waiting.items():
             workers = [worker for worker in self.pool if worker.spec == spec]
-            while len(workers) < min(self._limits[spec].workers, len(waiting) + sum(len(w.jobs) for w in workers)):
-                workers.append(Worker(spec, self._limits[spec], self.kind, judge=self._judges.get(spec)))
+            limits = self._limits[spec]
+            while len(workers) < min(limits.workers, len(waiting) + sum(len(w.jobs) for w in workers)):
+                workers.append(Worker(spec, limits, self.kind, judge=self._judges.get(spec)))
                 self.pool.append(workers[-1])
             for worker in workers:
                 if worker.loaded:

@@ -128,7 +128,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
 def check_judge(folder: Path, layout: str, mesh: Mesh) -> None:
     """Check that a judge gives the rewards of training and evaluation, and that no file of the run has its key.
 
-    Every fourth answer has no rating, so these rewards fail. The prompt of a request is the text of the user's message.
+    Every fourth answer has no rating, so these rewards fail.
     """
     asked, key = count(), "sk-known-0815"
     (folder / "rubric.txt").write_text("Rate {{ response }} to {{ prompt }}")
@@ -144,8 +144,9 @@ def check_judge(folder: Path, layout: str, mesh: Mesh) -> None:
     rows = metrics(folder / "rated")
     assert rows[1]["reward"] == rows[1]["eval_reward"] == 2.5, rows
     assert 0 < rows[1]["reward_failed"] <= 0.5
-    sent = [body["messages"][0]["content"] for body in endpoint.asked]
-    assert any("How many" in text for text in sent)
+    lines = (folder / "data/train_prompts.jsonl").read_text().splitlines()
+    prompts, sent = [json.loads(line)["prompt"] for line in lines], str(endpoint.asked)
+    assert any(prompt in sent for prompt in prompts)
     read = json.loads((folder / "rated/step_000001/meta.json").read_text())["run"]["read"]
     assert read["judge.rubric"][0] == config.judge.rubric
     for path in (path for path in (folder / "rated").rglob("*") if path.is_file()):
