@@ -189,7 +189,7 @@ def rows(path: Path, name: str = "metrics") -> list[dict[str, float]]:
 
 
 def report(out: Path, seeds: range, seconds: float) -> str:
-    """Return the table: gold reward of each model, and its gain over SFT, over the seeds."""
+    """Return the tables: gold reward of each model, and its gain over SFT, over the seeds; and that of MT-Bench."""
     found = {
         mode: [rows(out / f"seed{seed}" / f"evaluate-{mode}", "evaluate")[-1]["eval_reward"] for seed in seeds]
         for mode in MODELS
@@ -205,6 +205,8 @@ def report(out: Path, seeds: range, seconds: float) -> str:
         lines.append(f"  {title:12} {mean(found[mode]):7.3f} {mean(gains):+9.3f} {noise}   {each}")
     accuracy = [rows(out / f"seed{seed}/reward")[-1]["eval_accuracy"] for seed in seeds]
     lines.append(f"the reward model orders {mean(accuracy):.1%} of held-out pairs like the gold reward")
+    (bench,) = out.glob("seed1/mtbench/model_judgment/*_single.md")
+    lines.append(f"\nMT-Bench, mean ratings from 1 to 10, first seed\n\n{bench.read_text()}")
     lines.append(f"{seconds / 60:.1f} minutes in total")
     return "\n".join(lines) + "\n"
 
