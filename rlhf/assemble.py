@@ -75,8 +75,8 @@ def carry_out(config: Config, mesh: Mesh, given: Inputs) -> int:
         answering.answer(config, mesh, given, partial(build_sampler, config, mesh, given))
         return 0
     with (
-        Rewards(rule(config), config.reward) as rewards,
-        Rewards(config.evaluate.function or rule(config), config.reward) as held_out_rewards,
+        Rewards(rule(config), config.reward, config.judge) as rewards,
+        Rewards(config.evaluate.function or rule(config), config.reward, config.judge) as held_out_rewards,
         Environments(config.rollout.environment, config.reward) as environments,
     ):
         if ALGORITHMS[config.mode].trains:

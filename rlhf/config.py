@@ -21,12 +21,14 @@ Count = Annotated[int, Between(1)]
 Share = Annotated[float, Between(0.01, 1)]
 Rate = Annotated[float, Between(0, 10)]
 Decay = Annotated[float, Between(0, 0.99999)]
+Retries = Annotated[int, Between(0, 100)]
 Weights = Annotated[Mapping[str, float], Between(-1e6, 1e6)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
 Template = Literal["auto", "plain", "human", "llama2", "chatml", "tokenizer"]
 # Up to this tensor parallel size, ranks exchange hidden states during matrix products (rlhf.parallel.exchange).
 # With eight ranks this was slower than megatron-core's layers (benchmarks/NOTES.md).
 EXCHANGERS = 4
+JUDGE = "judge"  # the reward function that asks a judge (rlhf.judge.rubric.Rubric)
 CPU_CACHE = 0.25  # GiB of KV cache on a CPU if rollout.cache is 0
 
 
@@ -151,11 +153,11 @@ class Memory:
 class Reward:
     """How a response is rewarded."""
 
-    function: tuple[str, ...] = ()  # math, module:function, or a list; empty: math unless load or environment is set
+    function: tuple[str, ...] = ()  # math, judge, module:function, or a list; empty: math, or only load or environment
     weights: Weights = field(default_factory=dict)  # of functions and of parts, as reward.weights.NAME=0.5; else 1
     load: str = ""  # folder of a reward model; with a function too, the reward is the sum of both
     max_failed: Annotated[float, Between(0, 1)] = 0.5  # a larger share of failed rewards in a step ends the run
-    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds per call of a function or environment; later: failed
+    timeout: Annotated[float, Between(0.01)] = 10.0  # seconds per call of own functions and environments; later: failed
     workers: Annotated[int, Between(1, 256)] = 2  # processes per rank and function, and as many for environments
     concurrency: Annotated[int, Between(1, 4096)] = 64  # responses at a time per process: async or batched functions
     memory: float = 0.0  # limit in GiB of data per such process, and per process that it starts; 0: no limit
@@ -168,10 +170,11 @@ class Judge:
     url: str = ""  # address of the endpoint, such as http://localhost:8000/v1
     model: str = ""  # name of the judge at the endpoint; empty: the only model that the endpoint has
     key: str = "OPENAI_API_KEY"  # name of the environment variable with the API key; it may be unset
-    concurrency: Annotated[int, Between(1, 4096)] = 32  # requests at a time
+    concurrency: Annotated[int, Between(1, 4096)] = 32  # requests at a time, of each rank
     timeout: Annotated[float, Between(0.01)] = 120.0  # seconds per request
-    retries: int = 6  # further tries after a timeout, a lost connection, or status 408, 409, 429 or 5xx
+    retries: Retries = 6  # further tries after a timeout, a lost connection, or status 408, 409, 429 or 5xx
     max_tokens: Count = 2048  # limit of a judge's answer, in tokens
+    rubric: str = ""  # file with the rubric of reward.function=judge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

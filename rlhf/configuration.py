@@ -13,6 +13,7 @@ from rlhf import texts
 from rlhf.algorithms import ALGORITHMS, SECTIONS
 from rlhf.config import Between, Config
 from rlhf.errors import UserError, failure
+from rlhf.judge import client
 
 UNREADABLE = (ValueError, RecursionError)  # tomllib raises ValueError, also for huge numbers, and RecursionError
 
@@ -34,7 +35,9 @@ def load(mode: str, arguments: list[str]) -> Config:
         raise UserError("key 'mode' cannot be set in a file: it is the first word of the command")
     if tree.get("out", "") == "":
         tree["out"] = f"runs/{mode}"
-    return _build(Config, tree | {"mode": mode})
+    config = _build(Config, tree | {"mode": mode})
+    client.validate(config.judge)  # first of all, because the configuration is printed and written to files
+    return config
 
 
 def _read(argument: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.algorithms import ALGORITHMS
-from rlhf.config import Config
+from rlhf.config import JUDGE, Config
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ FREE = {
     "data.invalid",  # data sets with invalid lines are refused without skip, and others are read alike
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
     *("reward.timeout", "reward.workers", "reward.concurrency", "reward.memory", "reward.max_failed"),
+    *("judge.url", "judge.key", "judge.concurrency", "judge.timeout", "judge.retries", "judge.rubric"),
 }
 TOLD = ("optim.", "critic.lr")  # keys that may change when a run resumes; the change is printed
-CODE = ("reward.function", "rollout.environment")  # the files of these keys may change, too; the change is printed
+# The files of these keys may change, too. The change is printed.
+CODE = ("reward.function", "rollout.environment", "judge.rubric")
 BLOCK, BLOCKS = 4096, 64  # bytes per block, and number of blocks, that the fingerprint of a weight file covers
 OTHER_RUN = "start with the same settings and files, or set another out"
 
@@ -41,6 +43,8 @@ def identity(config: Config, read: Mapping[str, tuple[str, str]]) -> Identity:
     sections = found.pop("sections")
     if not algorithm.online:
         del found["rollout"], found["reward"]
+    if not algorithm.online or JUDGE not in config.reward.function:
+        del found["judge"]
     if algorithm.section:
         found[algorithm.section[0]] = sections[algorithm.section[0]]
     keys: dict[str, Any] = {}

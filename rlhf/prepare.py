@@ -14,12 +14,15 @@ from pathlib import Path
 
 from rlhf import folders, rewards, texts
 from rlhf.algorithms import ALGORITHMS
-from rlhf.config import Config
+from rlhf.config import JUDGE, Config
 from rlhf.data import chat, columns, lines, templates
+from rlhf.data.forms import ANSWER, Need
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.identity import Identity, compare, description, identity, rescheduled, weights
+from rlhf.judge.client import longest, probe
+from rlhf.judge.rubric import Rubric
 from rlhf.model.architecture import Architecture
 from rlhf.rewards import rule
 from rlhf.shapes import Role, shapes
@@ -76,15 +79,8 @@ def inputs(config: Config, world: int) -> Inputs:
     if algorithm.online and config.rollout.inflight > 1 and not algorithm.weighs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     graded = algorithm.online and not algorithm.judged  # responses get rewards in the run
-    if graded and 0 < config.watchdog.timeout <= config.reward.timeout:
-        times = f"watchdog.timeout={config.watchdog.timeout:g} is not above reward.timeout={config.reward.timeout:g}"
-        raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
-    if config.reward.weights and graded and not _functions(config):
-        raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
-    for key, functions in _functions(config).items():
-        rewards.check(*functions, memory=config.reward.memory, key=key)
-    if config.rollout.environment and graded:
-        rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
+    if graded:
+        remarks += _check_functions(config)
     loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
     known = identity(config, _read(config, loaded, tokenizer, sources))
     if newest:
@@ -158,8 +154,12 @@ def _read(
     if config.data.train and ALGORITHMS[config.mode].trains:
         found["data.train"] = (config.data.train, columns.contents(lines.files(Path(config.data.train))))
     code = {"reward.function": config.reward.function, "rollout.environment": (config.rollout.environment,)}
-    for key, specs in code.items():
-        places = [file for spec in specs if (file := spec.rpartition(":")[0]).endswith(".py")]
+    own = {
+        key: [file for spec in specs if (file := spec.rpartition(":")[0]).endswith(".py")]
+        for key, specs in code.items()
+    }
+    own["judge.rubric"] = [config.judge.rubric] if JUDGE in config.reward.function else []
+    for key, places in own.items():
         if places and ALGORITHMS[config.mode].online:
             found[key] = ", ".join(places), columns.contents(map(Path, places))
     held = {
@@ -183,6 +183,26 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
     return sources
 
 
+def _check_functions(config: Config) -> list[str]:
+    """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them."""
+    functions, rubric, seconds = _functions(config), _rubric(config), config.watchdog.timeout
+    if 0 < seconds <= config.reward.timeout:
+        times = f"watchdog.timeout={seconds:g} is not above reward.timeout={config.reward.timeout:g}"
+        raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
+    if config.reward.weights and not functions:
+        raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
+    for key, names in functions.items():
+        rewards.check(*names, memory=config.reward.memory, key=key)
+    if config.rollout.environment:
+        rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
+    if not rubric:
+        return []
+    if 0 < seconds <= longest(config.judge):
+        times = f"watchdog.timeout={seconds:g} is not above {longest(config.judge):g} s, which a judge may take"
+        raise UserError(f"{times} with all tries: raise it, or lower judge.timeout or judge.retries")
+    return [f"the judge {probe(config.judge)} rates responses with {rubric.path}"]
+
+
 def _functions(config: Config) -> dict[str, tuple[str, ...]]:
     """Return the reward functions of sampled responses, by key."""
     algorithm, own = ALGORITHMS[config.mode], config.evaluate.function
@@ -190,6 +210,18 @@ def _functions(config: Config) -> dict[str, tuple[str, ...]]:
         return {}
     named = {"reward.function": rule(config) if algorithm.trains or not own else (), "evaluate.function": own}
     return {key: names for key, names in named.items() if names}
+
+
+def _rubric(config: Config) -> Rubric | None:
+    """Return the rubric if a judge is one of the reward functions."""
+    return Rubric(config.judge) if any(JUDGE in names for names in _functions(config).values()) else None
+
+
+def _needs(config: Config) -> tuple[Need, ...]:
+    """Return what the reward functions need of each line."""
+    rubric = _rubric(config)
+    verified = any("math" in names for names in _functions(config).values())
+    return (*((ANSWER,) if verified else ()), *map(Need, rubric.needs if rubric else ()))
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, Records | None]:
@@ -222,7 +254,7 @@ def read_records(config: Config, tokenizer: Tokenizer, path: str, first: bool = 
         tokenizer,
         config.data,
         max_prompt=config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None,
-        required=("answer",) if any("math" in names for names in _functions(config).values()) else (),
+        required=_needs(config),
         cache=None if first else Path(config.out) / "records",
         first=first,
     )

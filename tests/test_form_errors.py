@@ -10,6 +10,7 @@ from vocabularies import write_byte_level
 
 from rlhf.config import Data
 from rlhf.data import templates
+from rlhf.data.forms import ANSWER
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
@@ -211,14 +212,14 @@ def test_required_keys(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", {"prompt": "Q?", "answer": 4}, {"prompt": "Q?", "answer": None})
     assert len(Records.load(file, "prompts", tokenizer, Data())) == 2
     with pytest.raises(UserError, match=re.escape(f"{file}:2: no 'answer', which the reward needs; add it")):
-        Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
+        Records.load(file, "prompts", tokenizer, Data(), required=(ANSWER,))
     lists = [["1/2", 0.5], [4]]
     file = write(tmp_path / "lists.jsonl", *({"prompt": "Q?", "answer": answer} for answer in lists))
-    assert len(Records.load(file, "prompts", tokenizer, Data(), required=("answer",))) == 2
+    assert len(Records.load(file, "prompts", tokenizer, Data(), required=(ANSWER,))) == 2
     for answer, says in {"[]": "no 'answer'", '[""]': "is ['']", "[[4]]": "is [[4]]", "[null]": "is [None]"}.items():
         file = write(tmp_path / "wrong.jsonl", f'{{"prompt": "Q?", "answer": {answer}}}')
         with pytest.raises(UserError, match=re.escape(says) + ".* the reward needs"):
-            Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
+            Records.load(file, "prompts", tokenizer, Data(), required=(ANSWER,))
     file = write(
         tmp_path / "b.jsonl",
         {"eval_func": "math_rule", "prompt": "Q?", "answer": 4},
@@ -228,7 +229,7 @@ def test_required_keys(tmp_path, tokenizer):
     with pytest.raises(
         UserError, match=re.escape(f"{file}:2: 'eval_func' is 'code', but the reward verifies 'math_rule'; set another")
     ):
-        Records.load(file, "prompts", tokenizer, Data(), required=("answer",))
+        Records.load(file, "prompts", tokenizer, Data(), required=(ANSWER,))
 
 
 def test_invalid_lines_are_skipped(tmp_path, tokenizer, monkeypatch):

@@ -15,6 +15,7 @@ from rows import ASSISTANT, USER, write
 
 from rlhf.config import Data
 from rlhf.data import lines, tables
+from rlhf.data.forms import ANSWER
 from rlhf.data.records import Records
 from rlhf.errors import UserError
 
@@ -143,7 +144,7 @@ def test_tables(tmp_path, tokenizer, monkeypatch, name, write_table):
     expected = [row | {"when": f"2024-02-0{n + 1}", "price": 0.5} for n, row in enumerate(given)]
     assert [sample.text.record for sample in records.head(0)] == expected
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}: row 2: no 'answer', which the reward needs")):
-        Records.load(tmp_path / name, "prompts", tokenizer, Data(), required=("answer",))
+        Records.load(tmp_path / name, "prompts", tokenizer, Data(), required=(ANSWER,))
 
 
 def test_a_table_is_read_like_the_same_lines(tmp_path, tokenizer):

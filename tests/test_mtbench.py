@@ -16,7 +16,7 @@ from endpoint import CLOSE, HANG, Endpoint, completion, fault
 from rlhf.config import Config, Judge, MTBench
 from rlhf.errors import JudgingError, UserError
 from rlhf.mtbench import answers as answer_files
-from rlhf.mtbench import grading, judged, questions
+from rlhf.mtbench import grading, judged, questions, tables
 from rlhf.mtbench.answers import Answer
 from rlhf.mtbench.judgments import Answers
 from rlhf.mtbench.prompts import FORMATS, NAMES, OWN, REFERENCED, Prompts
@@ -295,3 +295,123 @@ def test_a_killed_call_loses_nothing(tmp_path):
         assert len(endpoint.asked) == 11 + 12
     assert len(lines(tmp_path)) == 20
     assert rows(table)["mean"] == [f"{(7 * 8 + 5 * 12) / 20:.2f}"]
+
+
+def compare(body: dict) -> str:
+    """Prefer the answer of "good", and A where both are of one kind. A question about Rome has no verdict once."""
+    text = body["messages"][-1]["content"]
+    if "Shorter" in text and text.index("good") < text.index("bad"):
+        return "I cannot say."
+    first, second = (text.index(name) for name in ("good", "bad"))
+    return "[[A]]" if "3+3" in text or first < second else "[[B]]"
+
+
+def test_pairs(tmp_path):
+    """A win needs both orders. The prompts of the second turn of MATH are answered with A always, so it is a tie."""
+    with Endpoint(compare) as endpoint:
+        given = config(endpoint, tmp_path, pairwise=True)
+        table = judged(given, ASKED, of("good", "bad"))
+        assert len(endpoint.asked) == 10
+        found = {(line["question_id"], line["turn"]): line for line in lines(tmp_path, "judge_pair")}
+        assert len(lines(tmp_path, "judge_pair")) == 5, "without the halves that came first"
+        keys = ["question_id", "model_1", "model_2", "judge", "system_prompt"]
+        keys += [f"{game}_{key}" for game in ("g1", "g2") for key in ("user_prompt", "judgment", "winner")]
+        assert list(found[81, 1]) == [*keys, "turn", "tstamp"]
+        assert {(line["model_1"], line["model_2"]) for line in found.values()} == {("bad", "good")}
+        winners = {key: (line["g1_winner"], line["g2_winner"]) for key, line in found.items()}
+        assert winners == {
+            (81, 1): ("model_2", "model_2"),
+            (81, 2): ("model_2", "error"),
+            (101, 1): ("model_2", "model_2"),
+            (101, 2): ("model_1", "model_2"),
+            ("x", 1): ("model_2", "model_2"),
+        }
+        assert [found[101, 2][f"{game}_judgment"] for game in ("g1", "g2")] == ["[[A]]"] * 2
+        cells = rows(table)
+        assert cells[""] == ["win rate", "wins", "ties", "losses", "without verdict"]
+        assert cells["writing"] == ["100.0 %", "1", "0", "0", "1"]
+        assert cells["math"] == ["75.0 %", "1", "1", "0", "0"]
+        assert cells["mean"] == ["87.5 %", "3", "1", "0", "1"]
+        assert "good against bad:" in table
+        assert "interval is 75.0 % to 100.0 %" in table
+        assert "Cut answers: good ?, bad ?." in table
+
+        other = judged(given, ASKED, of("bad", "good"))
+        assert len(endpoint.asked) == 10, "the other order of the models is the same comparison"
+        assert rows(other)["mean"] == ["12.5 %", "0", "1", "3", "1"]
+
+        three = judged(given, ASKED, of("good", "worst_bad", "bad"))
+        assert three.count(" against ") == 3
+        assert len(endpoint.asked) == 30
+
+
+def test_half_a_pair_is_kept(tmp_path):
+    """One of the two requests fails. FastChat leaves a line with the winner "error" out."""
+
+    def half(body: dict) -> object:
+        return compare(body) if len(endpoint.asked) % 2 else fault(400, "no")
+
+    with Endpoint(half) as endpoint:
+        given = config(endpoint, tmp_path, pairwise=True, concurrency=1)
+        with pytest.raises(JudgingError, match=r"5 of 10 requests have a reply, in .*, and 5 have none"):
+            judged(given, ASKED, of("good", "bad"))
+        halves = lines(tmp_path, "judge_pair")
+        assert [(line["g2_winner"], line["g2_judgment"]) for line in halves] == [("error", None)] * 5
+        endpoint.answer = compare
+        table = judged(given, ASKED, of("good", "bad"))
+        assert len(endpoint.asked) == 15
+        assert judged(given, ASKED, of("good", "bad")) == table
+        assert len(endpoint.asked) == 15
+    assert rows(table)["mean"] == ["87.5 %", "3", "1", "0", "1"]
+    assert [line["g2_judgment"] is None for line in lines(tmp_path, "judge_pair")] == [False] * 5
+
+
+def test_the_interval_of_a_win_rate():
+    """It is that of a binomial proportion, and equal turns of one question do not make it narrower."""
+    low, high = tables.interval([[1.0]] * 60 + [[0.0]] * 40)
+    assert (low, high) == pytest.approx((0.6 - 1.96 * 0.049, 0.6 + 1.96 * 0.049), abs=0.011)
+    assert tables.interval([[1.0, 1.0]] * 60 + [[0.0, 0.0]] * 40) == (low, high)
+    apart = tables.interval([[1.0], [1.0]] * 60 + [[0.0], [0.0]] * 40)
+    assert apart[1] - apart[0] == pytest.approx((high - low) / 2**0.5, abs=0.015)
+    assert tables.interval([[], [1.0]]) == (1.0, 1.0)
+    assert tables.interval([[]]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": "another"}, "prompts.jsonl: it has no prompt 'single-v1'; give FastChat's form"),
+        ({"type": "pairwise"}, "prompts.jsonl:1: 'type' is 'pairwise' and 'output_format' is '[[rating]]'"),
+        ({"output_format": "[[A]]"}, "they must be 'single' and '[[rating]]'"),
+        ({"system_prompt": None}, "prompts.jsonl:1: 'system_prompt' is None"),
+        ({"prompt_template": ["{answer}"]}, "'prompt_template' is ['{answer}']"),
+        ({"prompt_template": "{answer"}, "is no template ("),
+        ({"prompt_template": "{answer_a}"}, "has the field {answer_a}; it may have question, answer"),
+        ({"prompt_template": "{ref_answer_1}"}, "has the field {ref_answer_1}"),
+        ({"prompt_template": "{}"}, "has the field {}"),
+        ({"prompt_template": "{answer.__class__}"}, "has the field {answer.__class__}"),
+        ({"prompt_template": "{answer:{x}}"}, "has the field {answer}"),
+    ],
+)
+def test_prompts_of_another_form(tmp_path, changed, message):
+    first, *others = (json.loads(line) for line in OWN.read_text().splitlines())
+    path = written(tmp_path / "prompts.jsonl", [first | changed, *others])
+    with Endpoint() as endpoint:
+        given = replace(config(endpoint, tmp_path), mtbench=MTBench(prompts=str(path)))
+        with pytest.raises(UserError) as error:
+            judged(given, ASKED, of("a"))
+    assert message in str(error.value)
+    assert endpoint.requests == []
+
+
+def test_what_is_missing_is_said_before_a_request_is_sent(tmp_path):
+    with Endpoint() as endpoint:
+        lacking = [replace(MATH, id=number, reference=("4",)) for number in (1, 2)]
+        with pytest.raises(UserError, match=r"question 1 \(math\) and 1 others: no reference answer to each turn; set"):
+            judged(config(endpoint, tmp_path), lacking, of("a", asked=lacking))
+        with pytest.raises(UserError, match=r"compares models: give at least two in mtbench\.models"):
+            judged(config(endpoint, tmp_path, pairwise=True), ASKED, of("a"))
+        assert endpoint.requests == []
+        written(prompts := tmp_path / "p.jsonl", map(json.loads, OWN.read_text().splitlines()[:4]))
+        with pytest.raises(UserError, match="it has no prompt 'pair-v2'"):
+            Prompts.read(prompts, "pairwise")

@@ -26,7 +26,7 @@ from vocabularies import write_byte_level, write_sentencepiece
 from rlhf import configuration, folders
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
-from rlhf.data.forms import FORMS
+from rlhf.data.forms import ANSWER, FORMS
 from rlhf.data.records import Records
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.identity import compare
@@ -179,7 +179,7 @@ CALLING = {"messages": [{"role": "user", "content": "How many?"}, CALL], "tools"
 def test_jsonl(made: Path, tmp_path: Path, form: Any) -> None:
     path, plain = tmp_path / "lines.jsonl", Tokenizer.load(made / "model")
     own = Tokenizer.load(write_byte_level(tmp_path / "own", template=QWEN3))
-    required = ("answer",) if form == "prompts" else ()
+    required = (ANSWER,) if form == "prompts" else ()
 
     @mutations
     @given(texts(LINES[form]) | texts(CALLING), st.sampled_from(["auto", "plain", "human", "chatml", "llama2"]))

@@ -14,6 +14,7 @@ from rows import first_lines, learned, whole, write
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import Data
 from rlhf.data import forms, lines
+from rlhf.data.forms import ANSWER
 from rlhf.data.records import Records
 from rlhf.errors import told
 from rlhf.rewards.answers import verify
@@ -232,7 +233,7 @@ def test_every_line_of_the_real_files_has_a_form_of_its_mode(prepared, llama2):
     for file in files:
         mode = MODES[file.parent.name]
         form = ALGORITHMS[mode].form
-        required = ("answer",) if mode == "grpo" else ()
+        required = (ANSWER,) if mode == "grpo" else ()
         for _, line in lines.read(file):
             assert len(forms.read(line, form, required).told) == (2 if form in forms.COMPARED else 1)
         records = load(head(file, 50), mode, llama2, template, required=required)
@@ -263,7 +264,7 @@ def test_real_gsm8k(prepared, llama2, shared_data):
     folder, template = prepared
     folder = folder / "gsm8k_test.jsonl.gz"
     assert len(rows(folder / "math/train.jsonl")) == len(rows(folder / "sft/train.jsonl")) == 1319
-    math = load(head(folder / "math/train.jsonl", 200), "grpo", llama2, template, required=("answer",)).head(0)
+    math = load(head(folder / "math/train.jsonl", 200), "grpo", llama2, template, required=(ANSWER,)).head(0)
     sft = load(head(folder / "sft/train.jsonl", 200), "sft", llama2, template).head(0)
     for row, prompt, solution in zip(first_lines(shared_data / "gsm8k_test.jsonl.gz", 200), math, sft, strict=True):
         assert llama2.decode(prompt.tokens) == f"\n\nHuman: {row['question']}\n\nAssistant:"

@@ -13,6 +13,7 @@ from rows import first_lines, learned, whole, write
 
 from rlhf.config import Data
 from rlhf.data import reader, templates
+from rlhf.data.forms import ANSWER
 from rlhf.data.records import Counts, Records, permutation
 from rlhf.errors import UserError
 
@@ -285,7 +286,7 @@ def test_head_is_the_first_records_in_order(ten):
 def test_gsm8k(tmp_path, tokenizer, llama2, shared_data):
     """The real files, as prompts and as conversations to learn."""
     file = shared_data / "gsm8k_test.jsonl.gz"
-    prompts = Records.load(file, "prompts", llama2, Data(template="human"), required=("answer",))
+    prompts = Records.load(file, "prompts", llama2, Data(template="human"), required=(ANSWER,))
     assert len(prompts) == 1319
     assert prompts.counts == Counts(kept=1319)
     for sample in prompts.draw(3, 16, seed=1):

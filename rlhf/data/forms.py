@@ -10,9 +10,9 @@ describe `tools`.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf import texts
 from rlhf.contracts import Form
@@ -26,6 +26,16 @@ Told = list[tuple[list[Message], float]]  # conversations of one group, each wit
 Parse = Callable[[Row, Keys], Told]
 
 
+class Need(NamedTuple):
+    """What a reward function needs of a line: at least one of these keys."""
+
+    keys: Keys
+    verified: bool = False  # its value is compared with the answer of a response, so it is a text or a number
+
+
+ANSWER = Need(("answer",), verified=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
     """The content of a line."""
@@ -35,27 +45,33 @@ class Content:
     tools: object  # the value of `tools`
 
 
-def read(line: bytes, form: Form, required: Keys = ()) -> Content:
+def read(line: bytes, form: Form, required: Sequence[Need] = ()) -> Content:
     """Return the content of a line, read by the first form that fits it. Raises UserError.
 
     required: further keys that the line must have, such as the answer for a reward function.
     """
     row = parse(line)
     keys = _form(row, form)
-    for key in required:
-        if row.get(key) in (None, "", []):
-            remedy = "add it, or set another reward.function, or set reward.load"
-            raise UserError(f"no {key!r}, which the reward needs; {remedy}")
-        if not _stated(row[key]):
-            given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number, or a list of them"
-            raise UserError(f"{given}; give one, or set another reward.function")
-    if "answer" in required and row.get("eval_func", "math_rule") != "math_rule":
-        raise UserError(
-            f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
-        )
+    for need in required:
+        _check_need(row, need)
     told = [(under_system(row, messages), reward) for messages, reward in FORMS[form][keys](row, keys)]
     is_text = not {"instruction", "turns"} & {*keys} and not any(_is_messages(row[key]) for key in keys)
     return Content(told, is_text, row.get("tools"))
+
+
+def _check_need(row: Row, need: Need) -> None:
+    """Raise UserError unless a line has what a reward function needs."""
+    key = next((key for key in need.keys if row.get(key) not in (None, "", [])), None)
+    if key is None:
+        remedy = "add it, or set another reward.function, or set reward.load"
+        raise UserError(f"no {' or '.join(map(repr, need.keys))}, which the reward needs; {remedy}")
+    if need.verified and not _stated(row[key]):
+        given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number, or a list of them"
+        raise UserError(f"{given}; give one, or set another reward.function")
+    if need.verified and row.get("eval_func", "math_rule") != "math_rule":
+        raise UserError(
+            f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
+        )
 
 
 def _is_messages(value: object) -> bool:

@@ -24,7 +24,7 @@ from rlhf.config import Data
 from rlhf.contracts import Form
 from rlhf.data import forms, lines, templates
 from rlhf.data.columns import Columns, Conversation, Record
-from rlhf.data.forms import Keys
+from rlhf.data.forms import Need
 from rlhf.data.limits import Encoded, Limits, trimmed
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
@@ -45,7 +45,7 @@ class Reader:
     tokenizer: Tokenizer
     data: Data
     fit: Limits
-    required: Keys
+    required: tuple[Need, ...]
 
     def read(self, path: Path, first: bool = False) -> Columns:
         """Return the records of a data set, in the order of its files.

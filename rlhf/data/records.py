@@ -12,7 +12,7 @@ from rlhf.config import Data
 from rlhf.contracts import Form, Sample, Text
 from rlhf.data import columns
 from rlhf.data.columns import Columns, Conversation, Record
-from rlhf.data.forms import Keys
+from rlhf.data.forms import Need
 from rlhf.data.limits import Limits
 from rlhf.data.reader import Reader
 from rlhf.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class Records:
         config: Data,
         *,
         max_prompt: int | None = None,
-        required: Keys = (),
+        required: tuple[Need, ...] = (),
         cache: Path | None = None,
         first: bool = False,
     ) -> "Records":

@@ -26,8 +26,7 @@ async def grade(path: Path, client: Client, judgments: list[Judgment]) -> None:
     A file that a killed process has left is repaired. Raises JudgingError if requests have failed. The others are in
     the file then, and another call sends only the requests that are left.
     """
-    if path.exists():
-        rows.write(path, restore(_rows(path), judgments))
+    _tidy(path, judgments)
     left = [(judgment, request) for judgment in judgments for request in judgment.left]
     total = sum(len(judgment.requests) for judgment in judgments)
     say(_plan(client, total - len(left), [request for _, request in left]))
@@ -36,6 +35,7 @@ async def grade(path: Path, client: Client, judgments: list[Judgment]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with errors.naming(path), path.open("a") as file, Progress("judge", "requests", len(left), shown=True) as shown:
         failed = await _ask(client, left, file, shown)
+    _tidy(path, judgments)
     if failed:
         missing = sum(len(judgment.left) for judgment in judgments)
         count = f"{total - missing} of {total} requests have a reply, in {path}, and {missing} have none"
@@ -76,6 +76,12 @@ def _plan(client: Client, known: int, left: Iterable[Request]) -> str:
     tokens = f"about {sum(lengths) // LETTERS:,} tokens (one per {LETTERS} characters)"
     most = f"replies of up to {client.config.max_tokens:,} tokens each"
     return f"judge {client.model}: {len(lengths)} requests with {tokens}, and {most}; {before}"
+
+
+def _tidy(path: Path, judgments: list[Judgment]) -> None:
+    """Take the replies from a file, and remove the lines that no longer count, such as halves of complete pairs."""
+    if path.exists():
+        rows.write(path, restore(_rows(path), judgments))
 
 
 def _rows(path: Path) -> list[Row]:

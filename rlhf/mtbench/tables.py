@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.mtbench.judgments import ERROR, FAILED, TIE, Answers, Judgment
 
-DRAWS, SEED = 10_000, 0  # of the bootstrap
+DRAWS, SEED = 2_000, 0  # of the bootstrap
 Part = tuple[str, list[Judgment]]  # a row of a table, and the judgments that it is about
 
 

@@ -55,7 +55,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     die_with_parent(lifeline=int(sys.argv[2]))
-    sys.path[:], place, name, kind, memory, timeout = connection.recv()
+    sys.path[:] = connection.recv()  # first, because the next message may have objects of the package
+    place, name, kind, arguments, memory, timeout = connection.recv()
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     with suppress(FileNotFoundError):  # the current folder has been deleted
@@ -64,7 +65,8 @@ def main() -> None:
 
     output.secure()
     with Attempt() as loading:
-        code = KINDS[kind](load(place, name))
+        given = load(place, name)
+        code = KINDS[kind](given if arguments is None else given(*arguments))
     connection.send((() if loading.error else tuple(code.form), loading.error))
     if loading.error:
         return
@@ -141,6 +143,7 @@ class Form(NamedTuple):
 
     many: bool = False  # one call gets many items
     waits: bool = False  # it is async, so one process works on many calls at a time
+    once: bool = False  # a call that has failed is not repeated, unless its process has ended
 
 
 class Reward:
@@ -159,7 +162,7 @@ class Reward:
                 wanted = f"(prompt, response, record) or ({', '.join(SEVERAL)})"
                 raise TypeError(f"its parameters are {signature}, but it is called with {wanted}") from None
         waits = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
-        self.form = Form(many, waits)
+        self.form = Form(many, waits, getattr(function, "once", False))
 
     def call(self, items: list[tuple]) -> list[Outcome]:
         """Return the outcome of each item."""

@@ -2,10 +2,12 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from rlhf.config import Reward
+from rlhf.config import JUDGE, Judge, Reward
+from rlhf.judge.client import longest
 from rlhf.rewards.rules import REWARDS
 from rlhf.rewards.worker import Job, Pool, Worker, called
 
@@ -26,13 +28,17 @@ class Rewards(Pool[Item, Value]):
 
     A part of the reward has the name of its function. If a function returns a dict, each key is a part; with several
     functions its name is FUNCTION/KEY. A weight NAME of limits.weights holds for the part of this name, and for all
-    parts NAME/... that have no weight of their own. All other weights are 1.
+    parts NAME/... that have no weight of their own. All other weights are 1. The function JUDGE has one process, and
+    the limits of `judge` in place of those of `limits`.
     """
 
     kind = "function"
 
-    def __init__(self, specs: Sequence[str], limits: Reward):
+    def __init__(self, specs: Sequence[str], limits: Reward, judge: Judge | None = None):
         super().__init__(specs, limits)
+        if judge and JUDGE in self.specs:
+            self._judges[JUDGE] = judge
+            self._limits[JUDGE] = replace(limits, workers=1, concurrency=judge.concurrency, timeout=longest(judge))
         self.names: set[str] = set()  # of the parts so far
         self._values: dict[int, dict[str, Value]] = {}  # unfinished responses: key -> function -> result
 
@@ -98,8 +104,8 @@ class Rewards(Pool[Item, Value]):
         A call of many responses gets the next `concurrency` ones, and the last call the rest. So its responses do not
         depend on time.
         """
-        size = self.limits.concurrency if worker.form.many else 1
-        room = self.limits.concurrency if worker.form.waits else size
+        size = worker.limits.concurrency if worker.form.many else 1
+        room = worker.limits.concurrency if worker.form.waits else size
         while len(held := worker.jobs) + size <= room and not any(job.alone for job in held):
             # Only a process that may work on several items can have failed with several.
             alone = next((job for job in waiting if job.alone), None) if room > 1 and not held else None
@@ -108,7 +114,7 @@ class Rewards(Pool[Item, Value]):
                 return
             for job in jobs:
                 waiting.remove(job)
-            worker.give(jobs, [job.item for job in jobs], self.limits.timeout)
+            worker.give(jobs, [job.item for job in jobs], worker.limits.timeout)
 
     def _result(self, value: Any, failed: bool) -> Value:
         return None if failed else value

@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from rlhf import progress
-from rlhf.config import Reward
+from rlhf.config import JUDGE, Judge, Reward
 from rlhf.errors import UserError
+from rlhf.judge.rubric import Rubric
 from rlhf.rewards import child
 from rlhf.rewards.child import LATE
 from rlhf.rewards.rules import REWARDS
@@ -41,7 +42,7 @@ def check(*specs: str, memory: float = 0.0, kind: str = "function", key: str = "
         if any(called(spec) == called(other) for other in specs if other is not spec):
             same = f"{key or GIVEN[kind][0]} has two functions with the name {called(spec)!r}"
             raise UserError(f"{same}, which metrics and reward.weights use: rename one of them")
-        if kind == "function" and spec in REWARDS:
+        if kind == "function" and spec in (*REWARDS, JUDGE):
             continue
         worker = Worker(spec, Reward(memory=memory), kind, key)
         try:
@@ -70,18 +71,18 @@ class Job:
 class Worker:
     """One process of child.py, and the calls that it is working on.
 
-    limits: time and memory limit. The process is not forked, because a fork does not work with a CUDA context or with
-    the threads of torch.distributed.
+    limits: time and memory limit. judge: runs Rubric with this configuration in place of the user's code. The process
+    is not forked, because a fork does not work with a CUDA context or with the threads of torch.distributed.
     """
 
-    def __init__(self, spec: str, limits: Reward, kind: str = "function", key: str = ""):
-        place, _, name = spec.rpartition(":")
+    def __init__(self, spec: str, limits: Reward, kind: str = "function", key: str = "", judge: Judge | None = None):
+        place, _, name = spec.rpartition(":") if judge is None else (Rubric.__module__, "", Rubric.__name__)
         usual, self.remedy = GIVEN[kind]
         self.key = key or usual
         if not place or not name:
-            known = f"choose {', '.join(REWARDS)}, or " if kind == "function" else ""
+            known = f"choose {', '.join(REWARDS)} or {JUDGE}, or " if kind == "function" else ""
             raise UserError(f"{self.key}={spec!r} is unknown: {known}give {self.remedy}")
-        self.spec = spec
+        self.spec, self.limits = spec, limits
         self.loaded, self.form = False, child.Form()
         self.calls: dict[int, list[Job]] = {}
         self.ended: list[Hashable] = []  # ended dialogues, whose environments it can drop
@@ -96,7 +97,8 @@ class Worker:
         os.close(end)
         # A thread, because a process that is busy may not read, and kill() must end the wait for it.
         self._sender = ThreadPoolExecutor(1)
-        self._send((sys.path, place, name, kind, int(limits.memory * 2**30), limits.timeout))
+        self._send(sys.path)
+        self._send((place, name, kind, judge and (judge,), int(limits.memory * 2**30), limits.timeout))
 
     def give(self, jobs: list[Job], items: list[tuple], limit: float) -> None:
         """Begin a call. limit: seconds in which an answer to any call must come."""
@@ -145,7 +147,7 @@ class Worker:
             os.close(self.lifeline)
         return self.process.wait()
 
-    def _send(self, message: tuple) -> None:
+    def _send(self, message: Any) -> None:
         def send() -> None:
             with suppress(OSError):  # the process has ended; advance() detects that the connection is closed
                 self.connection.send(message)
@@ -187,6 +189,8 @@ class Pool(Generic[Given, Found]):
 
     def __init__(self, specs: Iterable[str], limits: Reward):
         self.specs, self.limits = tuple(specs), limits
+        self._limits = dict.fromkeys(self.specs, limits)
+        self._judges: dict[str, Judge] = {}  # configurations of the specs that are judges
         self.pool: list[Worker] = []
         self.failure, self.late = "", False
         self._waiting: dict[str, deque[Job]] = {spec: deque() for spec in self.specs}
@@ -253,7 +257,8 @@ class Pool(Generic[Given, Found]):
 
     def _end(self, worker: Worker, job: Job, value: Any, error: str, found: dict[Any, Found]) -> None:
         """Add the result of a job to `found`, or try the job again if it has failed for the first time."""
-        if error and not job.error:
+        final = worker.form.once and not worker.connection.closed
+        if error and not job.error and not final:
             job.error, job.alone = error, job.alone or worker.form.many
             self._waiting[worker.spec].appendleft(job)
             return
@@ -266,8 +271,8 @@ class Pool(Generic[Given, Found]):
         self.pool = [worker for worker in self.pool if not worker.connection.closed]
         for spec, waiting in self._waiting.items():
             workers = [worker for worker in self.pool if worker.spec == spec]
-            while len(workers) < min(self.limits.workers, len(waiting) + sum(len(w.jobs) for w in workers)):
-                workers.append(Worker(spec, self.limits, self.kind))
+            while len(workers) < min(self._limits[spec].workers, len(waiting) + sum(len(w.jobs) for w in workers)):
+                workers.append(Worker(spec, self._limits[spec], self.kind, judge=self._judges.get(spec)))
                 self.pool.append(workers[-1])
             for worker in workers:
                 if worker.loaded:
