@@ -11,9 +11,9 @@ from rlhf.config import Config
 from rlhf.contracts import Completion, Sampling
 from rlhf.data.limits import Limits
 from rlhf.data.tokenizer import Tokenizer
-from rlhf.metrics import say
 from rlhf.mtbench import answers
 from rlhf.mtbench.answers import Answer
+from rlhf.output import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.prepare import Inputs
 from rlhf.rollout.sampler import Sampler

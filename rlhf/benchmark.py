@@ -22,6 +22,7 @@ from rlhf.errors import UserError
 from rlhf.interrupt import SIGNALS
 from rlhf.mtbench import answers, questions
 from rlhf.mtbench.questions import Question
+from rlhf.output import say
 from rlhf.prepare import Inputs, inputs
 from rlhf.weights import files
 from rlhf.weights.formats import FORMATS
