@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Formatter
@@ -27,8 +28,8 @@ MODEL = "gold"  # name of the judge
 
 def grade(text: str) -> str:
     """Return the judge's answer to a prompt of rlhf.mtbench: the gold reward of the last answer, and a rating."""
-    for prompt in Prompts.read(OWN, "single").named.values():
-        if found := _pattern(prompt.template).fullmatch(text.strip()):
+    for pattern in patterns():
+        if found := pattern.fullmatch(text.strip()):
             told = found.groupdict()
             asked, said = ([told[name] for name in told if name.startswith(kind)] for kind in ("question", "answer"))
             gold = tutorial_task.worth("\n".join(asked), said[-1])
@@ -41,12 +42,20 @@ def rating(gold: float) -> float:
     return min(10.0, max(1.0, 4 + 3 * gold))
 
 
+@cache
+def patterns() -> list[re.Pattern[str]]:
+    """Return a pattern for the texts of each of the judge's prompts, with a group per field."""
+    return [_pattern(prompt.template.strip()) for prompt in Prompts.read(OWN, "single").named.values()]
+
+
 def _pattern(template: str) -> re.Pattern[str]:
-    """Return a pattern for the texts of a template, with a group per field."""
-    parts = Formatter().parse(template.strip())
-    return re.compile(
-        "".join(re.escape(text) + (f"(?P<{name}>.*?)" if name else "") for text, name, _, _ in parts), re.S
-    )
+    pattern, known = "", set()
+    for text, name, _, _ in Formatter().parse(template):
+        pattern += re.escape(text)
+        if name:
+            pattern += f"(?P={name})" if name in known else f"(?P<{name}>.*?)"
+            known.add(name)
+    return re.compile(pattern, re.DOTALL)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -22,7 +22,7 @@ QUESTIONS = {  # by category
     "price": "{name} wants to know what a {thing} costs.",
 }
 TEMPLATE = (  # chat template: one exchange has the tokens of data.template=plain
-    "{% for message in messages %}{{ message.content }}"
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 FOLLOW_UPS = ("And the {thing}?", "Can you say that again?")  # the second one is about the article of the first turn
