@@ -13,13 +13,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from rlhf import configuration, folders, lock
+from rlhf import configuration, folders, lock, mtbench
 from rlhf.config import Config
 from rlhf.contracts import Text
 from rlhf.data import forms, templates
 from rlhf.data.tokenizer import Tokenizer
 from rlhf.errors import UserError
 from rlhf.interrupt import SIGNALS
+from rlhf.judge import client
 from rlhf.mtbench import answers, questions
 from rlhf.mtbench.questions import Question
 from rlhf.output import say
@@ -189,8 +190,7 @@ def run(config: Config, start: Callable[[Config, list[str]], int], world: int | 
     this process is one of them, so it can answer for one model only. first: this process calls the judge.
     """
     called = models(config)
-    check(config, called)
-    questions.read(config.data.eval, config.mtbench.references)
+    asked = check(config, called)
     due = missing(config, called)
     if world is None and len(due) > 1:
         raise UserError(
@@ -199,6 +199,8 @@ def run(config: Config, start: Callable[[Config, list[str]], int], world: int | 
         )
     if world is not None:
         due = [model for model in due if is_due(config, model, world)]
+    if first and is_judged(config):
+        say(f"judge: {client.probe(config.judge)}")
     for model in called if first else ():
         if model not in due:
             say(f"{model.answers(config.out)}: the answers of {model.name} are there")
@@ -207,26 +209,39 @@ def run(config: Config, start: Callable[[Config, list[str]], int], world: int | 
             return code
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher and the watcher of a rank have blocked them
     if first:
-        finish(config, called)
+        finish(config, called, asked)
     return 0
 
 
-def finish(config: Config, called: list[Model]) -> None:
+def is_judged(config: Config) -> bool:
+    """Return whether a judge grades the answers, or they are only written."""
+    return config.judge.model != NO_JUDGE
+
+
+def finish(config: Config, called: list[Model], asked: list[Question]) -> None:
     """Let the judge grade the answers of the models, and print the table. Raises UserError."""
     if problem := lock.claim(config.out, config.mode) or configuration.save(config, config.mode):
         raise UserError(problem)
+    given = {model.name: answers.read(model.answers(config.out), asked) for model in called}
+    if is_judged(config):
+        say(mtbench.judged(config, asked, given))
 
 
-def check(config: Config, called: list[Model]) -> None:
-    """Raise UserError if keys contradict each other."""
+def check(config: Config, called: list[Model]) -> list[Question]:
+    """Return the questions. Raises UserError if files of the judge or keys are wrong, before any model answers."""
     if not config.data.eval:
         raise UserError("data.eval is not set: set it to a file of questions, such as mt_bench_question.jsonl")
-    if not config.mtbench.pairwise:
-        return
-    if config.judge.model == NO_JUDGE:
+    if config.mtbench.pairwise and not is_judged(config):
         raise UserError(f"mtbench.pairwise needs a judge, but judge.model={NO_JUDGE}: set mtbench.pairwise=false")
-    if len(called) < 2:
-        raise UserError("mtbench.pairwise compares two models or more: name them in mtbench.models")
+    asked = questions.read(config.data.eval, config.mtbench.references)
+    if is_judged(config) and not config.judge.url:
+        remedy = f"set it to that of a judge, as http://host:8000/v1, or judge.model={NO_JUDGE} to only write answers"
+        raise UserError(f"judge.url is not set: {remedy}")
+    if is_judged(config):
+        mtbench.prepare(config, asked, len(called))
+    for model in {*called} - {*missing(config, called)}:
+        answers.read(model.answers(config.out), asked)
+    return asked
 
 
 def missing(config: Config, called: list[Model]) -> list[Model]:
@@ -252,10 +267,14 @@ def overrides(model: Model) -> list[str]:
 
 def plan(config: Config) -> str:
     """Return what a call does, in lines."""
-    asked = questions.read(config.data.eval, config.mtbench.references)
-    turns, called = sum(len(question.turns) for question in asked), models(config)
+    called = models(config)
+    asked = check(config, called)
+    turns = sum(len(question.turns) for question in asked)
     due = [model.name for model in missing(config, called)]
     lines = [f"{config.data.eval}: {len(asked)} questions with {turns} turns"]
     lines += [f"models: {', '.join(model.name for model in called)}"]
     lines += [f"answers: {turns} of {', '.join(due) or 'no model'}, unless {config.out}/model_answer has them"]
+    if is_judged(config):
+        each = len(called) - 1 if config.mtbench.pairwise else 1
+        lines += [f"judge: {turns * len(called) * each} requests, without those that were judged before"]
     return "\n".join(lines)

@@ -182,7 +182,7 @@ class MTBench:
     """MT-Bench: a judge grades the answers to questions of two turns (docs/evaluation.md)."""
 
     models: tuple[str, ...] = ()  # FOLDER or NAME=FOLDER, or FastChat's files of answers; empty: policy.load
-    references: str = ""  # file with reference answers for the judge, in FastChat's form; empty: the judge sees none
+    references: str = ""  # FastChat's file of reference answers for the judge; empty: those in the questions
     prompts: str = ""  # file with the judge's prompts, such as FastChat's judge_prompts.jsonl; empty: own ones
     pairwise: bool = False  # compare the models in pairs, in both orders, and do not grade single answers
 

@@ -158,6 +158,20 @@ def check_many(engine: Engine) -> None:
         assert together[i].tokens == engine.generate([many[i]], sampling, [i])[0].tokens
 
 
+def check_mixed(engine: Engine) -> None:
+    """Check that each request has its own temperature: the tokens are those without requests of other temperatures."""
+    heats = [0.7, 0.0, 0.1, 0.7]
+    samplings = [Sampling(max_tokens=6 + i, temperature=heat) for i, heat in enumerate(heats)]
+    asked = [Request(*each) for each in zip(range(4), PROMPTS, samplings, SEEDS, strict=True)]
+    alone = {r.key: engine.generate([r.prompt], r.sampling, [r.seed])[0].tokens for r in asked}
+    engine.submit(asked)
+    found: dict[int, list[int]] = {}
+    while len(found) < len(asked):
+        found |= {key: completion.tokens for key, completion in engine.advance()}
+    assert found == alone
+    assert [len(found[key]) for key in range(4)] == [6, 7, 8, 9]
+
+
 def check_stream(engine: Engine) -> None:
     """Check that a response is returned as soon as it is complete, while others continue.
 
@@ -261,6 +275,7 @@ def test_kvcache_equals_transformers(kind, tmp_path):
     check_sampled(model, engine, 1e-5)
     check_limits(engine)
     check_stream(engine)
+    check_mixed(engine)
 
 
 def test_kvcache_sleeps_and_wakes_with_new_weights(tmp_path):

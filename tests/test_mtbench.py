@@ -17,8 +17,7 @@ from rlhf.config import Config, Judge, MTBench
 from rlhf.errors import JudgingError, UserError
 from rlhf.mtbench import answers as answer_files
 from rlhf.mtbench import grading, judged, questions, tables
-from rlhf.mtbench.answers import Answer
-from rlhf.mtbench.judgments import Answers
+from rlhf.mtbench.answers import Answer, Answers
 from rlhf.mtbench.prompts import FORMATS, NAMES, OWN, REFERENCED, Prompts
 from rlhf.mtbench.questions import Question
 
@@ -183,11 +182,15 @@ def test_judgments_of_fastchat_are_used(tmp_path):
         theirs = [{key: line[key] for key in line if key != "system_prompt"} for line in lines(tmp_path)]
         latest = [{**line, "judgment": "Rating: [[2]]", "score": 2} for line in theirs]
         other = {"question_id": 81, "model": "gpt-4", "judge": ["judge", "single-v1"], "score": 9, "turn": 1}
-        written(file, [other, *theirs, *latest])
+        unanswered = [{**line, "judgment": "$ERROR$", "score": -1} for line in theirs[:1]]
+        written(file, [other, *theirs, *latest, *unanswered])
         file.write_text(file.read_text().removesuffix("\n"))  # the last line is complete
         assert rows(judged(config(endpoint, tmp_path), ASKED, of("a")))["mean"] == ["2.00"]
         assert len(endpoint.asked) == 5
         assert lines(tmp_path) == [other, *latest]
+        written(file, [other, *latest[1:], *unanswered])
+        assert rows(judged(config(endpoint, tmp_path), ASKED, of("a")))["mean"] == ["3.00"]
+        assert len(endpoint.asked) == 6, "an answer that FastChat got none for"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +301,7 @@ def test_a_killed_call_loses_nothing(tmp_path):
 
 
 def compare(body: dict) -> str:
-    """Prefer the answer of "good", and A where both are of one kind. A question about Rome has no verdict once."""
+    """Prefer the answer of "good", and A where both are of one kind. It names no winner once."""
     text = body["messages"][-1]["content"]
     if "Shorter" in text and text.index("good") < text.index("bad"):
         return "I cannot say."
@@ -328,20 +331,26 @@ def test_pairs(tmp_path):
         }
         assert [found[101, 2][f"{game}_judgment"] for game in ("g1", "g2")] == ["[[A]]"] * 2
         cells = rows(table)
-        assert cells[""] == ["win rate", "wins", "ties", "losses", "without verdict"]
+        assert cells[""] == ["win rate", "wins", "ties", "losses", "errors"]
         assert cells["writing"] == ["100.0 %", "1", "0", "0", "1"]
         assert cells["math"] == ["75.0 %", "1", "1", "0", "0"]
-        assert cells["mean"] == ["87.5 %", "3", "1", "0", "1"]
+        assert cells["all"] == ["87.5 %", "3", "1", "0", "1"]
         assert "good against bad:" in table
         assert "interval is 75.0 % to 100.0 %" in table
         assert "Cut answers: good ?, bad ?." in table
 
         other = judged(given, ASKED, of("bad", "good"))
         assert len(endpoint.asked) == 10, "the other order of the models is the same comparison"
-        assert rows(other)["mean"] == ["12.5 %", "0", "1", "3", "1"]
+        assert rows(other)["all"] == ["12.5 %", "0", "1", "3", "1"]
 
-        three = judged(given, ASKED, of("good", "worst_bad", "bad"))
-        assert three.count(" against ") == 3
+        endpoint.answer = lambda body: "[[C]]"
+        three = judged(given, ASKED, of("good", "third", "bad"))
+        assert [line for line in three.splitlines() if " against " in line] == [
+            "good against third:",
+            "good against bad:",
+            "third against bad:",
+        ]
+        assert rows(three)["all"] == ["50.0 %", "0", "5", "0", "0"], "of the last pair"
         assert len(endpoint.asked) == 30
 
 
@@ -362,7 +371,7 @@ def test_half_a_pair_is_kept(tmp_path):
         assert len(endpoint.asked) == 15
         assert judged(given, ASKED, of("good", "bad")) == table
         assert len(endpoint.asked) == 15
-    assert rows(table)["mean"] == ["87.5 %", "3", "1", "0", "1"]
+    assert rows(table)["all"] == ["87.5 %", "3", "1", "0", "1"]
     assert [line["g2_judgment"] is None for line in lines(tmp_path, "judge_pair")] == [False] * 5
 
 

@@ -12,6 +12,7 @@ from test_engines import (
     check_greedy,
     check_limits,
     check_many,
+    check_mixed,
     check_sampled,
     check_stream,
     check_withdraw,
@@ -72,6 +73,7 @@ def test_vllm_loads_a_folder_and_follows_new_weights(vllm_engine, tmp_path):
     check_greedy(old, engine, 2e-5)
     check_limits(engine)
     check_stream(engine)
+    check_mixed(engine)
     engine.sleep()
     engine.wake_weights()
     publish(new, architecture.read(tmp_path), engine)

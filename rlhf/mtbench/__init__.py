@@ -12,9 +12,9 @@ from rlhf.config import Config
 from rlhf.errors import JudgingError, UserError
 from rlhf.judge.client import Client, JudgeError
 from rlhf.mtbench import judgments, tables
-from rlhf.mtbench.answers import stem
+from rlhf.mtbench.answers import Answers, stem
 from rlhf.mtbench.grading import grade
-from rlhf.mtbench.judgments import Answers, Judgment
+from rlhf.mtbench.judgments import Judgment
 from rlhf.mtbench.prompts import OWN, Prompts
 from rlhf.mtbench.questions import Question
 from rlhf.output import say

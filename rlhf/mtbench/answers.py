@@ -28,6 +28,9 @@ class Answer:
     extra: Mapping[str, Any] = field(default_factory=dict)  # further keys of the line, which FastChat ignores
 
 
+Answers = Mapping[str, Mapping[Id, Answer]]  # model -> question -> answer
+
+
 def file(out: Path, model: str) -> Path:
     """Return the file with the answers of a model."""
     return out / "model_answer" / f"{stem(model)}.jsonl"

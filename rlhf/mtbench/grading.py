@@ -44,19 +44,19 @@ async def grade(path: Path, client: Client, judgments: list[Judgment]) -> None:
 
 async def _ask(client: Client, left: list[tuple[Judgment, Request]], file: TextIO, shown: Progress) -> str:
     """Send requests. Return the message of the last error, or "" if all have a reply."""
-    queue, failed, row = iter(left), "", 0
+    queue, failed, streak = iter(left), "", 0
 
     async def work() -> None:
-        nonlocal failed, row
+        nonlocal failed, streak
         for judgment, request in queue:
-            if row >= FAILURES:
+            if streak >= FAILURES:
                 return
             try:
                 reply = await client.ask(request.messages)
             except JudgeError as error:
-                failed, row = str(error), row + 1
+                failed, streak = str(error), streak + 1
                 continue
-            row = 0
+            streak = 0
             judgment.replies[request] = reply.text
             file.write(f"{json.dumps(judgment.line())}\n")
             file.flush()  # a killed process loses nothing that was paid for

@@ -5,21 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.judge.rating import rating
-from rlhf.mtbench.answers import Answer
+from rlhf.mtbench.answers import Answers
 from rlhf.mtbench.prompts import Prompt, Prompts
 from rlhf.mtbench.questions import Question
-from rlhf.mtbench.rows import Id, Row
+from rlhf.mtbench.rows import Row
 
 FAILED = -1  # the score of a judgment without a rating
-ERROR, TIE = "error", "tie"  # the winner in a judgment without a verdict, and in one that prefers neither answer
-VERDICTS = {"[[A]]": 0, "[[B]]": 1, "[[C]]": 2}  # the first of these in a judgment counts
-
-Answers = Mapping[str, Mapping[Id, Answer]]  # model -> question -> answer
+ERROR, TIE = "error", "tie"  # the winner in a judgment that names none, and in one that prefers neither answer
+MARKS = {"[[A]]": 0, "[[B]]": 1, "[[C]]": 2}  # the first of these that is in a reply counts
+UNANSWERED = "$ERROR$"  # FastChat's judgment if the judge has not answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +49,7 @@ class Request:
         if not self.order:
             found = rating(reply or "")
             return FAILED if found is None else found
-        verdict = next((mark for mark in VERDICTS if mark in (reply or "")), None)
-        return ERROR if verdict is None else (*self.order, TIE)[VERDICTS[verdict]]
+        return next(((*self.order, TIE)[index] for mark, index in MARKS.items() if mark in (reply or "")), ERROR)
 
 
 @dataclass(slots=True)
@@ -79,7 +77,7 @@ class Judgment:
     def result(self) -> Any:
         """The score, FAILED without a rating. Of a pair: the name of the model that wins in both orders, TIE, or ERROR.
 
-        Different verdicts are a tie, as in FastChat. One reply without a verdict is an ERROR.
+        Different winners are a tie, as in FastChat. One reply that names none makes an ERROR.
         """
         results = [request.result(self.replies.get(request)) for request in self.requests]
         if ERROR in results:
@@ -108,11 +106,11 @@ class Judgment:
         FastChat's lines have no system prompt.
         """
         found = {
-            request: row[f"{request.prefix}judgment"]
+            request: str(row[f"{request.prefix}judgment"])
             for request in self.requests
             if row.get(f"{request.prefix}user_prompt") == request.user
             and row.get("system_prompt", request.prompt.system) == request.prompt.system
-            and isinstance(row.get(f"{request.prefix}judgment"), str)
+            and row.get(f"{request.prefix}judgment") not in (None, UNANSWERED)
         }
         self.replies = found or self.replies
         return bool(found)

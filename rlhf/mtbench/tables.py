@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rlhf.mtbench.judgments import ERROR, FAILED, TIE, Answers, Judgment
+from rlhf.mtbench.answers import Answers
+from rlhf.mtbench.judgments import ERROR, FAILED, TIE, Judgment
 
 DRAWS, SEED = 2_000, 0  # of the bootstrap
 Part = tuple[str, list[Judgment]]  # a row of a table, and the judgments that it is about
@@ -18,7 +19,7 @@ def scores(answers: Answers, judgments: Sequence[Judgment]) -> str:
     A score is the mean over the turns that have a rating, as FastChat computes it.
     """
     by_model = {model: [found for found in judgments if found.models["model"] == model] for model in answers}
-    parts = [_parts(found) for found in by_model.values()]
+    parts = [_parts(found, "mean") for found in by_model.values()]
     rows = [
         [rows[0][0], *(_mean([found.result for found in part]) for _, part in rows)]
         for rows in zip(*parts, strict=True)  # all models have the same rows
@@ -31,7 +32,7 @@ def scores(answers: Answers, judgments: Sequence[Judgment]) -> str:
 def wins(answers: Answers, judgments: Sequence[Judgment]) -> str:
     """Return a table per pair of models: a row per category, with the win rate of the model that is given first.
 
-    A win needs the same verdict in both orders. A tie counts half. Judgments without a verdict are left out.
+    A win counts if it is one in both orders. A tie counts half. Judgments that name no winner are left out.
     """
     names = list(answers)
     of = _grouped(judgments, lambda judgment: tuple(sorted(judgment.models.values(), key=names.index)))
@@ -39,7 +40,7 @@ def wins(answers: Answers, judgments: Sequence[Judgment]) -> str:
 
 
 def points(judgments: Iterable[Judgment], model: str) -> list[float]:
-    """Return a number per judgment with a verdict: 1 if the model wins, 0.5 for a tie, 0 if it loses."""
+    """Return a number per judgment that is no ERROR: 1 if the model wins, 0.5 for a tie, 0 if it loses."""
     results = (judgment.result for judgment in judgments)
     return [0.5 if result == TIE else float(result == model) for result in results if result != ERROR]
 
@@ -60,13 +61,13 @@ def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def _pair(answers: Answers, one: str, two: str, judgments: list[Judgment]) -> str:
     rows = []
-    for name, part in _parts(judgments):
+    for name, part in _parts(judgments, "all"):
         found = points(part, one)
         counts = (found.count(1), found.count(0.5), found.count(0), len(part) - len(found))
         rows.append([name, _percent(sum(found) / len(found)) if found else "-", *map(str, counts)])
     by_question = _grouped(judgments, lambda judgment: judgment.question.id).values()
     low, high = map(_percent, interval([points(part, one) for part in by_question]))
-    columns = ["", "win rate", "wins", "ties", "losses", "without verdict"]
+    columns = ["", "win rate", "wins", "ties", "losses", "errors"]
     return (
         f"{one} against {two}:\n\n{_table(columns, rows)}\n\n"
         f"The win rate counts a tie as half a win. Its 95 % confidence interval is {low} to {high} (bootstrap over the "
@@ -74,11 +75,11 @@ def _pair(answers: Answers, one: str, two: str, judgments: list[Judgment]) -> st
     )
 
 
-def _parts(judgments: Sequence[Judgment]) -> list[Part]:
-    """Return the rows of a table: the categories in the order of the questions, the turns, and the mean of all."""
+def _parts(judgments: Sequence[Judgment], last: str) -> list[Part]:
+    """Return the rows of a table: the categories in the order of the questions, the turns, and all judgments."""
     kinds = _grouped(judgments, lambda judgment: judgment.question.category)
     turns = sorted(_grouped(judgments, lambda judgment: judgment.turn).items())
-    return [*kinds.items(), *((f"turn {turn}", part) for turn, part in turns), ("mean", list(judgments))]
+    return [*kinds.items(), *((f"turn {turn}", part) for turn, part in turns), (last, list(judgments))]
 
 
 def _grouped(judgments: Iterable[Judgment], key: Callable[[Judgment], Any]) -> dict[Any, list[Judgment]]:
