@@ -12,6 +12,7 @@ from rlhf import configuration, mtbench
 from rlhf.config import Judge
 from rlhf.data import templates
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.errors import UserError
 from rlhf.judge.client import Client
 from rlhf.mtbench import questions
 from rlhf.mtbench.answers import Answer
@@ -126,16 +127,24 @@ def test_the_table_of_mtbench(data: Path, tmp_path: Path):
     assert rows["without rating"] == ["0", "0"]
 
 
-def test_the_stage_follows_all_models_of_the_first_seed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("JUDGE_URL", "https://example.org/v1")
-    monkeypatch.setenv("JUDGE_MODEL", "large")
-    with tutorial.judge() as url:
+def test_the_stage_follows_all_models_of_the_first_seed():
+    with tutorial.judge() as url, request.urlopen(f"{url}/models") as answer:
+        assert json.load(answer)["data"][0]["id"] == "gold"
         first, second = (tutorial.stages(Path("/out"), "mini", seed, url) for seed in (1, 2))
     (stage,) = [stage for stage in first if stage.name == "seed1/mtbench"]
     assert stage.after == tuple(f"seed1/{name}" for name in ("convert", "sft", "dpo", "online-dpo", "grpo"))
-    assert {"judge.url=https://example.org/v1", "judge.model=large"} <= set(stage.arguments)
+    assert {f"judge.url={url}", "judge.model="} <= set(stage.arguments)
     assert not any(stage.name.endswith("mtbench") for stage in second)
-    monkeypatch.delenv("JUDGE_URL")
-    with tutorial.judge() as url, request.urlopen(f"{url}/models") as answer:
-        assert url.startswith("http://127.0.0.1:")
-        assert json.load(answer)["data"][0]["id"] == "gold"
+
+
+def test_an_endpoint_of_ones_own(monkeypatch: pytest.MonkeyPatch):
+    """It must answer before the first stage."""
+    with tutorial_judge.serve() as own:
+        monkeypatch.setenv("JUDGE_URL", own)
+        monkeypatch.setenv("JUDGE_MODEL", "large")
+        with tutorial.judge() as url:
+            arguments = tutorial.benchmark(Path("/out"), Path("/out/seed1"), url).arguments
+    assert url == own
+    assert {f"judge.url={own}", "judge.model=large"} <= set(arguments)
+    with pytest.raises(UserError, match=f"judge.url={own}"):
+        tutorial.judge()

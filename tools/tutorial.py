@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from rlhf import output, texts, variables  # noqa: E402
+from rlhf.config import Judge  # noqa: E402
 from rlhf.errors import UserError, told  # noqa: E402
+from rlhf.judge import client  # noqa: E402
 
 OUT = ROOT / "runs/tutorial"
 MODELS = {"sft": "SFT", "rlhf": "RLHF (PPO)", "dpo": "DPO", "online-dpo": "OnlineDPO", "grpo": "GRPO"}
@@ -120,9 +123,12 @@ def benchmark(out: Path, run: Path, url: str) -> Stage:
 
 
 def judge() -> AbstractContextManager[str]:
-    """Return the endpoint that JUDGE_URL names, or else the tutorial's own judge."""
+    """Return the endpoint that JUDGE_URL names, or else the tutorial's own judge. Raises UserError if none answers."""
     url = os.environ.get("JUDGE_URL")
-    return nullcontext(url) if url else tutorial_judge.serve()
+    if not url:
+        return tutorial_judge.serve()
+    client.probe(Judge(url=url, model=os.environ.get("JUDGE_MODEL", "")))
+    return nullcontext(url)
 
 
 def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
@@ -156,7 +162,7 @@ def carry_out(todo: list[Stage], logs: Path, slots: list[Slot]) -> None:
 def start(stage: Stage, logs: Path, slot: Slot) -> subprocess.Popen:
     """Start the command of a stage, and print it as a user would type it."""
     shown = [f"{name}={value}" for name, value in stage.environment.items()]
-    print(f"== {' '.join([*shown, './launch.sh', *stage.arguments])}", flush=True)
+    print(f"== {' '.join([*shown, shlex.join(['./launch.sh', *stage.arguments])])}", flush=True)
     environment = {
         **variables.without(os.environ),
         **stage.environment,
@@ -229,9 +235,9 @@ def main(arguments: list[str]) -> int:
     if out != OUT and out.exists():
         raise UserError(f"--out {out} exists: give a new folder, or delete it")
     slots = list(enumerate(chosen.gpus.split(","))) if chosen.gpus else [(i, "") for i in range(chosen.slots)]
-    prepare(out, chosen.size)
     seeds = range(1, chosen.seeds + 1)
     with judge() as url:
+        prepare(out, chosen.size)
         todo = [stage for seed in seeds for stage in stages(out, chosen.size, seed, url)]
         carry_out(todo, out / "logs", slots)
     text = report(out, seeds, time.time() - began)
