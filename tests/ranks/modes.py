@@ -89,7 +89,7 @@ KEYS = {
     + ["ppo.critic_warmup=1", "optim.warmup=2", "optim.schedule=linear", "critic.lr=3e-4", "rollout.temperature=1.3"],
 }
 COMMON = [
-    "data.max_tokens=80",
+    "data.max_tokens=96",
     "batch.prompts=6",
     "batch.tokens=512",
     "optim.lr=1e-4",
