@@ -49,7 +49,7 @@ STEP_ZERO = {
 }
 # Metrics that change with two updates: mode -> (metric of step 3, least magnitude). Before, a model is compared with
 # itself.
-MOVED = {"dpo": ("margin", 0.05), "online-dpo": ("chosen_reward", 1e-4), "grpo": ("kl", 1e-5), "rlhf": ("kl", 1e-4)}
+MOVED = {"dpo": ("margin", 0.05), "online-dpo": ("margin", 1e-4), "grpo": ("kl", 1e-5), "rlhf": ("kl", 1e-4)}
 # Mean learning rates of the steps, by hand: warm-up over two updates, then linear to 0. The policy's schedule begins
 # with its first update.
 RATES = {"lr": {2: 0.75e-4, 3: 0.75e-4}, "critic_lr": {1: 2.25e-4, 2: 2.625e-4, 3: 1.125e-4}}
