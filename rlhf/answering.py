@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rlhf import progress
-from rlhf.benchmark import SETTINGS, Talk, digest, models, reusable, settings, talks
+from rlhf.benchmark import Talk, identity, models, reusable, talks
 from rlhf.config import Config
 from rlhf.contracts import Completion, Sampling
 from rlhf.data.limits import Limits
@@ -73,8 +73,7 @@ def _write(config: Config, given: Inputs, asked: list[Talk]) -> None:
     path = model.answers(config.out)
     made = answers.load(path) if path.exists() else {}
     for talk in asked:
-        told = {SETTINGS: {**settings(config, given), "question": digest(talk.question)}}
-        made[talk.question.id] = Answer(tuple(talk.turns), tuple(talk.cut), told)
+        made[talk.question.id] = Answer(tuple(talk.turns), tuple(talk.cut), identity(config, given, talk))
     answers.write(path, model.name, made)
     cut, count = sum(len(talk.cut) for talk in asked), sum(len(talk.turns) for talk in asked)
     limits = f"rollout.max_tokens={config.rollout.max_tokens} or data.max_tokens={config.data.max_tokens}"

@@ -91,7 +91,7 @@ def models(config: Config) -> list[Model]:
 def _model(text: str) -> Model:
     name, equals, path = text.partition("=")
     if not equals or Path(text).exists():
-        name, path = _name(text), text
+        name, path = _name(text).replace("=", "-"), text
     if not name or not path:
         raise UserError(f"mtbench.models has {text!r:.80}; give FOLDER or NAME=FOLDER")
     return Model(name, path)
@@ -148,7 +148,12 @@ def settings(config: Config, given: Inputs) -> dict[str, Any]:
     }
 
 
-def digest(question: Question) -> str:
+def identity(config: Config, given: Inputs, talk: Talk) -> dict[str, Any]:
+    """Return the keys that a line of answers has beside FastChat's."""
+    return {SETTINGS: {**settings(config, given), "question": _digest(talk.question)}}
+
+
+def _digest(question: Question) -> str:
     """Return a fingerprint of what the model is asked."""
     return blake2b(repr((question.turns, question.temperature)).encode(), digest_size=8).hexdigest()
 
@@ -163,7 +168,7 @@ def reusable(config: Config, given: Inputs, asked: list[Talk]) -> bool:
     if not path.exists():
         return False
     found, now = answers.load(path), settings(config, given)
-    digests = {talk.question.id: digest(talk.question) for talk in asked}
+    digests = {talk.question.id: _digest(talk.question) for talk in asked}
     for number, answer in found.items():  # also those to other questions, because a file is of one model
         _compare(path, answer.extra.get(SETTINGS), {**now, "question": digests.get(number)})
     return found.keys() >= digests.keys()
@@ -200,7 +205,7 @@ def run(config: Config, start: Callable[[Config, list[str]], int], world: int | 
     if world is not None:
         due = [model for model in due if is_due(config, model, world)]
     if first and is_judged(config):
-        say(f"judge: {client.probe(config.judge)}")
+        client.probe(config.judge)
     for model in called if first else ():
         if model not in due:
             say(f"{model.answers(config.out)}: the answers of {model.name} are there")
@@ -239,8 +244,10 @@ def check(config: Config, called: list[Model]) -> list[Question]:
         raise UserError(f"judge.url is not set: {remedy}")
     if is_judged(config):
         mtbench.prepare(config, asked, len(called))
-    for model in {*called} - {*missing(config, called)}:
-        answers.read(model.answers(config.out), asked)
+    due = missing(config, called)
+    for model in called:
+        if model not in due:
+            answers.read(model.answers(config.out), asked)
     return asked
 
 

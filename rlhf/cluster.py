@@ -125,6 +125,7 @@ def step(command: list[str], env: Environment, hung: bool = False) -> int:
         "--ntasks-per-node=1",
         "--cpu-bind=none",
         "--kill-on-bad-exit=1",
+        "--wait=0",  # in mode mtbench, the first node calls the judge when the others have ended
         "--export=ALL",
     ]
     try:

@@ -20,6 +20,7 @@ TRAIN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains)
 BEFORE = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and not made.aligns)
 ALIGN = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.aligns)
 RATED = ", ".join(mode for mode, made in ALGORITHMS.items() if made.trains and made.online)
+GRADED = ", ".join(mode for mode, made in ALGORITHMS.items() if made.online)
 OTHERS = ", ".join(mode for mode, made in ALGORITHMS.items() if made.aligns)
 
 # Name -> (modes that use it, the key that it sets, meaning). rlhf.convert reads those of the conversions.
@@ -41,6 +42,8 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
         "reward.load",
         "checkpoint in REWARD_LOAD; 1000: iter_0001000, or step_001000 of a run",
     ),
+    "JUDGE_URL": (GRADED, "judge.url", "endpoint of the judge (docs/judges.md)"),
+    "JUDGE_MODEL": (GRADED, "judge.model", "name of the judge at the endpoint"),
     "TOKENIZER_MODEL": (ALL, "policy.tokenizer", "tokenizer.model, or its folder"),
     "DATASET_PATH": (
         TRAIN,
@@ -98,7 +101,7 @@ def settings(mode: str, env: Mapping[str, str]) -> dict[str, str]:
     keys = {
         VARIABLES[name][1]: value
         for name, value in taken.items()
-        if VARIABLES[name][1] in ("policy.tokenizer", "parallel.tp", "parallel.pp")
+        if VARIABLES[name][1] in ("policy.tokenizer", "parallel.tp", "parallel.pp", "judge.url", "judge.model")
     }
     if taken.keys() & {"TP", "PP"}:
         keys["parallel.dp"] = "0"  # a file's value belongs to the layout of that file

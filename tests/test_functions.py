@@ -334,14 +334,12 @@ def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
     match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert match
-    (tmp_path / "judge.py").write_text(match[1])
+    (tmp_path / "own.py").write_text(match[1])
     (tmp_path / "classifier.py").write_text(
         "def probabilities(texts):\n    return [len(text) / 10 for text in texts]\n"
     )
     (tmp_path / "client.py").write_text("async def ask(question):\n    return '0.5' if 'yes' in question else '0'\n")
-    with Rewards(
-        [f"{tmp_path}/judge.py:{name}" for name in ("style", "toxic", "grade")], Reward(workers=1)
-    ) as function:
+    with Rewards([f"{tmp_path}/own.py:{name}" for name in ("style", "toxic", "grade")], Reward(workers=1)) as function:
         scores = function.score(items("yes", answer="yes"))
     assert function.failure == ""
     assert scores[0].parts == {"style/short": 1.0, "style/right": 1.0, "toxic": -0.3, "grade": 0.5}

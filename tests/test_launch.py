@@ -12,8 +12,7 @@ from commands import HERE, ROOT, launch, run_ranks, seconds
 from rlhf import dryrun
 from rlhf.__main__ import main
 from rlhf.algorithms import ALGORITHMS
-from rlhf.config import Config
-from rlhf.configuration import manual
+from rlhf.configuration import load, manual
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ()])
@@ -37,7 +36,11 @@ def test_help_lists_the_modes(arguments):
 def test_help_of_a_mode_prints_every_key():
     result = launch("grpo", "--help")
     assert result.returncode == 0, result.stderr
-    assert manual(Config) in result.stdout
+    assert manual({}) in result.stdout
+    own = launch("mtbench", "--help").stdout
+    assert "  data.max_tokens=4096 " in own, "the default of the mode"
+    assert load("mtbench", []).data.max_tokens == 4096
+    assert load("mtbench", ["data.max_tokens=2048"]).data.max_tokens == 2048
 
 
 @pytest.mark.parametrize(("name", "mode"), [("ppo", "rlhf"), ("online_dpo", "online-dpo")])

@@ -2,58 +2,27 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from endpoint import CLOSE, HANG, Endpoint, completion, fault
+from judgments import ASKED, MATH, ONCE, config, lines, of, rows, written
 
-from rlhf.config import Config, Judge, MTBench
-from rlhf.errors import JudgingError, UserError
+from rlhf.config import MTBench
+from rlhf.errors import JudgingError, StorageError, UserError
 from rlhf.mtbench import answers as answer_files
-from rlhf.mtbench import grading, judged, questions, tables
-from rlhf.mtbench.answers import Answer, Answers
+from rlhf.mtbench import grading, judged, questions
+from rlhf.mtbench.answers import Answer
 from rlhf.mtbench.prompts import FORMATS, NAMES, OWN, REFERENCED, Prompts
 from rlhf.mtbench.questions import Question
 
 ROOT = Path(__file__).parents[1]
-MATH = questions.Question(101, "math", ("What is 2+{2}?", "And 3+3?"), ("4 {a}", "6"), 0.0)
-TALK = questions.Question(81, "writing", ("Tell me of Rome.", "Shorter."), (), 0.7)
-ONCE = questions.Question("x", "facts", ("Who?",), (), 0.7)
-ASKED = [TALK, MATH, ONCE]
-
-
-def of(*models: str, asked: list[Question] = ASKED) -> Answers:
-    """Return answers that differ by model, question and turn."""
-    return {
-        model: {q.id: Answer(tuple(f"{model} on {q.id}.{turn} {{}}" for turn in range(len(q.turns)))) for q in asked}
-        for model in models
-    }
-
-
-def config(endpoint: Endpoint, out: Path, pairwise: bool = False, **keys: object) -> Config:
-    judge = Judge(url=endpoint.url, model="", retries=0, timeout=10.0)
-    return Config(out=str(out), judge=replace(judge, **keys), mtbench=MTBench(pairwise=pairwise))
-
-
-def written(path: Path, rows: Iterable[dict]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return path
-
-
-def lines(out: Path, name: str = "judge_single") -> list[dict]:
-    return [json.loads(line) for line in (out / "model_judgment" / f"{name}.jsonl").read_text().splitlines()]
-
-
-def rows(table: str) -> dict[str, list[str]]:
-    """Return the cells of a table, by the name of the row."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    return {name: values for name, *values in cells}
 
 
 def rate(body: dict) -> str:
@@ -247,6 +216,25 @@ def test_a_judge_that_is_out_of_order_gets_few_requests(tmp_path):
         assert grading.FAILURES <= len(endpoint.asked) < grading.FAILURES + 4
 
 
+def test_a_full_disk_ends_the_call_with_one_line(tmp_path):
+    """The limit of the size of files is a full disk to the program. A reply that is cut off is asked again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Endpoint() as endpoint:
+        given = config(endpoint, tmp_path, concurrency=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+        try:
+            with pytest.raises(
+                StorageError, match=r"judge_single\.jsonl: File too large; fix this and start again"
+            ) as error:
+                judged(given, ASKED, of("a"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert error.value.code == 1
+        assert 1 < len(endpoint.asked) < 5
+        judged(given, ASKED, of("a"))
+        assert len(endpoint.asked) == 5 + 1
+
+
 def test_no_judge(tmp_path, monkeypatch, capsys):
     with Endpoint(models=("a", "b")) as endpoint:
         with pytest.raises((JudgingError, UserError), match=r"set judge\.model to one of a, b"):
@@ -266,124 +254,55 @@ def test_no_judge(tmp_path, monkeypatch, capsys):
         assert key not in text
 
 
-def test_a_killed_call_loses_nothing(tmp_path):
-    """A call that is killed in the middle, and a half-written line: only what is missing is asked."""
+PROGRAM = """
+import signal, sys
+from rlhf.config import Config, Judge
+from rlhf.errors import told
+from rlhf.mtbench import answers, judged, questions
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+signal.signal(signal.SIGTERM, interrupt)
+url, out = sys.argv[1:]
+asked = questions.read(f"{out}/questions.jsonl")
+config = Config(out=out, judge=Judge(url=url, model="judge", concurrency=3))
+sys.exit(told("rlhf", lambda: judged(config, asked, {"a": answers.read(f"{out}/a.jsonl", asked)}) and 0))
+"""
+
+
+def test_an_interrupted_call_loses_nothing(tmp_path):
+    """SIGTERM ends it with one line. After SIGKILL and a half-written line only what is missing is asked."""
     asked = [replace(ONCE, id=number) for number in range(20)]
     given = of("a", asked=asked)["a"]
     answer_files.write(tmp_path / "a.jsonl", "a", given)
-    written(
-        tmp_path / "questions.jsonl",
-        ({"question_id": q.id, "category": q.category, "turns": q.turns} for q in asked),
-    )
-    program = (
-        "import sys; from rlhf.config import Config, Judge; from rlhf.mtbench import answers, judged, questions\n"
-        "url, out = sys.argv[1:]; asked = questions.read(f'{out}/questions.jsonl')\n"
-        "config = Config(out=out, judge=Judge(url=url, model='judge', concurrency=3))\n"
-        "judged(config, asked, {'a': answers.read(f'{out}/a.jsonl', asked)})"
-    )
-    with Endpoint(lambda body: "[[7]]" if len(endpoint.asked) <= 8 else (HANG,)) as endpoint:
-        call = subprocess.Popen(
-            [sys.executable, "-c", program, endpoint.url, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        while len(endpoint.asked) < 11 and call.poll() is None:
-            time.sleep(0.02)
-        call.send_signal(signal.SIGKILL)
-        call.wait()
+    lines_of = ({"question_id": q.id, "category": q.category, "turns": q.turns} for q in asked)
+    written(tmp_path / "questions.jsonl", lines_of)
+    file, limit = tmp_path / "model_judgment" / "judge_single.jsonl", 8
+
+    def interrupted(number: int) -> tuple[int, str]:
+        """Call the program, and send a signal when the judge does not answer any more."""
+        command = [sys.executable, "-c", PROGRAM, endpoint.url, str(tmp_path)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as call:
+            while len(endpoint.asked) < limit + 3 and call.poll() is None:
+                time.sleep(0.02)
+            call.send_signal(number)
+            return call.wait(), call.communicate()[1]
+
+    with Endpoint(lambda body: "[[7]]" if len(endpoint.asked) <= limit else (HANG,)) as endpoint:
+        assert interrupted(signal.SIGTERM) == (128 + 15, "rlhf: ended by SIGTERM; nothing more was saved\n")
         assert len(lines(tmp_path)) == 8
-        file = tmp_path / "model_judgment" / "judge_single.jsonl"
+        limit = 11 + 4
+        assert interrupted(signal.SIGKILL) == (-9, "")
+        assert len(lines(tmp_path)) == 12
         with file.open("a") as stream:
             stream.write(file.read_text().splitlines()[0][:-9])
-        endpoint.answer = lambda body: "[[5]]"
+        endpoint.answer, known = (lambda body: "[[5]]"), len(endpoint.asked)
         table = judged(config(endpoint, tmp_path, model="judge"), asked, {"a": given})
-        assert len(endpoint.asked) == 11 + 12
+        assert len(endpoint.asked) == known + 8
     assert len(lines(tmp_path)) == 20
-    assert rows(table)["mean"] == [f"{(7 * 8 + 5 * 12) / 20:.2f}"]
-
-
-def compare(body: dict) -> str:
-    """Prefer the answer of "good", and A where both are of one kind. It names no winner once."""
-    text = body["messages"][-1]["content"]
-    if "Shorter" in text and text.index("good") < text.index("bad"):
-        return "I cannot say."
-    first, second = (text.index(name) for name in ("good", "bad"))
-    return "[[A]]" if "3+3" in text or first < second else "[[B]]"
-
-
-def test_pairs(tmp_path):
-    """A win needs both orders. The prompts of the second turn of MATH are answered with A always, so it is a tie."""
-    with Endpoint(compare) as endpoint:
-        given = config(endpoint, tmp_path, pairwise=True)
-        table = judged(given, ASKED, of("good", "bad"))
-        assert len(endpoint.asked) == 10
-        found = {(line["question_id"], line["turn"]): line for line in lines(tmp_path, "judge_pair")}
-        assert len(lines(tmp_path, "judge_pair")) == 5, "without the halves that came first"
-        keys = ["question_id", "model_1", "model_2", "judge", "system_prompt"]
-        keys += [f"{game}_{key}" for game in ("g1", "g2") for key in ("user_prompt", "judgment", "winner")]
-        assert list(found[81, 1]) == [*keys, "turn", "tstamp"]
-        assert {(line["model_1"], line["model_2"]) for line in found.values()} == {("bad", "good")}
-        winners = {key: (line["g1_winner"], line["g2_winner"]) for key, line in found.items()}
-        assert winners == {
-            (81, 1): ("model_2", "model_2"),
-            (81, 2): ("model_2", "error"),
-            (101, 1): ("model_2", "model_2"),
-            (101, 2): ("model_1", "model_2"),
-            ("x", 1): ("model_2", "model_2"),
-        }
-        assert [found[101, 2][f"{game}_judgment"] for game in ("g1", "g2")] == ["[[A]]"] * 2
-        cells = rows(table)
-        assert cells[""] == ["win rate", "wins", "ties", "losses", "errors"]
-        assert cells["writing"] == ["100.0 %", "1", "0", "0", "1"]
-        assert cells["math"] == ["75.0 %", "1", "1", "0", "0"]
-        assert cells["all"] == ["87.5 %", "3", "1", "0", "1"]
-        assert "good against bad:" in table
-        assert "interval is 75.0 % to 100.0 %" in table
-        assert "Cut answers: good ?, bad ?." in table
-
-        other = judged(given, ASKED, of("bad", "good"))
-        assert len(endpoint.asked) == 10, "the other order of the models is the same comparison"
-        assert rows(other)["all"] == ["12.5 %", "0", "1", "3", "1"]
-
-        endpoint.answer = lambda body: "[[C]]"
-        three = judged(given, ASKED, of("good", "third", "bad"))
-        assert [line for line in three.splitlines() if " against " in line] == [
-            "good against third:",
-            "good against bad:",
-            "third against bad:",
-        ]
-        assert rows(three)["all"] == ["50.0 %", "0", "5", "0", "0"], "of the last pair"
-        assert len(endpoint.asked) == 30
-
-
-def test_half_a_pair_is_kept(tmp_path):
-    """One of the two requests fails. FastChat leaves a line with the winner "error" out."""
-
-    def half(body: dict) -> object:
-        return compare(body) if len(endpoint.asked) % 2 else fault(400, "no")
-
-    with Endpoint(half) as endpoint:
-        given = config(endpoint, tmp_path, pairwise=True, concurrency=1)
-        with pytest.raises(JudgingError, match=r"5 of 10 requests have a reply, in .*, and 5 have none"):
-            judged(given, ASKED, of("good", "bad"))
-        halves = lines(tmp_path, "judge_pair")
-        assert [(line["g2_winner"], line["g2_judgment"]) for line in halves] == [("error", None)] * 5
-        endpoint.answer = compare
-        table = judged(given, ASKED, of("good", "bad"))
-        assert len(endpoint.asked) == 15
-        assert judged(given, ASKED, of("good", "bad")) == table
-        assert len(endpoint.asked) == 15
-    assert rows(table)["all"] == ["87.5 %", "3", "1", "0", "1"]
-    assert [line["g2_judgment"] is None for line in lines(tmp_path, "judge_pair")] == [False] * 5
-
-
-def test_the_interval_of_a_win_rate():
-    """It is that of a binomial proportion, and equal turns of one question do not make it narrower."""
-    low, high = tables.interval([[1.0]] * 60 + [[0.0]] * 40)
-    assert (low, high) == pytest.approx((0.6 - 1.96 * 0.049, 0.6 + 1.96 * 0.049), abs=0.011)
-    assert tables.interval([[1.0, 1.0]] * 60 + [[0.0, 0.0]] * 40) == (low, high)
-    apart = tables.interval([[1.0], [1.0]] * 60 + [[0.0], [0.0]] * 40)
-    assert apart[1] - apart[0] == pytest.approx((high - low) / 2**0.5, abs=0.015)
-    assert tables.interval([[], [1.0]]) == (1.0, 1.0)
-    assert tables.interval([[]]) == (0.0, 1.0)
+    assert rows(table)["mean"] == [f"{(7 * 12 + 5 * 8) / 20:.2f}"]
 
 
 @pytest.mark.parametrize(

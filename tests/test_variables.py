@@ -23,6 +23,8 @@ ONE = {
     "CHECKPOINT_PATH": "/out/stage",
     "output_dir": "/out",
     "exp_name": "first",
+    "JUDGE_URL": "http://judge/v1",
+    "JUDGE_MODEL": "007",
     "TP": "4",
     "PP": "2",
 }
@@ -44,9 +46,11 @@ def test_keys(mode: str):
     assert config.reward.load == ("/m/rm" if mode in ("rlhf", "online-dpo", "grpo") else "")
     assert config.reward.function == (("math",) if mode == "grpo" else ())
     assert config.policy.tokenizer == "/m/tokenizer.model"
+    online = mode in ("rlhf", "online-dpo", "grpo", "evaluate")
+    assert (config.judge.url, config.judge.model) == (("http://judge/v1", "007") if online else ("", ""))
     assert config.data.eval == "/d/eval.jsonl"
-    if mode == "evaluate":  # it makes no run, and must not write into one
-        assert (config.data.train, config.out, config.parallel.tp) == ("", "runs/evaluate", 1)
+    if mode in ("evaluate", "mtbench"):  # they make no run, and must not write into one
+        assert (config.data.train, config.out, config.parallel.tp) == ("", f"runs/{mode}", 1)
     else:
         assert (config.data.train, config.parallel.tp, config.parallel.pp) == ("/d/train", 4, 2)
         assert config.out == ("/out/stage" if mode in ("sft", "reward") else "/out/first")

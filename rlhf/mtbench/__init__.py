@@ -5,11 +5,11 @@ Needs no torch.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
+from rlhf import interrupt
 from rlhf.config import Config
-from rlhf.errors import JudgingError, UserError
+from rlhf.errors import JudgingError, StorageError, UserError, failure
 from rlhf.judge.client import Client, JudgeError
 from rlhf.mtbench import judgments, tables
 from rlhf.mtbench.answers import Answers, stem
@@ -37,10 +37,16 @@ def judged(config: Config, questions: list[Question], answers: Answers) -> str:
     """Return the table of the models, in Markdown. The judge grades what is not judged yet.
 
     Writes config.out/model_judgment/JUDGE_single.jsonl, or _pair.jsonl, and the table beside it.
-    answers: of each model to each question. Raises UserError, and JudgingError if requests to the judge have failed.
+    answers: of each model to each question. Raises UserError, JudgingError if requests to the judge have failed, and
+    StorageError.
     """
     prompts = prepare(config, questions, len(answers))
-    file, judge, found = asyncio.run(_grade(config, prompts, questions, answers))
+    try:
+        file, judge, found = interrupt.run(_grade(config, prompts, questions, answers))
+    except OSError as error:
+        if not (text := failure(error, config.out)):
+            raise
+        raise StorageError(f"{text}; fix this and start again: only what has no reply yet is sent") from None
     table = (tables.wins if config.mtbench.pairwise else tables.scores)(answers, found)
     source = config.mtbench.prompts or "those of this package, so published scores are no comparison"
     text = f"{table}\n\nJudge: {judge}. Prompts: {source}.\n"

@@ -8,11 +8,13 @@ FOLDER is the one of modes.py.
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import groups
 import pytest
+from endpoint import Endpoint
 from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
 
 from rlhf import assemble, configuration
@@ -110,6 +113,32 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
     assert found["hot"]["eval_reward"] != pytest.approx(found["both"]["eval_reward"], abs=1e-3)
 
 
+def check_judge(folder: Path, layout: str, mesh: Mesh) -> None:
+    """Check that a judge gives the rewards of training and evaluation, and that no file of the run has its key.
+
+    Every fourth answer has no rating, so these rewards fail. The prompt of a request is the text of the user's message.
+    """
+    asked, key = count(), "sk-known-0815"
+    (folder / "rubric.txt").write_text("Rate {{ response }} to {{ prompt }}")
+    with (
+        Endpoint(lambda body: "[[2.5]]" if next(asked) % 4 else "?", key=key) as endpoint,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("OPENAI_API_KEY", key)
+        keys = ["reward.function=judge", "evaluate.function=judge", f"judge.rubric={folder}/rubric.txt"]
+        config = configure(folder, "grpo", layout, f"out={folder}/rated", "steps=1", f"judge.url={endpoint.url}", *keys)
+        assert start(config) == 0
+    rows = metrics(folder / "rated")
+    assert rows[1]["reward"] == rows[1]["eval_reward"] == 2.5
+    assert 0 < rows[1]["reward_failed"] <= 0.5
+    sent = [body["messages"][0]["content"] for body in endpoint.asked]
+    assert any("How many" in text for text in sent)
+    read = json.loads((folder / "rated/step_000001/meta.json").read_text())["run"]["read"]
+    assert read["judge.rubric"][0] == config.judge.rubric
+    for path in (path for path in (folder / "rated").rglob("*") if path.is_file()):
+        assert key.encode() not in path.read_bytes(), path
+
+
 def check_random_weights(folder: Path, layout: str, mesh: Mesh) -> None:
     """Check that policy.init=random needs no weights.
 
@@ -198,6 +227,7 @@ def main() -> None:
             check_engine_without_the_weights,
             check_signal,
             check_evaluation,
+            check_judge,
             check_random_weights,
             check_in_flight,
         ):
