@@ -138,4 +138,4 @@ def test_a_table_of_numbers(tmp_path: Path) -> None:
     config = configuration.load("grpo", [str(tmp_path / "one.toml"), *keys])
     assert config.reward.weights == {"style": 1.0, "a.b": 1.0, "style/length": -2.0}
     assert there_and_back(config, tmp_path) == config
-    assert "reward.weights={} " in configuration.manual()
+    assert "reward.weights={} " in configuration.manual({})

@@ -46,7 +46,7 @@ def test_keys(mode: str):
     assert config.reward.load == ("/m/rm" if mode in ("rlhf", "online-dpo", "grpo") else "")
     assert config.reward.function == (("math",) if mode == "grpo" else ())
     assert config.policy.tokenizer == "/m/tokenizer.model"
-    online = mode in ("rlhf", "online-dpo", "grpo", "evaluate")
+    online = mode in ("rlhf", "online-dpo", "grpo", "evaluate", "mtbench")
     assert (config.judge.url, config.judge.model) == (("http://judge/v1", "007") if online else ("", ""))
     assert config.data.eval == "/d/eval.jsonl"
     if mode in ("evaluate", "mtbench"):  # they make no run, and must not write into one

@@ -138,10 +138,8 @@ def _prompt(row: Row, keys: Keys) -> Told:
 
 def _question(row: Row, keys: Keys) -> Told:
     """Return the first turn of a question, as a prompt. The others follow its answer."""
-    turns = row[keys[0]]
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{keys[0]!r} is {turns!r:.80}; give a list of texts")
-    return [([_asked(turns[0], f"{keys[0]} 1")], 0.0)]
+    turns = row[keys[0]] if isinstance(row[keys[0]], list) else []
+    return [([_asked(next(iter(turns), None), f"{keys[0]} 1")], 0.0)]
 
 
 def _unanswered(row: Row, keys: Keys) -> Told:
