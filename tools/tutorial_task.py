@@ -99,7 +99,8 @@ def demonstration(prompt: str, thing: str, response: str, more: random.Random | 
 
 def bench(asked: list[tuple[str, str, str]], each: int = 20) -> list[dict[str, Any]]:
     """Return questions in MT-Bench's form: the first prompts of each category, with a second turn."""
-    draw, found = random.Random(0), []
+    draw = random.Random(0)
+    found: list[dict[str, Any]] = []
     for category in QUESTIONS:
         for prompt, thing, _ in [question for question in asked if question[2] == category][:each]:
             turns = [prompt, follow_up(thing, draw)[0]]
