@@ -14,6 +14,7 @@ from rlhf.algorithms import SECTIONS
 from rlhf.config import Between, Config
 from rlhf.errors import UserError
 
+REMOVED = {"log.tensorboard": "log.to=tensorboard"}  # key of an older version -> what to set instead
 UNREADABLE = (ValueError, RecursionError)  # tomllib raises ValueError, also for huge numbers, and RecursionError
 
 
@@ -81,6 +82,8 @@ def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
     known, values = keys(cls), {}
     for key, value in tree.items():
         path = f"{where}{key}"
+        if path in REMOVED:
+            raise UserError(f"{path} is no longer a key: remove it; to have its effect, set {REMOVED[path]}")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             raise UserError(

@@ -28,7 +28,7 @@ EVERYTHING = SOURCES + [
 LAYERS = (
     ("errors", "lazy", "phases", "config", "output", "progress"),
     ("contracts", "texts", "patches"),
-    ("algorithms", "recorder", "folders", "lock", "judge"),
+    ("algorithms", "recorder", "folders", "lock", "judge", "trackers"),
     ("configuration", "parallel", "metrics", "interrupt"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
     ("train", "rollout", "writer", "shapes"),
