@@ -97,7 +97,7 @@ class Ledger:
                 f"policy.load={self.config.policy.load} has a head_dim of {self.arch.head_dim}, but vLLM on a CPU "
                 f"supports only {', '.join(map(str, CPU_HEADS))}: set rollout.engine=kvcache"
             )
-        fault = self._fault()
+        fault = self.fault()
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
             larger = "split it over more ranks (parallel.tp, parallel.pp), or use larger devices"
@@ -224,9 +224,9 @@ class Ledger:
 
     def sequences(self) -> float:
         """Return how many sequences of data.max_tokens tokens fit into the engine's KV cache."""
-        return self.cache() / (self._token() * self.config.data.max_tokens)
+        return self.cache() / (self.token() * self.config.data.max_tokens)
 
-    def _token(self) -> float:
+    def token(self) -> float:
         """Return the GiB of the keys and values of one token on one rank of the engine."""
         return (
             2
@@ -240,7 +240,7 @@ class Ledger:
     def _least(self) -> float:
         """Return the GiB of KV cache for one sequence of data.max_tokens tokens. vLLM needs one extra block."""
         block = BLOCK[self._on_gpu]
-        return self._token() * block * (-(-self.config.data.max_tokens // block) + 1)
+        return self.token() * block * (-(-self.config.data.max_tokens // block) + 1)
 
     @property
     def _on_gpu(self) -> bool:
@@ -289,7 +289,7 @@ class Ledger:
             / GIB
         )
 
-    def _fault(self) -> str:
+    def fault(self) -> str:
         """Return an error message for the first phase that does not fit, or ""."""
         if self._serves and self.cache() < self._least():
             r = self.config.rollout
@@ -315,7 +315,7 @@ class Ledger:
         except UserError:  # this configuration would be refused for another reason
             return False
         changed = Ledger(config, self.arch, self.roles, self.world, self.device, self.size)
-        return self.world % tp == 0 and not changed._fault()
+        return self.world % tp == 0 and not changed.fault()
 
 
 @cache  # every phase and every remedy calls it again

@@ -34,6 +34,7 @@ LAYERS = (
     ("train", "rollout", "writer", "shapes"),
     ("prepare", "convert", "cluster", "launcher", "variables", "watchdog", "checkpoint"),
     ("roles", "ledger"),
+    ("estimate",),
     ("evaluate", "dryrun"),
     ("loop",),
     ("assemble",),

@@ -35,6 +35,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "MLFLOW_ALLOW_FILE_STORE": "true",
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(trackers, "PATIENCE", 300.0)  # the imports of the packages may take long
     yield
     import wandb
 
