@@ -162,12 +162,13 @@ def fitting(model: str, mode: str, device: float, world: int) -> Iterator[Ledger
 def engines(config: Config, device: float, world: int) -> Iterator[Ledger]:
     """Yield a ledger for each rollout.tp with which the run fits, with the largest rollout.memory."""
     for rollout_tp in (tp for tp in SPLITS if tp <= world):
+        config = replace(config, rollout=replace(config.rollout, tp=rollout_tp))
+        try:
+            arch, roles = shapes(config, world)
+        except UserError:  # the layout does not divide the model
+            continue
         for share in (0.85, 0.6, 0.4):
-            tried = replace(config, rollout=replace(config.rollout, tp=rollout_tp, memory=share))
-            try:
-                arch, roles = shapes(tried, world)
-            except UserError:  # the layout does not divide the model
-                break
+            tried = replace(config, rollout=replace(config.rollout, memory=share))
             least = Ledger(replace(tried, memory=Memory(offload="all")), arch, roles, world, device, 2)
             if any(least.need(visit) > least.room for visit in least.visits if not visit.is_engines):
                 return  # the engine's keys do not change this

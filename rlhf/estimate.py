@@ -62,12 +62,13 @@ class Estimate:
 
 
 def estimate(ledger: Ledger, prompt: int = 0, response: int = 0) -> Estimate | None:
-    """Return the estimate of a step; None if no rates were measured: float32, or an engine that is not vLLM.
+    """Return the estimate of a step. None: the mode does not train, or no rates were measured for its dtype or engine.
 
     prompt, response: mean tokens of a sample; 0: as many as data.max_tokens and rollout.max_tokens allow.
     """
     config, mode = ledger.config, ALGORITHMS[ledger.config.mode]
-    if ledger.size != 2 or not math.isfinite(ledger.device) or (mode.online and config.rollout.engine != "vllm"):
+    served = config.rollout.engine == "vllm" or not mode.online
+    if not (mode.trains and served and ledger.size == 2 and math.isfinite(ledger.device)):
         return None
     response = response or config.rollout.max_tokens * mode.online
     prompt = prompt or config.data.max_tokens - response
@@ -84,7 +85,7 @@ def estimate(ledger: Ledger, prompt: int = 0, response: int = 0) -> Estimate | N
             for name, role in ledger.roles.items()
             if role.use == "train"
         ),
-        Phase.PUBLISH: _publish(ledger, copy) + switch if mode.online and mode.trains else 0.0,
+        Phase.PUBLISH: _publish(ledger, copy) + switch if mode.online else 0.0,
     }
     moved = _moved(ledger)
     whole = {str(phase): taken + moved.get(phase, 0.0) for phase, taken in seconds.items()}

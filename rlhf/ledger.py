@@ -67,7 +67,7 @@ class Ledger:
 
     def rows(self, visit: Visit, stage: int, offload: Collection[Tenant] | None = None) -> dict[str, float]:
         """Return the GiB of everything on the device in a phase, by name. offload: tenants that may be on the host."""
-        away = self.offload if offload is None else offload
+        away, needs = self.offload if offload is None else offload, visit.needs
         context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
         rows = {"context": context if self._on_gpu else 0.0}
         if self.config.parallel.exchanges and self._on_gpu:
@@ -76,9 +76,7 @@ class Ledger:
         if self.engine:
             rows |= self._engine(visit)
         rows |= {
-            str(tenant): gib
-            for tenant, gib in self.tenants[stage].items()
-            if tenant in visit.needs or tenant not in away
+            str(tenant): gib for tenant, gib in self.tenants[stage].items() if tenant in needs or tenant not in away
         }
         rows["work"] = 0.0 if visit.is_engines else self._work(visit.phase, self.roles[visit.role].arch, stage)
         return rows

@@ -135,12 +135,12 @@ class MLflow:
         self.mlflow, known = mlflow, origin.id
         run = mlflow.start_run(run_id=known or None, run_name=origin.name)
         origin.keep(run.info.run_id)
-        items = [*origin.config.items()]
+        items = [*_accepted(origin.config).items()]
         for i in range(0, 0 if known else len(items), PARAMETERS):  # MLflow refuses to change a parameter
             mlflow.log_params(dict(items[i : i + PARAMETERS]))
 
     def write(self, step: int, values: Mapping[str, float], table: Table) -> None:
-        self.mlflow.log_metrics(dict(values), step=step)
+        self.mlflow.log_metrics(_accepted(values), step=step)
         if table:
             text = io.StringIO()
             csv.writer(text).writerows([COLUMNS, *table])
@@ -239,7 +239,7 @@ def settings(config: Config) -> Iterator[tuple[str, Any]]:
                 yield from flat(f"{where}.{name}".lstrip("."), held)
         elif not where.endswith(".key"):
             text = ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-            yield where, _clean(text) if isinstance(text, str) else text
+            yield where, _cut(_clean(text)) if isinstance(text, str) else text
 
     yield from flat("", tree)
 
@@ -247,6 +247,11 @@ def settings(config: Config) -> Iterator[tuple[str, Any]]:
 def _clean(text: str) -> str:
     """Return the text without user names, passwords and queries of addresses."""
     return re.sub(r"(\w+://)(?:[^/?#\s]*@)?([^?#\s]*)[?#]?[^\s]*", r"\1\2", text)
+
+
+def _accepted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values under names that MLflow accepts. In files it cannot store both of the names reward and reward/x."""
+    return {re.sub(r"[^\w. -]", "_", name.replace("/", ".")): value for name, value in values.items()}
 
 
 def _cut(value: Any) -> Any:

@@ -121,20 +121,17 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
         "epochs=0.0117",
         "checkpoint.every=2",
         "optim.schedule=linear",
-        'log.to=["tensorboard", "wandb"]',
+        "log.to=tensorboard",
         "rollout.inflight=1.5",
     ]
-    offline = {"WANDB_MODE": "offline"}
-    whole_run = start("grpo", *common, f"out={tmp_path}/whole", **offline)
-    process, killed = start("grpo", *common, f"out={tmp_path}/killed", **offline), tmp_path / "killed/metrics.jsonl"
+    whole_run = start("grpo", *common, f"out={tmp_path}/whole")
+    process, killed = start("grpo", *common, f"out={tmp_path}/killed"), tmp_path / "killed/metrics.jsonl"
     while process.poll() is None and not (killed.exists() and '"step": 3' in killed.read_text()):
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()[0][-3000:]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    id = (tmp_path / "killed/wandb.id").read_text().strip()
-    output = finish(start("grpo", *common, f"out={tmp_path}/killed", "evaluate.every=5", **offline))
-    assert len([*(tmp_path / "killed/wandb").glob(f"offline-run-*/run-{id}.wandb")]) == 2, "a tracker continues its run"
+    output = run("grpo", *common, f"out={tmp_path}/killed", "evaluate.every=5")
     assert "6 steps of 8 of 4,096 records: 0.01172 epochs; out: " in finish(whole_run)
     assert "resumed after step" in output
     whole, resumed = (load_file(tmp_path / name / "hf/model.safetensors") for name in ("whole", "killed"))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf import configuration, dryrun, estimate
+from rlhf.algorithms import ALGORITHMS
 from rlhf.ledger import GIB, Ledger
 from rlhf.model import architecture
 from rlhf.phases import Phase
@@ -122,6 +123,11 @@ def test_what_an_estimate_depends_on() -> None:
     assert known("dpo", "dpo.reference=false").phases["score"] == 0
 
 
+@pytest.mark.parametrize("mode", [mode for mode in ALGORITHMS if ALGORITHMS[mode].trains])
+def test_every_mode_has_one(mode: str) -> None:
+    assert known(mode, *["reward.load=" + str(MODELS / "llama2-7B")] * (mode == "online-dpo")).step > 1
+
+
 def test_offloaded_tenants_cost_time() -> None:
     """The optimizer goes and comes, a frozen model only comes, and gradients do neither."""
     held, away = (ledger("grpo", f"memory.offload={offload}") for offload in ("none", "all"))
@@ -137,6 +143,7 @@ def test_offloaded_tenants_cost_time() -> None:
 def test_no_estimate_without_measured_rates() -> None:
     assert estimate.estimate(ledger("grpo", "rollout.engine=kvcache")) is None
     assert estimate.estimate(ledger("sft", device=float("inf"))) is None, "a CPU"
+    assert estimate.estimate(ledger("evaluate")) is None, "it has no steps"
     config = ledger("sft").config
     assert estimate.estimate(Ledger(config, *shapes(config, 1), 1, 139.8, 4)) is None, "float32"
 

@@ -56,7 +56,7 @@ def write(metrics: Metrics, *steps: int, loss: float = 0.5) -> None:
         for step in steps:
             text = Text(step, {}, "a | b\n" + 3000 * "x", f"answer {step}")
             metrics.keep("train", [Sample(tokens, mask, 7, reward=1.0, text=text, version=mask * 1)])
-            metrics.add({"loss": (loss * step, 1.0)})
+            metrics.add({"loss": (loss * step, 1.0), "loss/part (a)": (1.0, 1.0)})
             metrics.write(step)
 
 
@@ -125,6 +125,7 @@ def test_mlflow(tmp_path: Path) -> None:
     assert len(run.data.params) > trackers.PARAMETERS
     assert [(m.step, m.value) for m in client.get_metric_history(id, "loss")] == [(1, 1.0), (2, 1.0), (3, 1.5)]
     text = Path(client.download_artifacts(id, "samples/step_000003.csv")).read_text()
+    assert client.get_metric_history(id, "loss.part _a_")[-1].step == 3
     rows = [*csv.DictReader(text.splitlines(keepends=True))]
     assert [(row["row"], row["reward"], row["response"]) for row in rows] == [("3", "1.0", "answer 3")]
     write(metrics_of(out, '"mlflow"'), 1)
