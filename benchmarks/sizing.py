@@ -56,7 +56,7 @@ TEXT = """# How many GPUs a model needs
 `python benchmarks/sizing.py` writes this page from the ledger and the estimate of `--dry-run`, and a test fails if it
 is stale. Your own configuration gets both with
 
-    ./launch.sh grpo policy.load=configs/models/qwen3-8B memory.device=140 GPUS_PER_NODE=8 --dry-run
+    GPUS_PER_NODE=2 ./launch.sh grpo policy.load=configs/models/qwen3-8B parallel.pp=2 memory.device=139.8 --dry-run
 
 The tables have the smallest number of GPUs (a power of two) with which the checks of a run pass, and of the layouts
 with this number the one with the lowest estimate. Weights are bfloat16, and the settings are

@@ -27,10 +27,10 @@ OPTIMIZER = 42.0  # bytes per parameter and update: 34 x the 1.23 of train.py's 
 COPY = 4.15e12  # bytes read and written per second on the device: train.py, copy_tb_per_s
 LINK = 330e9  # bytes per second between GPUs of a node in each direction: publish.py, link_gb_per_s
 HOST_LINK = 48 * GIB  # bytes per second to and from host memory: switch.py, park_gib_per_s
-SWITCH = 0.4  # seconds in which vLLM sleeps and wakes once: time/switch of step.py, case "grpo 7b"
+SWITCH = 0.4  # seconds in which vLLM sleeps and wakes once: fitted to time/switch of step.py, case "grpo 7b"
 DECODE = 650.0  # TFLOP/s of vLLM's products: the sustained rate of a large product, NOTES.md
-# seconds of vLLM's scheduler and the sampler per sequence and token, in Python: step.py, case "rlhf 1b", where the
-# device has little to do
+# seconds of vLLM's scheduler and the sampler per sequence and token, in Python: fitted to step.py, case "rlhf 1b", where
+# the device has little to do
 HOST = 30e-6
 BANDWIDTH = 3.35 / 4.8  # memory bandwidth of an H100, relative to an H200
 LARGE = 100.0  # GiB; a device with less is taken for one of 80 GB
@@ -134,9 +134,9 @@ def _forward(ledger: Ledger, name: str, samples: int, tokens: int) -> float:
 
 def flops(arch: Architecture, tokens: int) -> float:
     """Return the FLOPs of forward and backward per token, in sequences of `tokens`. Attention is causal."""
-    matrices = arch.num_parameters() - arch.vocab * arch.hidden * (
-        not (arch.tied and arch.lm)
-    )  # an embedding is no product
+    matrices = arch.num_parameters()
+    if not (arch.tied and arch.lm):  # an embedding is no product, unless it is the output layer too
+        matrices -= arch.vocab * arch.hidden
     return 6 * matrices + 6 * arch.layers * arch.heads * arch.head_dim * tokens
 
 

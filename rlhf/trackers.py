@@ -23,7 +23,8 @@ from rlhf.config import Config
 from rlhf.errors import UserError
 
 BACKLOG = 256  # calls that wait for a tracker; with more, it cannot keep up
-PATIENCE = 10.0  # seconds that the end of a run waits for its trackers
+PATIENCE = 5.0  # seconds that the end of a run waits for its trackers; the launcher kills a rank ten after another
+HURRY = 0.8  # the same after an error: the other ranks wait a second for rank 0 to print it
 LONGEST = 2000  # characters of a text in the table of samples
 COLUMNS = ("use", "row", "group", "reward", "finish", "prompt", "response")  # of the table; keys of recorder.describe()
 PARAMETERS = 100  # limit of parameters in one of MLflow's requests
@@ -206,14 +207,15 @@ class Trackers:
                 sender.send(lambda tracker: tracker.write(step, known, table))
 
     def close(self, failed: bool) -> None:
-        """End the trackers' runs. It waits at most PATIENCE seconds. failed: an error has ended the run."""
+        """End the trackers' runs. It waits at most PATIENCE seconds, or HURRY. failed: an error has ended the run."""
+        limit = HURRY if failed else PATIENCE
         for sender in self.senders:
             sender.send(lambda tracker: tracker.close(failed))
-        wait([call for sender in self.senders for call in sender.calls], PATIENCE)
+        wait([call for sender in self.senders for call in sender.calls], limit)
         for sender in self.senders:
             sender.look()
             if sender.calls:
-                sender.stop(f"it has not finished {PATIENCE:g} s after the run")
+                sender.stop(f"it has not finished {limit:g} s after the run")
 
 
 def check(config: Config) -> None:

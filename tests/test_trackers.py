@@ -35,7 +35,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "MLFLOW_ALLOW_FILE_STORE": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(trackers, "PATIENCE", 300.0)  # the imports of the packages may take long
+    for limit in ("PATIENCE", "HURRY"):
+        monkeypatch.setattr(trackers, limit, 300.0)  # the imports of the packages may take long
     yield
     import wandb
 
@@ -196,6 +197,11 @@ def test_a_tracker_that_does_not_answer(
     start = time.perf_counter()
     write(metrics_of(tmp_path / "ends", '"mlflow"'), 1, 2)
     assert "mlflow is off from here on, and the run goes on without it: it has not" in capsys.readouterr().out
+    monkeypatch.setattr(trackers, "HURRY", 0.1)
+    with suppress(InterruptedError), metrics_of(tmp_path / "fails", '"mlflow"') as metrics:
+        metrics.write(1)
+        raise InterruptedError
+    assert "it has not finished 0.1 s after the run" in capsys.readouterr().out
     monkeypatch.setattr(trackers, "BACKLOG", 3)
     metrics = metrics_of(tmp_path / "behind", '"mlflow"')
     assert metrics.trackers
