@@ -29,8 +29,8 @@ LINK = 330e9  # bytes per second between GPUs of a node in each direction: publi
 HOST_LINK = 48 * GIB  # bytes per second to and from host memory: switch.py, park_gib_per_s
 SWITCH = 0.4  # seconds in which vLLM sleeps and wakes once: fitted to time/switch of step.py, case "grpo 7b"
 DECODE = 650.0  # TFLOP/s of vLLM's products: the sustained rate of a large product, NOTES.md
-# seconds of vLLM's scheduler and the sampler per sequence and token, in Python: fitted to step.py, case "rlhf 1b", where
-# the device has little to do
+# seconds of vLLM's scheduler and the sampler, in Python, per sequence and token: fitted to step.py, case "rlhf 1b",
+# where the device has little to do
 HOST = 30e-6
 BANDWIDTH = 3.35 / 4.8  # memory bandwidth of an H100, relative to an H200
 LARGE = 100.0  # GiB; a device with less is taken for one of 80 GB

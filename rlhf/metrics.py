@@ -120,10 +120,12 @@ class Metrics:
 
     def close(self, failed: bool = False) -> None:
         """Wait until everything is written. failed: an error has ended the run, and an error of a write is ignored."""
-        if self.recorder and not failed:
-            self.recorder.finish()
-        if self.trackers:
-            self.trackers.close(failed)
+        try:
+            if self.recorder and not failed:
+                self.recorder.finish()
+        finally:
+            if self.trackers:
+                self.trackers.close(failed)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         kept = self.recorder.write(step) if self.recorder else []
