@@ -92,9 +92,9 @@ def train(
     interrupt = Interrupt(told=mesh.rank == 0)  # first, because the following calls take long
     ledger = checked_ledger(config, mesh, given)
     training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt, environments)
-    announce(training, given, ledger)
-    finished = training.train()
-    training.metrics.close()
+    with training.metrics:
+        announce(training, given, ledger)
+        finished = training.train()
     if finished and mesh.rank == 0:
         if training.roles.residence.peaks:
             say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # predicted and measured memory
@@ -121,17 +121,16 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
         Roles(config, mesh, given.roles, dtype_of(config, mesh), 1.0, residence).grade(samples)
 
-    metrics = Metrics(config, mesh, start=-1, sets=prefixes(config))
-    if mesh.rank == 0:
-        for remark in given.remarks:
-            say(f"  {remark}")
-        for entry, records in zip(config.data.eval, given.held_out.values(), strict=True):
-            say(f"{entry}: {records.counts}")
-            say(records.first())
-    progress.begin("evaluation")
-    found = ResponseEvaluation(config, source, given.held_out, source.grader, model).measure(metrics)
-    metrics.write(step=0)
-    metrics.close()
+    with Metrics(config, mesh, start=-1, sets=prefixes(config)) as metrics:
+        if mesh.rank == 0:
+            for remark in given.remarks:
+                say(f"  {remark}")
+            for entry, records in zip(config.data.eval, given.held_out.values(), strict=True):
+                say(f"{entry}: {records.counts}")
+                say(records.first())
+        progress.begin("evaluation")
+        found = ResponseEvaluation(config, source, given.held_out, source.grader, model).measure(metrics)
+        metrics.write(step=0)
     if mesh.rank == 0:
         say(table(config, found))
 

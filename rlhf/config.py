@@ -25,6 +25,7 @@ Retries = Annotated[int, Between(0, 100)]
 Weights = Annotated[Mapping[str, float], Between(-1e6, 1e6)]
 Shares = Annotated[Mapping[str, float], Between(1e-6, 1e6)]
 Formats = Annotated[tuple[Literal["hf", "mcore", "mcore-local", "legacy", "torch_dist"], ...], Between(1)]
+TrackerNames = tuple[Literal["tensorboard", "wandb", "mlflow"], ...]
 Template = Literal["auto", "plain", "human", "llama2", "chatml", "tokenizer"]
 # Up to this tensor parallel size, ranks exchange hidden states during matrix products (rlhf.parallel.exchange).
 # With eight ranks this was slower than megatron-core's layers (benchmarks/NOTES.md).
@@ -216,7 +217,7 @@ class Evaluate:
 class Log:
     """Logs."""
 
-    tensorboard: bool = False  # write event files next to metrics.jsonl (pip install tensorboard)
+    to: TrackerNames = ()  # trackers that also get metrics and samples: tensorboard, wandb, mlflow (docs/trackers.md)
     every: Count = 1  # steps between lines on the terminal
     samples: Annotated[int, Between(-1)] = 16  # responses per step, and per held-out set, in out/samples; -1: all
 

@@ -15,6 +15,7 @@ from rlhf.config import Between, Config
 from rlhf.errors import UserError, failure
 from rlhf.judge import client
 
+REMOVED = {"log.tensorboard": "log.to=tensorboard"}  # key of an older version -> what to set instead
 UNREADABLE = (ValueError, RecursionError)  # tomllib raises ValueError, also for huge numbers, and RecursionError
 
 
@@ -92,6 +93,8 @@ def _build(cls: type, tree: dict[str, Any], where: str = "") -> Any:
     known, values = keys(cls), {}
     for key, value in tree.items():
         path = f"{where}{key}"
+        if path in REMOVED:
+            raise UserError(f"{path} is no longer a key: remove it; to have its effect, set {REMOVED[path]}")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             raise UserError(

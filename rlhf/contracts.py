@@ -122,6 +122,7 @@ def scored(sample: Sample, pad: int | None = None) -> Sample:
     return replace(sample, tokens=tokens, mask=mask, **dict.fromkeys(STREAMS, ABSENT))
 
 
+SCORED_BY = {"old_logp": "policy", "ref_logp": "reference", "values": "critic"}  # stream -> the role that computes it
 STREAMS = ("sampler_logp", "old_logp", "ref_logp", "values", "advantages", "returns")
 
 

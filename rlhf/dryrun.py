@@ -17,6 +17,7 @@ from rlhf.data import lines, sets
 from rlhf.data.forms import COMPARED
 from rlhf.data.records import Records
 from rlhf.errors import MissingError, UserError
+from rlhf.estimate import estimate
 from rlhf.ledger import Ledger
 from rlhf.prepare import read_records, read_tokenizer, records_paths, steps
 from rlhf.shapes import shapes
@@ -25,7 +26,9 @@ DEVICE = 80.0  # GiB, if memory.device is not set
 
 
 def show(config: Config, world: int) -> None:
-    """Print the configuration, the batch sizes and the memory ledger. Raises UserError if the run would be refused."""
+    """Print the configuration, the batch sizes, the memory ledger and an estimate of a step's time.
+
+    Raises UserError if the run would be refused."""
     print(f"# {config.mode}\n{configuration.to_toml(config)}")
     algorithm = ALGORITHMS[config.mode]
     if (
@@ -48,6 +51,8 @@ def show(config: Config, world: int) -> None:
         waiting = "; the others wait" if flying > holds else ""
         more = f" In flight: {flying}{waiting}." if algorithm.trains else ""
         print(f"The KV cache of an engine holds {holds} sequences of {config.data.max_tokens} tokens.{more}")
+    if known := estimate(ledger):
+        print(known)
     if record := first_record(config, arch.vocab):
         print(f"\n{record}")
     ledger.check()

@@ -67,7 +67,7 @@ class Ledger:
 
     def rows(self, visit: Visit, stage: int, offload: Collection[Tenant] | None = None) -> dict[str, float]:
         """Return the GiB of everything on the device in a phase, by name. offload: tenants that may be on the host."""
-        away = self.offload if offload is None else offload
+        away, needs = self.offload if offload is None else offload, visit.needs
         context = CONTEXT + LOADED + COMMUNICATORS * (self.world > 1)
         rows = {"context": context if self._on_gpu else 0.0}
         if self.config.parallel.exchanges and self._on_gpu:
@@ -76,9 +76,7 @@ class Ledger:
         if self.engine:
             rows |= self._engine(visit)
         rows |= {
-            str(tenant): gib
-            for tenant, gib in self.tenants[stage].items()
-            if tenant in visit.needs or tenant not in away
+            str(tenant): gib for tenant, gib in self.tenants[stage].items() if tenant in needs or tenant not in away
         }
         rows["work"] = 0.0 if visit.is_engines else self._work(visit.phase, self.roles[visit.role].arch, stage)
         return rows
@@ -97,7 +95,7 @@ class Ledger:
                 f"policy.load={self.config.policy.load} has a head_dim of {self.arch.head_dim}, but vLLM on a CPU "
                 f"supports only {', '.join(map(str, CPU_HEADS))}: set rollout.engine=kvcache"
             )
-        fault = self._fault()
+        fault = self.fault()
         if fault:
             remedies = (text for text, config in _remedies(self.config) if self._fits(config))
             larger = "split it over more ranks (parallel.tp, parallel.pp), or use larger devices"
@@ -224,9 +222,9 @@ class Ledger:
 
     def sequences(self) -> float:
         """Return how many sequences of data.max_tokens tokens fit into the engine's KV cache."""
-        return self.cache() / (self._token() * self.config.data.max_tokens)
+        return self.cache() / (self.token() * self.config.data.max_tokens)
 
-    def _token(self) -> float:
+    def token(self) -> float:
         """Return the GiB of the keys and values of one token on one rank of the engine."""
         return (
             2
@@ -240,7 +238,7 @@ class Ledger:
     def _least(self) -> float:
         """Return the GiB of KV cache for one sequence of data.max_tokens tokens. vLLM needs one extra block."""
         block = BLOCK[self._on_gpu]
-        return self._token() * block * (-(-self.config.data.max_tokens // block) + 1)
+        return self.token() * block * (-(-self.config.data.max_tokens // block) + 1)
 
     @property
     def _on_gpu(self) -> bool:
@@ -289,7 +287,7 @@ class Ledger:
             / GIB
         )
 
-    def _fault(self) -> str:
+    def fault(self) -> str:
         """Return an error message for the first phase that does not fit, or ""."""
         if self._serves and self.cache() < self._least():
             r = self.config.rollout
@@ -315,7 +313,7 @@ class Ledger:
         except UserError:  # this configuration would be refused for another reason
             return False
         changed = Ledger(config, self.arch, self.roles, self.world, self.device, self.size)
-        return self.world % tp == 0 and not changed._fault()
+        return self.world % tp == 0 and not changed.fault()
 
 
 @cache  # every phase and every remedy calls it again

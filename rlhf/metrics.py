@@ -17,7 +17,8 @@ from rlhf.config import Config
 from rlhf.contracts import ABSENT, Sample
 from rlhf.output import say
 from rlhf.parallel.mesh import Mesh
-from rlhf.recorder import Recorder, Use
+from rlhf.recorder import Recorder, Use, describe
+from rlhf.trackers import Trackers
 
 TROUBLES = ("truncated", "silent", "tied", "lone", "reward_failed", "eval_reward_failed")  # shown unless 0
 LINE = (
@@ -29,7 +30,7 @@ LINE = (
 
 
 class Metrics:
-    """Collects a step's metrics on every rank. Rank 0 writes metrics.jsonl and TensorBoard events, and prints a line.
+    """Collects a step's metrics on every rank. Rank 0 writes metrics.jsonl, sends them to trackers, and prints a line.
 
     Mode evaluate keeps every response and prints no line. It prints a table at the end (rlhf.evaluate).
     """
@@ -40,7 +41,7 @@ class Metrics:
         self.sums: dict[str, tuple[float, float]] = {}
         own = own_name(config)
         self.count = -1 if own else config.log.samples  # responses to record per step and evaluation; -1: all
-        self.events = None
+        self.trackers: Trackers | None = None
         self.recorder: Recorder | None = None
         self.begin()
         if mesh.rank == 0:
@@ -49,10 +50,13 @@ class Metrics:
             self.path = out / f"{own or 'metrics'}.jsonl"
             self.silent = bool(own)
             _forget(self.path, start or -1)  # a new run writes all lines anew, also that of step 0
-            if config.log.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+            self.trackers = Trackers(config, start, own)
 
-                self.events = SummaryWriter(out / own, purge_step=start)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     def begin(self) -> None:
         """Start to measure the time of a step."""
@@ -115,21 +119,22 @@ class Metrics:
             if self.recorder:
                 self.recorder.keep(use, kept)
 
-    def close(self) -> None:
-        """Wait until everything is written."""
-        if self.recorder:
-            self.recorder.finish()
+    def close(self, failed: bool = False) -> None:
+        """Wait until everything is written. failed: an error has ended the run, and an error of a write is ignored."""
+        try:
+            if self.recorder and not failed:
+                self.recorder.finish()
+        finally:
+            if self.trackers:
+                self.trackers.close(failed)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        if self.recorder:
-            self.recorder.write(step)
+        kept = self.recorder.write(step) if self.recorder else []
         with self.path.open("a") as file:
             finite = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no inf and nan
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        if self.events:
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-            self.events.flush()
+        if self.trackers:
+            self.trackers.write(step, values, [describe(step, use, sample) for use, sample in kept])
         if not self.silent and (step % self.every == 0 or step == self.steps):
             told = [
                 name

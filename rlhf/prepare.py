@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from rlhf import folders, rewards, texts
+from rlhf import folders, rewards, texts, trackers
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config import JUDGE, Config
 from rlhf.data import chat, columns, lines, sets, templates
@@ -65,6 +65,7 @@ def located(config: Config) -> Config:
 def inputs(config: Config, world: int) -> Inputs:
     """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake."""
     algorithm = ALGORITHMS[config.mode]
+    trackers.check(config)
     arch, models = shapes(config, world)
     newest = _newest(config) if algorithm.trains else None
     opened = _check_folders(config, models, arch)

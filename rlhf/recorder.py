@@ -41,14 +41,15 @@ class Recorder:
         """Add sampled responses to the file of the current step."""
         self._kept += [(use, sample) for sample in samples]
 
-    def write(self, step: int) -> None:
-        """Start to write the file of a step, after the previous file is complete."""
+    def write(self, step: int) -> list[tuple[Use, Sample]]:
+        """Start to write the file of a step, after the previous file is complete. Return its samples."""
         kept, self._kept = self._kept, []
         if kept:
             self.finish()
             self._writing = self._writer.submit(
                 _write, self.folder / f"{self.name or f'step_{step:06}'}.jsonl", step, kept
             )
+        return kept
 
     def finish(self) -> None:
         """Wait until the current file is complete. Raises the error of the write, if there was one."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf import progress
 from rlhf.config import Config
-from rlhf.contracts import Batch, Loss, Output, Sample, Sums, scored
+from rlhf.contracts import SCORED_BY, Batch, Loss, Output, Sample, Sums, scored
 from rlhf.data.packing import microbatches, shares
 from rlhf.model.architecture import Architecture
 from rlhf.parallel.mesh import Mesh
@@ -25,7 +25,6 @@ from rlhf.weights import export, files, initial, names
 from rlhf.weights.entries import UNSOUND
 
 LossFunction = Callable[[Batch, Output], Loss]
-SCORED_BY = {"old_logp": "policy", "ref_logp": "reference", "values": "critic"}  # stream -> role
 
 
 class Roles:

@@ -126,7 +126,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
         "data.weights.few=0.5",
         "checkpoint.every=2",
         "optim.schedule=linear",
-        "log.tensorboard=true",
+        "log.to=tensorboard",
         "rollout.inflight=1.5",
     ]
     whole_run = start("grpo", *common, f"out={tmp_path}/whole")
