@@ -203,6 +203,7 @@ class Log:
     tensorboard: bool = False  # write event files next to metrics.jsonl (pip install tensorboard)
     every: Count = 1  # steps between lines on the terminal
     samples: Annotated[int, Between(-1)] = 16  # responses per step and evaluation in out/samples; -1: all
+    report: bool = True  # write out/report.html after evaluations and at the end (docs/report.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

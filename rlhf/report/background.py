@@ -1,0 +1,80 @@
+"""Writes the report of a run while the run goes on: in a separate process, so that no rank waits for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rlhf.report import page
+
+# The next report begins at the earliest after this many times the processor time of the last one, so that reports take
+# at most a few percent of one core, however long the run is.
+REST = 30
+COMMAND = ["nice", "-n", "19", sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf.report.command"]
+
+
+class Reporter:
+    """Starts the processes that write out/report.html, one at a time. A failure is one line, and the run goes on."""
+
+    def __init__(self, out: Path, wanted: bool):
+        """wanted: whether this rank writes the report. A missing plotting library is reported once, here."""
+        self.out = out
+        self._process: subprocess.Popen[bytes] | None = None
+        self._began = self._ready = 0.0  # times of the last start, and before which no other one is made
+        if wanted and page.library() is None:
+            print(f"report.html is not written, because the package bokeh is missing: {page.REMEDY}", flush=True)
+            wanted = False
+        self.wanted = wanted
+
+    def update(self) -> None:
+        """Begin to write the report, unless the last process still runs, or has ended only a short time ago."""
+        if self.wanted and self._ended() and time.monotonic() >= self._ready:
+            self._start()
+
+    def finish(self, seconds: float) -> None:
+        """Write the report at the end of the run. Wait at most this long, then end the process."""
+        if not self.wanted:
+            return
+        limit = time.monotonic() + seconds
+        if self._wait(limit):
+            self._start()
+            self._wait(limit)
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            print(f"{self.out}/report.html is not up to date: it took more than {seconds:g} s", flush=True)
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # not a pipe, which would have to be emptied
+        self._began = time.monotonic()
+        self._process = subprocess.Popen(
+            [*COMMAND, str(self.out)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors
+        )
+
+    def _wait(self, limit: float) -> bool:
+        """Wait for the process until a time. Return whether it has ended."""
+        while not (ended := self._ended()) and time.monotonic() < limit:
+            time.sleep(0.02)
+        return ended
+
+    def _ended(self) -> bool:
+        """Return whether no process runs. Print the last line of one that has failed."""
+        if not self._process:
+            return True
+        ended, status, used = os.wait4(self._process.pid, os.WNOHANG)
+        if not ended:
+            return False
+        code = self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._process = None
+        self._ready = self._began + REST * (used.ru_utime + used.ru_stime)
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        self._errors.close()
+        if code:
+            why = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+            print(f"{self.out}/report.html is not written: {why[:300]}", flush=True)
+        return True
