@@ -54,6 +54,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
     def __enter__(self) -> Self:
         return self
@@ -81,9 +82,16 @@ class Browser:
             raise RuntimeError(str(found["exceptionDetails"]))
         return found["result"].get("value")
 
+    def spent(self) -> float:
+        """Return the processor seconds of the page's main thread. Other work of the machine does not count."""
+        values = {value["name"]: value["value"] for value in self.call("Performance.getMetrics")["metrics"]}
+        return values["TaskDuration"]
+
     def show(self, width: int, height: int, dark: bool = False, scale: float = 1.0) -> None:
         """Set the size of the window in pixels, and the colour scheme that the page may ask for."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 

@@ -14,7 +14,8 @@ from rlhf.report import page
 # The next report begins at the earliest after this many times the processor time of the last one, so that reports take
 # at most a few percent of one core, however long the run is.
 REST = 30
-COMMAND = ["nice", "-n", "19", sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf.report.command"]
+NICE = ["nice", "-n", "19"]  # while the run goes on
+COMMAND = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "rlhf.report.command"]
 
 
 class Reporter:
@@ -26,40 +27,43 @@ class Reporter:
         self._process: subprocess.Popen[bytes] | None = None
         self._began = self._ready = 0.0  # times of the last start, and before which no other one is made
         if wanted and page.library() is None:
-            print(f"report.html is not written, because the package bokeh is missing: {page.REMEDY}", flush=True)
+            print(f"{page.FILE} is not written, because the package bokeh is missing: {page.REMEDY}", flush=True)
             wanted = False
         self.wanted = wanted
 
     def update(self) -> None:
         """Begin to write the report, unless the last process still runs, or has ended only a short time ago."""
         if self.wanted and self._ended() and time.monotonic() >= self._ready:
-            self._start()
+            self._start([*NICE, *COMMAND])
 
     def finish(self, seconds: float) -> None:
         """Write the report at the end of the run. Wait at most this long, then end the process."""
         if not self.wanted:
             return
+        self._end()  # its report would not have the last step
+        self._start(COMMAND)
         limit = time.monotonic() + seconds
-        if self._wait(limit):
-            self._start()
-            self._wait(limit)
+        while not (ended := self._ended()) and time.monotonic() < limit:
+            time.sleep(0.02)
+        if not ended:
+            self._end()
+            print(f"{self.out}/{page.FILE} is not up to date: it took more than {seconds:g} s", flush=True)
+
+    def _start(self, command: list[str]) -> None:
+        # Not a pipe, which would have to be emptied.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._began = time.monotonic()
+        self._process = subprocess.Popen(
+            [*command, str(self.out)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors
+        )
+
+    def _end(self) -> None:
+        """Kill the process, if one runs, and remove the file that it was writing."""
         if self._process:
             self._process.kill()
             self._process.wait()
-            print(f"{self.out}/report.html is not up to date: it took more than {seconds:g} s", flush=True)
-
-    def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # not a pipe, which would have to be emptied
-        self._began = time.monotonic()
-        self._process = subprocess.Popen(
-            [*COMMAND, str(self.out)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors
-        )
-
-    def _wait(self, limit: float) -> bool:
-        """Wait for the process until a time. Return whether it has ended."""
-        while not (ended := self._ended()) and time.monotonic() < limit:
-            time.sleep(0.02)
-        return ended
+            page.partial(self.out / page.FILE, self._process.pid).unlink(missing_ok=True)
+            self._process = None
 
     def _ended(self) -> bool:
         """Return whether no process runs. Print the last line of one that has failed."""
@@ -76,5 +80,5 @@ class Reporter:
         self._errors.close()
         if code:
             why = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-            print(f"{self.out}/report.html is not written: {why[:300]}", flush=True)
+            print(f"{self.out}/{page.FILE} is not written: {why.removeprefix("rlhf: ")[:300]}", flush=True)
         return True

@@ -13,8 +13,7 @@ from pathlib import Path
 from rlhf import texts
 from rlhf.errors import told
 from rlhf.report import page
-
-FILE = "report.html"
+from rlhf.report.page import FILE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,4 +47,4 @@ def carry_out() -> int:
 
 
 if __name__ == "__main__":  # a run starts it as a process of its own (rlhf.report.background)
-    sys.exit(told("report", carry_out))
+    sys.exit(told("rlhf", carry_out))

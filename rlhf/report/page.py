@@ -17,6 +17,7 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.report import runs, samples
 
+FILE = "report.html"  # name of the report in the folder of a run
 HERE = Path(__file__).parent
 LIBRARY = ("bokeh.min.js", "bokeh-api.min.js")  # of the package bokeh, which is not imported
 SCRIPTS = ("report.js", "charts.js", "tables.js", "samples.js")
@@ -43,13 +44,18 @@ def write(folders: Sequence[Path], file: Path) -> int:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give the folder `out` of a run")
     text = build(folders).encode("utf-8", "replace")
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # a run and a user may write at the same time
+    part = partial(file, os.getpid())
     try:
-        partial.write_bytes(text)
-        partial.replace(file)
+        part.write_bytes(text)
+        part.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return len(text)
+
+
+def partial(file: Path, process: int) -> Path:
+    """Return the file that a process writes first. A run and a user may write the same report at the same time."""
+    return file.with_name(f"{file.name}.{process}.partial")
 
 
 def build(folders: Sequence[Path]) -> str:
@@ -62,7 +68,9 @@ def build(folders: Sequence[Path]) -> str:
     packed, cut = _samples(found, kept)
     names = _names(folders)
     made = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    described = [asdict(run) | {"folder": str(run.folder), "name": name} for run, name in zip(found, names, strict=True)]
+    described = [
+        asdict(run) | {"folder": str(run.folder), "name": name} for run, name in zip(found, names, strict=True)
+    ]
     data = _block({"made": made, "cut": cut, "runs": described})
     code = [(scripts / name).read_text("utf-8") for name in LIBRARY]
     code.append("\n".join((HERE / name).read_text("utf-8") for name in SCRIPTS))
@@ -92,7 +100,9 @@ def _samples(found: Sequence[runs.Run], kept: Sequence[Sequence[samples.Row]]) -
             if size <= CHARACTERS and len(block := _block(packed)) <= BYTES:
                 for run, old, new in zip(found, kept, rest, strict=True):
                     if len(new) < len(old):
-                        run.remarks.append(f"samples: {len(old) - len(new):,} more are left out, to keep this page small")
+                        run.remarks.append(
+                            f"samples: {len(old) - len(new):,} more are left out, to keep this page small"
+                        )
                 return block, longest if cuts else 0
         rest = [rows[1::2] for rows in rest]
 

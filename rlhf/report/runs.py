@@ -41,7 +41,8 @@ def read(folder: Path) -> Run:
     run.metrics = {name: [row.get(name) for row in rows.values()] for name in names}
     for file in sorted(folder.glob("*.jsonl")):
         if file.name != METRICS:
-            run.evaluations |= {file.stem: row for _, row in _rows(run, file)}
+            for _, row in _rows(run, file):
+                run.evaluations[file.stem] = row
     others = sorted(path for path in folder.glob("*.toml") if path.name != CONFIG)
     if files := [path for path in (folder / CONFIG, *others) if path.is_file()]:
         _configure(run, files[0])
