@@ -300,7 +300,7 @@ def test_damaged_files_leave_the_rest(tmp_path: Path) -> None:
     assert run.metrics == {"loss": [1, 2, 3, 4, 5, 7, None]}
     found = samples.read(run, 10)
     assert [row["turns"] for row in found] == [[["assistant", ""]], [["assistant", "kept"]]]
-    assert any(remark == "samples: 1 damaged lines are left out" for remark in run.remarks)
+    assert any(remark == "samples: damaged lines are left out: 1" for remark in run.remarks)
     assert runs.read(tmp_path / "nowhere").steps == []
 
 

@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.report import page
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -120,7 +120,8 @@ class Browser:
 
     def _go(self, address: str) -> None:
         self._loaded = False
-        self.call("Page.navigate", url=address)
+        if fault := self.call("Page.navigate", url=address).get("errorText"):
+            raise RuntimeError(f"{address}: {fault}")
         while not self._loaded:
             self._read()
 

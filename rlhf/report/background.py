@@ -25,6 +25,7 @@ class Reporter:
         """wanted: whether this rank writes the report. A missing plotting library is reported once, here."""
         self.out = out
         self._process: subprocess.Popen[bytes] | None = None
+        self._told = ""
         self._began = self._ready = 0.0  # times of the last start, and before which no other one is made
         if wanted and page.library() is None:
             print(f"{page.FILE} is not written, because the package bokeh is missing: {page.REMEDY}", flush=True)
@@ -50,12 +51,15 @@ class Reporter:
             print(f"{self.out}/{page.FILE} is not up to date: it took more than {seconds:g} s", flush=True)
 
     def _start(self, command: list[str]) -> None:
-        # Not a pipe, which would have to be emptied.
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._began = time.monotonic()
-        self._process = subprocess.Popen(
-            [*command, str(self.out)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors
-        )
+        try:
+            # Not a pipe, which would have to be emptied.
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+            self._process = subprocess.Popen(
+                [*command, str(self.out)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors
+            )
+        except OSError as error:  # such as a full disk or too many processes
+            self._tell(str(error))
 
     def _end(self) -> None:
         """Kill the process, if one runs, and remove the file that it was writing."""
@@ -76,9 +80,14 @@ class Reporter:
         self._process = None
         self._ready = self._began + REST * (used.ru_utime + used.ru_stime)
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
+        said = self._errors.read().decode(errors="replace").strip() or f"exit code {code}"
         self._errors.close()
         if code:
-            why = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-            print(f"{self.out}/{page.FILE} is not written: {why.removeprefix("rlhf: ")[:300]}", flush=True)
+            self._tell(said.split("\n")[-1].removeprefix("rlhf: ")[:300])
         return True
+
+    def _tell(self, why: str) -> None:
+        """Print why the report is not written, unless this is the reason of the last time."""
+        if why != self._told:
+            self._told = why
+            print(f"{self.out}/{page.FILE} is not written: {why}", flush=True)

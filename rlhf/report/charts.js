@@ -10,7 +10,7 @@ function smoothed(values, weight) {
     if (value === null) return null;
     sum = weight * sum + (1 - weight) * value;
     norm = weight * norm + (1 - weight);
-    return sum / norm;
+    return Number((sum / norm).toPrecision(6)); // a constant stays constant
   });
 }
 
@@ -44,11 +44,13 @@ function decimated(steps, values, low, high, buckets) {
   return { x: ends.map((i) => steps[i]), y: ends.map((i) => values[i]) };
 }
 
-/** Return the first and the last step of runs. */
+/** Return the range of the steps of runs, with a margin. */
 function extent(runs) {
   const ends = runs.flatMap(({ steps }) => (steps.length ? [steps[0], steps[steps.length - 1]] : []));
   const [low, high] = [Math.min(...ends), Math.max(...ends)];
-  return low < high ? [low, high] : [ends.length ? low - 1 : 0, ends.length ? low + 1 : 1];
+  if (!ends.length) return [0, 1];
+  const margin = low < high ? 0.015 * (high - low) : 1;
+  return [low - margin, high + margin];
 }
 
 /** Return means of several series in at most `buckets` ranges of steps. null counts as 0. */
@@ -140,7 +142,7 @@ class Charts {
 /** The common parts of a figure: axes, grid, zoom and theme. */
 class Chart {
   constructor(charts, place, runs, height) {
-    Object.assign(this, { charts, place, height, asked: false, figure: null, span: extent(runs) });
+    Object.assign(this, { charts, place, height, asked: false, figure: null, bounds: {}, span: extent(runs) });
     place.style.minHeight = `${height}px`;
     place.addEventListener("dblclick", () => charts.zoom(...charts.whole));
   }
@@ -151,7 +153,7 @@ class Chart {
     const [low, high] = this.steps;
     const range = new Bokeh.Range1d({ start: low, end: high });
     const figure = Bokeh.Plotting.figure({
-      height: this.height, sizing_mode: "stretch_width", x_range: range, y_range: new Bokeh.DataRange1d(),
+      height: this.height, sizing_mode: "stretch_width", x_range: range, y_range: new Bokeh.DataRange1d(this.bounds),
       tools: [], toolbar_location: null, background_fill_color: null, border_fill_color: null,
       outline_line_color: null, min_border_right: 12, min_border_left: 48, lod_threshold: null,
     });
@@ -210,7 +212,7 @@ class LineChart extends Chart {
     this.lines = this.runs.map((run) => {
       const source = () => new Bokeh.ColumnDataSource({ data: { x: [], y: [] } });
       const [raw, main] = [source(), source()];
-      const behind = figure.line({ field: "x" }, { field: "y" }, { source: raw, color: run.colour, line_width: 1, line_alpha: 0.25 });
+      const behind = figure.line({ field: "x" }, { field: "y" }, { source: raw, color: run.colour, line_width: 1, line_alpha: 0.35 });
       const line = figure.line({ field: "x" }, { field: "y" }, { source: main, color: run.colour, line_width: 1.75, line_join: "round" });
       const points = figure.scatter({ field: "x" }, { field: "y" }, { source: main, color: run.colour, size: 4.5, line_color: null });
       return { run, raw, main, renderers: [behind, line, points] };
@@ -229,6 +231,7 @@ class LineChart extends Chart {
       const line = weight ? decimated(run.steps, smoothed(values, weight), low, high, this.buckets) : own;
       raw.data = weight ? own : { x: [], y: [] };
       main.data = line;
+      if (line.y.length) this.figure.y_range.default_span = Math.abs(line.y[0]) || 1; // the height of a constant curve
       for (const renderer of renderers) renderer.visible = !run.hidden;
       renderers[2].visible = !run.hidden && line.x.length <= 40;
     }
@@ -239,24 +242,32 @@ class LineChart extends Chart {
 class StackChart extends Chart {
   constructor(charts, place, run, series, colours) {
     super(charts, place, [run], 240);
-    Object.assign(this, { run, series, colours });
+    Object.assign(this, { run, series, colours, bounds: { start: 0 } });
   }
 
   plot(figure) {
-    const names = Object.keys(this.series).flatMap((name) => [name, `below ${name}`]);
-    this.source = new Bokeh.ColumnDataSource({ data: Object.fromEntries(["x", ...names].map((name) => [name, []])) });
-    Object.keys(this.series).forEach((name, i) => figure.varea({ field: "x" }, { field: `below ${name}` }, { field: name },
-      { source: this.source, fill_color: this.colours[i], fill_alpha: 0.85 }));
-    figure.y_range.setv({ start: 0 });
+    const all = Object.keys(this.series);
+    const source = (names) => new Bokeh.ColumnDataSource({ data: Object.fromEntries(["x", ...names].map((name) => [name, []])) });
+    this.areas = source(all.flatMap((name) => [name, `below ${name}`]));
+    this.total = source(["top", ...all]); // not the source of the areas: the tooltip would select points of them
+    all.forEach((name, i) => figure.varea({ field: "x" }, { field: `below ${name}` }, { field: name },
+      { source: this.areas, fill_color: this.colours[i], fill_alpha: 0.85 }));
+    const top = figure.line({ field: "x" }, { field: "top" }, { source: this.total, line_alpha: 0 });
+    figure.add_tools(new Bokeh.HoverTool({
+      renderers: [top], mode: "vline", line_policy: "nearest", formatters: Object.fromEntries(all.map((name) => [`@{${name}}`, "printf"])),
+      tooltips: [["step", "@x{0}"], ...all.map((name) => [visible(name), `@{${name}}{%.3f}`]).reverse()],
+    }));
   }
 
   fill() {
     const found = averaged(this.run.steps, this.series, ...this.frame(), Math.round(this.buckets / 3));
-    let below = found.x.map(() => 0);
+    const areas = { x: found.x };
+    let top = found.x.map(() => 0);
     for (const name of Object.keys(this.series)) {
-      found[`below ${name}`] = below;
-      below = found[name] = found[name].map((value, i) => value + below[i]);
+      areas[`below ${name}`] = top;
+      top = areas[name] = found[name].map((value, i) => value + areas[`below ${name}`][i]);
     }
-    this.source.data = found;
+    this.areas.data = areas;
+    this.total.data = { ...found, top };
   }
 }

@@ -41,7 +41,7 @@ def read(run: Run, most: int) -> list[Row]:
             elif len(rows) < most:
                 rows.append(_row(found))
     if damaged:
-        run.remarks.append(f"samples: {damaged:,} damaged lines are left out")
+        run.remarks.append(f"samples: damaged lines are left out: {damaged:,}")
     if used < len(order) or len(rows) >= most:
         remark = f"samples: {len(rows):,} of {used:,} of {len(order):,} files are in this page"
         run.remarks.append(f"{remark}; out/samples has all")

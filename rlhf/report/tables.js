@@ -153,7 +153,7 @@ function timesOf(run, charts) {
   }
   series.other = run.metrics["time/step"].map((whole, i) =>
     Math.max(0, (whole ?? 0) - Object.values(series).reduce((sum, values) => sum + (values[i] ?? 0), 0)));
-  const hues = Object.keys(series).map((phase, i) => COLOURS[PHASES[phase] ?? (5 + i) % COLOURS.length]);
+  const hues = Object.keys(series).map((phase, i) => colour(PHASES[phase] ?? 5 + i));
   const plot = element("div", { class: "plot", role: "img", "aria-label": "seconds by phase over the steps" });
   charts.add(plot, new StackChart(charts, plot, run, series, hues));
   const count = run.steps.filter((_, i) => run.metrics["time/step"][i] !== null).length;
@@ -176,29 +176,31 @@ function memoryOf(run) {
   const phases = [...new Set([...Object.keys(run.ledger), ...Object.keys(measured)])];
   const made = element("div", { class: "card" }, element("h3", {}, title(run)));
   if (!phases.length) return made.append(empty("No memory", "The run has measured none, and has no ledger.json.")), made;
+  const names = [...new Set(Object.values(run.ledger).flatMap((parts) => Object.keys(parts)))];
   const sum = (phase) => Object.values(run.ledger[phase] ?? {}).reduce((total, gib) => total + gib, 0);
   const largest = Math.max(...phases.map((phase) => Math.max(sum(phase), measured[phase] ?? 0)), 1e-9);
   made.append(table([["Phase"], ["Predicted GiB", 1], ["Measured GiB", 1], ["Difference", 1], ["Predicted, by part; the line is the measured peak"]], phases.map((phase) => {
     const predicted = sum(phase), peak = measured[phase];
     const both = predicted && peak !== undefined;
     return [phase === "host" ? "host (of the process)" : visible(phase), predicted ? predicted.toFixed(2) : "–", peak === undefined ? "–" : peak.toFixed(2),
-      both ? `${(100 * (predicted / peak - 1)).toFixed(1)} %` : "–", bars(run.ledger[phase] ?? {}, peak, largest)];
+      both ? `${(100 * (predicted / peak - 1)).toFixed(1)} %` : "–", bars(run.ledger[phase] ?? {}, names, peak, largest)];
   })));
-  const why = "host" in measured ? "On a CPU, a run measures only the memory of the process on the host. The predictions are those for the parts of the run."
+  made.append(element("p", { class: "legend" }, ...names.map((name, i) => element("span", {}, swatch({ colour: colour(i) }), visible(name)))));
+  const why = "host" in measured ? "On a CPU, a run measures only the memory of its process on the host."
     : Object.keys(run.ledger).length ? "" : "ledger.json is missing: nothing is predicted.";
   if (why) made.append(element("p", { class: "hint", text: why }));
   return made;
 }
 
 /** Return a bar with a segment per part of a phase, and a line at the measured peak. */
-function bars(parts, peak, largest) {
+function bars(parts, names, peak, largest) {
   const bar = element("div", { class: "bars" });
-  Object.entries(parts).filter(([, gib]) => gib > 0).forEach(([name, gib], i) => {
+  for (const [name, gib] of Object.entries(parts)) {
     const segment = element("span", { title: `${visible(name)}: ${gib.toFixed(2)} GiB` });
     segment.style.width = `${(100 * gib) / largest}%`;
-    segment.style.background = COLOURS[i % COLOURS.length];
+    segment.style.background = colour(names.indexOf(name));
     bar.append(segment);
-  });
+  }
   if (peak !== undefined) {
     const mark = element("em", { title: `measured: ${peak.toFixed(2)} GiB` });
     mark.style.left = `${(100 * peak) / largest}%`;
