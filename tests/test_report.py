@@ -152,7 +152,7 @@ def test_a_large_run_opens_quickly(tmp_path: Path, browser: Browser) -> None:
         "document.querySelector('#samples .bar .hint').textContent)) { clearInterval(clock); found(ticks) } }); "
         "const box = document.getElementById('search'); box.value = '4996 1'; box.dispatchEvent(new Event('input')) })"
     )
-    assert ticks > 2, "the page works while it searches"
+    assert ticks > 1, "the page works while it searches"
     assert browser.run("document.querySelectorAll('.siblings article').length") == 4
     sound(browser, file)
 
@@ -181,6 +181,7 @@ def test_what_the_tabs_show(tmp_path: Path, browser: Browser) -> None:
         mouse = {"type": kind, "x": at, "y": y, "button": "left", "buttons": pressed, "clickCount": 1}
         browser.call("Input.dispatchMouseEvent", **mouse)
     assert 20 < until(browser, "Number(document.getElementById('from').value)") < 40
+    assert browser.run("Number(document.getElementById('to').value)") < 60
     browser.run("document.getElementById('reset').click()")
     until(browser, "document.getElementById('from').value === '0'")
     browser.run(

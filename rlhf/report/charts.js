@@ -44,13 +44,11 @@ function decimated(steps, values, low, high, buckets) {
   return { x: ends.map((i) => steps[i]), y: ends.map((i) => values[i]) };
 }
 
-/** Return the range of the steps of runs, with a margin. */
+/** Return the first and the last step of runs. */
 function extent(runs) {
   const ends = runs.flatMap(({ steps }) => (steps.length ? [steps[0], steps[steps.length - 1]] : []));
   const [low, high] = [Math.min(...ends), Math.max(...ends)];
-  if (!ends.length) return [0, 1];
-  const margin = low < high ? 0.015 * (high - low) : 1;
-  return [low - margin, high + margin];
+  return low < high ? [low, high] : ends.length ? [low - 1, low + 1] : [0, 1];
 }
 
 /** Return means of several series in at most `buckets` ranges of steps. null counts as 0. */
@@ -186,7 +184,9 @@ class Chart {
 
   /** The first and the last step in view. */
   get steps() {
-    return this.charts.window === this.charts.whole ? this.span : this.charts.window;
+    if (this.charts.window !== this.charts.whole) return this.charts.window;
+    const [low, high] = this.span, margin = 0.015 * (high - low);
+    return [low - margin, high + margin];
   }
 
   /** Move to the steps in view, and return them. */

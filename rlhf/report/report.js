@@ -2,7 +2,8 @@
 // The parts that all tabs share: elements, numbers, data, theme, tabs. Texts of a run are only ever set as text,
 // never as HTML.
 
-const COLOURS = ["#2f6db3", "#d0662f", "#2f9070", "#8a63b8", "#b3891f", "#c2537f", "#5b8a9a", "#7a7a7a"];
+const COLOURS = ["#2f6db3", "#d0662f", "#2f9070", "#8a63b8", "#b3891f", "#c2537f", "#5b8a9a", "#7a7a7a",
+  "#a8a13a", "#4b4f9c", "#a34d4d", "#3d7d3d"];
 const colour = (index) => COLOURS[index % COLOURS.length];
 const byId = (id) => document.getElementById(id);
 

@@ -72,7 +72,7 @@ class SampleBrowser {
       if (step !== "" && sample.step !== Number(step)) continue;
       if (word && !sample.prompt.toLowerCase().includes(word) && !sample.turns.some(([, text]) => text.toLowerCase().includes(word))) continue;
       found.push(sample);
-      if (performance.now() - began > 12) {
+      if (performance.now() - began > 6) {
         await pause();
         if (turn !== this.turn) return;
         began = performance.now();

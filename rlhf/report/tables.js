@@ -115,7 +115,8 @@ function grid(names, report, charts) {
 
 function startControls(charts) {
   const [from, to, smoothing] = ["from", "to", "smoothing"].map(byId);
-  charts.zoomed = (low, high) => ([from.value, to.value] = [Math.round(low), Math.round(high)]);
+  const [least, greatest] = charts.whole;
+  charts.zoomed = (low, high) => ([from.value, to.value] = [Math.round(Math.max(low, least)), Math.round(Math.min(high, greatest))]);
   charts.zoomed(...charts.window);
   const typed = () => charts.zoom(Number(from.value), Number(to.value));
   from.addEventListener("change", typed);
