@@ -143,6 +143,7 @@ def test_a_large_run_opens_quickly(tmp_path: Path, browser: Browser) -> None:
     taken = browser.spent() - before
     print(f"opened in {wall:.2f} s, {taken:.2f} s of processor time, {file.stat().st_size / 1e6:.1f} MB")
     assert taken < 2
+    assert text(browser, "#notes") == "", "nothing is left out"
     assert browser.run("document.querySelectorAll('#topics figure canvas, #topics figure > div > div').length") > 3
     browser.run("document.getElementById('tab-samples').click()")
     assert until(browser, "Number(document.body.dataset.samples)") == KEPT
@@ -171,7 +172,7 @@ def test_what_the_tabs_show(tmp_path: Path, browser: Browser) -> None:
     browser.show(1400, 1000)
     opened(browser, file)
     assert "60 of 60" in text(browser, "#summary")
-    assert browser.run("[...document.querySelectorAll('#topics h2')].map(h => h.textContent)")[0] == "Reward"
+    assert browser.run("[...document.querySelectorAll('#topics h2')].map(h => h.textContent)")[0] == "Reward and KL"
     assert "eval_math_reward" in text(browser, "#topics")
     assert "odd/metric" in browser.run("document.querySelector('#topics details').textContent")
 
@@ -315,7 +316,9 @@ def test_what_does_not_fit_is_left_out_evenly(tmp_path: Path, monkeypatch: pytes
         write_lines(run.folder / "samples" / f"step_{step:06}.jsonl", [sample(step, i, "x" * 50) for i in range(2)])
     kept = samples.read(run, 8)
     assert sorted({row["step"] for row in kept}) == [4, 8, 12, 16]
-    assert "samples: 8 of 4 of 16 files are in this page; out/samples has all" in run.remarks
+    assert "samples: 8 of 8 in 4 of 16 files are in this page; out/samples has all" in run.remarks
+    write_lines(run.folder / "samples" / "evaluate.jsonl", [sample(0, i, "", use="evaluate") for i in range(9)])
+    assert [row["use"] for row in samples.read(run, 8)] == ["evaluate"] * 4 + ["train"] * 4
     (packed,), _, cuts = samples.pack([kept], 20)
     assert cuts == 8
     assert packed["samples"][0]["turns"][0][1] == f"{'x' * 15}\n[… 30 characters are left out …]\n{'x' * 5}"
@@ -371,7 +374,9 @@ def test_a_run_writes_its_report_in_another_process(
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     monkeypatch.setattr(background, "REST", 10_000)
     run = write_run(tmp_path / "run")
+    (run / "report.html.1.partial").touch()  # of a run that was killed
     reporter = Reporter(run, wanted=True)
+    assert not list(run.glob("*.partial"))
     reporter.update()
     reporter.update()
     assert children() == 1

@@ -1,4 +1,4 @@
-"""Show a page in Debian's headless chromium, and take a picture of it. Needs no packages.
+"""Show a report in Debian's headless chromium, and take a picture of it. Needs no packages.
 
 python tools/browser.py PAGE.html PICTURE.png [--width PIXELS] [--height PIXELS] [--dark] [--tab NAME]
 """
@@ -164,7 +164,9 @@ def main() -> None:
     with Browser() as browser:
         browser.show(asked.width, asked.height, asked.dark)
         browser.open(asked.page, f"#{asked.tab}" if asked.tab else "")
-        time.sleep(1.5)  # charts are drawn when they come into view
+        while not browser.run("document.body.dataset.ready"):
+            time.sleep(0.1)
+        time.sleep(1.0)  # a chart appears some frames after it is drawn
         browser.picture(asked.picture)
 
 

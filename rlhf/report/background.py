@@ -31,6 +31,8 @@ class Reporter:
             print(f"{page.FILE} is not written, because the package bokeh is missing: {page.REMEDY}", flush=True)
             wanted = False
         self.wanted = wanted
+        for file in out.glob(f"{page.FILE}.*.partial") if wanted else ():  # of a run that was killed
+            file.unlink(missing_ok=True)
 
     def update(self) -> None:
         """Begin to write the report, unless the last process still runs, or has ended only a short time ago."""

@@ -74,7 +74,9 @@ class Charts {
     this.smoothing = 0;
     this.waiting = [];
     this.drawing = null;
-    this.seen = new IntersectionObserver((entries) => this._see(entries), { rootMargin: "150px" });
+    this.looked = new Promise((resolve) => { // the observer has reported for the first time
+      this.seen = new IntersectionObserver((entries) => (this._see(entries), resolve()), { rootMargin: "150px" });
+    });
   }
 
   /** Add a chart to an element of the page. */
@@ -106,8 +108,7 @@ class Charts {
 
   /** Wait until all charts in view are drawn. */
   async settled() {
-    await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
-    await pause();
+    if (this.all.size) await this.looked;
     await this.drawing;
   }
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from rlhf.recorder import NAME
 from rlhf.report.runs import Run, number, objects
 
 # keys of a line that a row of the page has in its own form; all other keys with a short value are shown as they are
@@ -22,31 +22,32 @@ def read(run: Run, most: int) -> list[Row]:
 
     Of many files, those are read first whose steps divide the run evenly: the last, the middle ...
     """
-    files = sorted(
-        (int(match[1]), path)
-        for path in (run.folder / "samples").glob("step_*.jsonl")
-        if (match := NAME.fullmatch(path.name))
-    )
-    others = sorted(path for path in (run.folder / "samples").glob("*.jsonl") if not NAME.fullmatch(path.name))
-    order = [*others, *(files[i][1] for i in spread(len(files)))]
+    found = [*(run.folder / "samples").glob("*.jsonl")]
+    steps = sorted((int(path.stem[5:]), path) for path in found if _is_step(path))
+    others = sorted(path for path in found if not _is_step(path))
     rows: list[Row] = []
-    damaged, used = 0, 0
-    for file in order:
-        if len(rows) >= most:
-            break
+    seen = damaged = used = 0
+    for file in [*others, *(steps[i][1] for i in spread(len(steps)))]:
+        limit = most // 2 if steps and file in others else most  # an evaluation leaves half of the page to the steps
+        if len(rows) >= limit:
+            continue
         used += 1
-        for found in objects(file):
-            if found is None:
-                damaged += 1
-            elif len(rows) < most:
-                rows.append(_row(found))
+        for line in objects(file):
+            seen, damaged = seen + 1, damaged + (line is None)
+            if line is not None and len(rows) < limit:
+                rows.append(_row(line))
     if damaged:
         run.remarks.append(f"samples: damaged lines are left out: {damaged:,}")
-    if used < len(order) or len(rows) >= most:
-        remark = f"samples: {len(rows):,} of {used:,} of {len(order):,} files are in this page"
+    if used < len(found) or len(rows) < seen - damaged:
+        remark = f"samples: {len(rows):,} of {seen:,} in {used:,} of {len(found):,} files are in this page"
         run.remarks.append(f"{remark}; out/samples has all")
     rows.sort(key=lambda row: row["step"])
     return rows
+
+
+def _is_step(file: Path) -> bool:
+    """Return whether this is the file of a step, as rlhf.recorder names it."""
+    return file.stem.startswith("step_") and file.stem[5:].isdecimal()
 
 
 def spread(count: int) -> list[int]:

@@ -3,13 +3,13 @@
 
 // topic -> patterns of its metrics, in the order of the charts. Metrics without a topic are under "More".
 const TOPICS = [
-  ["Reward", [/^reward$/, /^eval_reward$/, /^eval_.*_reward$/]],
-  ["Held out", [/^eval_(?!.*(failed|truncated|tokens|entropy|\/))/]],
-  ["Loss and gradient", [/^loss$/, /^critic_loss$/, /^grad_norm$/, /^critic_grad_norm$/, /^lr$/]],
-  ["KL and entropy", [/^kl$/, /^entropy$/, /^eval_.*entropy$/]],
-  ["Lengths", [/^response_tokens$/, /^truncated$/, /^eval_.*(tokens|truncated)$/]],
+  ["Reward and KL", [/^reward$/, /^eval_reward$/, /^kl$/, /^eval_(?!chosen|rejected)[^/]*_reward$/]],
+  ["Loss and accuracy", [/^loss$/, /^eval_([^/]*_)?loss$/, /^critic_loss$/, /^accuracy$/, /^eval_([^/]*_)?accuracy$/]],
+  ["Entropy and gradient", [/^entropy$/, /^grad_norm$/, /^lr$/, /^critic_grad_norm$/, /^eval_.*entropy$/]],
+  ["Lengths", [/^response_tokens$/, /^truncated$/, /^eval_[^/]*(tokens|truncated)$/]],
   ["Mismatch of engine and learner", [/^mismatch/, /^capped$/, /^clipped$/]],
-  ["Parts of the reward, and preferences", [/^reward[_/](?!failed)/, /^shaped_reward/, /^eval_.*\//, /^accuracy$/, /^margin$/, /^(chosen|rejected)_reward$/]],
+  ["Parts of the reward, and preferences", [/^reward[_/](?!failed)/, /^shaped_reward/, /^margin$/, /^(chosen|rejected)_reward$/, /^eval_.*(margin|chosen_reward|rejected_reward)$/]],
+  ["Other held-out metrics", [/^eval_/]],
   ["Speed", [/^tokens_per_second$/, /^time\/step$/]],
 ];
 const MANY = 15; // charts of a topic; more are hidden until the topic is opened
