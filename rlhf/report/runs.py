@@ -35,14 +35,14 @@ class Run:
 def read(folder: Path) -> Run:
     """Return the content of a run's folder. No file needs to exist, or to be complete."""
     run = Run(folder)
-    rows = _series(run)
-    run.steps = [*rows]
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    run.metrics = {name: [row.get(name) for row in rows.values()] for name in names}
     for file in sorted(folder.glob("*.jsonl")):
         if file.name != METRICS:
             for _, row in _rows(run, file):
                 run.evaluations[file.stem] = row
+    rows = _series(run)
+    run.steps = [*rows]
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    run.metrics = {name: [row.get(name) for row in rows.values()] for name in names}
     others = sorted(path for path in folder.glob("*.toml") if path.name != CONFIG)
     if files := [path for path in (folder / CONFIG, *others) if path.is_file()]:
         _configure(run, files[0])
@@ -64,7 +64,8 @@ def _series(run: Run) -> dict[int, dict[str, float]]:
     """Return step -> metrics of metrics.jsonl, in the order of the steps, at most about STEPS of them."""
     file = run.folder / METRICS
     if not file.is_file():
-        run.remarks.append(f"{METRICS} is missing: there are no curves")
+        if not run.evaluations:
+            run.remarks.append(f"{METRICS} is missing: there are no curves")
         return {}
     rows: dict[int, dict[str, float]] = {}
     repeated = 0

@@ -69,8 +69,8 @@ function showSummary(report, charts) {
       type: "checkbox", checked: true, "aria-label": `show ${visible(run.name)}`,
       onchange: (event) => ((run.hidden = !event.target.checked), charts.update()),
     });
-    const of = run.config.steps ? ` of ${Number(run.config.steps).toLocaleString("en")}` : "";
-    return [element("label", { class: "run" }, toggle, title(run)), visible(run.mode) || "–", `${done.toLocaleString("en")}${of}`,
+    const of = run.config.steps && run.steps.length ? ` of ${Number(run.config.steps).toLocaleString("en")}` : "";
+    return [element("label", { class: "run" }, toggle, title(run)), visible(run.mode) || "–", run.steps.length ? `${done.toLocaleString("en")}${of}` : "–",
       spent ? clock(spent) : "–", shown(mean(m.tokens_per_second)), shown(last(m.reward)),
       shown(first(held)), shown(last(held)), shown(last(m.kl))];
   });
@@ -88,7 +88,8 @@ function showCurves(report, charts) {
   const shownNames = names.filter((name) => !name.startsWith("memory/") && (!name.startsWith("time/") || name === "time/step"));
   const left = new Set(shownNames);
   startControls(charts);
-  if (!shownNames.length) byId("topics").append(empty("No curves", "metrics.jsonl has no values. A run writes a line after each step."));
+  byId("controls").hidden = !shownNames.length;
+  if (!shownNames.length) byId("topics").append(empty("No curves", "metrics.jsonl has no values. A training run writes a line after each step."));
   for (const [topic, patterns] of TOPICS) {
     const found = patterns.flatMap((pattern) => shownNames.filter((name) => left.has(name) && pattern.test(name) && left.delete(name)));
     if (!found.length) continue;
