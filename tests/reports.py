@@ -42,7 +42,13 @@ def write_run(out: Path, steps: int = 12, mode: str = "grpo", *overrides: str) -
     rows: list[dict[str, Any]] = [{"step": 0, "eval_reward": 0.1, "time/step": 0.5}]
     for step in range(1, steps + 1):
         row = {name: math.sin(step / 50 + i) + random.random() / 5 for i, name in enumerate(names)}
-        row |= {"time/rollout": 1.0, "time/learn": 2.0, "time/step": 3.5, "memory/rollout": 10 + step / steps}
+        row |= {
+            "time/rollout": 1.0,
+            "time/learn": 2.0,
+            "time/step": 3.5,
+            "memory/rollout": 10 + step / steps,
+            "memory/host": 90.0,
+        }
         row |= {f"extra_{i}": random.random() for i in range(20)} | ({"eval_math_reward": 0.2} if step % 5 == 0 else {})
         rows.append({"step": step, **row})
     write_lines(out / "metrics.jsonl", rows)

@@ -177,6 +177,7 @@ def test_other_tabs(two: Path, browser: Browser) -> None:
     assert "10.50" in resources, "predicted GiB of the phase rollout"
     assert "11.00" in resources, "measured GiB of the phase rollout"
     assert "-4.5 %" in resources
+    assert "at most 90.00 GiB of host memory" in resources
     browser.press("ArrowRight")
     keys = browser.run("[...document.querySelectorAll('#configuration tbody tr')].map(row => row.cells[0].textContent)")
     assert keys == ["out", "optim.lr"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from reports import damage, needs_library, sample, write_lines, write_run
 
 from rlhf.__main__ import main
@@ -59,6 +61,12 @@ def test_a_page_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         block, longest = page._samples([run], kept)
         assert (len(block) <= limit, longest) == (True, cut)
     assert "more are left out" in run.remarks[-1]
+
+
+def test_the_process_starts_quickly() -> None:
+    """A run starts it often, so it imports neither torch nor numpy nor the configuration."""
+    program = "import sys, rlhf.report.command; print(*{'torch', 'numpy', 'rlhf.config', 'bokeh'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout == "\n"
 
 
 @needs_library
@@ -118,7 +126,7 @@ def test_a_run_writes_its_report_in_another_process(
     (run / "report.html").mkdir()
     reporter.finish(60)
     out = capsys.readouterr().out
-    assert out.startswith(f"{run}/report.html is not written: {run}/report.html.")
+    assert out.startswith(f"{run}/report.html is not written: {run}/report.html: a folder; give a file")
     assert out.count("\n") == 1
     assert [path.name for path in run.glob("*.partial")] == []
 

@@ -38,11 +38,13 @@ def library() -> Path | None:
 def write(folders: Sequence[Path], file: Path) -> int:
     """Write the report of the runs, and return its size in bytes. The file is replaced atomically.
 
-    Raises UserError if the plotting library is missing, or if a folder does not exist.
+    Raises UserError if the plotting library is missing, if a folder does not exist, or if the file is a folder.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give the folder `out` of a run")
+    if file.is_dir():
+        raise UserError(f"{file}: a folder; give a file, such as {file / FILE}")
     text = build(folders).encode("utf-8", "replace")
     part = partial(file, os.getpid())
     try:

@@ -120,4 +120,7 @@ async function start() {
   document.body.dataset.ready = "true";
 }
 
-addEventListener("DOMContentLoaded", start);
+addEventListener("DOMContentLoaded", () => start().catch((error) => {
+  console.error(error);
+  byId("topics").append(empty("This page could not be shown", `${error}. It needs a browser of 2023 or later.`));
+}));

@@ -173,25 +173,27 @@ function timesOf(run, charts) {
 }
 
 function memoryOf(run) {
-  const measured = Object.fromEntries(Object.entries(run.metrics).filter(([name]) => name.startsWith("memory/"))
+  const { host, ...measured } = Object.fromEntries(Object.entries(run.metrics).filter(([name]) => name.startsWith("memory/"))
     .map(([name, values]) => [name.slice(7), most(values)]));
   const phases = [...new Set([...Object.keys(run.ledger), ...Object.keys(measured)])];
-  const made = element("div", { class: "card" }, element("h3", {}, title(run)));
-  if (!phases.length) return made.append(empty("No memory", "The run has measured none, and has no ledger.json.")), made;
   const names = [...new Set(Object.values(run.ledger).flatMap((parts) => Object.keys(parts)))];
   const sum = (phase) => Object.values(run.ledger[phase] ?? {}).reduce((total, gib) => total + gib, 0);
   const largest = Math.max(...phases.map((phase) => Math.max(sum(phase), measured[phase] ?? 0)), 1e-9);
-  made.append(table([["Phase"], ["Predicted GiB", 1], ["Measured GiB", 1], ["Difference", 1], ["Predicted, by part; the line is the measured peak"]], phases.map((phase) => {
+  const rows = phases.map((phase) => {
     const predicted = sum(phase), peak = measured[phase];
     const both = predicted && peak !== undefined;
-    return [phase === "host" ? "host (of the process)" : visible(phase), predicted ? predicted.toFixed(2) : "–", peak === undefined ? "–" : peak.toFixed(2),
+    return [visible(phase), predicted ? predicted.toFixed(2) : "–", peak === undefined ? "–" : peak.toFixed(2),
       both ? `${(100 * (predicted / peak - 1)).toFixed(1)} %` : "–", bars(run.ledger[phase] ?? {}, names, peak, largest)];
-  })));
-  made.append(element("p", { class: "legend" }, ...names.map((name, i) => element("span", {}, swatch({ colour: colour(i) }), visible(name)))));
-  const why = "host" in measured ? "On a CPU, a run measures only the memory of its process on the host."
-    : Object.keys(run.ledger).length ? "" : "ledger.json is missing: nothing is predicted.";
-  if (why) made.append(element("p", { class: "hint", text: why }));
-  return made;
+  });
+  const notes = [
+    host === undefined ? "" : `The process of a rank has used at most ${host.toFixed(2)} GiB of host memory.`,
+    Object.keys(measured).length ? "" : "The memory of phases is measured on a GPU only.",
+    Object.keys(run.ledger).length ? "" : "ledger.json is missing, so nothing is predicted.",
+  ];
+  return element("div", { class: "card" }, element("h3", {}, title(run)),
+    phases.length ? table([["Phase"], ["Predicted GiB", 1], ["Measured GiB", 1], ["Difference", 1], ["Predicted, by part; the line is the measured peak"]], rows) : null,
+    element("p", { class: "legend" }, ...names.map((name, i) => element("span", {}, swatch({ colour: colour(i) }), visible(name)))),
+    element("p", { class: "hint", text: notes.filter((note) => note).join(" ") }));
 }
 
 /** Return a bar with a segment per part of a phase, and a line at the measured peak. */
