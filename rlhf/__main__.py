@@ -78,6 +78,11 @@ def carry_out(arguments: list[str]) -> int:
         stands_alone = mode == "convert" or "-h" in rest or "--help" in rest
         convert.main(rest if stands_alone else [*convert.tutorial(mode, os.environ), *rest])
         return 0
+    if mode == "report":
+        from rlhf.report import command
+
+        command.main(rest)
+        return 0
     if mode not in ALGORITHMS:
         raise UserError(f"unknown mode {mode!r}: choose one of {', '.join(ALGORITHMS)}")
     if "-h" in rest or "--help" in rest:
@@ -134,6 +139,7 @@ def usage() -> str:
         "usage: ./launch.sh MODE [CONFIG.toml ...] [key=value ...]\n\nModes:\n"
         f"{modes}\n  {'convert':10} convert weights between formats and layouts (also convert_hf_to_megatron, "
         "convert_megatron_to_hf)\n"
+        f"  {'report':10} write an HTML file with curves, times, memory, configurations and samples of runs\n"
         f"  {'prepare_data'} convert downloaded public data sets into the files that the modes read\n"
         f"  {'demo':10} SFT and GRPO on a small task, from generated data to an aligned model\n"
         f"  {'tutorial':10} all six modes on a small task, and a table that compares the five models\n"

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlhf import answering, configuration, lock, progress
+from rlhf import answering, configuration, lock, progress, texts
 from rlhf.algorithms import ALGORITHMS
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
@@ -19,6 +19,7 @@ from rlhf.errors import StorageError, failure
 from rlhf.evaluate import Evaluation, LossEvaluation, ResponseEvaluation, prefixes, table
 from rlhf.folders import newest_export
 from rlhf.interrupt import SAVED, Interrupt
+from rlhf.launcher import GRACE
 from rlhf.ledger import Ledger
 from rlhf.loop import Run
 from rlhf.metrics import Metrics, own_name
@@ -28,6 +29,7 @@ from rlhf.parallel.mesh import PATIENCE, Mesh
 from rlhf.patches import REMEDY
 from rlhf.phases import POLICY, Phase
 from rlhf.prepare import Inputs, described, inputs, passes
+from rlhf.report.background import Reporter
 from rlhf.residence import Residence, capacity, unused
 from rlhf.rewards import Environments, Rewards, rule
 from rlhf.roles import Roles
@@ -41,6 +43,7 @@ from rlhf.weights.entries import UNSOUND
 from rlhf.weights.plan import Plan
 from rlhf.weights.publish import Publisher, mismatch
 
+REPORTING = 60.0  # seconds that the end of a run waits for its report
 # largest allowed mean |engine - learner| of log-probs; weights that were not published give a larger difference
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -92,9 +95,14 @@ def train(
     interrupt = Interrupt(told=mesh.rank == 0)  # first, because the following calls take long
     ledger = checked_ledger(config, mesh, given)
     training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt, environments)
+    if mesh.rank == 0:  # the report compares the predicted memory with the measured one
+        predicted = {str(visit): ledger.rows(visit, mesh.pp_rank) for visit in ledger.visits}
+        texts.save(Path(config.out) / "ledger.json", predicted)
     with training.metrics:
         announce(training, given, ledger)
         finished = training.train()
+    # After a signal the launcher gives the last rank GRACE seconds, and the report is only written if it is quick.
+    training.report.finish(REPORTING if finished else GRACE / 2)
     if finished and mesh.rank == 0:
         if training.roles.residence.peaks:
             say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # predicted and measured memory
@@ -131,6 +139,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         progress.begin("evaluation")
         found = ResponseEvaluation(config, source, given.held_out, source.grader, model).measure(metrics)
         metrics.write(step=0)
+    reporter(config, mesh).finish(REPORTING)
     if mesh.rank == 0:
         say(table(config, found))
 
@@ -205,7 +214,13 @@ def build(
         export,
         interrupt,
         metrics=Metrics(config, mesh, start, prefixes(config)),
+        report=reporter(config, mesh),
     )
+
+
+def reporter(config: Config, mesh: Mesh) -> Reporter:
+    """Return the reporter of this run. Only that of rank 0 writes."""
+    return Reporter(Path(config.out), wanted=config.log.report and mesh.rank == 0)
 
 
 def dtype_of(config: Config, mesh: Mesh) -> torch.dtype:

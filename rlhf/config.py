@@ -220,6 +220,7 @@ class Log:
     to: TrackerNames = ()  # trackers that also get metrics and samples: tensorboard, wandb, mlflow (docs/trackers.md)
     every: Count = 1  # steps between lines on the terminal
     samples: Annotated[int, Between(-1)] = 16  # responses per step, and per held-out set, in out/samples; -1: all
+    report: bool = True  # write out/report.html after evaluations and at the end (docs/report.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

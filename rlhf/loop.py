@@ -21,6 +21,7 @@ from rlhf.interrupt import Interrupt
 from rlhf.metrics import Metrics
 from rlhf.parallel.mesh import Mesh
 from rlhf.phases import Phase
+from rlhf.report.background import Reporter
 from rlhf.roles import Roles
 from rlhf.rollout.source import Source
 from rlhf.train.optimizer import learning_rate
@@ -41,6 +42,7 @@ class Run:
     export: Callable[[Path], None]  # writes the trained model to a folder; the name of the folder is the format
     interrupt: Interrupt
     metrics: Metrics
+    report: Reporter
     # samples of this replica's share of the step; before a save, the outputs of all models on them must be finite
     probe: list[Sample] = field(default_factory=list)
 
@@ -52,6 +54,7 @@ class Run:
         if self.evaluation and start == 0:
             self.evaluation(metrics)
             metrics.write(0)
+            self.report.update()
         done = start
         for step in range(start, config.steps):
             try:
@@ -77,7 +80,8 @@ class Run:
         progress.begin(f"step {done}")
         metrics.begin()
         tokens = self.step(step, check=step == self.start)
-        if self.evaluation and due(done, config.evaluate.every, config.steps):
+        evaluated = due(done, config.evaluate.every, config.steps) and self.evaluation is not None
+        if self.evaluation and evaluated:
             with metrics.time("evaluate"):
                 self.evaluation(metrics)
         metrics.add(
@@ -85,6 +89,8 @@ class Run:
         )  # mean over ranks
         metrics.add_common({"time/switch": (self.roles.residence.take_seconds(), 1.0)})  # included in the other times
         metrics.write(done, tokens)
+        if evaluated and done < config.steps:
+            self.report.update()
         self.checkpoints.settle()
         stop = any(self.mesh.all_gather(self.interrupt.came))  # a signal to one rank stops all after the same step
         if stop or due(done, config.checkpoint.every, config.steps):

@@ -29,7 +29,7 @@ LAYERS = (
     ("errors", "lazy", "phases", "config", "output", "progress"),
     ("contracts", "texts", "patches"),
     ("algorithms", "recorder", "folders", "lock", "judge", "trackers"),
-    ("configuration", "parallel", "metrics", "interrupt"),
+    ("configuration", "parallel", "metrics", "interrupt", "report"),
     ("data", "model", "weights", "rewards", "residence", "identity"),
     ("train", "rollout", "writer", "shapes", "mtbench"),
     ("prepare", "convert", "cluster", "launcher", "variables", "watchdog", "checkpoint"),

@@ -145,7 +145,12 @@ def test_ci_takes_the_python_of_the_system(tmp_path):
         pytest.skip("/usr/bin/python3 is none that is supported, with venv")
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
-    for name, line in (("launch.sh", "command -v python3"), ("python3", "exit 1"), ("slurmctld", "exit 1")):
+    for name, line in (
+        ("launch.sh", "command -v python3"),
+        ("python3", "exit 1"),
+        ("slurmctld", "exit 1"),
+        ("chromium", "exit 1"),
+    ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     env = {**HERE, "PATH": f"{tmp_path}:{HERE['PATH']}"}

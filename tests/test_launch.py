@@ -25,6 +25,7 @@ def test_help_lists_the_modes(arguments):
         )
     for command in (
         "convert",
+        "report",
         "prepare_data",
         "demo",
         "tutorial",
@@ -114,6 +115,7 @@ HELP = [
         ("grpo", "--help"),
         ("sft", "nowhere.toml", "-h"),
         ("convert", "--help"),
+        ("report", "--help"),
         ("prepare_data", "--help"),
     ),
 ]

@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from rlhf.data.tokenizer import Tokenizer
+from rlhf.report import page
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -150,6 +151,8 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     assert len(rows) == 7
     assert any(row.get("lag/1") for row in rows), "some tokens were drawn by older weights"
     assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
+    assert (tmp_path / "whole/report.html").exists() == (page.library() is not None)
+    assert "learn/policy" in json.loads((tmp_path / "whole/ledger.json").read_text())
     assert sorted(p.name for p in (tmp_path / "whole").glob("step_*")) == ["step_000004", "step_000006"]
 
 
@@ -160,13 +163,14 @@ def test_layouts_agree(tmp_path: Path) -> None:
     Samples, losses and gradients are compared.
     """
     layouts = {"one": ["parallel.tp=1"], "four": ["parallel.tp=2", "parallel.pp=2", "rollout.tp=2"]}
-    common = [*GRPO, "steps=3", "grpo.kl=0.04"]
+    common = [*GRPO, "steps=3", "grpo.kl=0.04", "log.report=false"]
     for process in [start("grpo", *common, *keys, f"out={tmp_path}/{name}") for name, keys in layouts.items()]:
         finish(process)
     for one, four in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
         assert one.keys() == four.keys()
         for key in one.keys() - {"mismatch"}:
             assert four[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one, four)
+    assert not list(tmp_path.glob("*/report.html"))
 
 
 def test_a_calculator_is_asked_because_it_is_right(tmp_path: Path) -> None:
