@@ -211,6 +211,11 @@ def test_light_and_dark_and_narrow(two: Path, browser: Browser) -> None:
             browser.run(f"document.getElementById('tab-{tab}').click()")
             assert browser.run("document.scrollingElement.scrollWidth") <= 700, tab
     assert len(set(backs)) == 2
+    browser.run("document.getElementById('tab-curves').click()")
+    for _ in range(4):  # faster than charts are drawn
+        browser.run("document.getElementById('theme').click()")
+    counts = "[...document.querySelectorAll('.plot')].map(plot => plot.querySelectorAll('.bk-Figure').length)"
+    until(browser, f"{counts}[0] === 1 && Math.max(...{counts}) === 1")
     browser.run("document.getElementById('theme').click()")
     assert browser.run("document.documentElement.dataset.theme") == "dark"
     sound(browser, two)

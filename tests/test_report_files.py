@@ -28,12 +28,15 @@ def test_damaged_files_leave_the_rest(tmp_path: Path) -> None:
     assert runs.read(tmp_path / "nowhere").steps == []
 
 
-def test_what_does_not_fit_is_left_out_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many steps every n-th one is shown, and all evaluations. Of many sample files, those that divide the run."""
-    monkeypatch.setattr(runs, "STEPS", 10)
-    run = runs.read(write_run(tmp_path / "run", 40))
-    assert run.steps == [0, 5, 10, 15, 20, 25, 30, 35, 40]
-    assert any("9 of 41 steps" in remark for remark in run.remarks)
+def test_what_does_not_fit_is_left_out_evenly(tmp_path: Path) -> None:
+    """Of many steps, every n-th one is shown, and all evaluations if they are few. Of many files, some are read."""
+    out = write_run(tmp_path / "run", 40)
+    width = len(runs.read(out).metrics)
+    assert runs.read(out, 41 * width).steps == [*range(41)]
+    assert runs.read(out, 11 * width).steps == [0, 4, 5, 8, 10, 12, 15, 16, 20, 24, 25, 28, 30, 32, 35, 36, 40]
+    run = runs.read(out, 4 * width)
+    assert run.steps == [0, 11, 22, 33, 40], "too many evaluations to keep all"
+    assert any("5 of 41 steps" in remark for remark in run.remarks)
     for step in range(1, 17):
         write_lines(run.folder / "samples" / f"step_{step:06}.jsonl", [sample(step, i, "x" * 50) for i in range(2)])
     kept = samples.read(run, 8)

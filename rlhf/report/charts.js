@@ -75,7 +75,7 @@ class Charts {
     this.waiting = [];
     this.drawing = null;
     this.looked = new Promise((resolve) => { // the observer has reported for the first time
-      this.seen = new IntersectionObserver((entries) => (this._see(entries), resolve()), { rootMargin: "150px" });
+      this.seen = new IntersectionObserver((entries) => (this._see(entries), resolve()));
     });
   }
 
@@ -127,14 +127,16 @@ class Charts {
   }
 
   async _drain() {
+    const drawn = []; // a chart is complete some frames after draw(), and the next one need not wait for that
     while (this.waiting.length) {
       const chart = this.waiting.shift();
-      await chart.draw().catch((error) => {
+      drawn.push(chart.draw().catch((error) => {
         console.error(error);
         chart.place.replaceChildren(element("p", { class: "hint", text: "This chart could not be drawn." }));
-      });
+      }));
       await pause(); // the page answers between two charts
     }
+    await Promise.all(drawn);
   }
 }
 
@@ -146,7 +148,13 @@ class Chart {
     place.addEventListener("dblclick", () => charts.zoom(...charts.whole));
   }
 
-  async draw() {
+  /** Draw the chart, after an earlier call has done so with other colours. */
+  draw() {
+    this.drawn = (this.drawn ?? Promise.resolve()).catch(() => {}).then(() => this._draw());
+    return this.drawn;
+  }
+
+  async _draw() {
     const dark = isDark();
     const [text, line] = dark ? ["#9aa3ae", "#2c333c"] : ["#5d6672", "#e6e8eb"];
     const [low, high] = this.steps;
@@ -163,18 +171,17 @@ class Chart {
       });
     figure.below[0].setv({ formatter: new Bokeh.BasicTickFormatter({ use_scientific: false }) });
     for (const grid of figure.center) grid.setv({ grid_line_color: line });
-    figure.xgrid?.forEach?.((grid) => grid.setv({ grid_line_color: null }));
     const box = new Bokeh.BoxZoomTool({ dimensions: "width" });
     box.overlay.setv({ fill_color: "#5b8def", fill_alpha: 0.15, line_color: "#5b8def", line_dash: [], line_alpha: 0.6 });
     figure.add_tools(box);
     figure.toolbar.setv({ active_drag: box });
     Object.assign(this, { figure, range });
-    this.plot(figure, dark);
+    this.plot(figure);
     this.fill();
     const zoomed = () => this.filling || this.charts.zoom(range.start, range.end);
     range.properties.start.change.connect(zoomed);
     range.properties.end.change.connect(zoomed);
-    this.view?.remove?.();
+    this.view?.remove();
     this.place.replaceChildren();
     this.view = await Bokeh.Plotting.show(figure, this.place);
   }

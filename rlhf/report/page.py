@@ -21,6 +21,7 @@ FILE = "report.html"  # name of the report in the folder of a run
 HERE = Path(__file__).parent
 LIBRARY = ("bokeh.min.js", "bokeh-api.min.js")  # of the package bokeh, which is not imported
 SCRIPTS = ("report.js", "charts.js", "tables.js", "samples.js")
+VALUES = 1_000_000  # largest number of values of metrics in a page, of all runs together
 SAMPLES = 20_000  # largest number of samples in a page, of all runs together
 CHARACTERS = 24_000_000  # largest number of characters of their texts
 BYTES = 14_000_000  # largest size of their block in the file, which has up to 6 MB of other content
@@ -65,7 +66,7 @@ def build(folders: Sequence[Path]) -> str:
     scripts = library()
     if scripts is None:
         raise UserError(f"the report needs the package bokeh: {REMEDY}")
-    found = [runs.read(folder) for folder in folders]
+    found = [runs.read(folder, VALUES // len(folders)) for folder in folders]
     kept = [samples.read(run, SAMPLES // len(found)) for run in found]
     packed, cut = _samples(found, kept)
     names = _names(folders)

@@ -12,7 +12,6 @@ from typing import Any
 
 from rlhf import texts
 
-STEPS = 20_000  # largest number of steps in the page; of a longer run, every second, third ... step is shown
 METRICS, CONFIG, LEDGER = "metrics.jsonl", "config.toml", "ledger.json"  # files of a run
 MODE = re.compile(r"# \./launch\.sh (\S+)")  # begins config.toml
 
@@ -32,14 +31,17 @@ class Run:
     remarks: list[str] = field(default_factory=list)  # what is missing or left out, for the reader
 
 
-def read(folder: Path) -> Run:
-    """Return the content of a run's folder. No file needs to exist, or to be complete."""
+def read(folder: Path, most: int = 1_000_000) -> Run:
+    """Return the content of a run's folder. No file needs to exist, or to be complete.
+
+    most: limit of the number of values of metrics; of a longer run, every second, third ... step is returned.
+    """
     run = Run(folder)
     for file in sorted(folder.glob("*.jsonl")):
         if file.name != METRICS:
             for _, row in _rows(run, file):
                 run.evaluations[file.stem] = row
-    rows = _series(run)
+    rows = _thinned(run, _series(run), most)
     run.steps = [*rows]
     names = dict.fromkeys(name for row in rows.values() for name in row)
     run.metrics = {name: [row.get(name) for row in rows.values()] for name in names}
@@ -61,7 +63,7 @@ def number(value: Any) -> float | None:
 
 
 def _series(run: Run) -> dict[int, dict[str, float]]:
-    """Return step -> metrics of metrics.jsonl, in the order of the steps, at most about STEPS of them."""
+    """Return step -> metrics of metrics.jsonl, in the order of the steps."""
     file = run.folder / METRICS
     if not file.is_file():
         if not run.evaluations:
@@ -80,20 +82,22 @@ def _series(run: Run) -> dict[int, dict[str, float]]:
         run.remarks.append(f"{METRICS}: {repeated:,} lines of steps that ran again are left out")
     if not rows:
         run.remarks.append(f"{METRICS} has no complete line: there are no curves")
-    return _thinned(run, rows)
+    return rows
 
 
-def _thinned(run: Run, rows: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """Return every n-th step of a long run, and the steps with an evaluation and the last one."""
-    every = -(-len(rows) // STEPS)
+def _thinned(run: Run, rows: dict[int, dict[str, float]], most: int) -> dict[int, dict[str, float]]:
+    """Return every n-th step of a long run and its last one, at most about `most` values.
+
+    If there are few evaluations, all of them are kept.
+    """
+    width = len({name for row in rows.values() for name in row})
+    every = -(-len(rows) * width // most)
     if every < 2:
         return rows
     last = len(rows) - 1
-    kept = {
-        step: row
-        for i, (step, row) in enumerate(rows.items())
-        if i % every == 0 or i == last or any(name.startswith("eval_") for name in row)
-    }
+    evaluated = {step for step, row in rows.items() if any(name.startswith("eval_") for name in row)}
+    few = evaluated if len(evaluated) * every <= len(rows) else set()
+    kept = {step: row for i, (step, row) in enumerate(rows.items()) if i % every == 0 or i == last or step in few}
     run.remarks.append(f"{METRICS}: {len(kept):,} of {len(rows):,} steps are in this page")
     return kept
 
