@@ -27,6 +27,7 @@ from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
 
 from rlhf import assemble, configuration
 from rlhf.config import Config
+from rlhf.data import sets
 from rlhf.errors import RewardError
 from rlhf.interrupt import SAVED
 from rlhf.parallel.mesh import Mesh, lost
@@ -181,7 +182,8 @@ def check_in_flight(folder: Path, layout: str, mesh: Mesh) -> None:
         whole, samples = metrics(folder / f"flying-{mode}"), Path(config.out) / f"samples/step_{STEPS:06}.jsonl"
         assert any(row.get("lag/1") for row in whole.values()), "some tokens were drawn by older weights"
         before = samples.read_text()
-        assert {json.loads(line)["set"] for line in before.splitlines()} == {"train_prompts", "few", "dev_prompts"}
+        held_out = sets.named(config.data.eval, "data.eval")
+        assert {json.loads(line)["set"] for line in before.splitlines()} == {"train_prompts", "few", *held_out}
         assert {"set/few/reward", "set/train_prompts/reward"} <= whole[STEPS].keys()
         shutil.rmtree(folder / f"flying-{mode}/step_{STEPS:06}")
         (folder / f"flying-{mode}/latest").write_text("step_000002")
