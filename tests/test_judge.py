@@ -18,7 +18,7 @@ from endpoint import CLOSE, HANG, Endpoint, Response, completion, fault
 from rlhf import configuration
 from rlhf.config import Judge
 from rlhf.errors import UserError
-from rlhf.judge.client import Client, EndpointError, JudgeError, Reply, probe
+from rlhf.judge.client import Client, EndpointError, JudgeError, RefusedError, Reply, probe
 from rlhf.judge.rating import rating
 
 KEY = "sk-known-0815"
@@ -126,8 +126,8 @@ def test_faults_that_pass(fault_of: Any):
         (fault(429, "slow down"), JudgeError, 3, "status 429: slow down (3 tries)"),
         ((HANG,), JudgeError, 3, "no answer within judge.timeout=0.2 s (3 tries)"),
         ((CLOSE,), JudgeError, 3, "the connection was lost"),
-        (fault(400, "maximum context length is 8 tokens", param="max_tokens"), JudgeError, 1, "status 400: maximum"),
-        (fault(400, f"bad header {KEY}"), JudgeError, 1, "status 400: bad header ***"),
+        (fault(400, "maximum context length is 8 tokens", param="max_tokens"), RefusedError, 1, "status 400: maximum"),
+        (fault(400, f"bad header {KEY}"), RefusedError, 1, "status 400: bad header ***"),
         (fault(429, "no quota", "insufficient_quota", Retry_After="50"), EndpointError, 1, "refuses this account"),
         (
             fault(402, "Insufficient Balance"),
@@ -140,7 +140,12 @@ def test_faults_that_pass(fault_of: Any):
         (Response(200, b"<html>"), JudgeError, 1, "no chat completion ("),
         (Response(200, {"id": "1"}), JudgeError, 1, "no chat completion"),
         (Response(200, {"choices": None, "error": "x"}), JudgeError, 1, "no chat completion"),
-        (Response(200, {"choices": []}), JudgeError, 1, "has no choices"),
+        (Response(200, {"choices": []}), RefusedError, 1, "has no choices"),
+        (Response(200, {"choices": [None]}), JudgeError, 1, "no chat completion"),
+        (Response(200, {"choices": ["x"]}), JudgeError, 1, "no chat completion"),
+        (Response(200, {"choices": [{"message": None}]}), JudgeError, 1, "no chat completion"),
+        (Response(200, ["x"]), JudgeError, 1, "no chat completion"),
+        (Response(200, b"[" * 100_000), JudgeError, 1, "no chat completion ("),
     ],
 )
 def test_faults_that_stay(answer: Any, kind: type[JudgeError], tries: int, says: str):
@@ -180,6 +185,13 @@ def test_what_holds_for_all_requests(keys: dict[str, str], says: str, monkeypatc
         assert len(endpoint.requests) <= config.concurrency, "the rest is not sent"
         with pytest.raises(UserError, match=re.escape(says.format(root=root))):
             probe(config)
+
+
+@pytest.mark.parametrize("body", [{"data": [None]}, {"data": ["x"]}, {"data": [{}]}, {"data": 1}, [], None])
+def test_lists_of_models_of_another_form(body: Any, monkeypatch: pytest.MonkeyPatch):
+    with Endpoint() as endpoint:
+        monkeypatch.setattr(endpoint, "respond", lambda request: Response(200, body))
+        assert "has no list of models: set judge.model" in failed(Judge(url=endpoint.url), EndpointError)
 
 
 def test_nobody_answers():
@@ -226,7 +238,14 @@ def test_secrets_are_refused_and_not_shown():
     assert configuration.load("grpo", ["judge.key=MY_KEY_2"]).judge.key == "MY_KEY_2"
 
 
-@pytest.mark.parametrize("url", ["", "host:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "host:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1/v1", "http://host:99999/v1"),
+        *("http://999.1.1.1/v1", "http://\u2603.\u200d/v1", "http://host" + "/v1" * 30_000),
+    ],
+    ids=lambda url: ascii(url)[:30],
+)
 def test_urls(url: str):
     with pytest.raises(UserError, match=r"^judge.url=.*: give the address"):
         Client(Judge(url=url))
@@ -247,10 +266,11 @@ def test_proxies(monkeypatch: pytest.MonkeyPatch):
         [reply] = ask(Client(Judge(url="http://judge.invalid/v1", model="judge", retries=0)))
         assert endpoint.requests[0].path == "http://judge.invalid/v1/chat/completions"
         assert isinstance(reply, EndpointError), "this server is no proxy"
-    monkeypatch.setenv("HTTP_PROXY", "socks9://me:4711@x")
-    with pytest.raises(UserError, match="HTTP_PROXY") as error:
-        Client(Judge(url="http://judge.invalid/v1"))
-    assert "4711" not in str(error.value)
+    for proxy in ("socks9://me:4711@x", "http://me:4711@999.1.1.1"):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        with pytest.raises(UserError, match="HTTP_PROXY") as error:
+            Client(Judge(url="http://judge.invalid/v1"))
+        assert "4711" not in str(error.value)
 
 
 def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

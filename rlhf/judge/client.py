@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -37,6 +38,10 @@ class JudgeError(Exception):
 
 class EndpointError(JudgeError):
     """No request can succeed: nobody answers at judge.url, or the key, the model, the account or the url is wrong."""
+
+
+class RefusedError(JudgeError):
+    """The endpoint does not answer this request, such as one that is too long. It may answer others."""
 
 
 class _AgainError(JudgeError):
@@ -117,7 +122,7 @@ class Client:
                 max_retries=0,  # _try() repeats a request, because this package would repeat it without quota, too
                 timeout=openai.Timeout(config.timeout, connect=min(CONNECTING, config.timeout)),
             )
-        except ValueError:  # its text may have the password of a proxy
+        except (ValueError, _http().InvalidURL):  # its text may have the password of a proxy
             raise UserError(
                 "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is no address of a proxy: correct or unset it"
             ) from None
@@ -142,10 +147,11 @@ class Client:
         await self._api.close()
 
     async def _only_model(self) -> str:
-        page: Any = await self._api.models.list()
-        if not isinstance(getattr(page, "data", None), list):
+        page: Any = await self._api.get("/models", cast_to=object)
+        models = page.get("data") if isinstance(page, dict) else None
+        if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
             raise EndpointError(f"{self._place} has no list of models: set judge.model, or {self._address}")
-        names = sorted(str(model.id) for model in page.data)
+        names = sorted(str(model["id"]) for model in models)
         if len(names) != 1:
             shown = ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])]) or "none"
             raise EndpointError(f"{self._place} has {len(names)} models: set judge.model to one of {shown}")
@@ -210,7 +216,11 @@ class Client:
             return self._late(connecting=False)
         except openai.APIConnectionError as error:
             return self._unconnected(error)
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: text that is no JSON, or cannot be encoded
+        except (
+            openai.OpenAIError,
+            ValueError,
+            RecursionError,
+        ) as error:  # text that is no JSON, is deep, or has no code
             return JudgeError(f"{self._place}: no chat completion ({self._clean(error)})")
 
     def _late(self, connecting: bool) -> JudgeError:
@@ -254,7 +264,7 @@ class Client:
             return EndpointError(f"{self._place} has no chat endpoint (status {status}): {self._address}")
         if status in (408, 409, 429) or status >= 500:
             return _AgainError(f"{self._place}: status {status}: {said}", pause=_asked(error))
-        return JudgeError(f"{self._place}: status {status}: {said}")
+        return RefusedError(f"{self._place}: status {status}: {said}")
 
     @property
     def _place(self) -> str:
@@ -274,10 +284,17 @@ class Client:
 
 def _is_address(url: str) -> bool:
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
-    except ValueError:
+        parts, host = urlsplit(url), _http().URL(url).host
+        return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and url.isprintable()
+    except (ValueError, _http().InvalidURL):
         return False
+
+
+def _http() -> Any:
+    """Return the package of HTTP that `openai` uses, which depends on its version."""
+    import openai  # noqa: F401
+
+    return sys.modules.get("httpx2") or sys.modules["httpx"]
 
 
 def _asked(error: openai.APIStatusError) -> float:
@@ -293,11 +310,12 @@ def _refuses(error: openai.APIStatusError, parameter: str) -> bool:
 
 
 def _reply(answer: Any) -> Reply:
-    """Return the reply in a chat completion. Raises JudgeError."""
+    """Return the reply in a chat completion. Raises JudgeError, and RefusedError if there is none."""
     choices = getattr(answer, "choices", None)
-    if not isinstance(choices, list):
+    if choices == []:
+        raise RefusedError("the endpoint's answer has no choices")
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) else None
+    if message is None:
         raise JudgeError(f"the endpoint's answer is no chat completion, but {answer!r:.80}")
-    if not choices:
-        raise JudgeError("the endpoint's answer has no choices")
-    text = getattr(choices[0].message, "content", None)
+    text = getattr(message, "content", None)
     return Reply(text if isinstance(text, str) else "", choices[0].finish_reason == "length")
