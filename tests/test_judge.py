@@ -139,7 +139,9 @@ def test_faults_that_pass(fault_of: Any):
         (Response(200, b"<html>", {"Content-Type": "text/html"}), JudgeError, 1, "no chat completion, but '<html>'"),
         (Response(200, b"<html>"), JudgeError, 1, "no chat completion ("),
         (Response(200, {"id": "1"}), JudgeError, 1, "no chat completion"),
-        (Response(200, {"choices": None, "error": "x"}), JudgeError, 1, "no chat completion"),
+        (Response(200, {"choices": None}), JudgeError, 1, "no chat completion"),
+        (Response(200, {"error": {"message": "busy", "code": 429}}), JudgeError, 3, "'busy', 'code': 429} (3 tries)"),
+        (Response(200, f"Authorization: Bearer {KEY}"), JudgeError, 1, "v1: no chat completion, but 'Authorization: B"),
         (Response(200, {"choices": []}), RefusedError, 1, "has no choices"),
         (Response(200, {"choices": [None]}), JudgeError, 1, "no chat completion"),
         (Response(200, {"choices": ["x"]}), JudgeError, 1, "no chat completion"),
@@ -192,6 +194,18 @@ def test_lists_of_models_of_another_form(body: Any, monkeypatch: pytest.MonkeyPa
     with Endpoint() as endpoint:
         monkeypatch.setattr(endpoint, "respond", lambda request: Response(200, body))
         assert "has no list of models: set judge.model" in failed(Judge(url=endpoint.url), EndpointError)
+
+
+def test_an_endpoint_without_models():
+    with Endpoint(models=()) as endpoint:
+        assert "has no models: start the endpoint with one, or correct" in failed(
+            Judge(url=endpoint.url), EndpointError
+        )
+
+
+def test_a_reply_that_repeats_the_key():
+    with Endpoint(lambda body: f"[[7]] for {KEY}") as endpoint:
+        assert ask(Client(Judge(url=endpoint.url))) == [Reply("[[7]] for ***", False)]
 
 
 def test_nobody_answers():

@@ -151,9 +151,11 @@ class Client:
         models = page.get("data") if isinstance(page, dict) else None
         if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
             raise EndpointError(f"{self._place} has no list of models: set judge.model, or {self._address}")
+        if not models:
+            raise EndpointError(f"{self._place} has no models: start the endpoint with one, or {self._address}")
         names = sorted(str(model["id"]) for model in models)
         if len(names) != 1:
-            shown = ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])]) or "none"
+            shown = ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
             raise EndpointError(f"{self._place} has {len(names)} models: set judge.model to one of {shown}")
         return names[0]
 
@@ -172,7 +174,21 @@ class Client:
                     raise
                 self._names |= {name: REPLACED[name] for name in refused}
             else:
-                return _reply(answer)
+                return self._reply(answer)
+
+    def _reply(self, answer: Any) -> Reply:
+        """Return the reply in a chat completion. Raises JudgeError."""
+        if said := getattr(answer, "error", None):  # some providers send an error with status 200
+            raise _AgainError(f"{self._place}: {self._clean(said)}")
+        choices = getattr(answer, "choices", None)
+        if choices == []:
+            raise RefusedError(f"{self._place}: the answer has no choices")
+        message = getattr(choices[0], "message", None) if isinstance(choices, list) else None
+        if message is None:
+            raise JudgeError(f"{self._place}: no chat completion, but {self._clean(repr(answer))[:80]}")
+        text = getattr(message, "content", None)
+        cut = choices[0].finish_reason == "length"
+        return Reply(self._hide(text) if isinstance(text, str) else "", cut)
 
     async def _repeat(self, request: Callable[[], Awaitable[Answer]]) -> Answer:
         """Return the answer to a request, which is tried config.retries times more. Raises JudgeError."""
@@ -278,8 +294,11 @@ class Client:
 
     def _clean(self, error: object) -> str:
         """Return the text of an error, on one line without the API key. It may be cut."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        return (text.replace(self._key, "***") if self._key else text)[:LONGEST]
+        return self._hide(" ".join(str(error).split()) or type(error).__name__)[:LONGEST]
+
+    def _hide(self, text: str) -> str:
+        """Return a text without the API key, which an endpoint may repeat."""
+        return text.replace(self._key, "***") if self._key else text
 
 
 def _is_address(url: str) -> bool:
@@ -307,15 +326,3 @@ def _refuses(error: openai.APIStatusError, parameter: str) -> bool:
     """Return whether a model does not support a parameter. Its value may also be too large, which is another error."""
     said = f"{error.code} {error.message}".lower()
     return "support" in said and (error.param == parameter or parameter in said)
-
-
-def _reply(answer: Any) -> Reply:
-    """Return the reply in a chat completion. Raises JudgeError, and RefusedError if there is none."""
-    choices = getattr(answer, "choices", None)
-    if choices == []:
-        raise RefusedError("the endpoint's answer has no choices")
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) else None
-    if message is None:
-        raise JudgeError(f"the endpoint's answer is no chat completion, but {answer!r:.80}")
-    text = getattr(message, "content", None)
-    return Reply(text if isinstance(text, str) else "", choices[0].finish_reason == "length")
