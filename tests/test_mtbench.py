@@ -120,27 +120,29 @@ def test_the_means_are_those_of_fastchat(tmp_path, capsys):
     assert "Judge: org/judge. Prompts: those of this package" in table
 
 
-def test_a_changed_answer_is_judged_anew(tmp_path):
-    with Endpoint(lambda body: f"[[{len(endpoint.asked) % 10}]]") as endpoint:
+def test_paid_judgments_are_not_replaced(tmp_path):
+    """Changed answers, and prompts that differ in the system message only, need another `out`."""
+    with Endpoint() as endpoint:
         given = config(endpoint, tmp_path)
         judged(given, ASKED, of("a", "b"))
         before = lines(tmp_path)
-        answers = {"a": {**of("a")["a"], 81: Answer(("new", "a on 81.1 {}"))}}
-        table = judged(given, ASKED, answers)
-        assert len(endpoint.asked) == 12, "both turns of one question: the second shows the first"
-        after = lines(tmp_path)
-        kept = [line for line in before if (line["model"], line["question_id"]) != ("a", 81)]
-        assert len(after) == len(before) == 10
-        assert after[:8] == kept, "also of a model that is not in this call"
-        assert [line["user_prompt"].count("new") for line in after[8:]] == [1, 1]
-        assert rows(table)["mean"] == [shown(after, model="a")]
-
+        changed = {"a": {**of("a")["a"], 81: Answer(("a on 81.0 {}", "new"))}}
         texts = [json.loads(line) for line in OWN.read_text().splitlines()]
         other = written(tmp_path / "prompts.jsonl", ({**row, "system_prompt": "Grade it."} for row in texts))
         prompted = replace(given, mtbench=MTBench(prompts=str(other)))
-        assert f"Prompts: {other}." in judged(prompted, ASKED, answers)
-        assert len(endpoint.asked) == 17, "prompts that differ in the system message only"
-        assert [line["system_prompt"] for line in lines(tmp_path) if line["model"] == "a"] == ["Grade it."] * 5
+        for keys, answers in ((given, changed), (prompted, of("a"))):
+            with pytest.raises(
+                UserError, match=r"judge_single.jsonl: question 81 of a has judgments on another answer"
+            ):
+                judged(keys, ASKED, answers)
+            assert lines(tmp_path) == before
+        assert len(endpoint.asked) == 10
+        apart = replace(prompted, out=str(tmp_path / "apart"))
+        assert f"Prompts: {other}." in judged(apart, ASKED, of("a"))
+        assert [line["system_prompt"] for line in lines(tmp_path / "apart")] == ["Grade it."] * 5
+        judged(given, ASKED, of("a", "c"))
+        assert len(endpoint.asked) == 20
+        assert lines(tmp_path)[5:10] == before[5:], "also of a model that is not in this call"
 
 
 def test_judgments_of_fastchat_are_used(tmp_path):
@@ -190,7 +192,7 @@ def test_replies(tmp_path, reply, score):
 def test_failed_requests_are_sent_by_the_next_call(tmp_path, capsys):
     def answer(body: dict) -> object:
         if "2+{2}" in body["messages"][-1]["content"]:
-            return fault(400, "maximum context length is 8 tokens")
+            return fault(500, "out of memory")
         return (CLOSE,) if "Shorter" in body["messages"][-1]["content"] else "[[7]]"
 
     with Endpoint(answer) as endpoint:
@@ -199,13 +201,45 @@ def test_failed_requests_are_sent_by_the_next_call(tmp_path, capsys):
             judged(given, ASKED, of("a"))
         file = tmp_path / "model_judgment" / "judge_single.jsonl"
         assert str(error.value).startswith(f"2 of 5 requests have a reply, in {file}, and 3 have none: judge.url=")
-        assert str(error.value).endswith("maximum context length is 8 tokens; start again: only those are sent")
+        assert str(error.value).endswith("out of memory (1 tries); start again: only those are sent")
         assert error.value.code == 1
         assert len(lines(tmp_path)) == 2
         assert not file.with_suffix(".md").exists()
         endpoint.answer, known = (lambda body: "[[9]]"), len(endpoint.asked)
         assert rows(judged(given, ASKED, of("a")))["mean"] == [f"{(7 * 2 + 9 * 3) / 5:.2f}"]
         assert len(endpoint.asked) == known + 3
+
+
+def test_refused_requests_are_counted_in_the_table(tmp_path, capsys):
+    """They have no reply, and the next call sends them again."""
+
+    def answer(body: dict) -> object:
+        return fault(400, "content filter") if "2+{2}" in body["messages"][-1]["content"] else "[[7]]"
+
+    with Endpoint(answer) as endpoint:
+        for number in (1, 2):
+            table = rows(judged(config(endpoint, tmp_path), ASKED, of("a")))
+            assert (table["mean"], table["math"], table["without rating"]) == (["7.00"], ["-"], ["2"])
+            assert len(endpoint.asked) == 3 + 2 * number
+            assert "3 of 5 requests have a reply" in (said := capsys.readouterr().out)
+            assert "the endpoint refuses them; the table counts them as failed: judge.url=" in said
+        asked = [replace(ONCE, id=number) for number in range(20)]
+        endpoint.answer = lambda body: fault(400, "content filter")
+        with pytest.raises(JudgingError, match=r"20 have none: judge\.url=.*: status 400: content filter$"):
+            judged(config(endpoint, tmp_path / "new"), asked, of("a", asked=asked))
+
+
+def test_replies_that_are_cut_before_the_rating(tmp_path, capsys):
+    """Such a judge is asked no more after a few replies. Some of them are only a message."""
+    asked = [replace(ONCE, id=number) for number in range(20)]
+    with Endpoint(lambda body: completion("Let me think", finish="length")) as endpoint:
+        given = config(endpoint, tmp_path, concurrency=1, max_tokens=9)
+        with pytest.raises(JudgingError, match=r"the last 8 replies were cut at judge.max_tokens=9: raise it, and set"):
+            judged(given, asked, of("a", asked=asked))
+        assert len(endpoint.asked) == grading.FAILURES
+        endpoint.answer = lambda body: completion("[[7]]" if len(endpoint.asked) % 2 else "Let me", finish="length")
+        assert rows(judged(given, asked, of("a", asked=asked)))["without rating"] == ["14"]
+        assert "6 replies without a result were cut at judge.max_tokens=9: raise it" in capsys.readouterr().out
 
 
 def test_a_judge_that_is_out_of_order_gets_few_requests(tmp_path):
@@ -233,6 +267,11 @@ def test_a_full_disk_ends_the_call_with_one_line(tmp_path):
         assert 1 < len(endpoint.asked) < 5
         judged(given, ASKED, of("a"))
         assert len(endpoint.asked) == 5 + 1
+        page = tmp_path / "model_judgment" / "judge_single.md"
+        page.unlink()
+        page.symlink_to("/dev/full")
+        with pytest.raises(StorageError, match=r"judge_single\.md: No space left on device; fix this and start again"):
+            judged(given, ASKED, of("a"))
 
 
 def test_no_judge(tmp_path, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def test_half_a_pair_is_kept(tmp_path):
     """One of the two requests fails. FastChat leaves a line with the winner "error" out."""
 
     def half(body: dict) -> object:
-        return compare(body) if len(endpoint.asked) % 2 else fault(400, "no")
+        return compare(body) if len(endpoint.asked) % 2 else fault(500, "no")
 
     with Endpoint(half) as endpoint:
         given = config(endpoint, tmp_path, pairwise=True, concurrency=1)
