@@ -142,6 +142,17 @@ def test_questions_that_cannot_be_asked(tmp_path: Path, qwen: Tokenizer) -> None
         dialogues(tmp_path, qwen, "data.overlong=drop", lines=[*rows(), long])
 
 
+def test_what_distinguishes_answers(tmp_path: Path, qwen: Tokenizer) -> None:
+    """The system message is a part of the prompt, so an answer with another one is not used again."""
+    found = []
+    for number, system in enumerate(("Be brief.", "Be long.", "Be brief.")):
+        (tmp_path / str(number)).mkdir()
+        _, talks = dialogues(tmp_path / str(number), qwen, system=system)
+        found.append([benchmark._digest(talk) for talk in talks])
+    assert found[0] == found[2]
+    assert not {*found[0]} & {*found[1]}
+
+
 def test_a_model_without_a_chat_template(tmp_path: Path, llama2: Tokenizer) -> None:
     """One turn is written as it is. Two turns need a template."""
     _, talks = dialogues(tmp_path, llama2, turns=["Why?"])

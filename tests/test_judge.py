@@ -18,7 +18,7 @@ from endpoint import CLOSE, HANG, Endpoint, Response, completion, fault
 from rlhf import configuration
 from rlhf.config import Judge
 from rlhf.errors import UserError
-from rlhf.judge.client import Client, EndpointError, JudgeError, RefusedError, Reply, probe
+from rlhf.judge.client import BusyError, Client, EndpointError, JudgeError, RefusedError, Reply, probe
 from rlhf.judge.rating import rating
 
 KEY = "sk-known-0815"
@@ -123,7 +123,7 @@ def test_faults_that_pass(fault_of: Any):
     ("answer", "kind", "tries", "says"),
     [
         (fault(500, "broken"), JudgeError, 3, "status 500: broken (3 tries)"),
-        (fault(429, "slow down"), JudgeError, 3, "status 429: slow down (3 tries)"),
+        (fault(429, "slow down"), BusyError, 3, "status 429: slow down (3 tries)"),
         ((HANG,), JudgeError, 3, "no answer within judge.timeout=0.2 s (3 tries)"),
         ((CLOSE,), JudgeError, 3, "the connection was lost"),
         (fault(400, "maximum context length is 8 tokens", param="max_tokens"), RefusedError, 1, "status 400: maximum"),
@@ -194,6 +194,16 @@ def test_lists_of_models_of_another_form(body: Any, monkeypatch: pytest.MonkeyPa
     with Endpoint() as endpoint:
         monkeypatch.setattr(endpoint, "respond", lambda request: Response(200, body))
         assert "has no list of models: set judge.model" in failed(Judge(url=endpoint.url), EndpointError)
+
+
+def test_a_busy_endpoint_passes_the_probe():
+    """There may be many ranks and runs at the same time. Other faults are found early."""
+    with Endpoint(lambda body: fault(429, "slow down")) as endpoint:
+        assert probe(Judge(url=endpoint.url)) == "judge"
+        assert len(endpoint.asked) == 2
+        endpoint.answer = lambda body: fault(500, "broken")
+        with pytest.raises(UserError, match="status 500"):
+            probe(Judge(url=endpoint.url))
 
 
 def test_an_endpoint_without_models():

@@ -352,6 +352,7 @@ def test_an_interrupted_call_loses_nothing(tmp_path):
         ({"output_format": "[[A]]"}, "they must be 'single' and '[[rating]]'"),
         ({"system_prompt": None}, "prompts.jsonl:1: 'system_prompt' is None"),
         ({"prompt_template": ["{answer}"]}, "'prompt_template' is ['{answer}']"),
+        ({"prompt_template": "{question}"}, "'prompt_template' has no {answer}: add it"),
         ({"prompt_template": "{answer"}, "is no template ("),
         ({"prompt_template": "{answer_a}"}, "has the field {answer_a}; it may have question, answer"),
         ({"prompt_template": "{ref_answer_1}"}, "has the field {ref_answer_1}"),

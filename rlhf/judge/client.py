@@ -23,6 +23,7 @@ CONNECTING = 10.0  # most seconds for the connection to the endpoint
 FIRST_PAUSE, LAST_PAUSE = 0.5, 8.0  # seconds before the first further try; they double up to the last
 LONGEST_PAUSE = 60.0  # most seconds before a further try if the endpoint asks for a pause (Retry-After)
 HOLDS = 60.0  # seconds in which an EndpointError holds for further requests, without a try
+BUSY = (429, 503, 529)  # too many requests, service unavailable, overloaded
 LONGEST = 300  # characters of an endpoint's error message
 SHOWN = 10  # largest number of models in a message
 VARIABLE = re.compile(r"([A-Z_][A-Z0-9_]*|[A-Za-z_]+)?")  # names of variables; API keys have small letters and digits
@@ -42,6 +43,10 @@ class EndpointError(JudgeError):
 
 class RefusedError(JudgeError):
     """The endpoint does not answer this request, such as one that is too long. It may answer others."""
+
+
+class BusyError(JudgeError):
+    """The endpoint answers, but limits the requests or has too many of them."""
 
 
 class _AgainError(JudgeError):
@@ -77,12 +82,17 @@ def longest(config: Judge) -> float:
 
 
 def probe(config: Judge) -> str:
-    """Send a short request, with one further try at most, and return the name of the judge. Raises UserError."""
+    """Send a short request, with one further try at most, and return the name of the judge. Raises UserError.
+
+    An endpoint that is busy is no mistake: the name may then be "".
+    """
 
     async def answer() -> str:
         client = Client(replace(config, retries=min(1, config.retries)))
         try:
             await client.ask([{"role": "user", "content": "Answer with the word yes."}])
+        except BusyError:
+            pass
         finally:
             await client.close()
         return client.model
@@ -279,7 +289,8 @@ class Client:
         if status in (404, 405):
             return EndpointError(f"{self._place} has no chat endpoint (status {status}): {self._address}")
         if status in (408, 409, 429) or status >= 500:
-            return _AgainError(f"{self._place}: status {status}: {said}", pause=_asked(error))
+            last = BusyError if status in BUSY else JudgeError
+            return _AgainError(f"{self._place}: status {status}: {said}", last, _asked(error))
         return RefusedError(f"{self._place}: status {status}: {said}")
 
     @property

@@ -105,7 +105,7 @@ def _plan(client: Client, known: int, left: Iterable[Request]) -> str:
 def _tidy(path: Path, judgments: list[Judgment]) -> None:
     """Take the replies from a file, and remove the lines that no longer count, such as halves of complete pairs."""
     if path.exists():
-        with rows.naming(str(path)):
+        with rows.at(str(path)):
             kept = restore(_rows(path), judgments)
         rows.write(path, kept)
 

@@ -76,14 +76,14 @@ class Judgment:
 
     @property
     def result(self) -> Any:
-        """The score, FAILED without a rating. Of a pair: the name of the model that wins in both orders, TIE, or ERROR.
+        """The score, FAILED without a rating. Of a pair: the winner's key in `models`, TIE, or ERROR.
 
-        Different winners are a tie, as in FastChat. One reply that names none makes an ERROR.
+        A model wins in both orders; different winners are a tie, as in FastChat. One reply that names none makes an ERROR.
         """
         results = [request.result(self.replies.get(request)) for request in self.requests]
         if ERROR in results:
             return ERROR
-        return self.models.get(results[0], results[0]) if len(set(results)) == 1 else TIE
+        return results[0] if len(set(results)) == 1 else TIE
 
     def line(self) -> Row:
         """Return the line. Half a pair has the winner "error", so FastChat ignores it."""
