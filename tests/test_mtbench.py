@@ -375,7 +375,7 @@ def test_prompts_of_another_form(tmp_path, changed, message):
 def test_what_is_missing_is_said_before_a_request_is_sent(tmp_path):
     with Endpoint() as endpoint:
         lacking = [replace(MATH, id=number, reference=("4",)) for number in (1, 2)]
-        with pytest.raises(UserError, match=r"question 1 \(math\) and 1 others: no reference answer to each turn; set"):
+        with pytest.raises(UserError, match=r"question 1 \(math\) and 1 others: no reference answer to each turn; add"):
             judged(config(endpoint, tmp_path), lacking, of("a", asked=lacking))
         with pytest.raises(UserError, match=r"compares models: give at least two in mtbench\.models"):
             judged(config(endpoint, tmp_path, pairwise=True), ASKED, of("a"))

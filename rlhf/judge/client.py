@@ -190,7 +190,7 @@ class Client:
         """Return the reply in a chat completion. Raises JudgeError."""
         if said := getattr(answer, "error", None):  # some providers send an error with status 200
             raise _AgainError(f"{self._place}: {self._clean(said)}")
-        choices = getattr(answer, "choices", None)
+        choices: Any = getattr(answer, "choices", None)
         if choices == []:
             raise RefusedError(f"{self._place}: the answer has no choices")
         message = getattr(choices[0], "message", None) if isinstance(choices, list) else None

@@ -78,7 +78,7 @@ class Judgment:
     def result(self) -> Any:
         """The score, FAILED without a rating. Of a pair: the winner's key in `models`, TIE, or ERROR.
 
-        A model wins in both orders; different winners are a tie, as in FastChat. One reply that names none makes an ERROR.
+        Different winners in the two orders are a tie, as in FastChat. One reply that names none makes an ERROR.
         """
         results = [request.result(self.replies.get(request)) for request in self.requests]
         if ERROR in results:
