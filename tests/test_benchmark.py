@@ -168,36 +168,6 @@ def test_a_model_without_a_chat_template(tmp_path: Path, llama2: Tokenizer) -> N
     assert llama2.decode(talks[0].prompt(llama2)) == text
 
 
-def called(*keys: str) -> list[Model]:
-    return benchmark.models(configuration.load("mtbench", list(keys)))
-
-
-def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for path, name in {
-        "runs/sft": "sft",
-        "runs/sft/hf": "sft",
-        "runs/sft/step_000100/mcore-local/": "sft",
-        "/models/llama2-7B": "llama2-7B",
-        "hf": tmp_path.name,
-        "answers/vicuna-7b-v1.3.jsonl": "vicuna-7b-v1.3",
-        "mine=runs/sft": "mine",
-        "me/mine=runs/sft": "me/mine",
-    }.items():
-        assert [model.name for model in called(f"mtbench.models={path}")] == [name]
-    assert called("policy.load=runs/a", 'mtbench.models=["b", "c=runs/a"]') == [Model("b", "b"), Model("c", "runs/a")]
-    (tmp_path / "a=b").mkdir()
-    assert called("policy.load=a=b") == [Model("a-b", "a=b")]
-    for keys, why in {
-        ('mtbench.models=["runs/a/hf", "runs/a"]',): "have the same name a: give one another name",
-        ('mtbench.models=["a/b=x", "a--b=y"]',): "have the same name",
-        ("mtbench.models==x",): "give FOLDER or NAME=FOLDER",
-        (): "policy.load is not set",
-    }.items():
-        with pytest.raises(UserError, match=why):
-            called(*keys)
-
-
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -347,6 +317,15 @@ def test_mistakes_are_found_before_a_model_answers(home: Path, tmp_path: Path, r
     }.items():
         code, text = run(*keys, out=tmp_path)
         assert (code, why in text) == (2, True), text
+
+
+def test_each_launcher_asks_the_judge(home: Path, tmp_path: Path) -> None:
+    """Else other nodes would start ranks, which wait for those of the first node."""
+    judge = [f"policy.load={home}/a", "judge.url=http://127.0.0.1:9/v1", "judge.retries=0"]
+    config = configuration.load("mtbench", [*common(home, tmp_path), *judge])
+    with pytest.raises(UserError, match="nobody answers at judge"):
+        benchmark.run(config, lambda *_: pytest.fail("ranks were started"), 2, first=False)
+    assert benchmark.run(config, lambda *_: 7, None, first=False) == 7, "a rank that does not ask the judge"
 
 
 def test_dry_run(home: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
