@@ -289,7 +289,7 @@ def test_each_model_without_answers_has_its_run(home: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="ranks that torchrun or srun has started answer for one model in a call"):
         benchmark.run(fresh, start, None, first=True)
     write(file.with_name("more.jsonl"), *rows(), {"question_id": 1, "category": "math", "turns": ["Why?"]})
-    more = replace(config, data=replace(config.data, eval=str(file.with_name("more.jsonl"))))
+    more = replace(config, data=replace(config.data, eval=(str(file.with_name("more.jsonl")),)))
     assert benchmark.is_due(more, Model("a", f"{home}/a"), 2), "one question is new"
 
 
@@ -305,7 +305,7 @@ def test_mistakes_are_found_before_a_model_answers(home: Path, tmp_path: Path, r
         (load, "judge.url=http://127.0.0.1:9/v1", "judge.retries=0"): "nobody answers at judge.url=http://127.0.0.1:9",
         (load, none, f"data.eval={other}"): f"{other}:1: 'turns' is None; give a list of strings",
         (load, none, "data.eval=gone.jsonl"): "data set gone.jsonl: no such file or folder",
-        (load, none, "data.eval="): "data.eval is not set: set it to a file of questions",
+        (load, none, "data.eval="): "data.eval is not set: set it to one file of questions",
         (load, none, "mtbench.references=gone.jsonl"): "gone.jsonl: no such file or folder",
         (load, none, "mtbench.pairwise=true"): "mtbench.pairwise needs a judge, but judge.model=none",
         (load, "judge.url=http://x", "mtbench.pairwise=true"): "mtbench.pairwise=true compares models: give at least",
