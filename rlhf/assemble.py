@@ -59,7 +59,7 @@ def run(config: Config) -> int:
     mesh.agree(lock.claim(config.out, own_name(config) or "run") if mesh.rank == 0 else "")
     progress.enter("reading the data")
     # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
-    given = mesh.first_on_node(lambda: inputs(config, mesh.world))
+    given = mesh.first_on_node(lambda: inputs(config, mesh.world, asks=mesh.is_first_on_node))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
     writes = mesh.rank == 0 and not ALGORITHMS[config.mode].judged  # with a judge, these ranks do a part of the command
     mesh.agree(configuration.save(config, own_name(config) or "config") if writes else "")
@@ -69,7 +69,8 @@ def run(config: Config) -> int:
     except OSError as error:
         if not (text := failure(error, config.out)):
             raise
-        raise StorageError(f"{text}; fix this and start again: the run resumes from its last checkpoint") from None
+        resumes = ": the run resumes from its last checkpoint" if ALGORITHMS[config.mode].trains else ""
+        raise StorageError(f"{text}; fix this and start again{resumes}") from None
 
 
 def carry_out(config: Config, mesh: Mesh, given: Inputs) -> int:

@@ -151,12 +151,13 @@ def settings(config: Config, given: Inputs) -> dict[str, Any]:
 
 def identity(config: Config, given: Inputs, talk: Talk) -> dict[str, Any]:
     """Return the keys that a line of answers has beside FastChat's."""
-    return {SETTINGS: {**settings(config, given), "question": _digest(talk.question)}}
+    return {SETTINGS: {**settings(config, given), "question": _digest(talk)}}
 
 
-def _digest(question: Question) -> str:
-    """Return a fingerprint of what the model is asked."""
-    return blake2b(repr((question.turns, question.temperature)).encode(), digest_size=8).hexdigest()
+def _digest(talk: Talk) -> str:
+    """Return a fingerprint of what the model is asked. The prompt has the system message and the tools, too."""
+    asked = (talk.text.prompt, talk.question.turns, talk.question.temperature)
+    return blake2b(repr(asked).encode(), digest_size=8).hexdigest()
 
 
 def reusable(config: Config, given: Inputs, asked: list[Talk]) -> bool:
@@ -169,7 +170,7 @@ def reusable(config: Config, given: Inputs, asked: list[Talk]) -> bool:
     if not path.exists():
         return False
     found, now = answers.load(path), settings(config, given)
-    digests = {talk.question.id: _digest(talk.question) for talk in asked}
+    digests = {talk.question.id: _digest(talk) for talk in asked}
     for number, answer in found.items():  # also those to other questions, because a file is of one model
         _compare(path, answer.extra.get(SETTINGS), {**now, "question": digests.get(number)})
     return found.keys() >= digests.keys()
@@ -205,7 +206,7 @@ def run(config: Config, start: Callable[[Config, list[str]], int], world: int | 
         )
     if world is not None:
         due = [model for model in due if is_due(config, model, world)]
-    if first and is_judged(config):
+    if (first or (due and world is not None)) and is_judged(config):  # each launcher, so that none starts ranks in vain
         client.probe(config.judge)
     for model in called if first else ():
         if model not in due:

@@ -142,6 +142,17 @@ def test_questions_that_cannot_be_asked(tmp_path: Path, qwen: Tokenizer) -> None
         dialogues(tmp_path, qwen, "data.overlong=drop", lines=[*rows(), long])
 
 
+def test_what_distinguishes_answers(tmp_path: Path, qwen: Tokenizer) -> None:
+    """The system message is a part of the prompt, so an answer with another one is not used again."""
+    found = []
+    for number, system in enumerate(("Be brief.", "Be long.", "Be brief.")):
+        (tmp_path / str(number)).mkdir()
+        _, talks = dialogues(tmp_path / str(number), qwen, system=system)
+        found.append([benchmark._digest(talk) for talk in talks])
+    assert found[0] == found[2]
+    assert not {*found[0]} & {*found[1]}
+
+
 def test_a_model_without_a_chat_template(tmp_path: Path, llama2: Tokenizer) -> None:
     """One turn is written as it is. Two turns need a template."""
     _, talks = dialogues(tmp_path, llama2, turns=["Why?"])
@@ -155,36 +166,6 @@ def test_a_model_without_a_chat_template(tmp_path: Path, llama2: Tokenizer) -> N
     talks[0].turns = ["No."]
     text = "\n\nHuman: What is 0?\n\nAssistant: No.\n\nHuman: And 0 more?\n\nAssistant:"
     assert llama2.decode(talks[0].prompt(llama2)) == text
-
-
-def called(*keys: str) -> list[Model]:
-    return benchmark.models(configuration.load("mtbench", list(keys)))
-
-
-def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for path, name in {
-        "runs/sft": "sft",
-        "runs/sft/hf": "sft",
-        "runs/sft/step_000100/mcore-local/": "sft",
-        "/models/llama2-7B": "llama2-7B",
-        "hf": tmp_path.name,
-        "answers/vicuna-7b-v1.3.jsonl": "vicuna-7b-v1.3",
-        "mine=runs/sft": "mine",
-        "me/mine=runs/sft": "me/mine",
-    }.items():
-        assert [model.name for model in called(f"mtbench.models={path}")] == [name]
-    assert called("policy.load=runs/a", 'mtbench.models=["b", "c=runs/a"]') == [Model("b", "b"), Model("c", "runs/a")]
-    (tmp_path / "a=b").mkdir()
-    assert called("policy.load=a=b") == [Model("a-b", "a=b")]
-    for keys, why in {
-        ('mtbench.models=["runs/a/hf", "runs/a"]',): "have the same name a: give one another name",
-        ('mtbench.models=["a/b=x", "a--b=y"]',): "have the same name",
-        ("mtbench.models==x",): "give FOLDER or NAME=FOLDER",
-        (): "policy.load is not set",
-    }.items():
-        with pytest.raises(UserError, match=why):
-            called(*keys)
 
 
 TEMPLATE = (
@@ -308,7 +289,7 @@ def test_each_model_without_answers_has_its_run(home: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="ranks that torchrun or srun has started answer for one model in a call"):
         benchmark.run(fresh, start, None, first=True)
     write(file.with_name("more.jsonl"), *rows(), {"question_id": 1, "category": "math", "turns": ["Why?"]})
-    more = replace(config, data=replace(config.data, eval=str(file.with_name("more.jsonl"))))
+    more = replace(config, data=replace(config.data, eval=(str(file.with_name("more.jsonl")),)))
     assert benchmark.is_due(more, Model("a", f"{home}/a"), 2), "one question is new"
 
 
@@ -324,7 +305,7 @@ def test_mistakes_are_found_before_a_model_answers(home: Path, tmp_path: Path, r
         (load, "judge.url=http://127.0.0.1:9/v1", "judge.retries=0"): "nobody answers at judge.url=http://127.0.0.1:9",
         (load, none, f"data.eval={other}"): f"{other}:1: 'turns' is None; give a list of strings",
         (load, none, "data.eval=gone.jsonl"): "data set gone.jsonl: no such file or folder",
-        (load, none, "data.eval="): "data.eval is not set: set it to a file of questions",
+        (load, none, "data.eval="): "data.eval is not set: set it to one file of questions",
         (load, none, "mtbench.references=gone.jsonl"): "gone.jsonl: no such file or folder",
         (load, none, "mtbench.pairwise=true"): "mtbench.pairwise needs a judge, but judge.model=none",
         (load, "judge.url=http://x", "mtbench.pairwise=true"): "mtbench.pairwise=true compares models: give at least",
@@ -336,6 +317,15 @@ def test_mistakes_are_found_before_a_model_answers(home: Path, tmp_path: Path, r
     }.items():
         code, text = run(*keys, out=tmp_path)
         assert (code, why in text) == (2, True), text
+
+
+def test_each_launcher_asks_the_judge(home: Path, tmp_path: Path) -> None:
+    """Else other nodes would start ranks, which wait for those of the first node."""
+    judge = [f"policy.load={home}/a", "judge.url=http://127.0.0.1:9/v1", "judge.retries=0"]
+    config = configuration.load("mtbench", [*common(home, tmp_path), *judge])
+    with pytest.raises(UserError, match="nobody answers at judge"):
+        benchmark.run(config, lambda *_: pytest.fail("ranks were started"), 2, first=False)
+    assert benchmark.run(config, lambda *_: 7, None, first=False) == 7, "a rank that does not ask the judge"
 
 
 def test_dry_run(home: Path, tmp_path: Path, run: Callable[..., Any]) -> None:

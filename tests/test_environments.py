@@ -132,7 +132,7 @@ def test_what_a_step_may_not_do_ends_the_dialogue_as_failed(counting, capfd):
             assert says in environments.failure
             printed, ended = ask(environments, ("b", {}, ["print"]), ("c", {}, ["end"]))
             assert (printed.value, printed.failed, ended) == (0.5, False, Reply(None, 1.0, False))
-            assert environments.late == (text == "hang")
+            assert bool(environments.late) == (text == "hang")
     assert "x" * 100_000 in capfd.readouterr().out
 
 
@@ -315,7 +315,7 @@ def test_a_failure_is_counted_and_shown_once(tmp_path, llama2, capsys, texts, re
         assert (s.reward, s.verdict.failed, s.truncated) == (0.0, True, False)
     shown = capsys.readouterr().out
     assert says in shown
-    assert shown.count("the code of the environment failed") == 1
+    assert shown.count(": the environment failed: ") == 1
     with pytest.raises(RewardError, match=r"4 of 4 rewards of step 1 failed, and reward.max_failed=0.5; .* was: .*"):
         talk(tmp_path, llama2, *texts, record=record)
     assert capsys.readouterr().out.count(says) == 2

@@ -18,7 +18,7 @@ from endpoint import CLOSE, HANG, Endpoint, Response, completion, fault
 from rlhf import configuration
 from rlhf.config import Judge
 from rlhf.errors import UserError
-from rlhf.judge.client import Client, EndpointError, JudgeError, Reply, probe
+from rlhf.judge.client import BusyError, Client, EndpointError, JudgeError, RefusedError, Reply, probe
 from rlhf.judge.rating import rating
 
 KEY = "sk-known-0815"
@@ -123,11 +123,11 @@ def test_faults_that_pass(fault_of: Any):
     ("answer", "kind", "tries", "says"),
     [
         (fault(500, "broken"), JudgeError, 3, "status 500: broken (3 tries)"),
-        (fault(429, "slow down"), JudgeError, 3, "status 429: slow down (3 tries)"),
+        (fault(429, "slow down"), BusyError, 3, "status 429: slow down (3 tries)"),
         ((HANG,), JudgeError, 3, "no answer within judge.timeout=0.2 s (3 tries)"),
         ((CLOSE,), JudgeError, 3, "the connection was lost"),
-        (fault(400, "maximum context length is 8 tokens", param="max_tokens"), JudgeError, 1, "status 400: maximum"),
-        (fault(400, f"bad header {KEY}"), JudgeError, 1, "status 400: bad header ***"),
+        (fault(400, "maximum context length is 8 tokens", param="max_tokens"), RefusedError, 1, "status 400: maximum"),
+        (fault(400, f"bad header {KEY}"), RefusedError, 1, "status 400: bad header ***"),
         (fault(429, "no quota", "insufficient_quota", Retry_After="50"), EndpointError, 1, "refuses this account"),
         (
             fault(402, "Insufficient Balance"),
@@ -139,8 +139,15 @@ def test_faults_that_pass(fault_of: Any):
         (Response(200, b"<html>", {"Content-Type": "text/html"}), JudgeError, 1, "no chat completion, but '<html>'"),
         (Response(200, b"<html>"), JudgeError, 1, "no chat completion ("),
         (Response(200, {"id": "1"}), JudgeError, 1, "no chat completion"),
-        (Response(200, {"choices": None, "error": "x"}), JudgeError, 1, "no chat completion"),
-        (Response(200, {"choices": []}), JudgeError, 1, "has no choices"),
+        (Response(200, {"choices": None}), JudgeError, 1, "no chat completion"),
+        (Response(200, {"error": {"message": "busy", "code": 429}}), JudgeError, 3, "'busy', 'code': 429} (3 tries)"),
+        (Response(200, f"Authorization: Bearer {KEY}"), JudgeError, 1, "v1: no chat completion, but 'Authorization: B"),
+        (Response(200, {"choices": []}), RefusedError, 1, "has no choices"),
+        (Response(200, {"choices": [None]}), JudgeError, 1, "no chat completion"),
+        (Response(200, {"choices": ["x"]}), JudgeError, 1, "no chat completion"),
+        (Response(200, {"choices": [{"message": None}]}), JudgeError, 1, "no chat completion"),
+        (Response(200, ["x"]), JudgeError, 1, "no chat completion"),
+        (Response(200, b"[" * 100_000), JudgeError, 1, "no chat completion ("),
     ],
 )
 def test_faults_that_stay(answer: Any, kind: type[JudgeError], tries: int, says: str):
@@ -180,6 +187,35 @@ def test_what_holds_for_all_requests(keys: dict[str, str], says: str, monkeypatc
         assert len(endpoint.requests) <= config.concurrency, "the rest is not sent"
         with pytest.raises(UserError, match=re.escape(says.format(root=root))):
             probe(config)
+
+
+@pytest.mark.parametrize("body", [{"data": [None]}, {"data": ["x"]}, {"data": [{}]}, {"data": 1}, [], None])
+def test_lists_of_models_of_another_form(body: Any, monkeypatch: pytest.MonkeyPatch):
+    with Endpoint() as endpoint:
+        monkeypatch.setattr(endpoint, "respond", lambda request: Response(200, body))
+        assert "has no list of models: set judge.model" in failed(Judge(url=endpoint.url), EndpointError)
+
+
+def test_a_busy_endpoint_passes_the_probe():
+    """There may be many ranks and runs at the same time. Other faults are found early."""
+    with Endpoint(lambda body: fault(429, "slow down")) as endpoint:
+        assert probe(Judge(url=endpoint.url)) == "judge"
+        assert len(endpoint.asked) == 2
+        endpoint.answer = lambda body: fault(500, "broken")
+        with pytest.raises(UserError, match="status 500"):
+            probe(Judge(url=endpoint.url))
+
+
+def test_an_endpoint_without_models():
+    with Endpoint(models=()) as endpoint:
+        assert "has no models: start the endpoint with one, or correct" in failed(
+            Judge(url=endpoint.url), EndpointError
+        )
+
+
+def test_a_reply_that_repeats_the_key():
+    with Endpoint(lambda body: f"[[7]] for {KEY}") as endpoint:
+        assert ask(Client(Judge(url=endpoint.url))) == [Reply("[[7]] for ***", False)]
 
 
 def test_nobody_answers():
@@ -226,7 +262,14 @@ def test_secrets_are_refused_and_not_shown():
     assert configuration.load("grpo", ["judge.key=MY_KEY_2"]).judge.key == "MY_KEY_2"
 
 
-@pytest.mark.parametrize("url", ["", "host:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "host:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1/v1", "http://host:99999/v1"),
+        *("http://999.1.1.1/v1", "http://\u2603.\u200d/v1", "http://host" + "/v1" * 30_000),
+    ],
+    ids=lambda url: ascii(url)[:30],
+)
 def test_urls(url: str):
     with pytest.raises(UserError, match=r"^judge.url=.*: give the address"):
         Client(Judge(url=url))
@@ -247,10 +290,11 @@ def test_proxies(monkeypatch: pytest.MonkeyPatch):
         [reply] = ask(Client(Judge(url="http://judge.invalid/v1", model="judge", retries=0)))
         assert endpoint.requests[0].path == "http://judge.invalid/v1/chat/completions"
         assert isinstance(reply, EndpointError), "this server is no proxy"
-    monkeypatch.setenv("HTTP_PROXY", "socks9://me:4711@x")
-    with pytest.raises(UserError, match="HTTP_PROXY") as error:
-        Client(Judge(url="http://judge.invalid/v1"))
-    assert "4711" not in str(error.value)
+    for proxy in ("socks9://me:4711@x", "http://me:4711@999.1.1.1"):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        with pytest.raises(UserError, match="HTTP_PROXY") as error:
+            Client(Judge(url="http://judge.invalid/v1"))
+        assert "4711" not in str(error.value)
 
 
 def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from endpoint import CLOSE, HANG, Endpoint, completion, fault
+from endpoint import HANG, Endpoint, completion
 from judgments import ASKED, MATH, ONCE, config, lines, of, rows, written
 
 from rlhf.config import MTBench
-from rlhf.errors import JudgingError, StorageError, UserError
+from rlhf.errors import UserError
 from rlhf.mtbench import answers as answer_files
-from rlhf.mtbench import grading, judged, questions
+from rlhf.mtbench import judged, questions
 from rlhf.mtbench.answers import Answer
 from rlhf.mtbench.prompts import FORMATS, NAMES, OWN, REFERENCED, Prompts
 from rlhf.mtbench.questions import Question
@@ -120,27 +119,29 @@ def test_the_means_are_those_of_fastchat(tmp_path, capsys):
     assert "Judge: org/judge. Prompts: those of this package" in table
 
 
-def test_a_changed_answer_is_judged_anew(tmp_path):
-    with Endpoint(lambda body: f"[[{len(endpoint.asked) % 10}]]") as endpoint:
+def test_paid_judgments_are_not_replaced(tmp_path):
+    """Changed answers, and prompts that differ in the system message only, need another `out`."""
+    with Endpoint() as endpoint:
         given = config(endpoint, tmp_path)
         judged(given, ASKED, of("a", "b"))
         before = lines(tmp_path)
-        answers = {"a": {**of("a")["a"], 81: Answer(("new", "a on 81.1 {}"))}}
-        table = judged(given, ASKED, answers)
-        assert len(endpoint.asked) == 12, "both turns of one question: the second shows the first"
-        after = lines(tmp_path)
-        kept = [line for line in before if (line["model"], line["question_id"]) != ("a", 81)]
-        assert len(after) == len(before) == 10
-        assert after[:8] == kept, "also of a model that is not in this call"
-        assert [line["user_prompt"].count("new") for line in after[8:]] == [1, 1]
-        assert rows(table)["mean"] == [shown(after, model="a")]
-
+        changed = {"a": {**of("a")["a"], 81: Answer(("a on 81.0 {}", "new"))}}
         texts = [json.loads(line) for line in OWN.read_text().splitlines()]
         other = written(tmp_path / "prompts.jsonl", ({**row, "system_prompt": "Grade it."} for row in texts))
         prompted = replace(given, mtbench=MTBench(prompts=str(other)))
-        assert f"Prompts: {other}." in judged(prompted, ASKED, answers)
-        assert len(endpoint.asked) == 17, "prompts that differ in the system message only"
-        assert [line["system_prompt"] for line in lines(tmp_path) if line["model"] == "a"] == ["Grade it."] * 5
+        for keys, answers in ((given, changed), (prompted, of("a"))):
+            with pytest.raises(
+                UserError, match=r"judge_single.jsonl: question 81 of a has judgments on another answer"
+            ):
+                judged(keys, ASKED, answers)
+            assert lines(tmp_path) == before
+        assert len(endpoint.asked) == 10
+        apart = replace(prompted, out=str(tmp_path / "apart"))
+        assert f"Prompts: {other}." in judged(apart, ASKED, of("a"))
+        assert [line["system_prompt"] for line in lines(tmp_path / "apart")] == ["Grade it."] * 5
+        judged(given, ASKED, of("a", "c"))
+        assert len(endpoint.asked) == 20
+        assert lines(tmp_path)[5:10] == before[5:], "also of a model that is not in this call"
 
 
 def test_judgments_of_fastchat_are_used(tmp_path):
@@ -185,73 +186,6 @@ def test_replies(tmp_path, reply, score):
             assert table["without rating"] == [str(int(score < 0))]
             assert "turn 2" not in table
         assert len(endpoint.asked) == 1
-
-
-def test_failed_requests_are_sent_by_the_next_call(tmp_path, capsys):
-    def answer(body: dict) -> object:
-        if "2+{2}" in body["messages"][-1]["content"]:
-            return fault(400, "maximum context length is 8 tokens")
-        return (CLOSE,) if "Shorter" in body["messages"][-1]["content"] else "[[7]]"
-
-    with Endpoint(answer) as endpoint:
-        given = config(endpoint, tmp_path, concurrency=1)
-        with pytest.raises(JudgingError) as error:
-            judged(given, ASKED, of("a"))
-        file = tmp_path / "model_judgment" / "judge_single.jsonl"
-        assert str(error.value).startswith(f"2 of 5 requests have a reply, in {file}, and 3 have none: judge.url=")
-        assert str(error.value).endswith("maximum context length is 8 tokens; start again: only those are sent")
-        assert error.value.code == 1
-        assert len(lines(tmp_path)) == 2
-        assert not file.with_suffix(".md").exists()
-        endpoint.answer, known = (lambda body: "[[9]]"), len(endpoint.asked)
-        assert rows(judged(given, ASKED, of("a")))["mean"] == [f"{(7 * 2 + 9 * 3) / 5:.2f}"]
-        assert len(endpoint.asked) == known + 3
-
-
-def test_a_judge_that_is_out_of_order_gets_few_requests(tmp_path):
-    asked = [replace(ONCE, id=number) for number in range(100)]
-    with Endpoint(lambda body: fault(429, "slow down")) as endpoint:
-        with pytest.raises(JudgingError, match="0 of 100 requests have a reply"):
-            judged(config(endpoint, tmp_path, concurrency=4), asked, of("a", asked=asked))
-        assert grading.FAILURES <= len(endpoint.asked) < grading.FAILURES + 4
-
-
-def test_a_full_disk_ends_the_call_with_one_line(tmp_path):
-    """The limit of the size of files is a full disk to the program. A reply that is cut off is asked again."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Endpoint() as endpoint:
-        given = config(endpoint, tmp_path, concurrency=1)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
-        try:
-            with pytest.raises(
-                StorageError, match=r"judge_single\.jsonl: File too large; fix this and start again"
-            ) as error:
-                judged(given, ASKED, of("a"))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert error.value.code == 1
-        assert 1 < len(endpoint.asked) < 5
-        judged(given, ASKED, of("a"))
-        assert len(endpoint.asked) == 5 + 1
-
-
-def test_no_judge(tmp_path, monkeypatch, capsys):
-    with Endpoint(models=("a", "b")) as endpoint:
-        with pytest.raises((JudgingError, UserError), match=r"set judge\.model to one of a, b"):
-            judged(config(endpoint, tmp_path), ASKED, of("a"))
-        key = "sk-very-secret"
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        endpoint.key = "sk-another"
-        with pytest.raises(JudgingError) as error:
-            judged(config(endpoint, tmp_path, model="a"), ASKED, of("a"))
-        given = config(endpoint, tmp_path, model="a")
-    assert "refuses the API key in $OPENAI_API_KEY" in str(error.value)
-    with pytest.raises(JudgingError) as closed:
-        judged(given, ASKED, of("a"))
-    told = capsys.readouterr()
-    files = "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
-    for text in (str(error.value), str(closed.value), told.out, told.err, files):
-        assert key not in text
 
 
 PROGRAM = """
@@ -313,6 +247,7 @@ def test_an_interrupted_call_loses_nothing(tmp_path):
         ({"output_format": "[[A]]"}, "they must be 'single' and '[[rating]]'"),
         ({"system_prompt": None}, "prompts.jsonl:1: 'system_prompt' is None"),
         ({"prompt_template": ["{answer}"]}, "'prompt_template' is ['{answer}']"),
+        ({"prompt_template": "{question}"}, "'prompt_template' has no {answer}: add it"),
         ({"prompt_template": "{answer"}, "is no template ("),
         ({"prompt_template": "{answer_a}"}, "has the field {answer_a}; it may have question, answer"),
         ({"prompt_template": "{ref_answer_1}"}, "has the field {ref_answer_1}"),
@@ -335,7 +270,7 @@ def test_prompts_of_another_form(tmp_path, changed, message):
 def test_what_is_missing_is_said_before_a_request_is_sent(tmp_path):
     with Endpoint() as endpoint:
         lacking = [replace(MATH, id=number, reference=("4",)) for number in (1, 2)]
-        with pytest.raises(UserError, match=r"question 1 \(math\) and 1 others: no reference answer to each turn; set"):
+        with pytest.raises(UserError, match=r"question 1 \(math\) and 1 others: no reference answer to each turn; add"):
             judged(config(endpoint, tmp_path), lacking, of("a", asked=lacking))
         with pytest.raises(UserError, match=r"compares models: give at least two in mtbench\.models"):
             judged(config(endpoint, tmp_path, pairwise=True), ASKED, of("a"))

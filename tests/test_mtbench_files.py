@@ -1,10 +1,12 @@
-"""Questions and answers in the files of FastChat."""
+"""Questions and answers in the files of FastChat, and the names of models."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from rlhf import benchmark, configuration
+from rlhf.benchmark import Model
 from rlhf.errors import UserError
 from rlhf.mtbench import answers, questions
 from rlhf.mtbench.answers import Answer
@@ -122,7 +124,7 @@ def test_answers_of_fastchat(tmp_path):
     found = answers.read(written(tmp_path / "m.jsonl", *both), asked)
     assert found == {1: Answer(("4", "6")), 2: Answer(("a", "b"))}, "the first choice of the last line"
     path = written(tmp_path / "m.jsonl", answered(2, "only one turn"))
-    with pytest.raises(UserError, match=r"m.jsonl: 2 questions have no answer, or not one to each turn: 1, 2$"):
+    with pytest.raises(UserError, match=r"m.jsonl: 2 questions have no answer, or not one to each turn: 1, 2; add"):
         answers.read(path, asked)
 
 
@@ -145,3 +147,33 @@ def test_answers_of_another_form(tmp_path, line, message):
         answers.load(path)
     assert str(error.value).startswith(f"{path}:2: ")
     assert message in str(error.value)
+
+
+def called(*keys: str) -> list[Model]:
+    return benchmark.models(configuration.load("mtbench", list(keys)))
+
+
+def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path, name in {
+        "runs/sft": "sft",
+        "runs/sft/hf": "sft",
+        "runs/sft/step_000100/mcore-local/": "sft",
+        "/models/llama2-7B": "llama2-7B",
+        "hf": tmp_path.name,
+        "answers/vicuna-7b-v1.3.jsonl": "vicuna-7b-v1.3",
+        "mine=runs/sft": "mine",
+        "me/mine=runs/sft": "me/mine",
+    }.items():
+        assert [model.name for model in called(f"mtbench.models={path}")] == [name]
+    assert called("policy.load=runs/a", 'mtbench.models=["b", "c=runs/a"]') == [Model("b", "b"), Model("c", "runs/a")]
+    (tmp_path / "a=b").mkdir()
+    assert called("policy.load=a=b") == [Model("a-b", "a=b")]
+    for keys, why in {
+        ('mtbench.models=["runs/a/hf", "runs/a"]',): "have the same name a: give one another name",
+        ('mtbench.models=["a/b=x", "a--b=y"]',): "have the same name",
+        ("mtbench.models==x",): "give FOLDER or NAME=FOLDER",
+        (): "policy.load is not set",
+    }.items():
+        with pytest.raises(UserError, match=why):
+            called(*keys)

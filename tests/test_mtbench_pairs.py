@@ -62,11 +62,22 @@ def test_pairs(tmp_path):
         assert len(endpoint.asked) == 30
 
 
+def test_models_with_the_names_of_results(tmp_path):
+    def prefer(body: dict) -> str:
+        text = body["messages"][-1]["content"]
+        return "[[A]]" if text.index("tie on") < text.index("error on") else "[[B]]"
+
+    with Endpoint(prefer) as endpoint:
+        for models, rate in ((("tie", "error"), ["100.0 %", "5", "0", "0", "0"]), (("error", "tie"), ["0.0 %", "0"])):
+            table = judged(config(endpoint, tmp_path, pairwise=True), ASKED, of(*models))
+            assert rows(table)["all"][: len(rate)] == rate
+
+
 def test_half_a_pair_is_kept(tmp_path):
     """One of the two requests fails. FastChat leaves a line with the winner "error" out."""
 
     def half(body: dict) -> object:
-        return compare(body) if len(endpoint.asked) % 2 else fault(400, "no")
+        return compare(body) if len(endpoint.asked) % 2 else fault(500, "no")
 
     with Endpoint(half) as endpoint:
         given = config(endpoint, tmp_path, pairwise=True, concurrency=1)

@@ -170,6 +170,7 @@ LINES = {
     "demonstrations": {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "4"}]},
     "scored": {"query": "How many?", "response": ["4", "5", "6"], "score": [1, 0.5, 0]},
     "pairs": {"prompt": "How many?", "chosen": [{"role": "assistant", "content": "4"}], "rejected": "5"},
+    "questions": {"question_id": 81, "category": "math", "turns": ["How many?", "And now?"], "reference": ["4", "5"]},
 }
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
 CALLING = {"messages": [{"role": "user", "content": "How many?"}, CALL], "tools": [{"name": "add"}]}

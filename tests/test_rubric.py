@@ -99,14 +99,15 @@ def answer(body: dict[str, Any]) -> Any:
 def test_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A rating is the reward. What has none is a failed reward, and no request that was answered is sent again.
 
-    It combines with other functions, and its own limits hold: reward.timeout and reward.concurrency do not.
+    It combines with other functions, and its own limits hold: reward.timeout, .concurrency and .memory do not.
     """
     given = ["8", "none", "[[3", "empty", "null", "lost", "slow", "2.5"]
     with Endpoint(answer, key=KEY) as endpoint:
         config = judge(tmp_path, "Rate: {{ response }}", endpoint.url, retries=1)
-        with Rewards(["math", "judge"], Reward(timeout=0.01, weights={"judge": 0.1}), config) as function:
+        with Rewards(["math", "judge"], Reward(timeout=0.01, memory=0.05, weights={"judge": 0.1}), config) as function:
             scores = function.score([("Q?", f"#### {text}", {"answer": "8"}) for text in given])
-            assert len(function.pool) == 1
+            (worker,) = function.pool
+            assert function._limit(worker) == "300 s, from judge.timeout and judge.retries"
     assert [score.failed for score in scores] == [text not in ("8", "2.5", "[[3") for text in given]
     assert scores[0].parts == {"math": 1.0, "judge": 8.0}
     assert scores[0].value == pytest.approx(1.8)

@@ -127,7 +127,9 @@ def test_the_table_of_mtbench(data: Path, tmp_path: Path):
     assert rows["without rating"] == ["0", "0"]
 
 
-def test_the_stage_follows_all_models_of_the_first_seed():
+def test_the_stage_follows_all_models_of_the_first_seed(monkeypatch: pytest.MonkeyPatch):
+    for name in ("JUDGE_URL", "JUDGE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
     with tutorial.judge() as url, request.urlopen(f"{url}/models") as answer:
         assert json.load(answer)["data"][0]["id"] == "gold"
         first, second = (tutorial.stages(Path("/out"), "mini", seed, url) for seed in (1, 2))
@@ -135,6 +137,21 @@ def test_the_stage_follows_all_models_of_the_first_seed():
     assert stage.after == tuple(f"seed1/{name}" for name in ("convert", "sft", "dpo", "online-dpo", "grpo"))
     assert {f"judge.url={url}", "judge.model="} <= set(stage.arguments)
     assert not any(stage.name.endswith("mtbench") for stage in second)
+
+
+def test_proxies(monkeypatch: pytest.MonkeyPatch):
+    """The tutorial's own judge needs none, and has its own name. The variables of the user hold beside it."""
+    for name in ("JUDGE_URL", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "own.host")
+    monkeypatch.setenv("JUDGE_MODEL", "large")
+    stage = tutorial.benchmark(Path("/out"), Path("/out/seed1"), "http://x")
+    assert stage.environment == {"no_proxy": "own.host,127.0.0.1"}
+    assert "judge.model=" in stage.arguments
+    monkeypatch.setenv("JUDGE_URL", "http://x")
+    stage = tutorial.benchmark(Path("/out"), Path("/out/seed1"), "http://x")
+    assert stage.environment == {}
+    assert "judge.model=large" in stage.arguments
 
 
 def test_an_endpoint_of_ones_own(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,7 @@ It converts a Hugging Face folder to Megatron's format, trains SFT and the rewar
 GRPO from the same SFT model, and converts back. At the end, a new engine per model answers held-out prompts, and a
 table shows the gold rewards. A second table is that of MT-Bench: each model answers questions of two turns, and a judge
 rates the answers. tools/tutorial_judge.py is the judge. Set JUDGE_URL to an OpenAI-compatible endpoint to use a
-language model instead, and JUDGE_MODEL if the endpoint has several.
+language model instead, and JUDGE_MODEL, too, if the endpoint has several.
 
 All stages run once per seed, MT-Bench for the first seed only. Independent stages run in parallel, one per core or per
 GPU. tools/tutorial_task.py has the task, and configs/tutorial/ the keys of each stage.
@@ -113,13 +113,17 @@ def stages(out: Path, size: str, seed: int, url: str) -> list[Stage]:
 
 
 def benchmark(out: Path, run: Path, url: str) -> Stage:
-    """Return the stage of MT-Bench for the models in `run`."""
+    """Return the stage of MT-Bench for the models in `run`. No proxy is used for the tutorial's own judge."""
     folders = {mode: run / mode / ("converted" if mode == "rlhf" else "hf") for mode in MODELS}
     models = ",".join(f'"{mode}={folder}"' for mode, folder in folders.items())
     keys = [f"mtbench.models=[{models}]", f"data.eval={out}/data/mtbench.jsonl", f"judge.url={url}"]
-    keys += [f"judge.model={os.environ.get('JUDGE_MODEL', '')}", "data.max_tokens=128", "rollout.max_tokens=64"]
+    given = os.environ.get("JUDGE_URL")
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]
+    environment = {} if given else {"no_proxy": ",".join(filter(None, direct))}
+    keys += [f"judge.model={os.environ.get('JUDGE_MODEL', '') if given else ''}"]
+    keys += ["data.max_tokens=128", "rollout.max_tokens=64"]
     after = ("convert", *(mode for mode in MODELS if mode != "rlhf"))
-    return Stage("mtbench", ["mtbench", *keys, f"out={run}/mtbench", "seed=1"], after, {"no_proxy": "127.0.0.1"})
+    return Stage("mtbench", ["mtbench", *keys, f"out={run}/mtbench", "seed=1"], after, environment)
 
 
 def judge() -> AbstractContextManager[str]:

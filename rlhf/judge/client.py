@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ CONNECTING = 10.0  # most seconds for the connection to the endpoint
 FIRST_PAUSE, LAST_PAUSE = 0.5, 8.0  # seconds before the first further try; they double up to the last
 LONGEST_PAUSE = 60.0  # most seconds before a further try if the endpoint asks for a pause (Retry-After)
 HOLDS = 60.0  # seconds in which an EndpointError holds for further requests, without a try
+BUSY = (429, 503, 529)  # too many requests, service unavailable, overloaded
 LONGEST = 300  # characters of an endpoint's error message
 SHOWN = 10  # largest number of models in a message
 VARIABLE = re.compile(r"([A-Z_][A-Z0-9_]*|[A-Za-z_]+)?")  # names of variables; API keys have small letters and digits
@@ -37,6 +39,14 @@ class JudgeError(Exception):
 
 class EndpointError(JudgeError):
     """No request can succeed: nobody answers at judge.url, or the key, the model, the account or the url is wrong."""
+
+
+class RefusedError(JudgeError):
+    """The endpoint does not answer this request, such as one that is too long. It may answer others."""
+
+
+class BusyError(JudgeError):
+    """The endpoint answers, but limits the requests or has too many of them."""
 
 
 class _AgainError(JudgeError):
@@ -72,12 +82,17 @@ def longest(config: Judge) -> float:
 
 
 def probe(config: Judge) -> str:
-    """Send a short request, with one further try at most, and return the name of the judge. Raises UserError."""
+    """Send a short request, with one further try at most, and return the name of the judge. Raises UserError.
+
+    An endpoint that is busy is no mistake: the name may then be "".
+    """
 
     async def answer() -> str:
         client = Client(replace(config, retries=min(1, config.retries)))
         try:
             await client.ask([{"role": "user", "content": "Answer with the word yes."}])
+        except BusyError:
+            pass
         finally:
             await client.close()
         return client.model
@@ -117,7 +132,7 @@ class Client:
                 max_retries=0,  # _try() repeats a request, because this package would repeat it without quota, too
                 timeout=openai.Timeout(config.timeout, connect=min(CONNECTING, config.timeout)),
             )
-        except ValueError:  # its text may have the password of a proxy
+        except (ValueError, _http().InvalidURL):  # its text may have the password of a proxy
             raise UserError(
                 "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is no address of a proxy: correct or unset it"
             ) from None
@@ -142,12 +157,15 @@ class Client:
         await self._api.close()
 
     async def _only_model(self) -> str:
-        page: Any = await self._api.models.list()
-        if not isinstance(getattr(page, "data", None), list):
+        page: Any = await self._api.get("/models", cast_to=object)
+        models = page.get("data") if isinstance(page, dict) else None
+        if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
             raise EndpointError(f"{self._place} has no list of models: set judge.model, or {self._address}")
-        names = sorted(str(model.id) for model in page.data)
+        if not models:
+            raise EndpointError(f"{self._place} has no models: start the endpoint with one, or {self._address}")
+        names = sorted(str(model["id"]) for model in models)
         if len(names) != 1:
-            shown = ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])]) or "none"
+            shown = ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
             raise EndpointError(f"{self._place} has {len(names)} models: set judge.model to one of {shown}")
         return names[0]
 
@@ -166,7 +184,21 @@ class Client:
                     raise
                 self._names |= {name: REPLACED[name] for name in refused}
             else:
-                return _reply(answer)
+                return self._reply(answer)
+
+    def _reply(self, answer: Any) -> Reply:
+        """Return the reply in a chat completion. Raises JudgeError."""
+        if said := getattr(answer, "error", None):  # some providers send an error with status 200
+            raise _AgainError(f"{self._place}: {self._clean(said)}")
+        choices: Any = getattr(answer, "choices", None)
+        if choices == []:
+            raise RefusedError(f"{self._place}: the answer has no choices")
+        message = getattr(choices[0], "message", None) if isinstance(choices, list) else None
+        if message is None:
+            raise JudgeError(f"{self._place}: no chat completion, but {self._clean(repr(answer))[:80]}")
+        text = getattr(message, "content", None)
+        cut = choices[0].finish_reason == "length"
+        return Reply(self._hide(text) if isinstance(text, str) else "", cut)
 
     async def _repeat(self, request: Callable[[], Awaitable[Answer]]) -> Answer:
         """Return the answer to a request, which is tried config.retries times more. Raises JudgeError."""
@@ -210,7 +242,11 @@ class Client:
             return self._late(connecting=False)
         except openai.APIConnectionError as error:
             return self._unconnected(error)
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: text that is no JSON, or cannot be encoded
+        except (
+            openai.OpenAIError,
+            ValueError,
+            RecursionError,
+        ) as error:  # text that is no JSON, is deep, or has no code
             return JudgeError(f"{self._place}: no chat completion ({self._clean(error)})")
 
     def _late(self, connecting: bool) -> JudgeError:
@@ -253,8 +289,9 @@ class Client:
         if status in (404, 405):
             return EndpointError(f"{self._place} has no chat endpoint (status {status}): {self._address}")
         if status in (408, 409, 429) or status >= 500:
-            return _AgainError(f"{self._place}: status {status}: {said}", pause=_asked(error))
-        return JudgeError(f"{self._place}: status {status}: {said}")
+            last = BusyError if status in BUSY else JudgeError
+            return _AgainError(f"{self._place}: status {status}: {said}", last, _asked(error))
+        return RefusedError(f"{self._place}: status {status}: {said}")
 
     @property
     def _place(self) -> str:
@@ -268,16 +305,26 @@ class Client:
 
     def _clean(self, error: object) -> str:
         """Return the text of an error, on one line without the API key. It may be cut."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        return (text.replace(self._key, "***") if self._key else text)[:LONGEST]
+        return self._hide(" ".join(str(error).split()) or type(error).__name__)[:LONGEST]
+
+    def _hide(self, text: str) -> str:
+        """Return a text without the API key, which an endpoint may repeat."""
+        return text.replace(self._key, "***") if self._key else text
 
 
 def _is_address(url: str) -> bool:
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
-    except ValueError:
+        parts, host = urlsplit(url), _http().URL(url).host
+        return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and url.isprintable()
+    except (ValueError, _http().InvalidURL):
         return False
+
+
+def _http() -> Any:
+    """Return the package of HTTP that `openai` uses, which depends on its version."""
+    import openai  # noqa: F401
+
+    return sys.modules.get("httpx2") or sys.modules["httpx"]
 
 
 def _asked(error: openai.APIStatusError) -> float:
@@ -290,14 +337,3 @@ def _refuses(error: openai.APIStatusError, parameter: str) -> bool:
     """Return whether a model does not support a parameter. Its value may also be too large, which is another error."""
     said = f"{error.code} {error.message}".lower()
     return "support" in said and (error.param == parameter or parameter in said)
-
-
-def _reply(answer: Any) -> Reply:
-    """Return the reply in a chat completion. Raises JudgeError."""
-    choices = getattr(answer, "choices", None)
-    if not isinstance(choices, list):
-        raise JudgeError(f"the endpoint's answer is no chat completion, but {answer!r:.80}")
-    if not choices:
-        raise JudgeError("the endpoint's answer has no choices")
-    text = getattr(choices[0].message, "content", None)
-    return Reply(text if isinstance(text, str) else "", choices[0].finish_reason == "length")

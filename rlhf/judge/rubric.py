@@ -26,11 +26,11 @@ class Rubric:
     once = True  # an answer without a rating is paid for, and Client has tried a request several times
 
     def __init__(self, config: Judge):
-        """Raises UserError if the rubric cannot be used, and as Client does."""
+        """Raises UserError if the rubric cannot be used."""
         import jinja2.meta
         import jinja2.sandbox
 
-        self.path = config.rubric
+        self.config, self.path = config, config.rubric
         if not self.path:
             raise UserError("judge.rubric is not set: set it to a file with a rubric (docs/judges.md)")
         source = texts.read(Path(self.path), "set judge.rubric to a file with a rubric (docs/judges.md)")
@@ -49,7 +49,10 @@ class Rubric:
         if "response" not in used:
             raise UserError(f"{self.path} has no {{{{ response }}}}: add it, because the judge rates the response")
         self._uses_reference = "reference" in used
-        self._client = Client(config)
+
+    @cached_property
+    def _client(self) -> Client:
+        return Client(self.config)  # not before a request, because the checks of a run only read `needs`
 
     @cached_property
     def needs(self) -> tuple[tuple[str, ...], ...]:

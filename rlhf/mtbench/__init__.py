@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf import interrupt
+from rlhf import errors, interrupt
 from rlhf.config import Config
 from rlhf.errors import JudgingError, StorageError, UserError, failure
 from rlhf.judge.client import Client, JudgeError
@@ -43,15 +43,16 @@ def judged(config: Config, questions: list[Question], answers: Answers) -> str:
     prompts = prepare(config, questions, len(answers))
     try:
         file, judge, found = interrupt.run(_grade(config, prompts, questions, answers))
+        table = (tables.wins if config.mtbench.pairwise else tables.scores)(answers, found)
+        source = config.mtbench.prompts or "those of this package, so published scores are no comparison"
+        text = f"{table}\n\nJudge: {judge}. Prompts: {source}.\n"
+        page = file.with_suffix(".md")
+        with errors.naming(page):
+            page.write_text(text, encoding="utf-8")
     except OSError as error:
-        if not (text := failure(error, config.out)):
+        if not (fault := failure(error, config.out)):
             raise
-        raise StorageError(f"{text}; fix this and start again: only what has no reply yet is sent") from None
-    table = (tables.wins if config.mtbench.pairwise else tables.scores)(answers, found)
-    source = config.mtbench.prompts or "those of this package, so published scores are no comparison"
-    text = f"{table}\n\nJudge: {judge}. Prompts: {source}.\n"
-    page = file.with_suffix(".md")
-    page.write_text(text, encoding="utf-8")
+        raise StorageError(f"{fault}; fix this and start again: only what has no reply yet is sent") from None
     say(f"judgments: {file}; table: {page}")
     return text
 

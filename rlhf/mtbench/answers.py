@@ -55,7 +55,8 @@ def read(path: str | Path, questions: Iterable[Question]) -> dict[Id, Answer]:
             missing.append(question)
     if missing:
         names = ", ".join(repr(question.id) for question in missing[:10]) + (", ..." if len(missing) > 10 else "")
-        raise UserError(f"{path}: {len(missing)} questions have no answer, or not one to each turn: {names}")
+        count = f"{path}: {len(missing)} questions have no answer, or not one to each turn: {names}"
+        raise UserError(f"{count}; add them, or give data.eval only questions that have answers")
     return {question.id: found[question.id] for question in questions}
 
 
@@ -63,7 +64,7 @@ def load(path: str | Path) -> dict[Id, Answer]:
     """Return all answers in a file. Of several choices it is the first. Raises UserError with file:line."""
     found: dict[Id, Answer] = {}
     for where, row in rows.read(path):
-        with rows.naming(where):
+        with rows.at(where):
             found[rows.question_id(row)] = _answer(row)  # FastChat also uses the last of several lines
     return found
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.errors import UserError
 from rlhf.judge.rating import rating
 from rlhf.mtbench.answers import Answers
 from rlhf.mtbench.prompts import Prompt, Prompts
@@ -18,7 +19,7 @@ from rlhf.mtbench.rows import Row
 FAILED = -1  # the score of a judgment without a rating
 ERROR, TIE = "error", "tie"  # the winner in a judgment that names none, and in one that prefers neither answer
 MARKS = {"[[A]]": 0, "[[B]]": 1, "[[C]]": 2}  # the first of these that is in a reply counts
-UNANSWERED = "$ERROR$"  # FastChat's judgment if the judge has not answered
+NO_REPLIES = (None, "$ERROR$")  # judgments of half a pair, and of FastChat if the judge has not answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +76,14 @@ class Judgment:
 
     @property
     def result(self) -> Any:
-        """The score, FAILED without a rating. Of a pair: the name of the model that wins in both orders, TIE, or ERROR.
+        """The score, FAILED without a rating. Of a pair: the winner's key in `models`, TIE, or ERROR.
 
-        Different winners are a tie, as in FastChat. One reply that names none makes an ERROR.
+        Different winners in the two orders are a tie, as in FastChat. One reply that names none makes an ERROR.
         """
         results = [request.result(self.replies.get(request)) for request in self.requests]
         if ERROR in results:
             return ERROR
-        return self.models.get(results[0], results[0]) if len(set(results)) == 1 else TIE
+        return results[0] if len(set(results)) == 1 else TIE
 
     def line(self) -> Row:
         """Return the line. Half a pair has the winner "error", so FastChat ignores it."""
@@ -110,7 +111,7 @@ class Judgment:
             for request in self.requests
             if row.get(f"{request.prefix}user_prompt") == request.user
             and row.get("system_prompt", request.prompt.system) == request.prompt.system
-            and row.get(f"{request.prefix}judgment") not in (None, UNANSWERED)
+            and row.get(f"{request.prefix}judgment") not in NO_REPLIES
         }
         self.replies = found or self.replies
         return bool(found)
@@ -149,16 +150,27 @@ def restore(rows: list[Row], judgments: list[Judgment]) -> list[Row]:
     """Take the replies from the lines of a file. Return the lines that still count.
 
     A line counts if it answers the requests of a judgment, or if it is about none of them, such as one of another
-    model. Of several lines that answer the same requests the last counts.
+    model. Of several lines that answer the same requests the last counts. Raises UserError if all replies about an
+    answer are to other requests, because they would be lost.
     """
     known = {judgment.key: judgment for judgment in judgments}
     kept: dict[Any, Row] = {}
+    others = []
     for number, row in enumerate(rows):
         judgment = known.get(_key(row))
         if judgment is None:
             kept[number] = row
         elif judgment.accept(row):
             kept[judgment.key] = row
+        elif any(row.get(f"{request.prefix}judgment") not in NO_REPLIES for request in judgment.requests):
+            others.append(judgment)
+    for judgment in others:
+        if not judgment.replies:
+            what = f"question {judgment.question.id!r} of {' and '.join(judgment.models.values())}"
+            raise UserError(
+                f"{what} has judgments on another answer, or with other prompts or references: set another out, or "
+                "correct mtbench.prompts and mtbench.references"
+            )
     return list(kept.values())
 
 

@@ -46,7 +46,7 @@ class Prompts:
         for where, row in rows.read(path):
             if (name := row.get("name")) in wanted:
                 known, later = wanted[name]
-                with rows.naming(where):
+                with rows.at(where):
                     found[name] = _prompt(row, kind, _fields(kind, 2 if later else 1, bool(known)))
         if missing := [name for name in wanted if name not in found]:
             raise UserError(f"{path}: it has no prompt {missing[0]!r}; {FORM}")
@@ -58,9 +58,8 @@ class Prompts:
         if lacking:
             which = f"{lacking[0].id!r} ({lacking[0].category})"
             more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
-            raise UserError(
-                f"question {which}{more}: no reference answer to each turn; set mtbench.references to a file"
-            )
+            remedy = "add them to the file mtbench.references, or to the questions"
+            raise UserError(f"question {which}{more}: no reference answer to each turn; {remedy}")
 
     def fill(self, question: Question, turn: int, *answers: Answer) -> tuple[Prompt, str]:
         """Return the prompt for a turn of a question, and the text of its user message.
@@ -96,4 +95,7 @@ def _prompt(row: Row, kind: str, fields: list[str]) -> Prompt:
     for name, specification, conversion in used:
         if name not in fields or specification or conversion:
             raise UserError(f"'prompt_template' has the field {{{name}}}; it may have {', '.join(fields)}")
+    graded = {name for name in fields if name.startswith("answer") and not name.endswith("_1")}
+    if unused := graded - {name for name, _, _ in used}:
+        raise UserError(f"'prompt_template' has no {{{min(unused)}}}: add it, because the judge grades this answer")
     return prompt

@@ -44,7 +44,7 @@ def read(path: str | Path, references: str | Path = "") -> list[Question]:
     """
     found: dict[Id, Question] = {}
     for where, row in rows.read(path):
-        with rows.naming(where):
+        with rows.at(where):
             question = _question(row)
             if question.id in found:
                 raise UserError(f"a question before it has the same id {question.id!r}; give each its own")

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 def read(path: str | Path) -> Iterator[tuple[str, Row]]:
     """Yield the place and the object of each line of a file. Raises UserError."""
     for where, line in lines.read(Path(path)):
-        with naming(where):
+        with at(where):
             row = forms.parse(line)
         yield where, row
 
@@ -37,7 +37,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def at(where: str) -> Iterator[None]:
     """Begin the message of a UserError with the place of the line."""
     try:
         yield

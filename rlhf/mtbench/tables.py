@@ -41,8 +41,8 @@ def wins(answers: Answers, judgments: Sequence[Judgment]) -> str:
 
 def points(judgments: Iterable[Judgment], model: str) -> list[float]:
     """Return a number per judgment that is no ERROR: 1 if the model wins, 0.5 for a tie, 0 if it loses."""
-    results = (judgment.result for judgment in judgments)
-    return [0.5 if result == TIE else float(result == model) for result in results if result != ERROR]
+    results = ((judgment.models, judgment.result) for judgment in judgments)
+    return [0.5 if result == TIE else float(of[result] == model) for of, result in results if result != ERROR]
 
 
 def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:

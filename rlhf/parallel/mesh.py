@@ -140,16 +140,17 @@ class Mesh:
     def first_on_node(self, call: Callable[[], T]) -> T:
         """Return call(). The first rank of each node calls it first, then the other ranks, which can use its files.
 
-        A UserError of a first rank is raised on all ranks.
+        A UserError of one rank is raised on all ranks.
         """
-        mistake = ""
-        if self.is_first_on_node:
-            try:
-                value = call()
-            except UserError as error:
-                mistake = str(error)
-        self.agree(mistake)
-        return value if self.is_first_on_node else call()
+        for turn in (True, False):
+            mistake = ""
+            if self.is_first_on_node == turn:
+                try:
+                    value = call()
+                except UserError as error:
+                    mistake = str(error)
+            self.agree(mistake)
+        return value
 
     def agree(self, mistake: str) -> None:
         """Raise UserError on all ranks if one rank passes a message. `mistake` is "" on a rank without a message."""

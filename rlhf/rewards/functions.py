@@ -38,7 +38,8 @@ class Rewards(Pool[Item, Value]):
         super().__init__(specs, limits)
         if judge and JUDGE in self.specs:
             self._judges[JUDGE] = judge
-            self._limits[JUDGE] = replace(limits, workers=1, concurrency=judge.concurrency, timeout=longest(judge))
+            waits = replace(limits, concurrency=judge.concurrency, timeout=longest(judge))
+            self._limits[JUDGE] = replace(waits, workers=1, memory=0.0)  # these two are for the code of the user
         self.names: set[str] = set()  # of the parts so far
         self._values: dict[int, dict[str, Value]] = {}  # unfinished responses: key -> function -> result
 

@@ -182,7 +182,7 @@ class Pool(Generic[Given, Found]):
 
     limits    workers, time limit and memory limit (Reward)
     failure   error of the first item that failed twice, as text; "" if there is none
-    late      whether a failed item has exceeded the time limit; the results then depend on the speed of the machine
+    late      the time limit that a failed item has exceeded, as text; results then depend on the speed of the machine
     """
 
     kind: str  # in child.KINDS
@@ -192,7 +192,7 @@ class Pool(Generic[Given, Found]):
         self._limits = dict.fromkeys(self.specs, limits)
         self._judges: dict[str, Judge] = {}  # configurations of the specs that are judges
         self.pool: list[Worker] = []
-        self.failure, self.late = "", False
+        self.failure, self.late = "", ""
         self._waiting: dict[str, deque[Job]] = {spec: deque() for spec in self.specs}
         self._open: set[Hashable] = set()  # keys of items whose results have not been taken
 
@@ -263,8 +263,16 @@ class Pool(Generic[Given, Found]):
             self._waiting[worker.spec].appendleft(job)
             return
         if error:
-            self.failure, self.late = self.failure or error, self.late or LATE in (error, job.error)
+            self.failure = self.failure or error
+            if LATE in (error, job.error):
+                self.late = self.late or self._limit(worker)
         found[job.key] = self._result(value, bool(error))
+
+    def _limit(self, worker: Worker) -> str:
+        """Return the keys of the time limit of a process."""
+        seconds = f"{worker.limits.timeout:g}"
+        judged = worker.spec in self._judges
+        return f"{seconds} s, from judge.timeout and judge.retries" if judged else f"reward.timeout={seconds}"
 
     def _hand_out(self, flush: bool) -> list[Worker]:
         """Start processes if there is work for more, and give them items. Return the busy processes."""

@@ -74,7 +74,7 @@ class Warnings:
 
     def __init__(self, pool: Pool, mesh: Mesh, what: str):
         self.pool, self.mesh, self.what = pool, mesh, what
-        self.failed = self.late = False
+        self.failed, self.late = False, ""
 
     def __call__(self) -> None:
         rank = f"rank {self.mesh.rank}: "
@@ -82,9 +82,8 @@ class Warnings:
             trace = self.pool.failure.rstrip()
             reason = textwrap.indent(trace if self.mesh.is_first_on_node else trace.splitlines()[-1], "    ")
             left = "such responses have no reward (metric reward_failed)"
-            say(f"{rank}the code of the {self.what} failed: {left}\n{reason}")
+            say(f"{rank}the {self.what} failed: {left}\n{reason}")
         if self.pool.late and not self.late:
-            limit = f"reward.timeout={self.pool.limits.timeout:g}"
-            late = f"the {self.what} took longer than {limit}"
+            late = f"the {self.what} took longer than {self.pool.late}"
             say(f"{rank}{late}: timeouts depend on the load, so another run may differ")
         self.failed, self.late = bool(self.pool.failure), self.pool.late

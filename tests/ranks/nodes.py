@@ -28,3 +28,10 @@ def check_the_first_rank_goes_first(folder: Path, mesh: Mesh) -> None:
     assert mesh.first_on_node(make) == (mesh.rank > 0)
     with pytest.raises(UserError, match="a mistake"):
         mesh.first_on_node(fail)
+
+    def fail_later() -> None:
+        if mesh.rank > 0:
+            raise UserError("a later mistake")
+
+    with pytest.raises(UserError, match="a later mistake"):  # on the first rank, too
+        mesh.first_on_node(fail_later)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import groups
 import pytest
 from endpoint import Endpoint
-from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
+from modes import KEYS, SETS, STEPS, assembled, configure, drawing, metrics, train
 
 from rlhf import assemble, configuration
 from rlhf.config import Config
@@ -85,7 +85,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
 
     There are two sets with two samples per prompt, and one has categories. Rewards are those of function and reward
     model, or of evaluate.function alone. `out` may be the folder of the run: mode evaluate writes its own files there,
-    with every response, and changes no other.
+    with every response, and changes no other but the report, which shows both.
     """
     assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1")) == 0
     wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
@@ -109,7 +109,8 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
         (found[name],) = metrics(folder / out, "evaluate").values()
         lines[name] = [json.loads(line) for line in (folder / out / "samples/evaluate.jsonl").read_text().splitlines()]
         assert len(lines[name]) == (8 if name == "one" else 32)
-    assert {path: path.read_bytes() for path in before} == before
+    changed = [path for path, content in before.items() if path.read_bytes() != content]
+    assert changed == [folder / "pairs/report.html"]
     if mesh.rank == 0:  # this process was the run, and keeps its lock until it ends
         program = f"import pathlib; from rlhf import lock; print(lock.hold(pathlib.Path('{folder}/pairs/run.lock')))"
         other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
