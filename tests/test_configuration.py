@@ -116,6 +116,10 @@ def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
         ("reward.weights.\udcff=1", "reward.weights must be text in UTF-8"),
         ("reward.weights.a=x", "reward.weights.a must be float, got 'x'"),
         ("reward.weights.a=nan", "reward.weights.a must be at least -1000000.0 and at most 1000000.0, got nan"),
+        ("data.train=[a.jsonl,b=b.jsonl]", """is not TOML: write 'data.train=["A", "B"]', with both kinds of quotes"""),
+        ("checkpoint.format=[hf,mcore]", """write 'checkpoint.format=["A", "B"]'"""),
+        ("log.to=[wandb]", """write 'log.to=["A", "B"]'"""),
+        ("rollout.stop=[/INST]", """write 'rollout.stop=["A", "B"]'"""),
         ("mode=grpo", "key 'mode' cannot be set in a file"),
     ],
 )
@@ -128,6 +132,8 @@ def test_what_is_no_value_of_a_key(argument: str, wanted: str) -> None:
 
 def test_a_list_of_strings_may_be_one_string() -> None:
     assert configuration.load("grpo", ["rollout.stop=Human:"]).rollout.stop == ("Human:",)
+    assert configuration.load("grpo", ["rollout.stop=[INST"]).rollout.stop == ("[INST",)
+    assert configuration.load("grpo", ["out=[a,b]"]).out == "[a,b]"
     assert configuration.load("grpo", ["reward.function=math", "reward.function="]).reward.function == ()
     assert configuration.load("sft", ["data.train=2024"]).data.train == ("2024",)
     assert configuration.load("sft", ['data.train=["2024", "a=b.jsonl"]']).data.train == ("2024", "a=b.jsonl")
