@@ -18,7 +18,8 @@ from meshes import ALONE, together
 
 from rlhf import configuration
 from rlhf.contracts import Sample, Text, Verdict
-from rlhf.evaluate import Measured, ResponseEvaluation, prefixes, table
+from rlhf.errors import UserError
+from rlhf.evaluate import LossEvaluation, Measured, ResponseEvaluation, prefixes, table
 from rlhf.metrics import Metrics
 
 
@@ -247,6 +248,34 @@ def test_names_of_held_out_sets() -> None:
         ("[]", {}),
     ):
         assert prefixes(configuration.load("grpo", [f"data.eval={given}"])) == wanted
+
+
+@pytest.mark.parametrize("names", [("x", "x_sft"), ("x_sft", "x"), ("x", "x-sft")], ids=str)
+def test_losses_of_held_out_sets(tmp_path: Path, names: tuple[str, str]) -> None:
+    """They are sums over categories. No two sets have a metric of the same name, which would be the mean of both."""
+    config = configuration.load("dpo", [f"out={tmp_path}", f'data.eval=["{names[0]}=a", "{names[1]}=b"]'])
+    mask = np.array([True])
+    prompts = [Sample(mask * 1, mask, i, text=Text(record={"category": kind})) for i, kind in enumerate("aab")]
+    roles = SimpleNamespace(
+        subject="policy",
+        share=list,
+        score=lambda samples, streams: None,
+        evaluate=lambda role, samples, loss, whole: {"loss": (len(samples), 2), "sft_loss": (samples[0].group, 1)},
+    )
+    algorithm = SimpleNamespace(streams=(), credit=lambda samples, total: (samples, {}), loss=max, whole_groups=True)
+    held_out = dict.fromkeys(names, SimpleNamespace(head=lambda count: prompts))
+    metrics = Metrics(config, ALONE, 0, sets=prefixes(config))
+    evaluation: Any = LossEvaluation(config, roles, algorithm, held_out)  # type: ignore[arg-type]
+    if "x_sft" in names:
+        said = f"the sets {names[0]} and {names[1]} both have the metric eval_x_sft_loss; give one of them another"
+        with pytest.raises(UserError, match=f"^data.eval: {re.escape(said)}"):
+            evaluation(metrics)
+        return
+    evaluation(metrics)
+    values = metrics.write(0)
+    assert values["eval_x_loss"] == 3 / 4
+    assert (values["eval_x_loss/category/a"], values["eval_x_loss/category/b"]) == (1, 1 / 2)
+    assert values["eval_x_sft_loss"] == values["eval_x-sft_sft_loss"] == 1
 
 
 def test_the_terminal_shows_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
