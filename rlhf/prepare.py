@@ -62,8 +62,11 @@ def located(config: Config) -> Config:
 
 
 @texts.paths()
-def inputs(config: Config, world: int) -> Inputs:
-    """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake."""
+def inputs(config: Config, world: int, ask: bool = True) -> Inputs:
+    """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake.
+
+    ask: send the judge a short request, if it gives rewards.
+    """
     algorithm = ALGORITHMS[config.mode]
     trackers.check(config)
     arch, models = shapes(config, world)
@@ -81,7 +84,7 @@ def inputs(config: Config, world: int) -> Inputs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     graded = algorithm.online and not algorithm.judged  # responses get rewards in the run
     if graded:
-        remarks += _check_functions(config)
+        remarks += _check_functions(config, ask)
     loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
     known = identity(config, _read(config, loaded, tokenizer, opened))
     if newest:
@@ -204,8 +207,11 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
     return sources
 
 
-def _check_functions(config: Config) -> list[str]:
-    """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them."""
+def _check_functions(config: Config, ask: bool) -> list[str]:
+    """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them.
+
+    ask: send the judge a short request.
+    """
     functions, rubric, seconds = _functions(config), _rubric(config), config.watchdog.timeout
     if 0 < seconds <= config.reward.timeout:
         times = f"watchdog.timeout={seconds:g} is not above reward.timeout={config.reward.timeout:g}"
@@ -224,7 +230,7 @@ def _check_functions(config: Config) -> list[str]:
     if 0 < seconds <= longest(config.judge):
         times = f"watchdog.timeout={seconds:g} is not above {longest(config.judge):g} s, which a judge may take"
         raise UserError(f"{times} with all tries: raise it, or lower judge.timeout or judge.retries")
-    return [f"the judge {probe(config.judge)} rates responses with {rubric.path}"]
+    return [f"the judge {probe(config.judge)} rates responses with {rubric.path}"] if ask else []
 
 
 def _functions(config: Config) -> dict[str, tuple[str, ...]]:

@@ -141,6 +141,8 @@ def check_judge(folder: Path, layout: str, mesh: Mesh) -> None:
         keys += [f"judge.url={endpoint.url}", "reward.load=", f"out={folder}/rated", "steps=1"]
         config = configure(folder, "grpo", layout, *keys)
         assert start(config) == 0
+    probes = [body for body in endpoint.asked if "the word yes" in body["messages"][0]["content"]]
+    assert len(probes) == (mesh.rank == 0), "one rank of the node asks whether the judge answers"
     rows = metrics(folder / "rated")
     assert rows[1]["reward"] == rows[1]["eval_reward"] == 2.5, rows
     assert 0 < rows[1]["reward_failed"] <= 0.5
