@@ -173,10 +173,7 @@ def _read(
         "policy.tokenizer/config.json": (folder, f"{tokenizer.kind} {tokenizer.stop_ids}"),
     }
     if config.data.train and ALGORITHMS[config.mode].trains:
-        found["data.train"] = (
-            ", ".join(config.data.train),
-            " ".join(columns.contents(lines.files(Path(path))) for path in records_paths(config).values()),
-        )
+        found |= _trained(config)
     code = {"reward.function": config.reward.function, "rollout.environment": (config.rollout.environment,)}
     own = {
         key: [file for spec in specs if (file := spec.rpartition(":")[0]).endswith(".py")]
@@ -192,6 +189,18 @@ def _read(
     }
     for name, role in models.items():
         found[f"{name}.load"] = (role.folder, f"{held.get(role.folder, 'random')} {description(role.arch)}")
+    return found
+
+
+def _trained(config: Config) -> dict[str, tuple[str, str]]:
+    """Return _read() for data.train and data.weights. Names do not count, and of the weights only their ratios."""
+    paths = records_paths(config)
+    prints = " ".join(columns.contents(lines.files(Path(path))) for path in paths.values())
+    found = {"data.train": (", ".join(config.data.train), prints)}
+    if len(paths) > 1:
+        held = sets.weights(list(paths), config.data.weights)
+        said = ", ".join(f"{name} {float(weight):g}" for name, weight in zip(paths, held, strict=True))
+        found["data.weights"] = said, " ".join(str(weight / sum(held)) for weight in held)
     return found
 
 
