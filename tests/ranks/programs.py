@@ -84,7 +84,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
 
     There are two sets with two samples per prompt, and one has categories. Rewards are those of function and reward
     model, or of evaluate.function alone. `out` may be the folder of the run: mode evaluate writes its own files there,
-    with every response, and changes no other.
+    with every response, and changes no other, except that the report shows them.
     """
     assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1")) == 0
     wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
@@ -92,7 +92,8 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
         (folder / "pairs/hf/model.safetensors.index.json").write_text("{}")  # not read, which a remark says
     mesh.barrier()
     keys = [f"policy.load={folder}/pairs/hf", *(key.format(folder=folder) for key in KEYS["online-dpo"])]
-    before = {path: path.read_bytes() for path in (folder / "pairs").rglob("*") if path.is_file()}
+    files = [path for path in (folder / "pairs").rglob("*") if path.is_file() and path.name != "report.html"]
+    before = {path: path.read_bytes() for path in files}
     mesh.barrier()
     sets = f"data.eval={[*configure(folder, 'online-dpo', layout).data.eval]}"
     found, lines = {}, {}
