@@ -70,7 +70,8 @@ def first_record(config: Config, rows: int) -> str:
         tokenizer = read_tokenizer(config, rows)
     except MissingError as error:
         return f"The first record is not shown: {error}" if held else ""
-    parts = [read_records(config, tokenizer, path, name, first=True) for name, path in held.items()]
+    held_out = not ALGORITHMS[config.mode].trains
+    parts = [read_records(config, tokenizer, path, name, held_out=held_out, first=True) for name, path in held.items()]
     return Records.joined(parts, {}).first() if parts else ""
 
 

@@ -256,11 +256,16 @@ def _rubric(config: Config) -> Rubric | None:
     return Rubric(config.judge) if any(JUDGE in names for names in _functions(config).values()) else None
 
 
-def _needs(config: Config) -> tuple[Need, ...]:
-    """Return what the reward functions need of each line."""
-    rubric = _rubric(config)
-    verified = any("math" in names for names in _functions(config).values())
-    return (*((ANSWER,) if verified else ()), *map(Need, rubric.needs if rubric else ()))
+def _needs(config: Config, held_out: bool) -> tuple[Need, ...]:
+    """Return what the reward functions of a data set need of each line."""
+    own = config.evaluate.function if held_out else ()
+    key, given = ("evaluate.function", own) if own else ("reward.function", config.reward.function)
+    names, rubric = _functions(config).get(key, ()), _rubric(config)
+    remedy = f"set another {key}" if given else "set reward.function or reward.load"
+    needs = [ANSWER._replace(remedy=remedy)] if "math" in names else []
+    if rubric and JUDGE in names:
+        needs += [Need(keys, "change judge.rubric") for keys in rubric.needs]
+    return tuple(needs)
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, dict[str, Records]]:
@@ -273,8 +278,8 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, dict[str, Reco
     if trains:
         _check_apart(paths, held_out)
         sets.weights(list(paths), config.data.weights)  # before the data is tokenized, because this may take long
-        parts = [read_records(config, tokenizer, path, name) for name, path in paths.items()]
-    evaluated = {name: read_records(config, tokenizer, path, name) for name, path in held_out.items()}
+        parts = [read_records(config, tokenizer, path, name, held_out=False) for name, path in paths.items()]
+    evaluated = {name: read_records(config, tokenizer, path, name, held_out=True) for name, path in held_out.items()}
     return Records.joined(parts, config.data.weights) if trains else next(iter(evaluated.values())), evaluated
 
 
@@ -302,8 +307,13 @@ def records_paths(config: Config) -> dict[str, str]:
     return sets.named(getattr(config.data, key), f"data.{key}")
 
 
-def read_records(config: Config, tokenizer: Tokenizer, path: str, name: str, first: bool = False) -> Records:
-    """Return the records of a data set. first: only some at its beginning, which are not kept for the next run."""
+def read_records(
+    config: Config, tokenizer: Tokenizer, path: str, name: str, *, held_out: bool, first: bool = False
+) -> Records:
+    """Return the records of a data set. first: only some at its beginning, which are not kept for the next run.
+
+    held_out: it is one of data.eval, so evaluate.function gives its rewards, if that is set.
+    """
     algorithm = ALGORITHMS[config.mode]
     return Records.load(
         path,
@@ -312,7 +322,7 @@ def read_records(config: Config, tokenizer: Tokenizer, path: str, name: str, fir
         config.data,
         name=name,
         max_prompt=config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None,
-        required=_needs(config),
+        required=_needs(config, held_out),
         cache=None if first else Path(config.out) / "records",
         first=first,
     )

@@ -200,6 +200,31 @@ def test_weights_need_a_function(fail) -> None:
     assert "reward.weights is for the parts of reward functions, but there are none" in fail("grpo", *keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        (["data.train=BARE"], "no 'answer', which the reward needs; add it, or set reward.function or reward.load"),
+        (["data.train=BARE", "reward.function=math"], "which the reward needs; add it, or set another reward.function"),
+        (
+            ["data.eval=BARE", "reward.function=OWN", "evaluate.function=math"],
+            "add it, or set another evaluate.function",
+        ),
+        (['data.eval=["BARE", "missing.jsonl"]', "evaluate.function=OWN"], "missing.jsonl: no such file"),
+        (
+            ["data.train=BARE", "data.eval=missing.jsonl", "reward.function=OWN", "evaluate.function=math"],
+            "missing.jsonl: no such file",
+        ),
+    ],
+)
+def test_lines_need_what_their_reward_needs(fail, tmp_path: Path, keys: list[str], wanted: str) -> None:
+    """Held-out lines need what evaluate.function needs, if it is set, and others what reward.function needs."""
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1"}')
+    names = {"BARE": f"{tmp_path}/bare.jsonl", "OWN": "tools/demo_task.py:noise"}
+    for name, value in names.items():
+        keys = [key.replace(name, value) for key in keys]
+    assert wanted in fail("grpo", *keys)
+
+
 def test_rounds_need_groups(fail, made: Path) -> None:
     """A group of one always has equal rewards, so each step would sample all of its rounds and keep no group."""
     line = fail("rlhf", f"critic.load={made}/model", "rollout.rounds=3", "rollout.group=1")
