@@ -19,7 +19,7 @@ from rlhf.data.records import Records
 from rlhf.errors import MissingError, UserError
 from rlhf.estimate import estimate
 from rlhf.ledger import Ledger
-from rlhf.prepare import read_records, read_tokenizer, records_paths, steps
+from rlhf.prepare import check_rewards, read_records, read_tokenizer, records_paths, steps
 from rlhf.shapes import shapes
 
 DEVICE = 80.0  # GiB, if memory.device is not set
@@ -31,12 +31,10 @@ def show(config: Config, world: int) -> None:
     Raises UserError if the run would be refused."""
     print(f"# {config.mode}\n{configuration.to_toml(config)}")
     algorithm = ALGORITHMS[config.mode]
-    if (
-        algorithm.online
-        and not algorithm.judged
-        and not algorithm.rule
-        and not (config.reward.load or config.reward.function or config.critic.load)
-    ):
+    graded = algorithm.online and not algorithm.judged
+    if graded:
+        check_rewards(config)
+    if graded and not algorithm.rule and not (config.reward.load or config.reward.function or config.critic.load):
         print("reward.load is not set: the ledger assumes a reward model of the policy's size\n")
         config = replace(config, reward=replace(config.reward, load=config.policy.load))
     arch, roles = shapes(config, world)
@@ -122,6 +120,7 @@ def _total(config: Config, updates: int) -> str:
 @texts.paths()
 def _sets(config: Config) -> list[str]:
     """Return a line with the shares of several data sets to train on. Raises UserError for wrong names."""
+    sets.named(config.data.eval, "data.eval")
     if not (names := list(records_paths(config))):
         return []
     shares = zip(names, sets.shares(sets.weights(names, config.data.weights)), strict=True)

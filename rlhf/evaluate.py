@@ -163,7 +163,8 @@ def _block(result: Measured, samples: int) -> list[str]:
     width = max(map(len, rows), default=0)
     lines = [f"  {name:{width}}  {value:10.4g}" for name, value in rows.items()]
     if samples > 1 and not result.passes:
-        lines.append("  no pass@k: it needs rewards that are all 0 or 1; set evaluate.function to such a function")
+        remedy = "set evaluate.function to such a function, without a weight in reward.weights"
+        lines.append(f"  no pass@k: it needs rewards that are all 0 or 1; {remedy}")
     return lines + _by_category(result.categories)
 
 

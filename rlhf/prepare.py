@@ -38,7 +38,7 @@ class Inputs:
     arch: Architecture  # of policy.load
     roles: dict[str, Role]  # the models without the engine's; mode evaluate has at most the reward model
     tokenizer: Tokenizer
-    records: Records  # data.train, or data.eval in mode evaluate
+    records: Records  # data.train, or the first set of data.eval in modes without training
     steps: int  # total number of steps
     held_out: Mapping[str, Records]  # data.eval by name (rlhf.data.sets), in every mode
     remarks: list[str]  # on the folders, and on differences from the checkpoint that the run resumes from
@@ -84,6 +84,7 @@ def inputs(config: Config, world: int, ask: bool = True) -> Inputs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     graded = algorithm.online and not algorithm.judged  # responses get rewards in the run
     if graded:
+        check_rewards(config)
         remarks += _check_functions(config, ask)
     loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
     known = identity(config, _read(config, loaded, tokenizer, opened))
@@ -216,30 +217,33 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
     return sources
 
 
+def check_rewards(config: Config) -> None:
+    """Raise UserError if keys of the rewards of sampled responses do not fit together. This reads no files."""
+    functions, seconds, samples = _functions(config), config.watchdog.timeout, config.evaluate.samples
+    if 0 < seconds <= config.reward.timeout:
+        times = f"watchdog.timeout={seconds:g} is not above reward.timeout={config.reward.timeout:g}"
+        raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
+    if samples > 1 and not config.evaluate.temperature:
+        why = f"evaluate.samples={samples} at evaluate.temperature=0 gives equal responses (greedy)"
+        raise UserError(f"{why}: set evaluate.temperature=1, or remove evaluate.samples")
+    if config.reward.weights and not functions:
+        raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
+    if _is_judged(config) and 0 < seconds <= longest(config.judge):
+        times = f"watchdog.timeout={seconds:g} is not above {longest(config.judge):g} s, which a judge may take"
+        raise UserError(f"{times} with all tries: raise it, or lower judge.timeout or judge.retries")
+
+
 def _check_functions(config: Config, ask: bool) -> list[str]:
     """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them.
 
     ask: send the judge a short request.
     """
-    functions, rubric, seconds = _functions(config), _rubric(config), config.watchdog.timeout
-    if 0 < seconds <= config.reward.timeout:
-        times = f"watchdog.timeout={seconds:g} is not above reward.timeout={config.reward.timeout:g}"
-        raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
-    if config.evaluate.samples > 1 and not config.evaluate.temperature:
-        why = f"evaluate.samples={config.evaluate.samples} at evaluate.temperature=0 gives equal responses (greedy)"
-        raise UserError(f"{why}: set evaluate.temperature=1, or remove evaluate.samples")
-    if config.reward.weights and not functions:
-        raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
-    for key, names in functions.items():
+    rubric = _rubric(config)
+    for key, names in _functions(config).items():
         rewards.check(*names, memory=config.reward.memory, key=key)
     if config.rollout.environment:
         rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
-    if not rubric:
-        return []
-    if 0 < seconds <= longest(config.judge):
-        times = f"watchdog.timeout={seconds:g} is not above {longest(config.judge):g} s, which a judge may take"
-        raise UserError(f"{times} with all tries: raise it, or lower judge.timeout or judge.retries")
-    return [f"the judge {probe(config.judge)} rates responses with {rubric.path}"] if ask else []
+    return [f"the judge {probe(config.judge)} rates responses with {rubric.path}"] if rubric and ask else []
 
 
 def _functions(config: Config) -> dict[str, tuple[str, ...]]:
@@ -251,9 +255,14 @@ def _functions(config: Config) -> dict[str, tuple[str, ...]]:
     return {key: names for key, names in named.items() if names}
 
 
+def _is_judged(config: Config) -> bool:
+    """Return whether a judge is one of the reward functions."""
+    return any(JUDGE in names for names in _functions(config).values())
+
+
 def _rubric(config: Config) -> Rubric | None:
     """Return the rubric if a judge is one of the reward functions."""
-    return Rubric(config.judge) if any(JUDGE in names for names in _functions(config).values()) else None
+    return Rubric(config.judge) if _is_judged(config) else None
 
 
 def _needs(config: Config, held_out: bool) -> tuple[Need, ...]:

@@ -200,6 +200,23 @@ def test_weights_need_a_function(fail) -> None:
     assert "reward.weights is for the parts of reward functions, but there are none" in fail("grpo", *keys)
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "keys", "wanted"),
+    [
+        ("grpo", ["evaluate.samples=4"], "evaluate.samples=4 at evaluate.temperature=0"),
+        ("grpo", ["reward.load=x", "reward.weights.math=2"], "reward.weights is for the parts of reward functions"),
+        ("evaluate", ["watchdog.timeout=5"], "watchdog.timeout=5 is not above reward.timeout=10"),
+        ("grpo", ["reward.function=judge", "watchdog.timeout=1000"], "is not above 1200 s, which a judge may take"),
+        ("sft", ['data.eval=["x/a.jsonl", "y/a.jsonl"]'], "data.eval: x/a.jsonl and y/a.jsonl both have the name a"),
+    ],
+)
+def test_a_dry_run_refuses_the_same(fail, made: Path, mode: str, keys: list[str], wanted: str, more: list[str]) -> None:
+    """These mistakes are found without models and data."""
+    keys = [key.replace("reward.load=x", f"reward.load={made}/model") for key in keys]
+    assert wanted in fail(mode, *keys, *more)
+
+
 @pytest.mark.parametrize(
     ("keys", "wanted"),
     [

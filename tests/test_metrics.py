@@ -235,7 +235,8 @@ def test_several_held_out_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert re.search(r"^  category +prompts +reward +reward_stderr +pass@1 +pass@2 +majority$", first, re.MULTILINE)
     assert re.search(r"^  kind 1 +2 +0.5 +0.5 +0.5 +0.5 +0.5$", first, re.MULTILINE), first
     assert "no pass@k" not in first
-    assert "  no pass@k: it needs rewards that are all 0 or 1" in second
+    assert "  no pass@k: it needs rewards that are all 0 or 1; set evaluate.function" in second
+    assert second.splitlines()[-2].endswith("without a weight in reward.weights")
     assert "category" not in second
 
 
