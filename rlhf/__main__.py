@@ -142,7 +142,7 @@ def usage() -> str:
         f"  {'report':10} write an HTML file with curves, times, memory, configurations and samples of runs\n"
         f"  {'prepare_data'} convert downloaded public data sets into the files that the modes read\n"
         f"  {'demo':10} SFT and GRPO on a small task, from generated data to an aligned model\n"
-        f"  {'tutorial':10} all six modes on a small task, and a table that compares the five models\n"
+        f"  {'tutorial':10} all six modes on a small task, and two tables of the five models\n"
         f"  {'test':10} run lint, type checks and all tests; arguments are passed to pytest, to run only some tests\n"
         f"  {'install':10} cpu or gpu: install all packages into .venv-cpu or .venv-gpu (a mode does this itself when "
         "needed)\n\n"

@@ -153,9 +153,8 @@ def _members(hint: Any, limits: Between, value: Any, path: str) -> tuple[Any, ..
     if not isinstance(value, list) or not all(isinstance(member, str) for member in value):
         raise UserError(f"{path} must be a list of strings, got {_shown(value)}")
     if len(value) < limits.least or "" in value or len({*value}) < len(value):
-        raise UserError(
-            f"{path} must be a list of {limits.least} or more different strings that are not empty, got {_shown(value)}"
-        )
+        many = f"{limits.least} or more " if limits.least else ""
+        raise UserError(f"{path} must be a list of {many}different strings that are not empty, got {_shown(value)}")
     return tuple(_cast(hint, member, path) for member in value)
 
 

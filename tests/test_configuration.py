@@ -108,6 +108,8 @@ def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
         ("optim.lr=true", "optim.lr must be float, got True"),
         ("parallel.zero=1", "parallel.zero must be bool, got 1"),
         ("rollout.stop=[1]", "rollout.stop must be a list of strings"),
+        ("data.train=['a', 'a']", "data.train must be a list of different strings that are not empty"),
+        ("checkpoint.format=[]", "checkpoint.format must be a list of 1 or more different strings"),
         ("optimm.lr=1", "unknown key 'optimm': did you mean 'optim'?"),
         ("optim.l.r=1", "optim.lr"),
         ("optim=1", "optim is a section, got 1: set one of its keys, such as optim.lr"),

@@ -142,8 +142,6 @@ def check_judge(folder: Path, layout: str, mesh: Mesh) -> None:
         keys += [f"judge.url={endpoint.url}", "reward.load=", f"out={folder}/rated", "steps=1"]
         config = configure(folder, "grpo", layout, *keys)
         assert start(config) == 0
-    probes = [body for body in endpoint.asked if "the word yes" in body["messages"][0]["content"]]
-    assert len(probes) == (mesh.rank == 0), "one rank of the node asks whether the judge answers"
     rows = metrics(folder / "rated")
     assert rows[1]["reward"] == rows[1]["eval_reward"] == 2.5, rows
     assert 0 < rows[1]["reward_failed"] <= 0.5
@@ -225,12 +223,22 @@ def two_sets(folder: Path, kind: str) -> list[str]:
     return [f'data.train=["{data}/train_{kind}.jsonl", "few={data}/dev_{kind}.jsonl"]', "data.weights.few=0.5"]
 
 
-def check_failed_rewards(folder: Path, layout: str) -> None:
-    """Check that all ranks end if too many rewards of one rank have failed. The error is that of this rank."""
+def check_failed_rewards(folder: Path, layout: str, mesh: Mesh) -> None:
+    """Check that all ranks end if too many rewards of one rank have failed. The error is that of this rank.
+
+    Held-out responses have a judge. Before the run, one rank of the node asks whether it answers.
+    """
+    (folder / f"rubric{mesh.rank}.txt").write_text("Rate {{ response }}")
+    mesh.barrier()
     keys = [f"reward.function={folder}/rules.py:fail_on_rank_1", "reward.max_failed=0.3", f"out={folder}/failed"]
     said = "12 of 24 rewards of step 1 failed, and reward.max_failed=0.3; .*: ValueError: this is rank 1$"
-    with pytest.raises(RewardError, match=said):
-        start(configure(folder, "grpo", layout, *keys))
+    with Endpoint() as endpoint:  # that of rank 0 is asked, because its configuration is that of the run
+        keys += ["evaluate.function=judge", f"judge.rubric={folder}/rubric0.txt", f"judge.url={endpoint.url}"]
+        with pytest.raises(RewardError, match=said):
+            start(configure(folder, "grpo", layout, *keys))
+    probes = [body for body in endpoint.asked if "the word yes" in body["messages"][0]["content"]]
+    assert len(probes) == (mesh.rank == 0)
+    assert (len(endpoint.asked) > 1) == (mesh.rank == 0)
 
 
 def check_lost_rank(mesh: Mesh) -> None:
@@ -252,7 +260,7 @@ def main() -> None:
     mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
     if mesh.world > 1:
         check_signal_to_one_rank(folder, layout, mesh)
-        check_failed_rewards(folder, layout)
+        check_failed_rewards(folder, layout, mesh)
         check_lost_rank(mesh)
     else:
         for check in (
