@@ -58,9 +58,8 @@ def run(config: Config) -> int:
     config = mesh.all_gather(config)[0]  # ranks may have located different exports of a run that still trains
     mesh.agree(lock.claim(config.out, own_name(config) or "run") if mesh.rank == 0 else "")
     progress.enter("reading the data")
-    # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node. This rank alone
-    # asks the judge, because an answer costs money, and all ranks get its error.
-    given = mesh.first_on_node(lambda: inputs(config, mesh.world, ask=mesh.is_first_on_node))
+    # If the launcher has not tokenized the data, one rank per node does it, with all CPUs of the node.
+    given = mesh.first_on_node(lambda: inputs(config, mesh.world, asks=mesh.is_first_on_node))
     # inputs() has checked that this run may resume the checkpoint in config.out, so its configuration may be replaced.
     writes = mesh.rank == 0 and not ALGORITHMS[config.mode].judged  # with a judge, these ranks do a part of the command
     mesh.agree(configuration.save(config, own_name(config) or "config") if writes else "")

@@ -62,10 +62,10 @@ def located(config: Config) -> Config:
 
 
 @texts.paths()
-def inputs(config: Config, world: int, ask: bool = True) -> Inputs:
+def inputs(config: Config, world: int, asks: bool = True) -> Inputs:
     """Check the configuration against models, data and number of ranks. Raises UserError at the first mistake.
 
-    ask: send the judge a short request, if it gives rewards.
+    asks: send a request to the judge that gives rewards. One process per node is enough.
     """
     algorithm = ALGORITHMS[config.mode]
     trackers.check(config)
@@ -85,7 +85,7 @@ def inputs(config: Config, world: int, ask: bool = True) -> Inputs:
     graded = algorithm.online and not algorithm.judged  # responses get rewards in the run
     if graded:
         check_rewards(config)
-        remarks += _check_functions(config, ask)
+        remarks += _check_functions(config, asks)
     loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
     known = identity(config, _read(config, loaded, tokenizer, opened))
     if newest:
@@ -233,17 +233,16 @@ def check_rewards(config: Config) -> None:
         raise UserError(f"{times} with all tries: raise it, or lower judge.timeout or judge.retries")
 
 
-def _check_functions(config: Config, ask: bool) -> list[str]:
-    """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them.
-
-    ask: send the judge a short request.
-    """
+def _check_functions(config: Config, asks: bool) -> list[str]:
+    """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them."""
     rubric = _rubric(config)
     for key, names in _functions(config).items():
         rewards.check(*names, memory=config.reward.memory, key=key)
     if config.rollout.environment:
         rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
-    return [f"the judge {probe(config.judge)} rates responses with {rubric.path}"] if rubric and ask else []
+    if not (rubric and asks):
+        return []
+    return [f"the judge {probe(config.judge)} rates responses with {rubric.path}"]
 
 
 def _functions(config: Config) -> dict[str, tuple[str, ...]]:
