@@ -239,9 +239,7 @@ class Config:
     mode: str = "sft"  # set by the command line
     out: str = ""  # folder for checkpoints, metrics, samples and config.toml; empty: runs/MODE
     steps: Count = 100  # total number of steps, including those before a resume
-    epochs: Annotated[float, Between(0, 10000)] = (
-        0.0  # passes over data.train (docs/data.md), which decide steps; 0: steps is used
-    )
+    epochs: Annotated[float, Between(0, 10000)] = 0.0  # passes over data.train (docs/data.md); 0: steps is used
     seed: Annotated[int, Between(0, 2**32 - 1)] = 1  # decides data order, sampling and random weights
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and activations; auto: bfloat16 on GPU
     resume: bool = True  # continue from the newest checkpoint in out, if there is one
