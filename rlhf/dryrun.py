@@ -123,7 +123,7 @@ def _sets(config: Config) -> list[str]:
     sets.named(config.data.eval, "data.eval")
     if not (names := list(records_paths(config))):
         return []
-    shares = zip(names, sets.shares(sets.weights(names, config.data.weights)), strict=True)
+    shares = zip(names, sets.percentages(sets.weights(names, config.data.weights)), strict=True)
     told = ", ".join(f"{name} {share}" for name, share in shares)
     return [f"of each step: {told}"] if len(names) > 1 else []
 

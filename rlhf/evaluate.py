@@ -68,7 +68,7 @@ class ResponseEvaluation:
             metrics.keep("evaluate", samples)
             show(first(metrics.mesh, samples, keys.show), name if len(answered) > 1 else "")
             found[name] = self._measured(self._outcomes(metrics, samples), categories(prompts[name]))
-            metrics.add_common(_named(metrics.sets[name], found[name].whole, found[name].categories))
+            metrics.add_common(_named(metrics.prefixes[name], found[name].whole, found[name].categories))
         return found
 
     def _outcomes(self, metrics: Metrics, samples: list[Sample]) -> list[Outcome]:
@@ -106,10 +106,10 @@ class LossEvaluation:
         self.roles.score(samples, self.algorithm.streams)
         samples, _ = self.algorithm.credit(samples, metrics.mesh.total)
         if not kinds:
-            return [_named(metrics.sets[name], self._losses(samples), {})]
+            return [_named(metrics.prefixes[name], self._losses(samples), {})]
         parts = [(kind, [s for s in samples if kinds[s.group] == kind]) for kind in dict.fromkeys(kinds.values())]
         found = [(kind, self._losses(part)) for kind, part in parts]
-        return [_named(metrics.sets[name], sums, {kind: sums}) for kind, sums in found]
+        return [_named(metrics.prefixes[name], sums, {kind: sums}) for kind, sums in found]
 
     def _losses(self, samples: list[Sample]) -> Sums:
         role = self.roles.subject

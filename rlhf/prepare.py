@@ -140,7 +140,9 @@ def described(config: Config, records: Records) -> list[str]:
     each = [f"{entry}: {counts}" for entry, counts in zip(config.data.train, records.sets.values(), strict=True)]
     if len(each) == 1:
         return each
-    known = zip(sets.shares(records.weights), records.passes(config.steps * config.batch.prompts).items(), strict=True)
+    known = zip(
+        sets.percentages(records.weights), records.passes(config.steps * config.batch.prompts).items(), strict=True
+    )
     read = [f"{name} {share} (read {_least(config)}{count:.4g} times)" for share, (name, count) in known]
     return [*each, f"of each step: {', '.join(read)}"]
 

@@ -158,7 +158,7 @@ def test_an_evaluation_without_some_of_its_rewards(tmp_path: Path, capsys: pytes
     source: Any = SimpleNamespace(answer=lambda prompts, grader: samples)
     held_out: Any = SimpleNamespace(head=lambda count: [])
     scored: list[Sample] = []
-    metrics = Metrics(config, ALONE, start=-1, sets={"dev": "eval_"})
+    metrics = Metrics(config, ALONE, start=-1, prefixes={"dev": "eval_"})
     ResponseEvaluation(config, source, {"dev": held_out}, FREE, scored.extend)(metrics)
     assert scored == samples[:2]
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
@@ -210,7 +210,7 @@ def test_several_held_out_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str
     scored: list[int] = []
 
     def evaluated(mesh: Any) -> Any:
-        metrics = Metrics(config, mesh, start=-1, sets=prefixes(config))
+        metrics = Metrics(config, mesh, start=-1, prefixes=prefixes(config))
         evaluation = ResponseEvaluation(config, source(mesh), held_out, FREE, lambda some: scored.append(len(some)))
         found = evaluation.measure(metrics)
         values = metrics.write(0)
@@ -265,7 +265,7 @@ def test_losses_of_held_out_sets(tmp_path: Path, names: tuple[str, str]) -> None
     )
     algorithm = SimpleNamespace(streams=(), credit=lambda samples, total: (samples, {}), loss=max, whole_groups=True)
     held_out = dict.fromkeys(names, SimpleNamespace(head=lambda count: prompts))
-    metrics = Metrics(config, ALONE, 0, sets=prefixes(config))
+    metrics = Metrics(config, ALONE, 0, prefixes=prefixes(config))
     evaluation: Any = LossEvaluation(config, roles, algorithm, held_out)  # type: ignore[arg-type]
     if "x_sft" in names:
         said = f"the sets {names[0]} and {names[1]} both have the metric eval_x_sft_loss; give one of them another"
@@ -282,7 +282,7 @@ def test_losses_of_held_out_sets(tmp_path: Path, names: tuple[str, str]) -> None
 def test_the_terminal_shows_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Metrics whose names are similar are not those of a set."""
     config = configuration.load("grpo", [f"out={tmp_path}"])
-    metrics = Metrics(config, ALONE, 0, sets={"a": "eval_a_", "b": "eval_b_"})
+    metrics = Metrics(config, ALONE, 0, prefixes={"a": "eval_a_", "b": "eval_b_"})
     names = ("reward", "reward_failed", "reward_stderr", "chosen_reward", "reward/category/x", "loss")
     metrics.add({f"eval_{name}_{key}": (0.5, 1.0) for name in "ab" for key in names})
     metrics.add({"eval_b_reward_failed": (-0.5, 0.0), "loss": (0.25, 1.0)})
