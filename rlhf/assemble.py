@@ -130,7 +130,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         residence.enter(Phase.SCORE, "reward")  # free the engine's memory before the reward model is built
         Roles(config, mesh, given.roles, dtype_of(config, mesh), 1.0, residence).grade(samples)
 
-    with Metrics(config, mesh, start=-1, sets=prefixes(config)) as metrics:
+    with Metrics(config, mesh, start=-1, prefixes=prefixes(config)) as metrics:
         if mesh.rank == 0:
             for remark in given.remarks:
                 say(f"  {remark}")

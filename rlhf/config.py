@@ -81,7 +81,7 @@ class Data:
     """The data sets, and how their lines become tokens."""
 
     train: tuple[str, ...] = ()  # training data: jsonl, JSON or parquet file or folder, or a list (docs/data.md)
-    weights: Shares = field(default_factory=dict)  # shares of several sets in train, as data.weights.NAME=2; else 1
+    weights: Shares = field(default_factory=dict)  # of several sets in train, as data.weights.NAME=2; else 1
     eval: tuple[str, ...] = ()  # held-out data: file or folder, or a list; empty: no evaluation
     template: Template = "auto"  # how messages become text; auto: tokenizer (its own template), but plain for texts
     template_variables: tuple[str, ...] = ()  # for the tokenizer's chat template, such as enable_thinking=false
@@ -239,7 +239,7 @@ class Config:
     mode: str = "sft"  # set by the command line
     out: str = ""  # folder for checkpoints, metrics, samples and config.toml; empty: runs/MODE
     steps: Count = 100  # total number of steps, including those before a resume
-    epochs: Annotated[float, Between(0, 10000)] = 0.0  # passes over data.train, which decide steps; 0: steps is used
+    epochs: Annotated[float, Between(0, 10000)] = 0.0  # passes over data.train (docs/data.md); 0: steps is used
     seed: Annotated[int, Between(0, 2**32 - 1)] = 1  # decides data order, sampling and random weights
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and activations; auto: bfloat16 on GPU
     resume: bool = True  # continue from the newest checkpoint in out, if there is one

@@ -58,11 +58,19 @@ def _override(argument: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except UNREADABLE:
+        if _is_list(hint) and text.startswith("[") and text.endswith("]"):
+            remedy = f"""write '{key}=["A", "B"]', with both kinds of quotes"""
+            raise UserError(f"{argument!r:.80} is not TOML: {remedy}, because the shell removes one kind") from None
         value = text  # a word without quotes is a string
     kinds = {str: (str,), tuple[str, ...]: (str, list)}
     if not isinstance(value, kinds.get(hint, (object,))):
         value = text  # a folder's name may look like a number or a date
     return _nested(key, value)
+
+
+def _is_list(hint: Any) -> bool:
+    """Return whether a key of this type has a list."""
+    return get_origin(get_args(hint)[0] if get_origin(hint) is Annotated else hint) is tuple
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -145,9 +153,8 @@ def _members(hint: Any, limits: Between, value: Any, path: str) -> tuple[Any, ..
     if not isinstance(value, list) or not all(isinstance(member, str) for member in value):
         raise UserError(f"{path} must be a list of strings, got {_shown(value)}")
     if len(value) < limits.least or "" in value or len({*value}) < len(value):
-        raise UserError(
-            f"{path} must be a list of {limits.least} or more different strings that are not empty, got {_shown(value)}"
-        )
+        many = f"{limits.least} or more " if limits.least else ""
+        raise UserError(f"{path} must be a list of {many}different strings that are not empty, got {_shown(value)}")
     return tuple(_cast(hint, member, path) for member in value)
 
 

@@ -19,7 +19,7 @@ from rlhf.data.records import Records
 from rlhf.errors import MissingError, UserError
 from rlhf.estimate import estimate
 from rlhf.ledger import Ledger
-from rlhf.prepare import read_records, read_tokenizer, records_paths, steps
+from rlhf.prepare import check_rewards, read_records, read_tokenizer, records_paths, steps
 from rlhf.shapes import shapes
 
 DEVICE = 80.0  # GiB, if memory.device is not set
@@ -31,12 +31,10 @@ def show(config: Config, world: int) -> None:
     Raises UserError if the run would be refused."""
     print(f"# {config.mode}\n{configuration.to_toml(config)}")
     algorithm = ALGORITHMS[config.mode]
-    if (
-        algorithm.online
-        and not algorithm.judged
-        and not algorithm.rule
-        and not (config.reward.load or config.reward.function or config.critic.load)
-    ):
+    graded = algorithm.online and not algorithm.judged
+    if graded:
+        check_rewards(config)
+    if graded and not algorithm.rule and not (config.reward.load or config.reward.function or config.critic.load):
         print("reward.load is not set: the ledger assumes a reward model of the policy's size\n")
         config = replace(config, reward=replace(config.reward, load=config.policy.load))
     arch, roles = shapes(config, world)
@@ -70,7 +68,8 @@ def first_record(config: Config, rows: int) -> str:
         tokenizer = read_tokenizer(config, rows)
     except MissingError as error:
         return f"The first record is not shown: {error}" if held else ""
-    parts = [read_records(config, tokenizer, path, name, first=True) for name, path in held.items()]
+    held_out = not ALGORITHMS[config.mode].trains
+    parts = [read_records(config, tokenizer, path, name, held_out=held_out, first=True) for name, path in held.items()]
     return Records.joined(parts, {}).first() if parts else ""
 
 
@@ -121,9 +120,10 @@ def _total(config: Config, updates: int) -> str:
 @texts.paths()
 def _sets(config: Config) -> list[str]:
     """Return a line with the shares of several data sets to train on. Raises UserError for wrong names."""
+    sets.named(config.data.eval, "data.eval")
     if not (names := list(records_paths(config))):
         return []
-    shares = zip(names, sets.shares(sets.weights(names, config.data.weights)), strict=True)
+    shares = zip(names, sets.percentages(sets.weights(names, config.data.weights)), strict=True)
     told = ", ".join(f"{name} {share}" for name, share in shares)
     return [f"of each step: {told}"] if len(names) > 1 else []
 

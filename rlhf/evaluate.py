@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
 from rlhf.config import Config
@@ -67,7 +68,7 @@ class ResponseEvaluation:
             metrics.keep("evaluate", samples)
             show(first(metrics.mesh, samples, keys.show), name if len(answered) > 1 else "")
             found[name] = self._measured(self._outcomes(metrics, samples), categories(prompts[name]))
-            metrics.add_common(_named(metrics.sets[name], found[name].whole, found[name].categories))
+            metrics.add_common(_named(metrics.prefixes[name], found[name].whole, found[name].categories))
         return found
 
     def _outcomes(self, metrics: Metrics, samples: list[Sample]) -> list[Outcome]:
@@ -91,17 +92,24 @@ class LossEvaluation:
     held_out: Mapping[str, Records]  # by the name of the set
 
     def __call__(self, metrics: Metrics) -> None:
-        for name, records in self.held_out.items():
-            samples = records.head(self.config.evaluate.prompts)
-            kinds = categories(samples)
-            samples = self.roles.share(samples)
-            self.roles.score(samples, self.algorithm.streams)
-            samples, _ = self.algorithm.credit(samples, metrics.mesh.total)
-            if not kinds:
-                metrics.add(_named(metrics.sets[name], self._losses(samples), {}))
-            for kind in dict.fromkeys(kinds.values()):
-                sums = self._losses([sample for sample in samples if kinds[sample.group] == kind])
-                metrics.add(_named(metrics.sets[name], sums, {kind: sums}))
+        """Raises UserError on all ranks if two sets have a metric of the same name."""
+        found = {name: self._of_set(metrics, name) for name in self.held_out}
+        metrics.mesh.agree(_shared(found))
+        for sums in chain(*found.values()):
+            metrics.add(sums)
+
+    def _of_set(self, metrics: Metrics, name: str) -> list[Sums]:
+        """Return this rank's parts of the metrics of a set: one, or one per category."""
+        samples = self.held_out[name].head(self.config.evaluate.prompts)
+        kinds = categories(samples)
+        samples = self.roles.share(samples)
+        self.roles.score(samples, self.algorithm.streams)
+        samples, _ = self.algorithm.credit(samples, metrics.mesh.total)
+        if not kinds:
+            return [_named(metrics.prefixes[name], self._losses(samples), {})]
+        parts = [(kind, [s for s in samples if kinds[s.group] == kind]) for kind in dict.fromkeys(kinds.values())]
+        found = [(kind, self._losses(part)) for kind, part in parts]
+        return [_named(metrics.prefixes[name], sums, {kind: sums}) for kind, sums in found]
 
     def _losses(self, samples: list[Sample]) -> Sums:
         role = self.roles.subject
@@ -127,6 +135,20 @@ def _named(prefix: str, whole: Sums, kinds: Mapping[str, Sums]) -> Sums:
     }
 
 
+def _shared(found: Mapping[str, list[Sums]]) -> str:
+    """Return an error message if two held-out sets have a metric of the same name, else "".
+
+    With dpo.sft, the sets x and x_sft both have eval_x_sft_loss. The names are known only when a loss is computed.
+    """
+    owners: dict[str, str] = {}
+    for name, parts in found.items():
+        for metric in chain(*parts):
+            if (other := owners.setdefault(metric, name)) != name:
+                both = f"data.eval: the sets {other} and {name} both have the metric {metric}"
+                return f"{both}; give one of them another name: NAME=PATH"
+    return ""
+
+
 def table(config: Config, found: Mapping[str, Measured]) -> str:
     """Return the text that mode evaluate prints: the metrics of each set, and the file with the responses."""
     lines = []
@@ -141,7 +163,8 @@ def _block(result: Measured, samples: int) -> list[str]:
     width = max(map(len, rows), default=0)
     lines = [f"  {name:{width}}  {value:10.4g}" for name, value in rows.items()]
     if samples > 1 and not result.passes:
-        lines.append("  no pass@k: it needs rewards that are all 0 or 1; set evaluate.function to such a function")
+        remedy = "set evaluate.function to such a function, without a weight in reward.weights"
+        lines.append(f"  no pass@k: it needs rewards that are all 0 or 1; {remedy}")
     return lines + _by_category(result.categories)
 
 

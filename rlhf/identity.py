@@ -25,6 +25,7 @@ FREE = {
     *("out", "steps", "epochs", "resume", "dtype", "memory", "checkpoint", "evaluate", "log", "parallel", "reference"),
     *("mtbench", "watchdog"),
     *("policy.load", "policy.tokenizer", "critic.load", "reward.load", "data.train", "data.eval", "batch.tokens"),
+    "data.weights",  # of several data sets, their ratios are compared instead, because a name may be that of a file
     "data.invalid",  # data sets with invalid lines are refused without skip, and others are read alike
     *("rollout.tp", "rollout.memory", "rollout.cache", "rollout.check", "rollout.bucket"),
     *("reward.timeout", "reward.workers", "reward.concurrency", "reward.memory", "reward.max_failed"),

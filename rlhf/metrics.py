@@ -36,9 +36,10 @@ class Metrics:
     Mode evaluate keeps every response and prints no line. It prints a table at the end (rlhf.evaluate).
     """
 
-    def __init__(self, config: Config, mesh: Mesh, start: int, sets: Mapping[str, str] | None = None):
-        """sets: name of a held-out set -> how the names of its metrics begin."""
-        self.mesh, self.steps, self.every, self.sets = mesh, config.steps, config.log.every, dict(sets or {})
+    def __init__(self, config: Config, mesh: Mesh, start: int, prefixes: Mapping[str, str] | None = None):
+        """prefixes: name of a held-out set -> how the names of its metrics begin."""
+        self.mesh, self.steps, self.every = mesh, config.steps, config.log.every
+        self.prefixes = dict(prefixes or {})
         self.sums: dict[str, tuple[float, float]] = {}
         own = own_name(config)
         self.count = -1 if own else config.log.samples  # responses to record per step and evaluation; -1: all
@@ -149,7 +150,9 @@ class Metrics:
     def _of_sets(self, key: str) -> list[str]:
         """Return the names of a metric. Those that begin with eval_ have one name per held-out set."""
         return (
-            [prefix + key.removeprefix("eval_") for prefix in self.sets.values()] if key.startswith("eval_") else [key]
+            [prefix + key.removeprefix("eval_") for prefix in self.prefixes.values()]
+            if key.startswith("eval_")
+            else [key]
         )
 
     def _bar(self, step: int) -> str:

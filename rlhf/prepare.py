@@ -38,7 +38,7 @@ class Inputs:
     arch: Architecture  # of policy.load
     roles: dict[str, Role]  # the models without the engine's; mode evaluate has at most the reward model
     tokenizer: Tokenizer
-    records: Records  # data.train, or data.eval in mode evaluate
+    records: Records  # data.train, or the first set of data.eval in modes without training
     steps: int  # total number of steps
     held_out: Mapping[str, Records]  # data.eval by name (rlhf.data.sets), in every mode
     remarks: list[str]  # on the folders, and on differences from the checkpoint that the run resumes from
@@ -84,6 +84,7 @@ def inputs(config: Config, world: int, asks: bool = True) -> Inputs:
         remarks.append(f"{config.mode} does not correct for tokens that older weights have sampled")
     graded = algorithm.online and not algorithm.judged  # responses get rewards in the run
     if graded:
+        check_rewards(config)
         remarks += _check_functions(config, asks)
     loaded = {"policy": Role("frozen", config.policy.load, arch), **models}
     known = identity(config, _read(config, loaded, tokenizer, opened))
@@ -139,7 +140,9 @@ def described(config: Config, records: Records) -> list[str]:
     each = [f"{entry}: {counts}" for entry, counts in zip(config.data.train, records.sets.values(), strict=True)]
     if len(each) == 1:
         return each
-    known = zip(sets.shares(records.weights), records.passes(config.steps * config.batch.prompts).items(), strict=True)
+    known = zip(
+        sets.percentages(records.weights), records.passes(config.steps * config.batch.prompts).items(), strict=True
+    )
     read = [f"{name} {share} (read {_least(config)}{count:.4g} times)" for share, (name, count) in known]
     return [*each, f"of each step: {', '.join(read)}"]
 
@@ -173,10 +176,7 @@ def _read(
         "policy.tokenizer/config.json": (folder, f"{tokenizer.kind} {tokenizer.stop_ids}"),
     }
     if config.data.train and ALGORITHMS[config.mode].trains:
-        found["data.train"] = (
-            ", ".join(config.data.train),
-            " ".join(columns.contents(lines.files(Path(path))) for path in records_paths(config).values()),
-        )
+        found |= _trained(config)
     code = {"reward.function": config.reward.function, "rollout.environment": (config.rollout.environment,)}
     own = {
         key: [file for spec in specs if (file := spec.rpartition(":")[0]).endswith(".py")]
@@ -195,6 +195,18 @@ def _read(
     return found
 
 
+def _trained(config: Config) -> dict[str, tuple[str, str]]:
+    """Return _read() for data.train and data.weights. Names do not count, and of the weights only their ratios."""
+    paths = records_paths(config)
+    prints = " ".join(columns.contents(lines.files(Path(path))) for path in paths.values())
+    found = {"data.train": (", ".join(config.data.train), prints)}
+    if len(paths) > 1:
+        held = sets.weights(list(paths), config.data.weights)
+        said = ", ".join(f"{name} {float(weight):g}" for name, weight in zip(paths, held, strict=True))
+        found["data.weights"] = said, " ".join(str(weight / sum(held)) for weight in held)
+    return found
+
+
 def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) -> dict[str, Opened]:
     """Open the folders that weights are read from. Return them by path."""
     sources = {}
@@ -207,27 +219,30 @@ def _check_folders(config: Config, models: dict[str, Role], arch: Architecture) 
     return sources
 
 
-def _check_functions(config: Config, asks: bool) -> list[str]:
-    """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them."""
-    functions, rubric, seconds = _functions(config), _rubric(config), config.watchdog.timeout
+def check_rewards(config: Config) -> None:
+    """Raise UserError if keys of the rewards of sampled responses do not fit together. This reads no files."""
+    functions, seconds, samples = _functions(config), config.watchdog.timeout, config.evaluate.samples
     if 0 < seconds <= config.reward.timeout:
         times = f"watchdog.timeout={seconds:g} is not above reward.timeout={config.reward.timeout:g}"
         raise UserError(f"{times}: a slow reward would end the run; raise it, or set it to 0")
-    if config.evaluate.samples > 1 and not config.evaluate.temperature:
-        why = f"evaluate.samples={config.evaluate.samples} at evaluate.temperature=0 gives equal responses (greedy)"
+    if samples > 1 and not config.evaluate.temperature:
+        why = f"evaluate.samples={samples} at evaluate.temperature=0 gives equal responses (greedy)"
         raise UserError(f"{why}: set evaluate.temperature=1, or remove evaluate.samples")
     if config.reward.weights and not functions:
         raise UserError("reward.weights is for the parts of reward functions, but there are none: set reward.function")
-    for key, names in functions.items():
+    if _is_judged(config) and 0 < seconds <= longest(config.judge):
+        times = f"watchdog.timeout={seconds:g} is not above {longest(config.judge):g} s, which a judge may take"
+        raise UserError(f"{times} with all tries: raise it, or lower judge.timeout or judge.retries")
+
+
+def _check_functions(config: Config, asks: bool) -> list[str]:
+    """Return remarks on the code and the judge that give rewards. Raises UserError if a run cannot use them."""
+    rubric = _rubric(config)
+    for key, names in _functions(config).items():
         rewards.check(*names, memory=config.reward.memory, key=key)
     if config.rollout.environment:
         rewards.check(config.rollout.environment, memory=config.reward.memory, kind="environment")
-    if not rubric:
-        return []
-    if 0 < seconds <= longest(config.judge):
-        times = f"watchdog.timeout={seconds:g} is not above {longest(config.judge):g} s, which a judge may take"
-        raise UserError(f"{times} with all tries: raise it, or lower judge.timeout or judge.retries")
-    if not asks:
+    if not (rubric and asks):
         return []
     return [f"the judge {probe(config.judge) or config.judge.url} rates responses with {rubric.path}"]
 
@@ -241,16 +256,26 @@ def _functions(config: Config) -> dict[str, tuple[str, ...]]:
     return {key: names for key, names in named.items() if names}
 
 
+def _is_judged(config: Config) -> bool:
+    """Return whether a judge is one of the reward functions."""
+    return any(JUDGE in names for names in _functions(config).values())
+
+
 def _rubric(config: Config) -> Rubric | None:
     """Return the rubric if a judge is one of the reward functions."""
-    return Rubric(config.judge) if any(JUDGE in names for names in _functions(config).values()) else None
+    return Rubric(config.judge) if _is_judged(config) else None
 
 
-def _needs(config: Config) -> tuple[Need, ...]:
-    """Return what the reward functions need of each line."""
-    rubric = _rubric(config)
-    verified = any("math" in names for names in _functions(config).values())
-    return (*((ANSWER,) if verified else ()), *map(Need, rubric.needs if rubric else ()))
+def _needs(config: Config, held_out: bool) -> tuple[Need, ...]:
+    """Return what the reward functions of a data set need of each line."""
+    own = config.evaluate.function if held_out else ()
+    key, given = ("evaluate.function", own) if own else ("reward.function", config.reward.function)
+    names, rubric = _functions(config).get(key, ()), _rubric(config)
+    remedy = f"set another {key}" if given else "set reward.function or reward.load"
+    needs = [ANSWER._replace(remedy=remedy)] if "math" in names else []
+    if rubric and JUDGE in names:
+        needs += [Need(keys, "change judge.rubric") for keys in rubric.needs]
+    return tuple(needs)
 
 
 def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, dict[str, Records]]:
@@ -263,8 +288,8 @@ def _data(config: Config, tokenizer: Tokenizer) -> tuple[Records, dict[str, Reco
     if trains:
         _check_apart(paths, held_out)
         sets.weights(list(paths), config.data.weights)  # before the data is tokenized, because this may take long
-        parts = [read_records(config, tokenizer, path, name) for name, path in paths.items()]
-    evaluated = {name: read_records(config, tokenizer, path, name) for name, path in held_out.items()}
+        parts = [read_records(config, tokenizer, path, name, held_out=False) for name, path in paths.items()]
+    evaluated = {name: read_records(config, tokenizer, path, name, held_out=True) for name, path in held_out.items()}
     return Records.joined(parts, config.data.weights) if trains else next(iter(evaluated.values())), evaluated
 
 
@@ -292,8 +317,13 @@ def records_paths(config: Config) -> dict[str, str]:
     return sets.named(getattr(config.data, key), f"data.{key}")
 
 
-def read_records(config: Config, tokenizer: Tokenizer, path: str, name: str, first: bool = False) -> Records:
-    """Return the records of a data set. first: only some at its beginning, which are not kept for the next run."""
+def read_records(
+    config: Config, tokenizer: Tokenizer, path: str, name: str, *, held_out: bool, first: bool = False
+) -> Records:
+    """Return the records of a data set. first: only some at its beginning, which are not kept for the next run.
+
+    held_out: it is one of data.eval, so evaluate.function gives its rewards, if that is set.
+    """
     algorithm = ALGORITHMS[config.mode]
     return Records.load(
         path,
@@ -302,7 +332,7 @@ def read_records(config: Config, tokenizer: Tokenizer, path: str, name: str, fir
         config.data,
         name=name,
         max_prompt=config.data.max_tokens - config.rollout.max_tokens if algorithm.online else None,
-        required=_needs(config),
+        required=_needs(config, held_out),
         cache=None if first else Path(config.out) / "records",
         first=first,
     )

@@ -108,6 +108,8 @@ def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
         ("optim.lr=true", "optim.lr must be float, got True"),
         ("parallel.zero=1", "parallel.zero must be bool, got 1"),
         ("rollout.stop=[1]", "rollout.stop must be a list of strings"),
+        ("data.train=['a', 'a']", "data.train must be a list of different strings that are not empty"),
+        ("checkpoint.format=[]", "checkpoint.format must be a list of 1 or more different strings"),
         ("optimm.lr=1", "unknown key 'optimm': did you mean 'optim'?"),
         ("optim.l.r=1", "optim.lr"),
         ("optim=1", "optim is a section, got 1: set one of its keys, such as optim.lr"),
@@ -116,6 +118,10 @@ def test_later_ones_win_key_by_key(tmp_path: Path) -> None:
         ("reward.weights.\udcff=1", "reward.weights must be text in UTF-8"),
         ("reward.weights.a=x", "reward.weights.a must be float, got 'x'"),
         ("reward.weights.a=nan", "reward.weights.a must be at least -1000000.0 and at most 1000000.0, got nan"),
+        ("data.train=[a.jsonl,b=b.jsonl]", """is not TOML: write 'data.train=["A", "B"]', with both kinds of quotes"""),
+        ("checkpoint.format=[hf,mcore]", """write 'checkpoint.format=["A", "B"]'"""),
+        ("log.to=[wandb]", """write 'log.to=["A", "B"]'"""),
+        ("rollout.stop=[/INST]", """write 'rollout.stop=["A", "B"]'"""),
         ("mode=grpo", "key 'mode' cannot be set in a file"),
     ],
 )
@@ -128,6 +134,8 @@ def test_what_is_no_value_of_a_key(argument: str, wanted: str) -> None:
 
 def test_a_list_of_strings_may_be_one_string() -> None:
     assert configuration.load("grpo", ["rollout.stop=Human:"]).rollout.stop == ("Human:",)
+    assert configuration.load("grpo", ["rollout.stop=[INST"]).rollout.stop == ("[INST",)
+    assert configuration.load("grpo", ["out=[a,b]"]).out == "[a,b]"
     assert configuration.load("grpo", ["reward.function=math", "reward.function="]).reward.function == ()
     assert configuration.load("sft", ["data.train=2024"]).data.train == ("2024",)
     assert configuration.load("sft", ['data.train=["2024", "a=b.jsonl"]']).data.train == ("2024", "a=b.jsonl")

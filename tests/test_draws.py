@@ -273,8 +273,9 @@ def test_too_many_failed_rewards_end_the_run(build, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "    Traceback:\n      a line\n    ValueError: no key\n"
     assert len(source.answer(source.records.head(2), source.grader)) == 2
     source, _ = build("reward.max_failed=0.4", reward=reward)
-    with pytest.raises(RewardError, match="1 of 2 rewards of the evaluation failed"):
-        source.answer(source.records.head(2), source.grader)
+    prompts = [replace(prompt, text=replace(prompt.text, set="dev")) for prompt in source.records.head(2)]
+    with pytest.raises(RewardError, match="1 of 2 rewards of the evaluation on dev failed"):
+        source.answer(prompts, source.grader)
 
 
 def test_log_probs_stand_on_their_labels(build) -> None:

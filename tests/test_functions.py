@@ -32,6 +32,7 @@ VALUES = {
     "nan": np.float32("nan"), "infinite": torch.tensor(float("-inf")), "decimal nan": Decimal("NaN"), "none": None,
     "text": "1", "numpy text": np.array("1"), "list": [1.0], "vector": np.array([1.0]), "complex": np.complex64(1),
     "no parts": {}, "a part is none": {"style": None}, "a part is a list": {"style": [1.0]}, "no name": {3: 1.0},
+    "odd name": {"\\x1b[1m": 1.0},
 }
 
 def value(prompt, response, record):
@@ -64,6 +65,7 @@ WRONG = {
     "a part is none": "the part 'style' of the reward must be a finite number, but is None",
     "a part is a list": "the part 'style' of the reward must be a finite number, but is [1.0]",
     "no name": "the parts of a reward must have names",
+    "odd name": "names that are texts without control characters",
 }
 FUNCTIONS = """
 import asyncio, os, time

@@ -120,16 +120,18 @@ def test_another_run_is_refused(made: Path, tmp_path: Path, mode: str, key: str,
 
 
 def test_other_data_sets_are_refused(made: Path, tmp_path: Path) -> None:
-    """Their contents, their order and their weights decide the result. Their names and paths do not."""
+    """Their contents, their order and the ratios of their weights decide the result. Their names and paths do not."""
     data, other = f"{made}/data/train_sft.jsonl", f"{made}/data/train_sft_less.jsonl"
     given = start(made, tmp_path, "sft", f'data.train=["{data}", "b={other}"]', "data.weights.b=3", "epochs=1")
     assert given.steps == math.ceil(300 * 4 / 64), "a pass over 300 lines, which are a quarter of the draws"
     save(tmp_path, given, "sft")
     same = [f'data.train=["a={data}", "b={made}/data/../data/train_sft_less.jsonl"]', "data.weights.b=3"]
     assert start(made, tmp_path, "sft", *same).remarks == []
+    renamed = [f'data.train=["a={data}", "c={other}"]', "data.weights.a=0.5", "data.weights.c=1.5"]
+    assert start(made, tmp_path, "sft", *renamed).remarks == []
     for keys, said in (
-        ([same[0]], "data.weights={'b': 3.0}, this run has {}: "),
-        ([same[0], "data.weights.b=2"], "data.weights={'b': 3.0}, this run has {'b': 2.0}: "),
+        ([same[0]], "data.weights=train_sft 1, b 3, this run has a 1, b 1: "),
+        ([same[0], "data.weights.b=2"], "data.weights=train_sft 1, b 3, this run has a 1, b 2: "),
         ([f'data.train=["b={other}", "{data}"]', "data.weights.b=3"], f"data.train={data}, b={other}, this run has b="),
         ([f"data.train=b={other}", "data.weights.b=3"], f"data.train={data}, b={other}, this run has b="),
     ):

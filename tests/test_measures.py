@@ -108,6 +108,12 @@ def test_categories_are_texts() -> None:
         enumerate(["a", "b c", "a", "none", "none", "none", "none", "none"])
     )
     assert categories(about(..., 7)) == categories([]) == {}
+    odd = {
+        0: "?x",
+        1: "?[1mred é",
+        2: ("long " * 20).rstrip(),
+    }  # half of a surrogate pair cannot be written, ESC reaches terminals
+    assert categories(about("\ud800x", "\x1b[1mred\xa0é", "long " * 999)) == odd
 
 
 def test_of_very_many_categories_the_most_frequent_are_told_apart() -> None:

@@ -18,7 +18,8 @@ from meshes import ALONE, together
 
 from rlhf import configuration
 from rlhf.contracts import Sample, Text, Verdict
-from rlhf.evaluate import Measured, ResponseEvaluation, prefixes, table
+from rlhf.errors import UserError
+from rlhf.evaluate import LossEvaluation, Measured, ResponseEvaluation, prefixes, table
 from rlhf.metrics import Metrics
 
 
@@ -157,7 +158,7 @@ def test_an_evaluation_without_some_of_its_rewards(tmp_path: Path, capsys: pytes
     source: Any = SimpleNamespace(answer=lambda prompts, grader: samples)
     held_out: Any = SimpleNamespace(head=lambda count: [])
     scored: list[Sample] = []
-    metrics = Metrics(config, ALONE, start=-1, sets={"dev": "eval_"})
+    metrics = Metrics(config, ALONE, start=-1, prefixes={"dev": "eval_"})
     ResponseEvaluation(config, source, {"dev": held_out}, FREE, scored.extend)(metrics)
     assert scored == samples[:2]
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
@@ -209,7 +210,7 @@ def test_several_held_out_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str
     scored: list[int] = []
 
     def evaluated(mesh: Any) -> Any:
-        metrics = Metrics(config, mesh, start=-1, sets=prefixes(config))
+        metrics = Metrics(config, mesh, start=-1, prefixes=prefixes(config))
         evaluation = ResponseEvaluation(config, source(mesh), held_out, FREE, lambda some: scored.append(len(some)))
         found = evaluation.measure(metrics)
         values = metrics.write(0)
@@ -234,7 +235,8 @@ def test_several_held_out_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert re.search(r"^  category +prompts +reward +reward_stderr +pass@1 +pass@2 +majority$", first, re.MULTILINE)
     assert re.search(r"^  kind 1 +2 +0.5 +0.5 +0.5 +0.5 +0.5$", first, re.MULTILINE), first
     assert "no pass@k" not in first
-    assert "  no pass@k: it needs rewards that are all 0 or 1" in second
+    assert "  no pass@k: it needs rewards that are all 0 or 1; set evaluate.function" in second
+    assert second.splitlines()[-2].endswith("without a weight in reward.weights")
     assert "category" not in second
 
 
@@ -249,10 +251,38 @@ def test_names_of_held_out_sets() -> None:
         assert prefixes(configuration.load("grpo", [f"data.eval={given}"])) == wanted
 
 
+@pytest.mark.parametrize("names", [("x", "x_sft"), ("x_sft", "x"), ("x", "x-sft")], ids=str)
+def test_losses_of_held_out_sets(tmp_path: Path, names: tuple[str, str]) -> None:
+    """They are sums over categories. No two sets have a metric of the same name, which would be the mean of both."""
+    config = configuration.load("dpo", [f"out={tmp_path}", f'data.eval=["{names[0]}=a", "{names[1]}=b"]'])
+    mask = np.array([True])
+    prompts = [Sample(mask * 1, mask, i, text=Text(record={"category": kind})) for i, kind in enumerate("aab")]
+    roles = SimpleNamespace(
+        subject="policy",
+        share=list,
+        score=lambda samples, streams: None,
+        evaluate=lambda role, samples, loss, whole: {"loss": (len(samples), 2), "sft_loss": (samples[0].group, 1)},
+    )
+    algorithm = SimpleNamespace(streams=(), credit=lambda samples, total: (samples, {}), loss=max, whole_groups=True)
+    held_out = dict.fromkeys(names, SimpleNamespace(head=lambda count: prompts))
+    metrics = Metrics(config, ALONE, 0, prefixes=prefixes(config))
+    evaluation: Any = LossEvaluation(config, roles, algorithm, held_out)  # type: ignore[arg-type]
+    if "x_sft" in names:
+        said = f"the sets {names[0]} and {names[1]} both have the metric eval_x_sft_loss; give one of them another"
+        with pytest.raises(UserError, match=f"^data.eval: {re.escape(said)}"):
+            evaluation(metrics)
+        return
+    evaluation(metrics)
+    values = metrics.write(0)
+    assert values["eval_x_loss"] == 3 / 4
+    assert (values["eval_x_loss/category/a"], values["eval_x_loss/category/b"]) == (1, 1 / 2)
+    assert values["eval_x_sft_loss"] == values["eval_x-sft_sft_loss"] == 1
+
+
 def test_the_terminal_shows_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Metrics whose names are similar are not those of a set."""
     config = configuration.load("grpo", [f"out={tmp_path}"])
-    metrics = Metrics(config, ALONE, 0, sets={"a": "eval_a_", "b": "eval_b_"})
+    metrics = Metrics(config, ALONE, 0, prefixes={"a": "eval_a_", "b": "eval_b_"})
     names = ("reward", "reward_failed", "reward_stderr", "chosen_reward", "reward/category/x", "loss")
     metrics.add({f"eval_{name}_{key}": (0.5, 1.0) for name in "ab" for key in names})
     metrics.add({"eval_b_reward_failed": (-0.5, 0.0), "loss": (0.25, 1.0)})

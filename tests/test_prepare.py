@@ -296,3 +296,45 @@ def test_worlds(axes: tuple[int, int, int], dp: int, world: int, fits: bool) -> 
     else:
         with pytest.raises(UserError, match=f"does not fit {world} ranks"):
             check_world(parallel, world)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "keys", "wanted"),
+    [
+        ("grpo", ["evaluate.samples=4"], "evaluate.samples=4 at evaluate.temperature=0"),
+        ("grpo", ["reward.load=x", "reward.weights.math=2"], "reward.weights is for the parts of reward functions"),
+        ("evaluate", ["watchdog.timeout=5"], "watchdog.timeout=5 is not above reward.timeout=10"),
+        ("grpo", ["reward.function=judge", "watchdog.timeout=1000"], "is not above 1200 s, which a judge may take"),
+        ("sft", ['data.eval=["x/a.jsonl", "y/a.jsonl"]'], "data.eval: x/a.jsonl and y/a.jsonl both have the name a"),
+    ],
+)
+def test_a_dry_run_refuses_the_same(fail, made: Path, mode: str, keys: list[str], wanted: str, more: list[str]) -> None:
+    """These mistakes are found without models and data."""
+    keys = [key.replace("reward.load=x", f"reward.load={made}/model") for key in keys]
+    assert wanted in fail(mode, *keys, *more)
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        (["data.train=BARE"], "no 'answer', which the reward needs; add it, or set reward.function or reward.load"),
+        (["data.train=BARE", "reward.function=math"], "which the reward needs; add it, or set another reward.function"),
+        (
+            ["data.eval=BARE", "reward.function=OWN", "evaluate.function=math"],
+            "add it, or set another evaluate.function",
+        ),
+        (['data.eval=["BARE", "missing.jsonl"]', "evaluate.function=OWN"], "missing.jsonl: no such file"),
+        (
+            ["data.train=BARE", "data.eval=missing.jsonl", "reward.function=OWN", "evaluate.function=math"],
+            "missing.jsonl: no such file",
+        ),
+    ],
+)
+def test_lines_need_what_their_reward_needs(fail, tmp_path: Path, keys: list[str], wanted: str) -> None:
+    """Held-out lines need what evaluate.function needs, if it is set, and others what reward.function needs."""
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1"}')
+    names = {"BARE": f"{tmp_path}/bare.jsonl", "OWN": "tools/demo_task.py:noise"}
+    for name, value in names.items():
+        keys = [key.replace(name, value) for key in keys]
+    assert wanted in fail("grpo", *keys)

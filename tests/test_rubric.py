@@ -81,9 +81,11 @@ def test_a_rubric_reaches_nothing_but_its_fields(tmp_path: Path):
 
 
 def test_what_a_line_needs():
-    needs = (Need(("reference", "answer")), Need(("level",)))
+    needs = (Need(("reference", "answer"), "change judge.rubric"), Need(("level",), "change judge.rubric"))
     assert read(b'{"prompt": "Q?", "answer": {"any": 1}, "level": 0, "eval_func": "code"}', "prompts", needs)
-    with pytest.raises(UserError, match="no 'reference' or 'answer', which the reward needs; add it, or set another"):
+    with pytest.raises(
+        UserError, match=r"no 'reference' or 'answer', which the reward needs; add it, or change judge\.rubric"
+    ):
         read(b'{"prompt": "Q?", "reference": null, "level": 0}', "prompts", needs)
     with pytest.raises(UserError, match="no 'level'"):
         read(b'{"prompt": "Q?", "reference": "x"}', "prompts", needs)
@@ -163,9 +165,10 @@ def test_mistakes_before_a_run(fail, made: Path, tmp_path: Path):
         assert "judge.rubric is not set: set it to a file" in fail("grpo", *keys[:2])
         assert "nothing: No such file or directory; set judge.rubric" in fail("grpo", *keys, "judge.rubric=nothing")
         assert "judge.url='': give the address" in fail("grpo", keys[0], keys[2])
-        assert "train_rl.jsonl:1: no 'hint', which the reward needs" in fail("grpo", *keys)
+        said = "train_rl.jsonl:1: no 'hint', which the reward needs; add it, or change judge.rubric"
+        assert said in fail("grpo", *keys)
         held_out = [*keys[1:], "evaluate.function=judge", f"data.eval={made}/data/train_rl.jsonl"]
-        assert "train_rl.jsonl:1: no 'hint', which the reward needs" in fail("evaluate", *held_out)
+        assert said in fail("evaluate", *held_out)
         assert "has no judge.model='other'" in fail("grpo", *keys, "judge.model=other")
         assert "is not above 1200 s, which a judge may take" in fail("grpo", *keys, "watchdog.timeout=1000")
         assert all(len(body["messages"]) == 1 for body in endpoint.asked)

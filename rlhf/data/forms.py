@@ -30,10 +30,11 @@ class Need(NamedTuple):
     """What a reward function needs of a line: at least one of these keys."""
 
     keys: Keys
+    remedy: str  # what to do if lines do not have them
     verified: bool = False  # its value is compared with the answer of a response, so it is a text or a number
 
 
-ANSWER = Need(("answer",), verified=True)
+ANSWER = Need(("answer",), "set another reward.function", verified=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,12 @@ def _check_need(row: Row, need: Need) -> None:
     """Raise UserError unless a line has what a reward function needs."""
     key = next((key for key in need.keys if row.get(key) not in (None, "", [])), None)
     if key is None:
-        remedy = "add it, or set another reward.function, or set reward.load"
-        raise UserError(f"no {' or '.join(map(repr, need.keys))}, which the reward needs; {remedy}")
+        raise UserError(f"no {' or '.join(map(repr, need.keys))}, which the reward needs; add it, or {need.remedy}")
     if need.verified and not _stated(row[key]):
         given = f"{key!r} is {row[key]!r:.80}, but the reward needs a text or a number, or a list of them"
-        raise UserError(f"{given}; give one, or set another reward.function")
+        raise UserError(f"{given}; give one, or {need.remedy}")
     if need.verified and row.get("eval_func", "math_rule") != "math_rule":
-        raise UserError(
-            f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; set another reward.function"
-        )
+        raise UserError(f"'eval_func' is {row['eval_func']!r:.80}, but the reward verifies 'math_rule'; {need.remedy}")
 
 
 def _is_messages(value: object) -> bool:

@@ -42,7 +42,7 @@ def weights(names: Sequence[str], given: Mapping[str, float]) -> list[Fraction]:
     return [Fraction(str(given.get(name, 1))) for name in names]
 
 
-def shares(weights: Sequence[Fraction]) -> list[str]:
+def percentages(weights: Sequence[Fraction]) -> list[str]:
     """Return the share of the draws of each data set as text."""
     return [f"{float(weight / sum(weights)):.1%}" for weight in weights]
 

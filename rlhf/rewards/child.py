@@ -261,8 +261,9 @@ def reward(value: Any) -> float | dict[str, float]:
     """Return a reward if it is a finite number, or named parts that are. Raises ValueError."""
     if not isinstance(value, dict):
         return finite(value)
-    if not value or not all(isinstance(name, str) and name for name in value):
-        raise ValueError(f"the parts of a reward must have names that are texts, but it is {value!r:.80}")
+    if not value or not all(isinstance(name, str) and name and name.isprintable() for name in value):
+        what = "names that are texts without control characters"  # they become names of metrics
+        raise ValueError(f"the parts of a reward must have {what}, but it is {value!r:.80}")
     return {name: finite(part, f"the part {name!r} of the reward") for name, part in value.items()}
 
 

@@ -15,6 +15,7 @@ from rlhf.rewards import answers
 
 MATH = "math"  # the name of the math verifier and of its part of a reward
 MOST_CATEGORIES = 100  # so that a set with other things under `category`, such as ids, does not fill the metrics
+LONGEST = 100  # characters of a category; the rest is cut
 UNNAMED, REST = "none", "others"  # categories of records that have none, and of those beyond the limit
 
 
@@ -121,15 +122,21 @@ def by_category(found: Sequence[Outcome], kinds: Mapping[int, str], passes: Sequ
 def categories(prompts: Sequence[Sample]) -> dict[int, str]:
     """Return group -> category of held-out records; {} if no record has one.
 
-    A category is the text under `category`. Runs of white space count as one space. Records without such a text have
-    the category UNNAMED. Only the MOST_CATEGORIES most frequent ones are told apart. The others are REST.
+    Records without a text under `category` have the category UNNAMED. Only the MOST_CATEGORIES most frequent ones are
+    told apart. The others are REST.
     """
     said = {prompt.group: prompt.text.record.get("category") for prompt in prompts}
-    kinds = {group: (isinstance(kind, str) and " ".join(kind.split())) or UNNAMED for group, kind in said.items()}
+    kinds = {group: _category(kind) for group, kind in said.items()}
     frequent = [kind for kind, _ in Counter(kinds.values()).most_common(MOST_CATEGORIES)]
     if frequent in ([], [UNNAMED]):
         return {}
     return {group: kind if kind in frequent else REST for group, kind in kinds.items()}
+
+
+def _category(kind: object) -> str:
+    """Return a category as part of a metric's name. Runs of white space become a space, and control characters "?"."""
+    text = " ".join(kind.split()) if isinstance(kind, str) else ""
+    return "".join(character if character.isprintable() else "?" for character in text[:LONGEST].rstrip()) or UNNAMED
 
 
 def by_set(samples: Sequence[Sample], names: Collection[str], measure: Callable[[list[Sample]], Sums]) -> Sums:

@@ -235,14 +235,15 @@ class EngineSource:
         sampling = replace(
             self.sampler.sampling(), max_tokens=min(8, self.config.rollout.max_tokens), top_p=1.0, top_k=0
         )
-        return self._deliver(self._run(prompts, sampling, 1, 0, None), self.grader)
+        return self._deliver(self._run(prompts, sampling, 1, 0, None), self.grader, "the probe")
 
     def sample(self, prompts: list[Sample], sampling: Sampling, group: int, step: int, grader: Grader) -> list[Sample]:
         """Return this replica's share of `group` responses with rewards to each prompt.
 
         The random numbers depend only on the seed, the step, the prompt and the index of the response in its group.
         """
-        return self._deliver(self._run(prompts, sampling, group, step, grader), grader)
+        where = f"the evaluation on {prompts[0].text.set}"
+        return self._deliver(self._run(prompts, sampling, group, step, grader), grader, where)
 
     def _compare(self) -> None:
         """Sample a few tokens and score them with the policy.
@@ -259,11 +260,11 @@ class EngineSource:
                 f" ({most:.3g} at most): the engine does not generate with the trained weights"
             )
 
-    def _deliver(self, groups: list[Group], grader: Grader) -> list[Sample]:
-        """Return this replica's share of the samples of complete groups of all engines."""
+    def _deliver(self, groups: list[Group], grader: Grader, where: str) -> list[Sample]:
+        """Return this replica's share of the samples of complete groups of all engines. where: for an error."""
         made = self.sampler.made(groups)
         known = headers(self.mesh, made)
-        self._limit(known, grader, "the evaluation")
+        self._limit(known, grader, where)
         return deliver(self.mesh, made, known, self.hidden)
 
     def _limit(self, known: Sequence[Header], grader: Grader, when: str) -> None:

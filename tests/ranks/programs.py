@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import groups
 import pytest
 from endpoint import Endpoint
-from modes import KEYS, SETS, STEPS, assembled, configure, drawing, metrics, train
+from modes import KEYS, STEPS, assembled, configure, drawing, metrics, train
 
 from rlhf import assemble, configuration
 from rlhf.config import Config
@@ -85,7 +85,7 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
 
     There are two sets with two samples per prompt, and one has categories. Rewards are those of function and reward
     model, or of evaluate.function alone. `out` may be the folder of the run: mode evaluate writes its own files there,
-    with every response, and changes no other but the report, which shows both.
+    with every response, and changes no other, except that the report shows them.
     """
     assert start(configure(folder, "online-dpo", layout, f"out={folder}/pairs", "steps=1")) == 0
     wanted = {name: value for name, value in metrics(folder / "pairs")[1].items() if name.startswith("eval_")}
@@ -93,7 +93,8 @@ def check_evaluation(folder: Path, layout: str, mesh: Mesh) -> None:
         (folder / "pairs/hf/model.safetensors.index.json").write_text("{}")  # not read, which a remark says
     mesh.barrier()
     keys = [f"policy.load={folder}/pairs/hf", *(key.format(folder=folder) for key in KEYS["online-dpo"])]
-    before = {path: path.read_bytes() for path in (folder / "pairs").rglob("*") if path.is_file()}
+    files = [path for path in (folder / "pairs").rglob("*") if path.is_file() and path.name != "report.html"]
+    before = {path: path.read_bytes() for path in files}
     mesh.barrier()
     sets = f"data.eval={[*configure(folder, 'online-dpo', layout).data.eval]}"
     found, lines = {}, {}
@@ -225,12 +226,22 @@ def two_sets(folder: Path, kind: str) -> list[str]:
     return [f'data.train=["{data}/train_{kind}.jsonl", "few={data}/dev_{kind}.jsonl"]', "data.weights.few=0.5"]
 
 
-def check_failed_rewards(folder: Path, layout: str) -> None:
-    """Check that all ranks end if too many rewards of one rank have failed. The error is that of this rank."""
+def check_failed_rewards(folder: Path, layout: str, mesh: Mesh) -> None:
+    """Check that all ranks end if too many rewards of one rank have failed. The error is that of this rank.
+
+    Held-out responses have a judge. Before the run, one rank of the node asks whether it answers.
+    """
+    (folder / f"rubric{mesh.rank}.txt").write_text("Rate {{ response }}")
+    mesh.barrier()
     keys = [f"reward.function={folder}/rules.py:fail_on_rank_1", "reward.max_failed=0.3", f"out={folder}/failed"]
     said = "12 of 24 rewards of step 1 failed, and reward.max_failed=0.3; .*: ValueError: this is rank 1$"
-    with pytest.raises(RewardError, match=said):
-        start(configure(folder, "grpo", layout, *keys))
+    with Endpoint() as endpoint:  # that of rank 0 is asked, because its configuration is that of the run
+        keys += ["evaluate.function=judge", f"judge.rubric={folder}/rubric0.txt", f"judge.url={endpoint.url}"]
+        with pytest.raises(RewardError, match=said):
+            start(configure(folder, "grpo", layout, *keys))
+    probes = [body for body in endpoint.asked if "the word yes" in body["messages"][0]["content"]]
+    assert len(probes) == (mesh.rank == 0)
+    assert (len(endpoint.asked) > 1) == (mesh.rank == 0)
 
 
 def check_lost_rank(mesh: Mesh) -> None:
@@ -252,7 +263,7 @@ def main() -> None:
     mesh = Mesh(configure(folder, "sft", layout).parallel, 1)
     if mesh.world > 1:
         check_signal_to_one_rank(folder, layout, mesh)
-        check_failed_rewards(folder, layout)
+        check_failed_rewards(folder, layout, mesh)
         check_lost_rank(mesh)
     else:
         for check in (
