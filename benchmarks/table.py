@@ -80,6 +80,13 @@ ROWS: list[tuple[str, str, str, Callable[[dict, Lines], str], str]] = [
         lambda x, _: tail(x),
         "1.5 x",
     ),
+    (
+        "the same on two GPUs, with an engine on each",
+        "tail",
+        "--groups 64 --max-lag 6 --inflight 1.5",
+        lambda x, _: tail(x),
+        "",
+    ),
     ("rollout of 16 such groups, time per token", "tail", "16 groups, 1 in flight", lambda x, _: tail(x), ""),
     (
         "the same, with 1.5 times the groups in flight",
