@@ -210,6 +210,9 @@ def test_light_and_dark_and_narrow(two: Path, browser: Browser) -> None:
         for tab in ("curves", "resources", "configuration", "samples"):
             browser.run(f"document.getElementById('tab-{tab}').click()")
             assert browser.run("document.scrollingElement.scrollWidth") <= 700, tab
+            if tab == "curves":
+                width = browser.run("document.querySelector('.summary .run b').offsetWidth")
+                assert width > 60, "names of runs are not broken into letters"
     assert len(set(backs)) == 2
     browser.run("document.getElementById('tab-curves').click()")
     for _ in range(4):  # faster than charts are drawn

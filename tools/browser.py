@@ -1,6 +1,6 @@
 """Show a report in Debian's headless chromium, and take a picture of it. Needs no packages.
 
-python tools/browser.py PAGE.html PICTURE.png [--width PIXELS] [--height PIXELS] [--dark] [--tab NAME]
+python tools/browser.py PAGE.html PICTURE.png [--width PIXELS] [--height PIXELS] [--dark] [--tab curves|resources|configuration|samples]
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1400)
     parser.add_argument("--height", type=int, default=1000)
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--tab", default="")
+    parser.add_argument("--tab", default="", choices=("curves", "resources", "configuration", "samples"))
     asked = parser.parse_args()
     with Browser() as browser:
         browser.show(asked.width, asked.height, asked.dark)
