@@ -1,6 +1,6 @@
 """Show a report in Debian's headless chromium, and take a picture of it. Needs no packages.
 
-python tools/browser.py PAGE.html PICTURE.png [--width PIXELS] [--height PIXELS] [--dark] [--tab curves|resources|configuration|samples]
+python tools/browser.py PAGE.html PICTURE.png [--width PIXELS] [--height PIXELS] [--dark] [--tab TAB]
 """
 
 from __future__ import annotations
