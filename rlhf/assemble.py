@@ -101,8 +101,9 @@ def train(
     with training.metrics:
         announce(training, given, ledger)
         finished = training.train()
+    training.metrics.close("finished" if finished else "stopped")
     # After a signal the launcher gives the last rank GRACE seconds, and the report is only written if it is quick.
-    training.report.finish(REPORTING if finished else GRACE / 2)
+    training.report.finish(REPORTING if finished else GRACE / 4)
     if finished and mesh.rank == 0:
         if training.roles.residence.peaks:
             say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # predicted and measured memory
@@ -139,6 +140,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         progress.begin("evaluation")
         found = ResponseEvaluation(config, source, given.held_out, source.grader, model).measure(metrics)
         metrics.write(step=0)
+    metrics.close()
     reporter(config, mesh).finish(REPORTING)
     if mesh.rank == 0:
         say(table(config, found))
