@@ -231,14 +231,8 @@ class Ledger:
 
     def token(self) -> float:
         """Return the GiB of the keys and values of one token on one rank of the engine."""
-        return (
-            2
-            * self.arch.layers
-            * max(1, self.arch.kv_heads // self.config.rollout.tp)
-            * self.arch.head_dim
-            * self.size
-            / GIB
-        )
+        heads = max(1, self.arch.kv_heads // self.config.rollout.tp)
+        return 2 * self.arch.layers * heads * self.arch.head_dim * self.size / GIB
 
     def _least(self) -> float:
         """Return the GiB of KV cache for one sequence of data.max_tokens tokens. vLLM needs one extra block."""
