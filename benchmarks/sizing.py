@@ -54,7 +54,7 @@ PHASES = (Phase.ROLLOUT, Phase.SCORE, Phase.LEARN, Phase.PUBLISH)
 TEXT = """# How many GPUs a model needs
 
 `python benchmarks/sizing.py` writes this page from the ledger and the estimate of `--dry-run`, and a test fails if it
-is stale. Your own configuration gets both with
+is stale. Your own configuration gets both (the estimate only with vLLM and bfloat16) with
 
     GPUS_PER_NODE=2 ./launch.sh grpo policy.load=configs/models/qwen3-8B parallel.pp=2 memory.device=139.8 --dry-run
 
@@ -89,7 +89,8 @@ samples have the full length, 2,048 tokens, with responses of 1,024. More GPUs, 
 Measured are the rates of H200s, alone and on one node. Those of 80-GB devices are scaled by published numbers of an
 H100 SXM: equal peak rates of matrix products (989 TFLOP/s), NVLink and host links, and 3.35 / 4.8 of the memory
 bandwidth. They were not measured. Not included: the network between nodes (layouts of more than 8 GPUs), rewards,
-evaluation, saves, and the long tails of response lengths (docs/rollouts.md).
+evaluation, saves, further rounds of a step (`rollout.rounds`), and the long tails of response lengths
+(docs/rollouts.md).
 
 ## How far estimates were off
 

@@ -96,14 +96,14 @@ def train(
     interrupt = Interrupt(told=mesh.rank == 0)  # first, because the following calls take long
     ledger = checked_ledger(config, mesh, given)
     training = build(config, mesh, given, ledger, rewards, held_out_rewards, interrupt, environments)
-    if mesh.rank == 0:  # the report compares the predicted memory with the measured one
-        predicted = {str(visit): ledger.rows(visit, mesh.pp_rank) for visit in ledger.visits}
-        texts.save(Path(config.out) / "ledger.json", predicted)
+    if mesh.rank == 0:  # the report compares it with the metrics memory/, which are means over all ranks
+        texts.save(Path(config.out) / "ledger.json", {str(visit): ledger.mean(visit) for visit in ledger.visits})
     with training.metrics:
         announce(training, given, ledger)
         finished = training.train()
+    training.metrics.close("finished" if finished else "stopped")
     # After a signal the launcher gives the last rank GRACE seconds, and the report is only written if it is quick.
-    training.report.finish(REPORTING if finished else GRACE / 2)
+    training.report.finish(REPORTING if finished else GRACE / 4)
     if finished and mesh.rank == 0:
         if training.roles.residence.peaks:
             say(ledger.table(training.roles.residence.peaks, mesh.pp_rank))  # predicted and measured memory
@@ -140,6 +140,7 @@ def evaluate(config: Config, mesh: Mesh, given: Inputs, rewards: Rewards, enviro
         progress.begin("evaluation")
         found = ResponseEvaluation(config, source, given.held_out, source.grader, model).measure(metrics)
         metrics.write(step=0)
+    metrics.close()
     reporter(config, mesh).finish(REPORTING)
     if mesh.rank == 0:
         say(table(config, found))

@@ -2,8 +2,9 @@
 
 The rates are those of an H200, measured by benchmarks/ (results/h200.jsonl, NOTES.md). Those of a device of 80 GB are
 scaled by the published numbers of an H100 SXM: the same peak of matrix products (989 TFLOP/s in bfloat16), and 3.35
-instead of 4.8 TB/s of memory bandwidth. Not included: rewards, evaluation, saves, the network between nodes, and long
-tails of response lengths. Needs no torch.
+instead of 4.8 TB/s of memory bandwidth. Not included: rewards, evaluation, saves, the network between nodes, further
+rounds of a step (rollout.rounds), and long tails of response lengths. There is none for rollout.engine=kvcache and
+for float32. Needs no torch.
 """
 
 from __future__ import annotations

@@ -85,6 +85,11 @@ class Ledger:
         """Return the GiB of a phase on the stage that needs the most."""
         return max(sum(self.rows(visit, stage, offload).values()) for stage in range(len(self.tenants)))
 
+    def mean(self, visit: Visit) -> dict[str, float]:
+        """Return the GiB of everything on the device in a phase, by name: the mean over the pipeline stages."""
+        stages = [self.rows(visit, stage) for stage in range(len(self.tenants))]
+        return {name: sum(rows[name] for rows in stages) / len(stages) for name in stages[0]}
+
     def check(self, free: float = math.inf) -> None:
         """Raise UserError unless every phase fits and the engine's KV cache can hold at least one sequence.
 
@@ -226,14 +231,8 @@ class Ledger:
 
     def token(self) -> float:
         """Return the GiB of the keys and values of one token on one rank of the engine."""
-        return (
-            2
-            * self.arch.layers
-            * max(1, self.arch.kv_heads // self.config.rollout.tp)
-            * self.arch.head_dim
-            * self.size
-            / GIB
-        )
+        heads = max(1, self.arch.kv_heads // self.config.rollout.tp)
+        return 2 * self.arch.layers * heads * self.arch.head_dim * self.size / GIB
 
     def _least(self) -> float:
         """Return the GiB of KV cache for one sequence of data.max_tokens tokens. vLLM needs one extra block."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +20,7 @@ from rlhf.contracts import ABSENT, Sample
 from rlhf.output import say
 from rlhf.parallel.mesh import Mesh
 from rlhf.recorder import Recorder, Use, describe
-from rlhf.trackers import Trackers
+from rlhf.trackers import End, Trackers
 
 TROUBLES = ("truncated", "silent", "tied", "lone", "reward_failed", "eval_reward_failed")  # shown unless 0
 LINE = (
@@ -33,6 +34,7 @@ LINE = (
 class Metrics:
     """Collects a step's metrics on every rank. Rank 0 writes metrics.jsonl, sends them to trackers, and prints a line.
 
+    As a context manager it closes itself after an error only. Else the caller does, who knows how the run ends.
     Mode evaluate keeps every response and prints no line. It prints a table at the end (rlhf.evaluate).
     """
 
@@ -58,7 +60,8 @@ class Metrics:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.close(failed=kind is not None)
+        if kind is not None:
+            self.close("failed")
 
     def begin(self) -> None:
         """Start to measure the time of a step."""
@@ -121,14 +124,14 @@ class Metrics:
             if self.recorder:
                 self.recorder.keep(use, kept)
 
-    def close(self, failed: bool = False) -> None:
-        """Wait until everything is written. failed: an error has ended the run, and an error of a write is ignored."""
+    def close(self, end: End = "finished") -> None:
+        """Wait until everything is written. If the run has failed, an error of a write is ignored."""
         try:
-            if self.recorder and not failed:
+            if self.recorder and end != "failed":
                 self.recorder.finish()
         finally:
             if self.trackers:
-                self.trackers.close(failed)
+                self.trackers.close(end)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         kept = self.recorder.write(step) if self.recorder else []
@@ -136,7 +139,7 @@ class Metrics:
             finite = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no inf and nan
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if self.trackers:
-            self.trackers.write(step, values, [describe(step, use, sample) for use, sample in kept])
+            self.trackers.write(step, values, [partial(describe, step, *each) for each in kept])
         if not self.silent and (step % self.every == 0 or step == self.steps):
             told = [
                 name

@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import io
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,17 +18,22 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from rlhf import progress
 from rlhf.config import Config
 from rlhf.errors import UserError
 
 BACKLOG = 256  # calls that wait for a tracker; with more, it cannot keep up
-PATIENCE = 5.0  # seconds that the end of a run waits for its trackers; the launcher kills a rank ten after another
-HURRY = 0.8  # the same after an error: the other ranks wait a second for rank 0 to print it
+End = Literal["finished", "stopped", "failed"]  # how a run ends; stopped: by a signal; failed: by an error
+# Seconds that the end of a run waits for its trackers. After a signal the launcher may kill the rank ten seconds after
+# another one has ended, and the report needs time, too. After an error the other ranks wait a second for rank 0.
+PATIENCE: dict[End, float] = {"finished": 60.0, "stopped": 2.5, "failed": 0.8}
 LONGEST = 2000  # characters of a text in the table of samples
-COLUMNS = ("use", "row", "group", "reward", "finish", "prompt", "response")  # of the table; keys of recorder.describe()
-PARAMETERS = 100  # limit of parameters in one of MLflow's requests
+# of the table; keys of recorder.describe()
+COLUMNS = ("use", "set", "row", "group", "reward", "finish", "prompt", "response")
+NAME = 250  # characters of a name; MLflow refuses longer ones
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # addresses of MLflow that need sqlalchemy begin with these
 
 Table = list[list[Any]]  # rows of values in the order of COLUMNS
 
@@ -58,21 +64,27 @@ class Origin:
 class Tracker(Protocol):
     """A program that shows runs. It is made and called in one thread. Any method may raise any error."""
 
-    package: str  # that must be installed
+    module: str  # that is imported
+    package: str  # that has it, as pip calls it
+
+    @staticmethod
+    def fault() -> str:
+        """Return why the installed package cannot be used, with the remedy, or ""."""
+        return ""
 
     def __init__(self, origin: Origin): ...
 
     def write(self, step: int, values: Mapping[str, float], table: Table) -> None:
         """Write the metrics and sampled responses of a step."""
 
-    def close(self, failed: bool) -> None:
-        """Write what is still missing. failed: an error has ended the run."""
+    def close(self, end: End) -> None:
+        """Write what is still missing."""
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in the folder of the run."""
 
-    package = "tensorboard"
+    module = package = "tensorboard"
 
     def __init__(self, origin: Origin):
         from torch.utils.tensorboard import SummaryWriter
@@ -87,17 +99,17 @@ class TensorBoard:
             self.events.add_text("samples", _markdown(COLUMNS, table), step)
         self.events.flush()
 
-    def close(self, failed: bool) -> None:
+    def close(self, end: End) -> None:
         self.events.close()
 
 
-class WandB:
+class WandB(Tracker):
     """A run of wandb. WANDB_PROJECT and its other variables apply; WANDB_MODE=offline writes to the run's folder.
 
     wandb refuses steps that it already has, so the step is an own metric, and the axis of the others.
     """
 
-    package = "wandb"
+    module = package = "wandb"
 
     def __init__(self, origin: Origin):
         import wandb
@@ -121,14 +133,26 @@ class WandB:
         samples = self.wandb.Table(columns=[*COLUMNS], data=table, allow_mixed_types=True) if table else None
         self.run.log({"step": step, **values, **({"samples": samples} if samples else {})})
 
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+    def close(self, end: End) -> None:
+        self.run.finish(exit_code=int(end != "finished"))
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run of MLflow. MLFLOW_TRACKING_URI says where it is stored, MLFLOW_EXPERIMENT_NAME in which experiment."""
 
-    package = "mlflow"
+    module, package = "mlflow", "mlflow-skinny"
+
+    @staticmethod
+    def fault() -> str:
+        import mlflow
+
+        address = mlflow.get_tracking_uri()
+        if not address.startswith(DATABASES) or importlib.util.find_spec("sqlalchemy"):
+            return ""
+        return (
+            f"stores runs in the database {_clean(address)}, which mlflow-skinny cannot: pip install mlflow, or set "
+            "MLFLOW_TRACKING_URI to the address of a server"
+        )
 
     def __init__(self, origin: Origin):
         import mlflow
@@ -136,9 +160,8 @@ class MLflow:
         self.mlflow, known = mlflow, origin.id
         run = mlflow.start_run(run_id=known or None, run_name=origin.name)
         origin.keep(run.info.run_id)
-        items = [*_accepted(origin.config).items()]
-        for i in range(0, 0 if known else len(items), PARAMETERS):  # MLflow refuses to change a parameter
-            mlflow.log_params(dict(items[i : i + PARAMETERS]))
+        if not known:  # MLflow refuses to change a parameter
+            mlflow.log_params(_accepted(origin.config))
 
     def write(self, step: int, values: Mapping[str, float], table: Table) -> None:
         self.mlflow.log_metrics(_accepted(values), step=step)
@@ -147,8 +170,8 @@ class MLflow:
             csv.writer(text).writerows([COLUMNS, *table])
             self.mlflow.log_text(text.getvalue(), f"samples/step_{step:06}.csv")
 
-    def close(self, failed: bool) -> None:
-        self.mlflow.end_run("FAILED" if failed else "FINISHED")
+    def close(self, end: End) -> None:
+        self.mlflow.end_run({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[end])
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
@@ -175,7 +198,7 @@ class Sender:
         """Forget calls that have ended. After an error, warn and stop."""
         while self.calls and self.calls[0].done():
             if error := self.calls.popleft().exception():
-                self.stop(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                self.stop(f"{type(error).__name__}: {' '.join(str(error).split())[:600]}")
 
     def stop(self, why: str) -> None:
         """Make no further call."""
@@ -194,24 +217,31 @@ class Trackers:
         name = f"{out.resolve().name}/{own}".rstrip("/")
         public = dict(settings(config))
         self.senders = []
+        self.tables = ThreadPoolExecutor(1)
         for kind in config.log.to:
             id_file = None if own else out / f"{kind}.id"
             origin = Origin(name, out / own, start, public, id_file)
             self.senders.append(Sender(kind, partial(TRACKERS[kind], origin)))
 
-    def write(self, step: int, values: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) -> None:
-        """Send the metrics of a step, and its sampled responses as described by the recorder."""
-        if self.senders:
-            known, table = dict(values), [[_cut(line[name]) for name in COLUMNS] for line in lines]
-            for sender in self.senders:
-                sender.send(lambda tracker: tracker.write(step, known, table))
+    def write(self, step: int, values: Mapping[str, float], lines: Sequence[Callable[[], Mapping[str, Any]]]) -> None:
+        """Send the metrics of a step, and its sampled responses. A call of lines returns a line of the recorder.
 
-    def close(self, failed: bool) -> None:
-        """End the trackers' runs. It waits at most PATIENCE seconds, or HURRY. failed: an error has ended the run."""
-        limit = HURRY if failed else PATIENCE
+        A thread makes the table, once for all trackers.
+        """
+        if self.senders:
+            known, table = dict(values), self.tables.submit(_table, lines)
+            for sender in self.senders:
+                sender.send(lambda tracker: tracker.write(step, known, table.result()))
+
+    def close(self, end: End) -> None:
+        """End the trackers' runs. It waits for them as PATIENCE says. Meanwhile the watchdog sees progress."""
+        limit = PATIENCE[end]
         for sender in self.senders:
-            sender.send(lambda tracker: tracker.close(failed))
-        wait([call for sender in self.senders for call in sender.calls], limit)
+            sender.send(lambda tracker: tracker.close(end))
+        calls = [call for sender in self.senders for call in sender.calls]
+        last = time.monotonic() + limit
+        while (left := last - time.monotonic()) > 0 and wait(calls, min(left, 0.5)).not_done:
+            progress.move()
         for sender in self.senders:
             sender.look()
             if sender.calls:
@@ -219,12 +249,15 @@ class Trackers:
 
 
 def check(config: Config) -> None:
-    """Raise UserError if the package of a tracker is not installed."""
+    """Raise UserError if the package of a tracker is not installed, or cannot be used."""
     for kind in config.log.to:
-        package = TRACKERS[kind].package
-        found = importlib.util.find_spec(package)
+        tracker = TRACKERS[kind]
+        found = importlib.util.find_spec(tracker.module)
         if not found or not found.origin:  # a folder of this name, such as that of wandb's files, is no package
-            raise UserError(f"log.to={kind} needs the package {package}: pip install 'rlhf[{kind}]', or change log.to")
+            package = tracker.package
+            raise UserError(f"log.to={kind} needs the package {package}: pip install {package}, or change log.to")
+        if fault := tracker.fault():
+            raise UserError(f"log.to={kind} {fault}")
 
 
 def settings(config: Config) -> Iterator[tuple[str, Any]]:
@@ -253,7 +286,11 @@ def _clean(text: str) -> str:
 
 def _accepted(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values under names that MLflow accepts. In files it cannot store both of the names reward and reward/x."""
-    return {re.sub(r"[^\w. -]", "_", name.replace("/", ".")): value for name, value in values.items()}
+    return {re.sub(r"[^\w. -]", "_", name.replace("/", "."))[:NAME]: value for name, value in values.items()}
+
+
+def _table(lines: Sequence[Callable[[], Mapping[str, Any]]]) -> Table:
+    return [[_cut(line[name]) for name in COLUMNS] for line in (make() for make in lines)]
 
 
 def _cut(value: Any) -> Any:

@@ -229,6 +229,15 @@ def test_on_a_cpu_nothing_has_to_fit() -> None:
     assert not anywhere.offload
 
 
+def test_mean_over_stages() -> None:
+    """The metrics memory/ are means over all ranks, so the report compares them with the mean over the stages."""
+    made = ledger("sft", "70B")
+    stages = [sum(made.rows(LEARN, stage).values()) for stage in range(4)]
+    assert len(made.tenants) == 4
+    assert sum(made.mean(LEARN).values()) == pytest.approx(sum(stages) / 4)
+    assert max(stages) > 1.05 * sum(stages) / 4
+
+
 def test_measured_stands_beside_predicted() -> None:
     table = ledger("sft", "7B").table(peaks={LEARN: 28.04})
     assert table.splitlines()[-2].split() == ["measured", "-", "28.0"]

@@ -177,7 +177,7 @@ def test_other_tabs(two: Path, browser: Browser) -> None:
     assert "10.50" in resources, "predicted GiB of the phase rollout"
     assert "11.00" in resources, "measured GiB of the phase rollout"
     assert "-4.5 %" in resources
-    assert "at most 90.00 GiB of host memory" in resources
+    assert "used 90.00 GiB of host memory at the fullest step (mean over ranks)" in resources
     browser.press("ArrowRight")
     keys = browser.run("[...document.querySelectorAll('#configuration tbody tr')].map(row => row.cells[0].textContent)")
     assert keys == ["out", "optim.lr"]
@@ -190,12 +190,32 @@ def test_other_tabs(two: Path, browser: Browser) -> None:
     assert browser.run("document.querySelector('.row[aria-selected=true]').id") == "row-1"
     shown = browser.run("[...document.querySelectorAll('.siblings article')].map(card => card.innerText)")
     assert [card.split()[0] for card in shown] == ["2", "1", "0"], "the siblings, highest reward first"
-    assert all(word in shown[0] for word in ("answer 2", "style", "math", "15"))
+    assert all(word in shown[0] for word in ("answer 2", "style", "15"))
+    assert "math" in text(browser, ".facts")
     for _ in range(2):
         browser.press("ArrowDown")
     assert browser.run("document.querySelectorAll('.siblings .answer').length") == 1
     assert "failed" in text(browser, ".siblings")
+    assert browser.run("[...document.querySelector('select[aria-label=set]').options].map(o => o.value)") == [
+        "",
+        "math",
+    ]
+    browser.run(
+        "const set = document.querySelector('select[aria-label=set]'); set.value = 'math'; "
+        "set.dispatchEvent(new Event('change'))"
+    )
+    until(browser, "/^6 of 8/.test(document.querySelector('#samples .bar .hint').textContent)")
     sound(browser, two)
+
+
+@needs_library
+@needs_browser
+def test_the_steps_of_epochs_are_not_known(tmp_path: Path, browser: Browser) -> None:
+    """The key steps of the configuration does not count then."""
+    file = tmp_path / "report.html"
+    assert main(["report", str(write_run(tmp_path / "run", 60, "grpo", "epochs=2")), "--out", str(file)]) == 0
+    opened(browser, file)
+    assert "60 of" not in text(browser, "#summary")
 
 
 @needs_library

@@ -86,7 +86,7 @@ def test_estimates_are_near_measured_steps(sizing: ModuleType) -> None:
 
 
 def test_rates_are_the_measured_ones() -> None:
-    """Each is within 5 % of the last result of its benchmark."""
+    """Each is within 7 % of the last result of its benchmark. tp 8 is not in the results: NOTES.md has it."""
     last: dict[tuple, dict] = {}
     for text in (ROOT / "benchmarks/results/h200.jsonl").read_text().splitlines():
         line = json.loads(text)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ import numpy as np
 import pytest
 from meshes import ALONE
 
-from rlhf import configuration, trackers
+from rlhf import configuration, progress, trackers
+from rlhf import metrics as metrics_module
 from rlhf.config import Config, Judge
 from rlhf.contracts import Sample, Text
 from rlhf.errors import UserError
+from rlhf.launcher import GRACE
 from rlhf.metrics import Metrics
+from rlhf.recorder import describe
+from rlhf.trackers import Trackers
 
 PASSWORD = "hunter2"
+LIMITS = dict(trackers.PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +41,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "MLFLOW_ALLOW_FILE_STORE": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    for limit in ("PATIENCE", "HURRY"):
-        monkeypatch.setattr(trackers, limit, 300.0)  # the imports of the packages may take long
+    for end in trackers.PATIENCE:
+        monkeypatch.setitem(trackers.PATIENCE, end, 300.0)  # the imports of the packages may take long
     yield
     import wandb
 
@@ -55,10 +61,11 @@ def write(metrics: Metrics, *steps: int, loss: float = 0.5) -> None:
     tokens, mask = np.arange(3, dtype=np.int32), np.ones(2, bool)
     with metrics:
         for step in steps:
-            text = Text(step, {}, "a | b\n" + 3000 * "x", f"answer {step}")
+            text = Text(step, {}, "a | b\n" + 3000 * "x", f"answer {step}", set="dev")
             metrics.keep("train", [Sample(tokens, mask, 7, reward=1.0, text=text, version=mask * 1)])
             metrics.add({"loss": (loss * step, 1.0), "loss/part (a)": (1.0, 1.0)})
             metrics.write(step)
+    metrics.close()
 
 
 def wandb_runs(out: Path) -> list[list[Any]]:
@@ -104,8 +111,9 @@ def test_wandb(tmp_path: Path) -> None:
         assert axes["*"].step_metric == "step"
     table = json.loads(next(out.glob("wandb/offline-run-*/files/media/table/*.json")).read_text())
     assert table["columns"] == [*trackers.COLUMNS]
-    assert len(table["data"][0][5]) < 2100
-    assert table["data"][0][6].startswith("answer")
+    line = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert len(line["prompt"]) < 2100
+    assert line["response"].startswith("answer")
     assert PASSWORD not in "".join(path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())
 
 
@@ -123,7 +131,7 @@ def test_mlflow(tmp_path: Path) -> None:
     run = client.get_run(id)
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert run.data.params["optim.lr"] == "0.25"
-    assert len(run.data.params) > trackers.PARAMETERS
+    assert len(run.data.params) > 100, "more than one of MLflow's requests may have"
     assert [(m.step, m.value) for m in client.get_metric_history(id, "loss")] == [(1, 1.0), (2, 1.0), (3, 1.5)]
     text = Path(client.download_artifacts(id, "samples/step_000003.csv")).read_text()
     assert client.get_metric_history(id, "loss.part _a_")[-1].step == 3
@@ -147,7 +155,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 0), (1, 0.5), (2, 1), (3, 6)]
     tensors = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "| optim.lr | 0.25 |" in tensors["config/text_summary"]
-    assert "| train | 3 | 7 | 1.0 | stop | a \\| b<br>x" in tensors["samples/text_summary"]
+    assert "| train | dev | 3 | 7 | 1.0 | stop | a \\| b<br>x" in tensors["samples/text_summary"]
     assert PASSWORD not in str(tensors)
     assert [path.parent.name for path in tmp_path.rglob("*tfevents*")].count("evaluate") == 1
 
@@ -193,11 +201,11 @@ def test_a_tracker_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It holds up neither the steps nor, for longer than a few seconds, the end. Few of its calls wait."""
-    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
+    monkeypatch.setitem(trackers.PATIENCE, "finished", 0.2)
     start = time.perf_counter()
     write(metrics_of(tmp_path / "ends", '"mlflow"'), 1, 2)
     assert "mlflow is off from here on, and the run goes on without it: it has not" in capsys.readouterr().out
-    monkeypatch.setattr(trackers, "HURRY", 0.1)
+    monkeypatch.setitem(trackers.PATIENCE, "failed", 0.1)
     with suppress(InterruptedError), metrics_of(tmp_path / "fails", '"mlflow"') as metrics:
         metrics.write(1)
         raise InterruptedError
@@ -215,16 +223,86 @@ def test_a_tracker_that_does_not_answer(
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, fail: Callable[..., str]) -> None:
     """This is said before the run."""
-    monkeypatch.setattr(trackers.WandB, "package", "missing")
-    wanted = "log.to=wandb needs the package missing: pip install 'rlhf[wandb]', or change log.to"
-    assert fail("grpo", "log.to=wandb").endswith(wanted)
+    monkeypatch.setattr(trackers.MLflow, "module", "missing")
+    wanted = "log.to=mlflow needs the package mlflow-skinny: pip install mlflow-skinny, or change log.to"
+    assert fail("grpo", "log.to=mlflow").endswith(wanted)
+
+
+@pytest.mark.skipif(find_spec("sqlalchemy") is not None, reason="this MLflow can use databases")
+@pytest.mark.parametrize("address", [None, "postgresql+psycopg2://me:hunter2@host/runs"])
+def test_a_database_needs_more_than_mlflow_skinny(
+    address: str | None, monkeypatch: pytest.MonkeyPatch, fail: Callable[..., str]
+) -> None:
+    """Without a variable, MLflow takes a local database. This is said before the run, too."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    line = fail("grpo", "log.to=mlflow")
+    assert (
+        "log.to=mlflow stores runs in the database " + ("postgresql+psycopg2://host" if address else "sqlite") in line
+    )
+    assert line.endswith("pip install mlflow, or set MLFLOW_TRACKING_URI to the address of a server")
+    assert PASSWORD not in line
+
+
+def test_ends_of_a_run(tmp_path: Path) -> None:
+    """A run that a signal has stopped is not marked as finished."""
+    from mlflow import MlflowClient
+
+    metrics = metrics_of(tmp_path, '"mlflow", "wandb"')
+    metrics.close("stopped")
+    assert MlflowClient().get_run((tmp_path / "mlflow.id").read_text().strip()).info.status == "KILLED"
+    (records,) = wandb_runs(tmp_path)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1]
+
+
+def test_the_end_moves_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the watchdog would end a complete run. After a signal, trackers and report have less than the launcher."""
+    assert LIMITS["stopped"] + GRACE / 4 <= GRACE / 2
+    free = threading.Event()
+    sent = Trackers(configuration.load("grpo", []), 0)
+    sent.senders = [trackers.Sender("slow", lambda: free.wait() and None)]  # type: ignore[arg-type, return-value]
+    before = progress.read()
+    monkeypatch.setitem(trackers.PATIENCE, "finished", 1.2)
+    sent.close("finished")
+    free.set()
+    after = progress.read()
+    assert after.moves >= before.moves + 2
+    assert after.phases == before.phases, "all ranks must enter the same phases"
+
+
+def test_no_step_makes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread makes it, and only if there is a tracker."""
+    threads = []
+    monkeypatch.setattr(
+        metrics_module,
+        "describe",
+        lambda *each: threads.append(threading.current_thread()) or describe(*each),  # type: ignore[func-returns-value]
+    )
+    write(metrics_of(tmp_path, ""), 1)
+    assert threads == []
+    write(metrics_of(tmp_path, '"tensorboard"'), 1)
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
+
+
+def test_long_names(tmp_path: Path) -> None:
+    """MLflow refuses names of more than 250 characters."""
+    metrics = metrics_of(tmp_path, '"mlflow"')
+    metrics.add({"x" * 300: (1.0, 1.0)})
+    metrics.write(1)
+    metrics.close()
+    from mlflow import MlflowClient
+
+    run = MlflowClient().get_run((tmp_path / "mlflow.id").read_text().strip())
+    assert "x" * 250 in run.data.metrics
 
 
 def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """wandb and MLflow make folders of their names, and the current folder is among the paths of packages."""
     (tmp_path / "runs_of_a_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(trackers.WandB, "package", "runs_of_a_tracker")
+    monkeypatch.setattr(trackers.WandB, "module", "runs_of_a_tracker")
     with pytest.raises(UserError, match="needs the package"):
         trackers.check(configuration.load("sft", ["log.to=wandb"]))
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from rlhf import progress
 from rlhf.report import page
 
 # The next report begins at the earliest after this many times the processor time of the last one, so that reports take
@@ -40,7 +41,10 @@ class Reporter:
             self._start([*NICE, *COMMAND])
 
     def finish(self, seconds: float) -> None:
-        """Write the report at the end of the run. Wait at most this long, then end the process."""
+        """Write the report at the end of the run. Wait at most this long, then end the process.
+
+        Meanwhile the watchdog sees progress.
+        """
         if not self.wanted:
             return
         self._end()  # its report would not have the last step
@@ -48,6 +52,7 @@ class Reporter:
         limit = time.monotonic() + seconds
         while not (ended := self._ended()) and time.monotonic() < limit:
             time.sleep(0.02)
+            progress.move()  # else the watchdog could end a complete run
         if not ended:
             self._end()
             print(f"{self.out}/{page.FILE} is not up to date: it took more than {seconds:g} s", flush=True)

@@ -32,8 +32,8 @@ REMEDY = "install it (pip install bokeh)"
 def library() -> Path | None:
     """Return the folder of the plotting library's scripts; None if the package is not installed."""
     found = find_spec("bokeh")
-    folders = found.submodule_search_locations if found else None
-    return Path(folders[0], "server", "static", "js") if folders else None
+    # A folder of this name in the current folder has no origin, and is no package.
+    return Path(found.origin).parent / "server" / "static" / "js" if found and found.origin else None
 
 
 def write(folders: Sequence[Path], file: Path) -> int:

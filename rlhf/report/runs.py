@@ -13,6 +13,7 @@ from typing import Any
 from rlhf import texts
 
 METRICS, CONFIG, LEDGER = "metrics.jsonl", "config.toml", "ledger.json"  # files of a run
+EVALUATIONS = ("evaluate",)  # modes without training; they write MODE.jsonl and MODE.toml (rlhf.metrics.own_name)
 MODE = re.compile(r"# \./launch\.sh (\S+)")  # begins config.toml
 
 
@@ -37,16 +38,16 @@ def read(folder: Path, most: int = 1_000_000) -> Run:
     most: limit of the number of values of metrics; of a longer run, every second, third ... step is returned.
     """
     run = Run(folder)
-    for file in sorted(folder.glob("*.jsonl")):
-        if file.name != METRICS:
+    for mode in EVALUATIONS:  # other files may be data of the user
+        if (file := folder / f"{mode}.jsonl").is_file():
             for _, row in _rows(run, file):
-                run.evaluations[file.stem] = row
+                run.evaluations[mode] = row
     rows = _thinned(run, _series(run), most)
     run.steps = [*rows]
     names = dict.fromkeys(name for row in rows.values() for name in row)
     run.metrics = {name: [row.get(name) for row in rows.values()] for name in names}
-    others = sorted(path for path in folder.glob("*.toml") if path.name != CONFIG)
-    if files := [path for path in (folder / CONFIG, *others) if path.is_file()]:
+    possible = (CONFIG, *(f"{mode}.toml" for mode in EVALUATIONS))
+    if files := [folder / name for name in possible if (folder / name).is_file()]:
         _configure(run, files[0])
     else:
         run.remarks.append(f"{CONFIG} is missing")

@@ -16,7 +16,7 @@ async function showSamples(report) {
   await pause();
   const packed = await unpacked("data-samples");
   const all = packed.flatMap(({ prompts, samples }, i) => samples.map((sample) =>
-    Object.assign(sample, { run: report.runs[i], prompt: prompts[sample.prompt], key: [i, sample.use, sample.more?.set, sample.step, sample.group].join(" ") })));
+    Object.assign(sample, { run: report.runs[i], prompt: prompts[sample.prompt], key: [i, sample.use, sample.set, sample.step, sample.group].join(" ") })));
   all.forEach((sample, order) => (sample.order = order));
   place.replaceChildren();
   if (!all.length) return place.append(empty("No samples", "out/samples has no complete file. Modes without an engine (sft, reward, dpo) keep no samples; log.samples=0 keeps none either."));
@@ -48,6 +48,8 @@ class SampleBrowser {
     const uses = [...new Set(this.all.map((sample) => sample.use))];
     this.run = choice("run", [["", "All runs"], ...report.runs.map((run, i) => [i, visible(run.name)])]);
     this.use = choice("use", [["", "Training and held-out"], ...uses.map((use) => [use, visible({ train: "Training", evaluate: "Held-out" }[use] ?? use)])]);
+    const sets = [...new Set(this.all.map((sample) => sample.set))].sort();
+    this.set = choice("set", [["", "All data sets"], ...sets.filter((set) => set).map((set) => [set, visible(set)])]);
     this.order = choice("order", Object.keys(ORDERS).map((name) => [name, name]));
     this.runs = report.runs;
     const steps = [...new Set(this.all.map((sample) => sample.step))].sort((a, b) => a - b);
@@ -55,20 +57,21 @@ class SampleBrowser {
     const known = element("datalist", { id: "steps" }, ...steps.slice(0, 2000).map((step) => element("option", { value: step })));
     this.word = element("input", { type: "search", placeholder: "Search prompts and responses", "aria-label": "search prompts and responses", id: "search", oninput: () => this.filter() });
     return element("div", { class: "bar" }, this.word, element("label", {}, "Step ", this.step), known,
-      report.runs.length > 1 ? this.run : null, uses.length > 1 ? this.use : null, this.order, this.count,
+      report.runs.length > 1 ? this.run : null, uses.length > 1 ? this.use : null, sets.length > 1 ? this.set : null, this.order, this.count,
       without.length ? element("span", { class: "hint", text: `Without samples: ${without.join(", ")}` }) : null);
   }
 
   /** Show the samples that match all filters. The search pauses often, and a newer search ends it. */
   async filter() {
     const turn = (this.turn = (this.turn ?? 0) + 1);
-    const word = this.word.value.toLowerCase(), step = this.step.value, use = this.use.value;
+    const word = this.word.value.toLowerCase(), step = this.step.value, use = this.use.value, set = this.set.value;
     const run = this.run.value === "" ? null : this.runs[Number(this.run.value)];
     const found = [];
     let began = performance.now();
     for (const sample of this.all) {
       if (run && sample.run !== run) continue;
       if (use && sample.use !== use) continue;
+      if (set && sample.set !== set) continue;
       if (step !== "" && sample.step !== Number(step)) continue;
       if (word && !sample.prompt.toLowerCase().includes(word) && !sample.turns.some(([, text]) => text.toLowerCase().includes(word))) continue;
       found.push(sample);
@@ -125,7 +128,7 @@ class SampleBrowser {
     if (!sample) return this.detail.replaceChildren(empty("No sample", "No sample matches: change the search or the filters."));
     const group = [...this.groups.get(sample.key)].sort((a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity));
     const kind = { train: "training", evaluate: "held-out" }[sample.use] ?? sample.use;
-    const facts = [`step ${sample.step}`, visible(kind), sample.row === null ? null : `row ${sample.row} of the data`, `${group.length} response${group.length > 1 ? "s" : ""} of this group`];
+    const facts = [`step ${sample.step}`, visible(kind), sample.set ? visible(sample.set) : null, sample.row === null ? null : `row ${sample.row} of the data`, `${group.length} response${group.length > 1 ? "s" : ""} of this group`];
     this.detail.replaceChildren(
       element("div", { class: "facts" }, this.runs.length > 1 ? title(sample.run) : null, facts.filter((fact) => fact).join(" · ")),
       element("h3", { text: "Prompt" }), element("div", { class: "text prompt", dir: "auto", text: visible(sample.prompt) }),

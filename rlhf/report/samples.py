@@ -11,7 +11,21 @@ from rlhf.report.runs import Run, number, objects
 
 # keys of a line that a row of the page has in its own form; all other keys with a short value are shown as they are
 KNOWN = {
-    *("step", "use", "row", "group", "prompt", "response", "turns", "reward", "rule", "score", "parts", "failed"),
+    *(
+        "step",
+        "use",
+        "set",
+        "row",
+        "group",
+        "prompt",
+        "response",
+        "turns",
+        "reward",
+        "rule",
+        "score",
+        "parts",
+        "failed",
+    ),
     *("advantage", "finish", "versions", "prompt_tokens", "response_tokens"),
 }
 Row = dict[str, Any]
@@ -103,6 +117,7 @@ def _row(line: dict[str, Any]) -> Row:
     row = {
         "step": step if type(step) is int and abs(step) < 2**53 else 0,
         "use": _text(line.get("use")),
+        "set": _text(line.get("set")),
         "prompt": _text(line.get("prompt")),
         "turns": list(_turns(turns if isinstance(turns, list) else [])) or [["assistant", _text(line.get("response"))]],
         "parts": {str(name): number(value) for name, value in parts.items()} if isinstance(parts, dict) else {},

@@ -69,7 +69,8 @@ function showSummary(report, charts) {
       type: "checkbox", checked: true, "aria-label": `show ${visible(run.name)}`,
       onchange: (event) => ((run.hidden = !event.target.checked), charts.update()),
     });
-    const of = run.config.steps && run.steps.length ? ` of ${Number(run.config.steps).toLocaleString("en")}` : "";
+    const known = run.config.steps && !Number(run.config.epochs); // with epochs, the key steps does not count
+    const of = known && run.steps.length ? ` of ${Number(run.config.steps).toLocaleString("en")}` : "";
     return [element("label", { class: "run" }, toggle, title(run)), visible(run.mode) || "–", run.steps.length ? `${done.toLocaleString("en")}${of}` : "–",
       spent ? clock(spent) : "–", shown(mean(m.tokens_per_second)), shown(last(m.reward)),
       shown(first(held)), shown(last(held)), shown(last(m.kl))];
@@ -186,7 +187,7 @@ function memoryOf(run) {
       both ? `${(100 * (predicted / peak - 1)).toFixed(1)} %` : "–", bars(run.ledger[phase] ?? {}, names, peak, largest)];
   });
   const notes = [
-    host === undefined ? "" : `The process of a rank has used at most ${host.toFixed(2)} GiB of host memory.`,
+    host === undefined ? "" : `The process of a rank has used ${host.toFixed(2)} GiB of host memory at the fullest step (mean over ranks).`,
     Object.keys(measured).length ? "" : "The memory of phases is measured on a GPU only.",
     Object.keys(run.ledger).length ? "" : "ledger.json is missing, so nothing is predicted.",
   ];
