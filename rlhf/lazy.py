@@ -1,9 +1,11 @@
-"""numpy and torch, imported at their first use.
+"""numpy and torch, imported at their first use, and a check for packages that may be missing.
 
 `--help` and `--dry-run` import the algorithms and must work without numpy and torch.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,4 +27,12 @@ else:
 
     np, torch, F = Lazy("numpy"), Lazy("torch"), Lazy("torch.nn.functional")
 
-__all__ = ["F", "np", "torch"]
+
+def package(name: str) -> Path | None:
+    """Return the folder of an installed package, without importing it; None if it is not installed."""
+    found = find_spec(name)
+    # A folder of this name in the current folder, such as that of wandb's files, has no origin, and is no package.
+    return Path(found.origin).parent if found and found.origin else None
+
+
+__all__ = ["F", "np", "package", "torch"]

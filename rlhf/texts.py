@@ -22,6 +22,15 @@ HUB = re.compile(r"(?:https?:/+huggingface\.co/(?:datasets/)?)?([A-Za-z0-9][\w.-
 FILE = re.compile(r".*\.(?:jsonl?|parquet|arrow|csv|tsv|txt|gz|zst|zip|model|safetensors|bin|pt|pth|gguf)", re.I)
 
 
+def encodable(text: str) -> str:
+    """Return a text. Raises UserError for half of a surrogate pair, which JSON can contain but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the text contains half of a surrogate pair ({text!r:.80}); remove it") from None
+    return text
+
+
 def regular(path: Path) -> Path:
     """Return the path if it is a regular file. Raises UserError for pipes, devices and folders, and OSError."""
     if not stat.S_ISREG(path.stat().st_mode):

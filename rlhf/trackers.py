@@ -7,7 +7,6 @@ keep up, prints one warning and is off for the rest of the run.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import re
 import time
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rlhf import progress
+from rlhf import lazy, progress
 from rlhf.config import Config
 from rlhf.errors import UserError
 
@@ -147,7 +146,7 @@ class MLflow(Tracker):
         import mlflow
 
         address = mlflow.get_tracking_uri()
-        if not address.startswith(DATABASES) or importlib.util.find_spec("sqlalchemy"):
+        if not address.startswith(DATABASES) or lazy.package("sqlalchemy"):
             return ""
         return (
             f"stores runs in the database {_clean(address)}, which mlflow-skinny cannot: pip install mlflow, or set "
@@ -252,8 +251,7 @@ def check(config: Config) -> None:
     """Raise UserError if the package of a tracker is not installed, or cannot be used."""
     for kind in config.log.to:
         tracker = TRACKERS[kind]
-        found = importlib.util.find_spec(tracker.module)
-        if not found or not found.origin:  # a folder of this name, such as that of wandb's files, is no package
+        if not lazy.package(tracker.module):
             package = tracker.package
             raise UserError(f"log.to={kind} needs the package {package}: pip install {package}, or change log.to")
         if fault := tracker.fault():

@@ -13,7 +13,7 @@ import pytest
 from rlhf import configuration
 from rlhf.report import page
 
-needs_library = pytest.mark.skipif(page.library() is None, reason="the package bokeh is not installed")
+needs_library = pytest.mark.skipif(page.plotting() is None, reason="the package bokeh is not installed")
 
 
 def sample(step: int, group: int, response: str, reward: float | None = 1.0, **more: Any) -> dict[str, Any]:

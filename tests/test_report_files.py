@@ -88,7 +88,7 @@ def test_mistakes_of_a_user(
         line = capsys.readouterr().err
         assert said in line
         assert line.count("\n") == 1
-    monkeypatch.setattr(page, "library", lambda: None)
+    monkeypatch.setattr(page, "plotting", lambda: None)
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "rlhf: the report needs the package bokeh: install it (pip install bokeh)\n"
     reporter = Reporter(tmp_path, wanted=True)
@@ -126,7 +126,7 @@ def test_a_folder_is_no_library(tmp_path: Path) -> None:
     (tmp_path / "bokeh").mkdir()
     program = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; from rlhf.report import page; "
     done = subprocess.run(
-        [sys.executable, "-c", f"{program}print(page.library())"],
+        [sys.executable, "-c", f"{program}print(page.plotting())"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,

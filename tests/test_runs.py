@@ -151,7 +151,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     assert len(rows) == 7
     assert any(row.get("lag/1") for row in rows), "some tokens were drawn by older weights"
     assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
-    assert (tmp_path / "whole/report.html").exists() == (page.library() is not None)
+    assert (tmp_path / "whole/report.html").exists() == (page.plotting() is not None)
     assert "learn/policy" in json.loads((tmp_path / "whole/ledger.json").read_text())
     assert sorted(p.name for p in (tmp_path / "whole").glob("step_*")) == ["step_000004", "step_000006"]
 

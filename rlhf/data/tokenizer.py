@@ -123,11 +123,7 @@ class Tokenizer:
         Raises UserError for half of a surrogate pair, which JSON can contain but no tokenizer can encode, and for a
         token that the model does not have (see rows).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"the text contains half of a surrogate pair ({text!r:.80}); remove it") from None
-        ids = self._encode(text, continues, control)
+        ids = self._encode(texts.encodable(text), continues, control)
         self._check(ids, "the text")
         return ids.copy()
 

@@ -242,11 +242,7 @@ class Client:
             return self._late(connecting=False)
         except openai.APIConnectionError as error:
             return self._unconnected(error)
-        except (
-            openai.OpenAIError,
-            ValueError,
-            RecursionError,
-        ) as error:  # text that is no JSON, is deep, or has no code
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # no JSON, or deeply nested
             return JudgeError(f"{self._place}: no chat completion ({self._clean(error)})")
 
     def _late(self, connecting: bool) -> JudgeError:

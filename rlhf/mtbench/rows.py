@@ -12,6 +12,7 @@ from typing import Any
 from rlhf import errors
 from rlhf.data import forms, lines
 from rlhf.errors import UserError
+from rlhf.texts import encodable
 
 Id = int | str  # of a question
 Row = dict[str, Any]
@@ -50,7 +51,7 @@ def text(row: Row, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise UserError(f"{key!r} is {value!r:.80}; give a string")
-    return _encodable(value)
+    return encodable(value)
 
 
 def texts(row: Row, key: str, blank: bool = False) -> tuple[str, ...]:
@@ -60,7 +61,7 @@ def texts(row: Row, key: str, blank: bool = False) -> tuple[str, ...]:
         raise UserError(f"{key!r} is {values!r:.80}; give a list of strings")
     if not blank and not all(value.strip() for value in values):
         raise UserError(f"{key!r} has an empty text; give it a text or remove the line")
-    return tuple(_encodable(value) for value in values)
+    return tuple(encodable(value) for value in values)
 
 
 def question_id(row: Row) -> Id:
@@ -74,11 +75,3 @@ def question_id(row: Row) -> Id:
 def order(number: Id) -> tuple[bool, Id]:
     """Return what sorts ids as FastChat does: by number. Strings follow the numbers."""
     return isinstance(number, str), number
-
-
-def _encodable(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the text contains half of a surrogate pair ({value!r:.80}); remove it") from None
-    return value

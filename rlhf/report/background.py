@@ -28,7 +28,7 @@ class Reporter:
         self._process: subprocess.Popen[bytes] | None = None
         self._told = ""
         self._began = self._ready = 0.0  # times of the last start, and before which no other one is made
-        if wanted and page.library() is None:
+        if wanted and page.plotting() is None:
             print(f"{page.FILE} is not written, because the package bokeh is missing: {page.REMEDY}", flush=True)
             wanted = False
         self.wanted = wanted

@@ -10,10 +10,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rlhf import lazy
 from rlhf.errors import UserError
 from rlhf.report import runs, samples
 
@@ -29,11 +29,10 @@ LENGTHS = (20_000, 8_000, 4_000, 2_000, 1_000, 500, 250, 100)  # limits of a tex
 REMEDY = "install it (pip install bokeh)"
 
 
-def library() -> Path | None:
+def plotting() -> Path | None:
     """Return the folder of the plotting library's scripts; None if the package is not installed."""
-    found = find_spec("bokeh")
-    # A folder of this name in the current folder has no origin, and is no package.
-    return Path(found.origin).parent / "server" / "static" / "js" if found and found.origin else None
+    folder = lazy.package("bokeh")
+    return folder / "server" / "static" / "js" if folder else None
 
 
 def write(folders: Sequence[Path], file: Path) -> int:
@@ -63,7 +62,7 @@ def partial(file: Path, process: int) -> Path:
 
 def build(folders: Sequence[Path]) -> str:
     """Return the HTML text of the report of the runs."""
-    scripts = library()
+    scripts = plotting()
     if scripts is None:
         raise UserError(f"the report needs the package bokeh: {REMEDY}")
     found = [runs.read(folder, VALUES // len(folders)) for folder in folders]
